@@ -1,0 +1,115 @@
+"""Documents from wherever the user has text: files, folders, the hub, the demo."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from slimgpt import assets
+from slimgpt.errors import CalibrationError
+
+Document = str | list[dict[str, Any]]
+"""Plain text, or chat messages (``role`` and ``content``)."""
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SEGMENT = 1 << 16
+"""Characters after which a plain text file is cut at the next line end, so that a long file can be shuffled."""
+
+
+def read_documents(source: str) -> Iterator[Document]:
+    """The documents of a source, in its own order.
+
+    Args:
+        source: a ``.txt``, ``.jsonl`` or ``.parquet`` file (fields ``text`` or ``messages``), a folder of these,
+            ``demo``, or a ``datasets`` id, optionally as ``id:config`` or ``id:config:split``.
+
+    Raises:
+        CalibrationError: nothing is there, or a file cannot be read.
+    """
+    if source == assets.DEMO:
+        yield from assets.demo_documents()[0]
+        return
+    path = Path(source).expanduser()
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+        if not files:
+            raise CalibrationError(f"{path} holds no {', '.join(SUFFIXES)} file")
+        for file in files:
+            yield from _read_file(file)
+    elif path.is_file():
+        yield from _read_file(path)
+    elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith((".", "~")):
+        raise CalibrationError(f"no such text: {path}")
+    else:
+        yield from _read_hub(source)
+
+
+def _read_file(path: Path) -> Iterator[Document]:
+    try:
+        if path.suffix == ".txt":
+            yield from _segments(path.read_text(encoding="utf-8"))
+        elif path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _document(json.loads(line), f"{path}, line {number}")
+        elif path.suffix == ".parquet":
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+                for number, row in enumerate(batch.to_pylist(), 1):
+                    yield _document(row, f"{path}, row {number}")
+        else:
+            raise CalibrationError(f"{path} is none of {', '.join(SUFFIXES)}")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        if isinstance(error, CalibrationError):
+            raise
+        raise CalibrationError(f"cannot read {path}: {error}") from error
+
+
+def _segments(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + SEGMENT) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _document(row: object, where: str) -> Document:
+    if isinstance(row, dict):
+        if isinstance(row.get("messages"), list):
+            return row["messages"]
+        if isinstance(row.get("text"), str):
+            return row["text"]
+    fields = sorted(row) if isinstance(row, dict) else type(row).__name__
+    raise CalibrationError(f"{where} has neither a `text` nor a `messages` field; it has {fields}")
+
+
+def _read_hub(source: str) -> Iterator[Document]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise CalibrationError(
+            f"'{source}' is no file or folder here; to read it from the hub: pip install 'slimgpt[hub]'"
+        ) from None
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+        for row in rows:
+            yield _document(row, f"dataset {source}")
+    except CalibrationError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise CalibrationError(f"'{source}' is no file or folder here, and not on the hub: {reason}") from error
+
+
+def shuffled(documents: Iterator[Document], seed: int, reservoir: int = 10_000) -> list[Document]:
+    """At most ``reservoir`` of the first documents, in an order given by the seed."""
+    chosen = [document for document, _ in zip(documents, range(reservoir))]
+    random.Random(seed).shuffle(chosen)
+    return chosen

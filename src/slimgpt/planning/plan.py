@@ -1,0 +1,210 @@
+"""From a ratio to the widths of every layer, before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from slimgpt.errors import PlanError
+from slimgpt.models.shape import LayerShape, ModelShape, describe
+from slimgpt.models.stock import stock_config
+from slimgpt.planning.ratios import layer_ratios
+
+HEAD_UNITS = ("auto", "kv", "query")
+TOLERANCE = 0.002
+"""How far the achieved share may be from the one asked for, wherever the units allow."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The widths that a pruned model will have.
+
+    Args:
+        head_unit: ``kv`` (whole KV heads with their query heads) or ``query`` (query heads, equally many from
+            every KV group).
+        layers: for every layer its ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size``.
+        ratios: the share of its parameters that every layer was asked to lose.
+        ratio: the share of the decoder layers' parameters that was asked for.
+        achieved: the share that these widths remove.
+        parameters: parameters of the whole model after pruning.
+        parameters_before: the same before.
+    """
+
+    head_unit: str
+    layers: tuple[dict[str, int], ...]
+    ratios: tuple[float, ...]
+    ratio: float
+    achieved: float
+    parameters: int
+    parameters_before: int
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have the same widths."""
+        return all(layer == self.layers[0] for layer in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        return asdict(self)
+
+
+def make_plan(
+    config: PreTrainedConfig,
+    ratio: float | None = None,
+    schedule: str | Sequence[float] | None = None,
+    head_unit: str = "auto",
+    round_to: int = 1,
+    uniform: bool = False,
+    shape: ModelShape | None = None,
+) -> Plan:
+    """Plan widths so that the share of removed decoder parameters is the one asked for.
+
+    Heads are removed in whole units, at least one stays in every layer, and FFN channels make up what heads
+    cannot express; the remainder of one layer is carried to the next.
+
+    Args:
+        config: the model's config; no weight is read.
+        ratio: the share of the decoder layers' parameters to remove, in (0, 1); 0.2 if not given.
+        schedule: see :func:`slimgpt.planning.ratios.layer_ratios`; ``log_increase`` if not given.
+        head_unit: ``auto`` takes query heads where several share a KV head, else whole heads.
+        round_to: every ``intermediate_size`` becomes a multiple of it.
+        uniform: the same widths in all layers, chosen so that a stock class can hold them.
+        shape: the model's shape, if the caller has it already.
+
+    Raises:
+        PlanError: an argument outside its range, or a ratio that no widths can meet.
+        UnsupportedFamilyError: the family is not in the table.
+    """
+    if head_unit not in HEAD_UNITS:
+        raise PlanError(f"head unit '{head_unit}' is unknown; choose {', '.join(HEAD_UNITS)}")
+    if round_to < 1:
+        raise PlanError(f"round_to {round_to} is below 1; give the number that every FFN width shall be a multiple of")
+    if uniform and schedule not in (None, "uniform"):
+        raise PlanError(f"a uniform model cannot follow the schedule {schedule}; leave out one of the two")
+    shape = shape or describe(config)
+    ratios = layer_ratios(schedule or ("uniform" if uniform else "log_increase"), len(shape.layers), ratio)
+    total = shape.layer_parameters
+    target = sum(r * layer.parameters for r, layer in zip(ratios, shape.layers))
+    if not isinstance(schedule, Sequence) or isinstance(schedule, str):
+        # Layers of different size (a model pruned before) would shift the mean: scale it back.
+        wanted = (0.2 if ratio is None else ratio) * total
+        ratios = [r * wanted / target for r in ratios]
+        target = wanted
+    if head_unit == "auto":
+        grouped = all(layer.sizes["num_attention_heads"] > layer.sizes["num_key_value_heads"] for layer in shape.layers)
+        head_unit = "query" if grouped else "kv"
+    if uniform:
+        layers = _uniform(config, shape, target, head_unit, round_to)
+    else:
+        layers = _per_layer(shape, ratios, head_unit, round_to)
+    removed = sum(removed_parameters(layer, sizes, head_unit) for layer, sizes in zip(shape.layers, layers))
+    return Plan(
+        head_unit=head_unit,
+        layers=tuple(layers),
+        ratios=tuple(ratios),
+        ratio=target / total,
+        achieved=removed / total,
+        parameters=shape.parameters - removed,
+        parameters_before=shape.parameters,
+    )
+
+
+def head_units(sizes: dict[str, int], head_unit: str) -> int:
+    """How many removable units of heads a layer has: KV heads, or query heads per KV head."""
+    if head_unit == "kv":
+        return sizes["num_key_value_heads"]
+    return sizes["num_attention_heads"] // sizes["num_key_value_heads"]
+
+
+def removed_parameters(layer: LayerShape, sizes: dict[str, int], head_unit: str) -> int:
+    """The parameters that a layer loses when it gets these widths."""
+    heads = head_units(layer.sizes, head_unit) - head_units(sizes, head_unit)
+    channels = layer.sizes["intermediate_size"] - sizes["intermediate_size"]
+    return heads * layer.unit_parameters[head_unit] + channels * layer.unit_parameters["ffn"]
+
+
+def _with_heads(layer: LayerShape, head_unit: str, heads: int, channels: int) -> dict[str, int]:
+    sizes = layer.sizes
+    group = sizes["num_attention_heads"] // sizes["num_key_value_heads"]
+    kv = heads if head_unit == "kv" else sizes["num_key_value_heads"]
+    queries = heads * (group if head_unit == "kv" else kv)
+    return {"num_attention_heads": queries, "num_key_value_heads": kv, "intermediate_size": channels}
+
+
+def _widths(size: int, round_to: int) -> range:
+    """The widths an FFN of this size may get: multiples of ``round_to``; itself only if it is one."""
+    return range(round_to, size + 1, round_to)
+
+
+def _nearest(widths: range, wanted: float) -> int:
+    steps = round((wanted - widths[0]) / widths.step)
+    return widths[min(max(steps, 0), len(widths) - 1)]
+
+
+def _per_layer(
+    shape: ModelShape, ratios: Sequence[float], head_unit: str, round_to: int
+) -> list[dict[str, int]]:
+    layers: list[dict[str, int]] = []
+    carry = 0.0
+    for i, (layer, r) in enumerate(zip(shape.layers, ratios)):
+        if r == 0:
+            layers.append(dict(layer.sizes))
+            continue
+        target = r * layer.parameters
+        units, size = head_units(layer.sizes, head_unit), layer.sizes["intermediate_size"]
+        per_head, per_channel = layer.unit_parameters[head_unit], layer.unit_parameters["ffn"]
+        widths = _widths(size, round_to)
+        if not widths:
+            raise PlanError(f"layer {i} has {size} FFN channels, fewer than --round-to {round_to}")
+        largest = (units - 1) * per_head + (size - widths[0]) * per_channel
+        if target > largest + TOLERANCE * layer.parameters:
+            raise PlanError(
+                f"layer {i} cannot lose {r:.1%} of its parameters: that would leave it without a head or without an "
+                f"FFN; with 1 of {units} head units and {widths[0]} of {size} channels left it loses "
+                f"{largest / layer.parameters:.1%}. Ask for a smaller ratio or a flatter schedule"
+            )
+        # As many heads as the ratio says, rounded; more where the FFN alone could not make up the rest.
+        heads = round(units * r)
+        enough = -(-(target - (size - widths[0]) * per_channel) // per_head)
+        heads = min(max(heads, int(enough), 0), units - 1)
+        heads = min(heads, int(target // per_head)) if heads * per_head > target else heads
+        wanted = size - (target + carry - heads * per_head) / per_channel
+        width = _nearest(widths, wanted)
+        carry = (width - wanted) * per_channel
+        layers.append(_with_heads(layer, head_unit, units - heads, width))
+    return layers
+
+
+def _uniform(
+    config: PreTrainedConfig, shape: ModelShape, target: float, head_unit: str, round_to: int
+) -> list[dict[str, int]]:
+    """The best pair of widths for all layers: within the tolerance the most balanced one, else the nearest."""
+    first = shape.layers[0]
+    if any(layer.sizes != first.sizes for layer in shape.layers):
+        raise PlanError("the layers of this model differ in width already; prune the dense model with --uniform")
+    units, size = head_units(first.sizes, head_unit), first.sizes["intermediate_size"]
+    widths = _widths(size, round_to)
+    if not widths:
+        raise PlanError(f"the FFN has {size} channels, fewer than --round-to {round_to}")
+    ratio = target / shape.layer_parameters
+    per_layer = target / len(shape.layers)
+    candidates = []
+    for heads in range(1, units + 1):
+        rest = per_layer - (units - heads) * first.unit_parameters[head_unit]
+        width = _nearest(widths, size - rest / first.unit_parameters["ffn"])
+        sizes = _with_heads(first, head_unit, heads, width)
+        error = abs(removed_parameters(first, sizes, head_unit) - per_layer) / first.parameters
+        imbalance = abs((units - heads) / units - ratio)
+        candidates.append(((0.0, imbalance) if error <= TOLERANCE else (error, imbalance), sizes))
+    for key, sizes in sorted(candidates, key=lambda candidate: candidate[0]):
+        if key[0] > 0.05:
+            break
+        if stock_config(config, sizes) is not None:
+            return [dict(sizes) for _ in shape.layers]
+    raise PlanError(
+        f"no uniform widths that a stock class of transformers can hold come near a ratio of {ratio:g}; "
+        "leave out --uniform, or lower --round-to or the ratio"
+    )
