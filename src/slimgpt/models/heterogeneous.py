@@ -142,22 +142,3 @@ def rebuild_layer(layer: nn.Module, config: PreTrainedConfig, index: int, state:
             owner, _, leaf = name.rpartition(".")
             setattr(new.get_submodule(owner), leaf, layer.get_buffer(name))
     return new.train(layer.training)
-
-
-def apply_sizes(model: PreTrainedModel, architecture: Architecture, sizes: list[dict[str, int]]) -> None:
-    """Write the widths of the layers into the model's config, globally where they agree, else per layer.
-
-    A model whose layers differ becomes an instance of the subclass that can build and save it.
-    """
-    config = model.config
-    d = head_dim(config)
-    config.per_layer_config = None  # type: ignore[assignment]
-    config.head_dim = d  # type: ignore[attr-defined]
-    if all(layer == sizes[0] for layer in sizes):
-        for field, value in sizes[0].items():
-            setattr(config, field, value)
-        return
-    config.per_layer_config = {index: dict(layer) for index, layer in enumerate(sizes)}  # type: ignore[assignment]
-    config.allow_global_per_layer_attribute_access = True
-    if not isinstance(model, SlimMixin):
-        model.__class__ = slim_class(type(model), architecture.layers)

@@ -1,14 +1,16 @@
-"""Whether a stock class of transformers can hold a model whose layers all have the same widths."""
+"""Which class can hold a model of given widths: a stock one of transformers, or our subclass."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slimgpt.models.architectures import ARCHITECTURES, Sizes
-from slimgpt.models.heterogeneous import empty_model, head_dim
+from slimgpt.models.architectures import ARCHITECTURES, Architecture, Sizes
+from slimgpt.models.heterogeneous import empty_model, head_dim, slim_class
+from slimgpt.models.modeling_slim import SlimMixin
 
 
 def stock_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | None:
@@ -21,27 +23,53 @@ def stock_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | N
         config: the config of the model before or after pruning.
         sizes: the widths that all layers have.
     """
-    own = config.to_dict()
-    for key in ("per_layer_config", "allow_global_per_layer_attribute_access"):
-        own.pop(key, None)
-    own.update(sizes, head_dim=head_dim(config))
-    architecture = ARCHITECTURES[config.model_type]
-    if (same := _validated(config.model_type, own)) is not None:
-        return same
-    if architecture.relabel is None:
+    if (own := _own_config(config, sizes)) is not None:
+        return own
+    relabel = ARCHITECTURES[config.model_type].relabel
+    if relabel is None:
         return None
-    target = type(AutoConfig.for_model(architecture.relabel.model_type))
+    target = type(AutoConfig.for_model(relabel.model_type))
     known = {field.name for field in dataclasses.fields(target)}  # type: ignore[arg-type]
-    shared = {key: value for key, value in own.items() if key in known and key not in ("model_type", "architectures")}
-    other = _validated(architecture.relabel.model_type, {**shared, **dict(architecture.relabel.fields)})
+    shared = {key: value for key, value in _values(config, sizes).items() if key in known}
+    other = _validated(relabel.model_type, {**shared, **dict(relabel.fields)})
     if other is None:
         return None
     names = {name for name, _ in empty_model(config).named_parameters()}
     return other if names == {name for name, _ in empty_model(other).named_parameters()} else None
 
 
-def _validated(model_type: str, values: dict) -> PreTrainedConfig | None:
-    values = {key: value for key, value in values.items() if key != "model_type"}
+def apply_sizes(model: PreTrainedModel, architecture: Architecture, sizes: list[dict[str, int]]) -> None:
+    """Write the widths of the layers into the model's config.
+
+    They go into the global fields where all layers agree and the family's config accepts them, else into
+    ``per_layer_config``; the model then becomes an instance of the subclass that builds its layers from that.
+    """
+    config = model.config
+    d = head_dim(config)
+    config.per_layer_config = None  # type: ignore[assignment]
+    config.head_dim = d  # type: ignore[attr-defined]
+    if all(layer == sizes[0] for layer in sizes) and _own_config(config, sizes[0]) is not None:
+        for field, value in sizes[0].items():
+            setattr(config, field, value)
+        return
+    config.per_layer_config = {index: dict(layer) for index, layer in enumerate(sizes)}  # type: ignore[assignment]
+    config.allow_global_per_layer_attribute_access = True
+    if not isinstance(model, SlimMixin):
+        model.__class__ = slim_class(type(model), architecture.layers)
+
+
+def _values(config: PreTrainedConfig, sizes: Sizes) -> dict[str, Any]:
+    """The fields of a config with these widths in place of its own."""
+    drop = ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "architectures", "model_type")
+    values = {key: value for key, value in config.to_dict().items() if key not in drop}
+    return {**values, **sizes, "head_dim": head_dim(config)}
+
+
+def _own_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | None:
+    return _validated(config.model_type, _values(config, sizes))
+
+
+def _validated(model_type: str, values: dict[str, Any]) -> PreTrainedConfig | None:
     try:
         return AutoConfig.for_model(model_type, **values)
     except StrictDataclassError:  # what transformers' config validators raise

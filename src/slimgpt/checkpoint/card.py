@@ -1,0 +1,99 @@
+"""The model card that goes with a slim model."""
+
+from __future__ import annotations
+
+from slimgpt.pruning.report import PruneReport
+
+
+def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
+    """README.md of a checkpoint: what it is, how to load it, what was removed, and how it was made."""
+    plan, settings = report.plan, report.settings
+    base = report.base_model
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [slimgpt, pruned]"]
+    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
+        front.append(f"base_model: {base}")
+    load = (
+        'AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # runs modeling_slim.py in this folder'
+        if own_code
+        else "AutoModelForCausalLM.from_pretrained(folder)  # a stock class: no code of ours"
+    )
+    lines = [
+        *front,
+        "---",
+        "",
+        f"# {base}, pruned by {plan.achieved:.1%}",
+        "",
+        f"{plan.achieved:.2%} of the decoder layers' parameters of `{base}` were removed by "
+        "[SlimGPT](https://arxiv.org/abs/2412.18110) structured pruning: whole attention heads and FFN channels. "
+        "It is not retrained. The licence of the base model applies.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"model = {load}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "```",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| parameters | {plan.parameters_before:,} | {plan.parameters:,} |",
+        f"| bytes of weights | | {bytes_on_disk:,} |",
+        *(
+            f"| {name} | {values['before']} | {values['after']} |"
+            for name, values in report.evaluation.get("table", {}).items()
+        ),
+        "",
+        "![widths per layer](widths.png)",
+        "",
+        "## Layers",
+        "",
+        "| layer | heads | KV heads | FFN | removed | error of attention | error of FFN |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for layer in report.layers:
+        s = layer.sizes
+        lines.append(
+            f"| {layer.layer} | {s['num_attention_heads']} | {s['num_key_value_heads']} | {s['intermediate_size']} "
+            f"| {1 - layer.parameters / layer.parameters_before:.1%} "
+            f"| {layer.error['heads']:.2%} | {layer.error['channels']:.2%} |"
+        )
+    calibration = report.calibration
+    lines += [
+        "",
+        "The error of a matrix is `E||Wx - W'x_K||^2 / E||Wx||^2` over the calibration tokens.",
+        "",
+        "## Made with",
+        "",
+        "```",
+        _command(report),
+        "```",
+        "",
+        f"- calibration tokens: {calibration['num_samples']} x {calibration['seq_len']}, "
+        f"SHA-256 of the ids `{calibration['sha256']}`",
+        f"- versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+        "- everything else, the kept units among it: `slimgpt.json`",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _command(report: PruneReport) -> str:
+    """The command line that repeats the run."""
+    settings, calibration = report.settings, report.calibration
+    options = {
+        "ratio": f"{report.plan.ratio:.6g}",
+        "method": settings.method,
+        "head-unit": report.plan.head_unit,
+        "calibration": calibration["source"],
+        "num-samples": calibration["num_samples"],
+        "seq-len": calibration["seq_len"],
+        "damping": f"{settings.damping:g}",
+        "seed": settings.seed,
+        "round-to": settings.round_to,
+    }
+    if settings.schedule is not None:
+        names = settings.schedule if isinstance(settings.schedule, str) else map(str, settings.schedule)
+        options["schedule"] = names if isinstance(names, str) else ",".join(names)
+    words = [f"--{name} {value}" for name, value in options.items()]
+    words += ["--uniform"] * settings.uniform
+    words += [] if settings.repair is None else ["--repair" if settings.repair else "--no-repair"]
+    return " \\\n    ".join([f"slimgpt prune {report.base_model} OUT", *words])

@@ -1,0 +1,81 @@
+"""A folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from slimgpt.errors import OutputError
+
+
+def check_output(folder: str | Path, overwrite: bool = False, needed: int = 0) -> Path:
+    """Refuse an output folder early: before the work that would fill it.
+
+    Args:
+        overwrite: a model folder that is there may be replaced.
+        needed: bytes that will be written.
+
+    Raises:
+        OutputError: the folder exists, is no folder, cannot be written to, or its disk is too full.
+    """
+    path = Path(folder).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path} exists and is a file; give the name of a folder")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise OutputError(f"{path} exists; give another folder, or pass --overwrite to replace it")
+        if not (path / "config.json").is_file():
+            raise OutputError(f"{path} exists and holds no model; --overwrite replaces only model folders")
+    ancestor = path.parent
+    while not ancestor.exists():
+        ancestor = ancestor.parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        raise OutputError(f"cannot write below {ancestor}; give a folder you may write to")
+    free = shutil.disk_usage(ancestor).free
+    if needed > free:
+        raise OutputError(
+            f"the disk of {ancestor} has {free / 1e9:.2f} GB free, the checkpoint needs about {needed / 1e9:.2f} GB"
+        )
+    return path
+
+
+@contextmanager
+def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary folder beside ``folder`` that takes its name once the block has ended well.
+
+    On any error, Ctrl-C included, it is removed and what was at ``folder`` before is still there.
+
+    Raises:
+        OutputError: as :func:`check_output`, or the disk ran full.
+    """
+    path = check_output(folder, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        work.mkdir()
+        yield work
+        for file in work.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            old = path.parent / f".{path.name}.replaced-{uuid.uuid4().hex[:8]}"
+            path.rename(old)
+            work.rename(path)
+            shutil.rmtree(old)
+        else:
+            work.rename(path)
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if full or isinstance(error, SafetensorError):
+            raise OutputError(f"writing {path} failed, nothing was left there: {error}") from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,74 @@
+"""What a model folder holds, without loading its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from slimgpt.checkpoint.saving import REPORT_FILE, weight_bytes
+from slimgpt.errors import ModelError
+from slimgpt.models.loading import check_files, load_config, locate
+from slimgpt.models.shape import LayerShape, describe
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The shape of a model, dense or slim.
+
+    Args:
+        layers: widths and parameters of every layer.
+        parameters: of the whole model, tied weights once.
+        bytes: of the weights on disk; ``None`` for a hub id.
+        uniform: whether all layers have the same widths.
+        pruned: the content of ``slimgpt.json``; ``None`` for a model we did not prune.
+    """
+
+    model: str
+    model_type: str
+    layers: tuple[LayerShape, ...]
+    parameters: int
+    layer_parameters: int
+    bytes: int | None
+    uniform: bool
+    pruned: dict[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        return asdict(self)
+
+
+def inspect(name: str, trust_remote_code: bool = False) -> Inspection:
+    """Look at a model from its config and file headers.
+
+    Args:
+        name: a hub id, a local folder, a ``.gguf`` file, or ``demo``.
+
+    Raises:
+        ModelError: it cannot be found, read, or supported.
+    """
+    source = locate(name)
+    config = load_config(source, trust_remote_code)
+    shape = describe(config)
+    size = pruned = None
+    if source.folder is not None:
+        if source.gguf_file:
+            size = (source.folder / source.gguf_file).stat().st_size
+        else:
+            check_files(source)
+            size = weight_bytes(source.folder)
+            if (source.folder / REPORT_FILE).is_file():
+                try:
+                    pruned = json.loads((source.folder / REPORT_FILE).read_text(encoding="utf-8"))
+                except ValueError as error:
+                    raise ModelError(f"{source.folder / REPORT_FILE} is damaged: {error}") from error
+    return Inspection(
+        model=source.name,
+        model_type=config.model_type,
+        layers=shape.layers,
+        parameters=shape.parameters,
+        layer_parameters=shape.layer_parameters,
+        bytes=size,
+        uniform=all(layer.sizes == shape.layers[0].sizes for layer in shape.layers),
+        pruned=pruned,
+    )

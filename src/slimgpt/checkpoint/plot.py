@@ -1,0 +1,32 @@
+"""The widths of every layer as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from slimgpt.models.architectures import Sizes
+
+DENSE, HEADS, CHANNELS = "#d0d5dd", "#b54708", "#175cd3"
+
+
+def plot_widths(dense: Sequence[Sizes], slim: Sequence[Sizes], file: Path) -> None:
+    """Draw query heads and FFN channels per layer, before (grey) and after, as a PNG or SVG by the file's suffix."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    layers = range(len(slim))
+    for axes, field, label, color in (
+        (upper, "num_attention_heads", "attention heads", HEADS),
+        (lower, "intermediate_size", "FFN channels", CHANNELS),
+    ):
+        axes.bar(layers, [sizes[field] for sizes in dense], color=DENSE, width=0.86, label="removed")
+        axes.bar(layers, [sizes[field] for sizes in slim], color=color, width=0.86, label="kept")
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="lower left", framealpha=0.9)
+    lower.set_xlabel("layer")
+    lower.set_xlim(-0.6, len(slim) - 0.4)
+    figure.suptitle("Width of every decoder layer")
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,98 @@
+"""A slim model becomes an ordinary Hugging Face folder."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt.checkpoint.card import model_card
+from slimgpt.checkpoint.folder import new_folder
+from slimgpt.checkpoint.plot import plot_widths
+from slimgpt.models.heterogeneous import architecture_of, layer_sizes, modeling_source, stock_class
+from slimgpt.models.modeling_slim import SlimMixin
+from slimgpt.models.stock import stock_config
+from slimgpt.pruning.report import PruneReport
+
+MODELING_FILE = "modeling_slim.py"
+REPORT_FILE = "slimgpt.json"
+SHARD_SIZE = "5GB"
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: PruneReport | None,
+    folder: str | Path,
+    overwrite: bool = False,
+) -> Path:
+    """Write a model as a folder that ``from_pretrained`` loads; it appears whole or not at all.
+
+    Layers of equal widths are written for a stock class, under another family's name where the own one refuses
+    the head count (``formats``: a Llama with 26 of 32 heads is a Mistral without a sliding window). Layers of
+    different widths bring a small modeling file and load with ``trust_remote_code=True``.
+
+    Args:
+        tokenizer: saved with it, if given.
+        report: what :func:`slimgpt.prune` returned; adds ``slimgpt.json``, the model card and a plot.
+        overwrite: replace a model folder of that name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: the folder exists, cannot be written, or its disk is full.
+    """
+    path = Path(folder).expanduser().absolute()
+    with new_folder(path, overwrite) as work:
+        shell, source = saved_form(model)
+        shell.save_pretrained(work, max_shard_size=SHARD_SIZE)
+        # transformers refuses to save some generation settings that it reads from the hub without complaint.
+        if model.generation_config is not None:
+            model.generation_config.to_json_file(work / "generation_config.json")
+        if source is not None:
+            (work / MODELING_FILE).write_text(source, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
+        if report is not None:
+            (work / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1), encoding="utf-8")
+            plot_widths(report.dense_sizes, report.plan.layers, work / "widths.png")
+            card = model_card(report, weight_bytes(work), own_code=source is not None)
+            (work / "README.md").write_text(card, encoding="utf-8")
+    return path
+
+
+def saved_form(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
+    """The model as the class that will be named in config.json, and the text of its modeling file if it needs one.
+
+    Weights are shared with ``model``, not copied.
+    """
+    config = model.config
+    architecture = architecture_of(config, model)
+    sizes = layer_sizes(config)
+    target = stock_config(config, sizes[0]) if all(layer == sizes[0] for layer in sizes) else None
+    source = None
+    base = next(c for c in type(model).__mro__ if not issubclass(c, SlimMixin))
+    if target is None:
+        cls = type(model)
+        target = copy.deepcopy(config)
+        target.auto_map = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{cls.__name__}"}
+        source = modeling_source(base, architecture.layers)
+    else:
+        cls = stock_class(target)
+        target.dtype = config.dtype
+        target.auto_map = None
+    with torch.device("meta"):
+        shell = cls(target)
+    shell.load_state_dict(model.state_dict(), strict=True, assign=True)
+    shell.tie_weights()
+    shell.generation_config = GenerationConfig()
+    return shell, source
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

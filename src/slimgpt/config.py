@@ -1,0 +1,69 @@
+"""The settings of a run, checked before anything long begins."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from slimgpt.errors import UsageError
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """How to prune.
+
+    Args:
+        ratio: the share of the decoder layers' parameters to remove, in (0, 1); ``None`` means 0.2, or the mean
+            of a listed schedule.
+        schedule: a strategy by name or one ratio per layer; ``None`` means ``log_increase`` (``uniform`` for a
+            uniform model).
+        method: a key of ``slimgpt.solver.CRITERIA``.
+        repair: solve for the weights that stay; ``None`` means as the method's authors do.
+        head_unit: ``auto``, ``kv`` or ``query``.
+        num_samples: calibration windows.
+        seq_len: tokens per window.
+        batch_size: windows that go through a layer together.
+        damping: ``percdamp``, the share of the mean diagonal added to the Hessian's diagonal.
+        seed: for the choice of text and the ``random`` method.
+        round_to: every FFN width becomes a multiple of it.
+        uniform: the same widths in all layers.
+
+    Raises:
+        UsageError: a number outside its range.
+    """
+
+    ratio: float | None = None
+    schedule: str | tuple[float, ...] | None = None
+    method: str = "slimgpt"
+    repair: bool | None = None
+    head_unit: str = "auto"
+    num_samples: int = 128
+    seq_len: int = 2048
+    batch_size: int = 4
+    damping: float = 0.01
+    seed: int = 0
+    round_to: int = 1
+    uniform: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "seq_len", "batch_size", "round_to"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise UsageError(f"damping is {self.damping}; it must be 0 or more (the paper uses 0 to 0.01)")
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}; it must be 0 or more")
+
+
+def parse_schedule(text: str | None) -> str | tuple[float, ...] | None:
+    """A schedule from the command line: a name, or numbers with commas between them.
+
+    Raises:
+        UsageError: a list with something in it that is no number.
+    """
+    if text is None or "," not in text:
+        return text
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise UsageError(f"schedule '{text}' is neither a name nor a list of numbers such as 0.1,0.2,0.3") from None

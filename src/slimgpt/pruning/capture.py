@@ -1,0 +1,204 @@
+"""What the decoder layers are called with, and one layer run in parts.
+
+The model runs once with every layer replaced by a stand-in that writes down its keyword arguments and hands the
+hidden states on, which costs an embedding. Afterwards each layer is run by itself with its *own* arguments: layer
+0's masks and position embeddings are wrong for the others wherever attention windows differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.errors import ModelError
+
+Arguments = dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """The hidden states between two layers, and how to call each layer.
+
+    Args:
+        hidden: one tensor ``(batch, seq_len, hidden_size)`` per batch.
+        arguments: for every batch the keyword arguments of every layer; equal tensors are shared.
+    """
+
+    hidden: list[Tensor]
+    arguments: list[list[Arguments]]
+
+
+class StandIn(nn.Module):
+    """Takes a module's place for a while: calls a function instead, and still shows the module's attributes.
+
+    Some models read an attribute of a layer before they call it, such as its attention type.
+    """
+
+    def __init__(self, original: nn.Module, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+        self.original = [original]  # in a list, so that it is not registered as a sub-module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.original[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@torch.no_grad()
+def capture(
+    model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor, batch_size: int, device: torch.device
+) -> Stream:
+    """The inputs of the first layer and every layer's arguments, moved to ``device``.
+
+    Args:
+        windows: ``(num_samples, seq_len)`` long token ids.
+        batch_size: windows per batch.
+    """
+    originals = list(layers)
+    hidden: list[Tensor] = []
+    arguments: list[list[Arguments]] = []
+    known: dict[int, list[Arguments]] = {}  # windows are unpadded: equal batch sizes give equal arguments
+    embedding_device = model.get_input_embeddings().weight.device
+    calls: list[tuple[Tensor, Arguments]] = []
+
+    def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            raise ModelError(f"{type(originals[0]).__name__} is called with positional arguments: not supported")
+        calls.append((hidden_states, kwargs))
+        return hidden_states
+
+    try:
+        for index, layer in enumerate(originals):
+            layers[index] = StandIn(layer, record)
+        for batch in windows.split(batch_size):
+            calls.clear()
+            model.base_model(input_ids=batch.to(embedding_device), use_cache=False)
+            if len(calls) != len(originals):
+                raise ModelError(f"{len(calls)} of {len(originals)} layers were called in one forward pass")
+            hidden.append(calls[0][0].to(device))
+            if len(batch) not in known:
+                known[len(batch)] = _move([kwargs for _, kwargs in calls], device)
+            arguments.append(known[len(batch)])
+    finally:
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+    return Stream(hidden, arguments)
+
+
+def _move(arguments: list[Arguments], device: torch.device) -> list[Arguments]:
+    moved: dict[int, Tensor] = {}  # tensors shared by layers stay shared
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return moved.setdefault(id(value), value.to(device))
+        if isinstance(value, (tuple, list)):
+            return type(value)(move(item) for item in value)
+        if isinstance(value, dict):
+            return {key: move(item) for key, item in value.items()}
+        return value
+
+    return [{key: move(value) for key, value in kwargs.items()} for kwargs in arguments]
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """The hidden states after a layer."""
+    output = layer(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+class _Stop(Exception):
+    """Ends a partial run of a layer; carries what the container would have returned."""
+
+    def __init__(self, result: Any):
+        super().__init__("the layer was stopped on purpose")
+        self.result = result
+
+
+@dataclass
+class Part:
+    """What one batch left at a structure's output matrix.
+
+    Args:
+        inputs: ``(batch, seq_len, n)``, the input of the output matrix.
+        rebuild: turns the matrix's output into what the container module returns.
+    """
+
+    inputs: Tensor
+    rebuild: Callable[[Tensor], Any]
+
+
+def run_to(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) -> Part:
+    """Run a layer up to the input of its matrix ``output``; nothing behind its container is computed."""
+    container_name = output.rpartition(".")[0]
+    container = layer.get_submodule(container_name)
+    linear = layer.get_submodule(output)
+    kept: list[Tensor] = []
+    marker: list[Tensor] = []
+
+    def output_stub(inputs: Tensor) -> Tensor:
+        kept.append(inputs)
+        marker.append(inputs.new_empty(()).expand(*inputs.shape[:-1], _out_features(linear)))
+        return marker[-1]
+
+    def container_stub(*args: Any, **kwargs: Any) -> Any:
+        raise _Stop(container(*args, **kwargs))
+
+    with _replaced(layer, output, output_stub), _replaced(layer, container_name, container_stub):
+        try:
+            run_layer(layer, hidden, arguments)
+        except _Stop as stop:
+            result = stop.result
+        else:
+            raise ModelError(f"the layer never called its module '{container_name}'")
+    if len(kept) != 1:
+        raise ModelError(f"module '{output}' was called {len(kept)} times in one pass through the layer")
+    if result is marker[0]:
+        return Part(kept[0], lambda tensor: tensor)
+    if isinstance(result, tuple) and sum(item is marker[0] for item in result) == 1:
+        position = next(i for i, item in enumerate(result) if item is marker[0])
+        rest = tuple(None if isinstance(item, Tensor) else item for item in result)
+        return Part(kept[0], lambda tensor: (*rest[:position], tensor, *rest[position + 1 :]))
+    raise ModelError(f"module '{container_name}' does not return the output of '{output}' unchanged")
+
+
+def run_with(
+    layer: nn.Module, results: dict[str, Any], hidden: Tensor, arguments: Arguments, until: str | None = None
+) -> Any:
+    """Run a layer with the results of some of its containers given.
+
+    Args:
+        results: container name to what it returns.
+        until: stop at this matrix, as :func:`run_to` does, and return its :class:`Part`; else the hidden states.
+    """
+    if not results:
+        return run_to(layer, until, hidden, arguments) if until else run_layer(layer, hidden, arguments)
+    (name, result), *rest = results.items()
+    with _replaced(layer, name, lambda *args, **kwargs: result):
+        return run_with(layer, dict(rest), hidden, arguments, until)
+
+
+@contextmanager
+def _replaced(layer: nn.Module, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = layer.get_submodule(owner_name)
+    original = getattr(owner, leaf)
+    setattr(owner, leaf, StandIn(original, function))
+    try:
+        yield
+    finally:
+        setattr(owner, leaf, original)
+
+
+def _out_features(linear: nn.Module) -> int:
+    return linear.weight.shape[0]  # type: ignore[union-attr]

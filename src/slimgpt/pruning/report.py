@@ -1,0 +1,75 @@
+"""What was done to each layer, and to the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from slimgpt.config import PruneConfig
+from slimgpt.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned layer.
+
+    Args:
+        layer: its index.
+        sizes: its widths now.
+        kept: kept unit ids of the dense layer, by ``heads`` and ``channels``; heads count KV heads or query heads
+            as the plan's ``head_unit`` says.
+        error: ``E||Wx - W'x_K||^2 / E||Wx||^2`` of each structure on the calibration tokens.
+        parameters_before: its parameters before.
+        parameters: its parameters now.
+        seconds: wall time by part: ``forward``, ``hessian``, ``solver``.
+    """
+
+    layer: int
+    sizes: dict[str, int]
+    kept: dict[str, list[int]]
+    error: dict[str, float]
+    parameters_before: int
+    parameters: int
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """A whole run, enough to repeat it; what ``slimgpt.json`` holds.
+
+    Args:
+        base_model: the model that was pruned, as the user named it.
+        settings: what was asked for.
+        plan: what was decided before.
+        dense_sizes: the widths of every layer before.
+        layers: what was done.
+        calibration: source, number and length of the windows, and the SHA-256 of their token ids.
+        versions: of Python and the libraries.
+        seconds: of the whole loop.
+        evaluation: figures added afterwards, shown in the model card.
+    """
+
+    base_model: str
+    model_type: str
+    settings: PruneConfig
+    plan: Plan
+    dense_sizes: tuple[dict[str, int], ...]
+    layers: tuple[LayerReport, ...]
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    seconds: float
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        return asdict(self)
+
+
+def total_seconds(layers: Sequence[LayerReport]) -> dict[str, float]:
+    """The seconds of all layers by part."""
+    parts = {part: 0.0 for layer in layers for part in layer.seconds}
+    for layer in layers:
+        for part, seconds in layer.seconds.items():
+            parts[part] += seconds
+    return parts
