@@ -134,9 +134,7 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape) -> Plan:
     ``paper`` removes whole heads as published; the other methods take the finer unit where there is one.
     """
     head_unit = "kv" if config.head_unit == "auto" and config.method == "paper" else config.head_unit
-    return make_plan(
-        model_config, config.ratio, config.schedule, head_unit, config.round_to, config.uniform, shape
-    )
+    return make_plan(model_config, config.ratio, config.schedule, head_unit, config.round_to, config.uniform, shape)
 
 
 def calibration_windows(

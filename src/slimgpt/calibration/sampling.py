@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,8 +37,10 @@ def cut_windows(
     prefix = leading_ids(tokenizer)
     body = seq_len - len(prefix)
     if body < 1:
-        raise CalibrationError(f"seq_len {seq_len} leaves no room after the {len(prefix)} tokens every text starts with")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        raise CalibrationError(
+            f"seq_len {seq_len} leaves no room after the {len(prefix)} tokens every text starts with"
+        )
+    end: list[int] = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
     needed = num_samples * body
     ids: list[int] = []
     for document in documents:

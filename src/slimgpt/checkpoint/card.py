@@ -13,7 +13,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):
         front.append(f"base_model: {base}")
     load = (
-        'AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # runs modeling_slim.py in this folder'
+        "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # runs modeling_slim.py in this folder"
         if own_code
         else "AutoModelForCausalLM.from_pretrained(folder)  # a stock class: no code of ours"
     )

@@ -63,6 +63,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield work
         for file in work.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         if path.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -58,7 +59,7 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(work)
         if report is not None:
-            (work / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1), encoding="utf-8")
+            (work / REPORT_FILE).write_text(report_text(report), encoding="utf-8")
             plot_widths(report.dense_sizes, report.plan.layers, work / "widths.png")
             card = model_card(report, weight_bytes(work), own_code=source is not None)
             (work / "README.md").write_text(card, encoding="utf-8")
@@ -84,13 +85,18 @@ def saved_form(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
     else:
         cls = stock_class(target)
         target.dtype = config.dtype
-        target.auto_map = None
     with torch.device("meta"):
         shell = cls(target)
     shell.load_state_dict(model.state_dict(), strict=True, assign=True)
     shell.tie_weights()
     shell.generation_config = GenerationConfig()
     return shell, source
+
+
+def report_text(report: PruneReport) -> str:
+    """The report as JSON, with every list of numbers on one line."""
+    text = json.dumps(report.to_json(), indent=1)
+    return re.sub(r"\[([\d\s,.e+-]+)\]", lambda match: f"[{' '.join(match[1].split())}]", text)
 
 
 def weight_bytes(folder: Path) -> int:

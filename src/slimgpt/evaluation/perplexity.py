@@ -75,8 +75,8 @@ def perplexity(
     if longest is not None and window > longest:
         raise UsageError(f"window {window} is longer than the model's context of {longest} tokens")
     windows = ids[: count * window].view(count, window)
-    # Logits are the largest thing here: keep a batch's under about 2^27 numbers.
-    size = max(1, min(batch_size, (1 << 27) // (window * model.config.vocab_size)))
+    # Logits are the largest thing here: keep a batch's under about 2^25 numbers.
+    size = max(1, min(batch_size, (1 << 25) // (window * model.config.vocab_size)))
     total = 0.0
     for start in range(0, count, size):
         batch = windows[start : start + size].to(model.device)

@@ -79,7 +79,7 @@ def _one_round(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[fl
 
 
 _PROBE = """
-import json, resource, sys, torch
+import json, re, resource, sys, torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 logging.disable_progress_bar()
@@ -88,9 +88,13 @@ device = torch.device(sys.argv[3])
 model.to(device)
 ids = torch.arange(256).unsqueeze(0) % model.config.vocab_size
 model.generate(ids.to(device), attention_mask=torch.ones_like(ids).to(device), max_new_tokens=16, do_sample=False)
-peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-unit = 1 if sys.platform == "darwin" else 1024
-print(json.dumps({"peak": peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}))
+if device.type == "cuda":
+    peak = torch.cuda.max_memory_allocated(device)
+elif sys.platform == "linux":  # ru_maxrss would start at the parent's peak
+    peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+print(json.dumps({"peak": peak}))
 """
 
 

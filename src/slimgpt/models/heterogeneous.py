@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.slicing import State
 
 
-@lru_cache(maxsize=None)
+@cache
 def slim_class(base: type[PreTrainedModel], layers: str) -> type[PreTrainedModel]:
     """The subclass of a stock causal LM that builds every layer from its own config."""
     return type(f"Slim{base.__name__}", (SlimMixin, base), {"_slim_layers": layers, "__module__": __name__})
@@ -109,9 +109,7 @@ def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
 
 def layer_sizes(config: PreTrainedConfig) -> list[dict[str, int]]:
     """The widths of every layer, from the config."""
-    return [
-        {field: int(getattr(layer, field)) for field in SIZE_FIELDS} for layer in config.per_layer_config
-    ]
+    return [{field: int(getattr(layer, field)) for field in SIZE_FIELDS} for layer in config.per_layer_config]
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -78,10 +78,8 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     """
     refuse_remote_code(source, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(
-            source.location, trust_remote_code=trust_remote_code, **source.arguments
-        )
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.arguments)
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(
@@ -125,9 +123,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         ModelError: there is none or it cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(
-            source.location, trust_remote_code=trust_remote_code, **source.arguments
-        )
+        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:
         raise ModelError(f"cannot read the tokenizer of '{source.name}': {_first_line(error)}") from error
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimgpt.models.architectures import Architecture, Structure
+from slimgpt.models.architectures import Structure
 from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
 from slimgpt.models.slicing import slice_state
 

@@ -144,9 +144,7 @@ def _nearest(widths: range, wanted: float) -> int:
     return widths[min(max(steps, 0), len(widths) - 1)]
 
 
-def _per_layer(
-    shape: ModelShape, ratios: Sequence[float], head_unit: str, round_to: int
-) -> list[dict[str, int]]:
+def _per_layer(shape: ModelShape, ratios: Sequence[float], head_unit: str, round_to: int) -> list[dict[str, int]]:
     layers: list[dict[str, int]] = []
     carry = 0.0
     for i, (layer, r) in enumerate(zip(shape.layers, ratios)):

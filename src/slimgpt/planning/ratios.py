@@ -101,5 +101,7 @@ def layer_ratios(schedule: str | Sequence[float], n: int, ratio: float | None = 
     if mean == 0:
         raise PlanError("every listed ratio is 0: there is nothing to remove")
     if ratio is not None and abs(mean - ratio) > 0.002:
-        raise PlanError(f"the listed ratios have mean {mean:.4f}, but --ratio asks for {ratio:g}; leave one of them out")
+        raise PlanError(
+            f"the listed ratios have mean {mean:.4f}, but --ratio asks for {ratio:g}; leave one of them out"
+        )
     return ratios

@@ -69,7 +69,7 @@ def capture(
     hidden: list[Tensor] = []
     arguments: list[list[Arguments]] = []
     known: dict[int, list[Arguments]] = {}  # windows are unpadded: equal batch sizes give equal arguments
-    embedding_device = model.get_input_embeddings().weight.device
+    embedding_device = next(model.get_input_embeddings().parameters()).device
     calls: list[tuple[Tensor, Arguments]] = []
 
     def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -74,9 +74,7 @@ def prune_layers(
             before = count(layer)
             layers[index] = rebuild_layer(layer, with_sizes(configs[index], target), index, state).to(home)
             sizes[index] = dict(target)
-            yield LayerReport(
-                index, sizes[index], solve.kept, solve.error, before, count(layers[index]), solve.seconds
-            )
+            yield LayerReport(index, sizes[index], solve.kept, solve.error, before, count(layers[index]), solve.seconds)
     finally:
         apply_sizes(model, architecture, sizes)
 
@@ -122,7 +120,7 @@ class _Solver:
                 kept = self.criterion.channels(exact, damped, keep, self.generator)
             columns = unit_rows(W.shape[1], units, kept).to(W.device)
             W_kept = reconstruct(exact @ damped, damped, columns) if self.repair else exact[:, columns]
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(
                 f"{where}: the Hessian is not positive definite with damping {self.damping:g}; "
                 "raise --damping (0.01 is usual) or give more calibration tokens"
@@ -186,4 +184,6 @@ def check_finite(model: nn.Module) -> None:
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise NumericalError(f"the weights hold NaN or infinity in {name}; the file is damaged or training diverged")
+            raise NumericalError(
+                f"the weights hold NaN or infinity in {name}; the file is damaged or training diverged"
+            )

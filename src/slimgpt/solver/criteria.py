@@ -87,9 +87,7 @@ def _baseline(score: Score, source: str) -> Criterion:
 
 
 CRITERIA: dict[str, Criterion] = {
-    "slimgpt": Criterion(
-        partial(_obs_heads, "exact"), _obs_channels, True, "SlimGPT with the exact cost of a head"
-    ),
+    "slimgpt": Criterion(partial(_obs_heads, "exact"), _obs_channels, True, "SlimGPT with the exact cost of a head"),
     "paper": Criterion(
         partial(_obs_heads, "grouped_cholesky"), _obs_channels, True, "SlimGPT as published, arXiv 2412.18110"
     ),

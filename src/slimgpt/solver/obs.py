@@ -69,9 +69,7 @@ def head_scores(W: Tensor, blocks: Tensor, score: HeadScore) -> Tensor:
     return torch.linalg.solve_triangular(L, by_head, upper=False).square().sum((-2, -1))
 
 
-def select_heads(
-    W: Tensor, H: Tensor, units: int, keep: int, groups: int = 1, score: HeadScore = "exact"
-) -> Tensor:
+def select_heads(W: Tensor, H: Tensor, units: int, keep: int, groups: int = 1, score: HeadScore = "exact") -> Tensor:
     """Greedy choice of the heads that stay, one head at a time.
 
     Args:

@@ -1,0 +1,5 @@
+"""``python -m slimgpt``."""
+
+from slimgpt.cli import main
+
+main()
