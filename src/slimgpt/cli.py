@@ -75,7 +75,7 @@ def prune(
     schedule: Annotated[
         str | None,
         typer.Option(
-            help="log_increase, linear_increase, uniform, log_decrease, linear_decrease, or one ratio per layer: a,b,c.",
+            help="log_increase, linear_increase, uniform, log_decrease, linear_decrease, or a ratio per layer: a,b,c.",
             show_default="log_increase",
         ),
     ] = None,

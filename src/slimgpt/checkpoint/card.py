@@ -7,7 +7,7 @@ from slimgpt.pruning.report import PruneReport
 
 def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
     """README.md of a checkpoint: what it is, how to load it, what was removed, and how it was made."""
-    plan, settings = report.plan, report.settings
+    plan = report.plan
     base = report.base_model
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [slimgpt, pruned]"]
     if base.count("/") == 1 and not base.startswith((".", "/", "~")):

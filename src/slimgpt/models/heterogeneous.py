@@ -86,7 +86,7 @@ def architecture_of(config: PreTrainedConfig, model: nn.Module | None = None) ->
         raise UnsupportedFamilyError(f"model_type '{config.model_type}' is not supported: {found}; {supported}")
     if missing:
         raise UnsupportedFamilyError(
-            f"module '{missing}' was not found in {type(model).__name__} (model_type '{config.model_type}'); {supported}"
+            f"model_type '{config.model_type}': module '{missing}' was not found in {type(model).__name__}; {supported}"
         )
     return known
 

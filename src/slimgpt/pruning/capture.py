@@ -184,7 +184,7 @@ def run_with(
     if not results:
         return run_to(layer, until, hidden, arguments) if until else run_layer(layer, hidden, arguments)
     (name, result), *rest = results.items()
-    with _replaced(layer, name, lambda *args, **kwargs: result):
+    with _replaced(layer, name, lambda *_, **__: result):
         return run_with(layer, dict(rest), hidden, arguments, until)
 
 
