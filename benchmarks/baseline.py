@@ -1,0 +1,141 @@
+"""Perplexity of the paper's method and of ours at several sizes: the table in docs/baseline.md.
+
+    python benchmarks/baseline.py --calibration c4.jsonl --text wiki.test.raw --out docs/baseline
+
+writes docs/baseline.json and docs/baseline.md. `--model` takes what `slimgpt prune` takes; `--multi-head` first
+repeats every key and value head for each of its query heads, which gives an exact multi-head form of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import PreTrainedModel
+
+import slimgpt
+from slimgpt.api import versions
+from slimgpt.calibration import sample_windows
+from slimgpt.models.loading import as_device
+from slimgpt.pruning import total_seconds
+
+console = Console()
+
+
+def multi_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function with as many KV heads as query heads."""
+    config = copy.deepcopy(model.config)
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    config.num_key_value_heads = config.num_attention_heads
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            heads = tensor.unflatten(0, (-1, d))
+            state[name] = heads.repeat_interleave(repeats, 0).flatten(0, 1)
+    wide = type(model)(config).to(model.dtype)
+    wide.load_state_dict(state)
+    wide.tie_weights()
+    return wide.eval()
+
+
+def main(
+    calibration: Annotated[str, typer.Option(help="Calibration text, as for `slimgpt prune`.")],
+    text: Annotated[Path, typer.Option(help="Text for perplexity, such as wiki.test.raw.")],
+    out: Annotated[Path, typer.Option(help="Where to write, without a suffix.")],
+    model: str = "demo",
+    ratios: str = "0.2,0.33,0.5",
+    runs: Annotated[str, typer.Option(help="method:head_unit, with commas between.")] = "paper:kv,slimgpt:auto",
+    num_samples: int = 128,
+    seq_len: int = 512,
+    window: int = 512,
+    max_tokens: int | None = None,
+    multi_head_form: Annotated[bool, typer.Option("--multi-head")] = False,
+    device: str = "auto",
+    title: str = "SmolLM2-135M-Instruct",
+) -> None:
+    """Prune a model by several methods to several sizes and take the perplexity of each."""
+    target = as_device(device)
+    dense, tokenizer = slimgpt.load(model, dtype="float32")
+    if multi_head_form:
+        dense = multi_head(dense)
+    windows = sample_windows(tokenizer, calibration, num_samples, seq_len)
+
+    def quality(candidate: PreTrainedModel) -> float:
+        candidate.to(target)
+        found = slimgpt.evaluate(candidate, tokenizer, str(text), window=window, max_tokens=max_tokens)
+        return found.perplexity
+
+    rows = []
+    base = quality(copy.deepcopy(dense))
+    console.print(f"dense {base:.3f}")
+    for ratio in (float(r) for r in ratios.split(",")):
+        for run in runs.split(","):
+            method, head_unit = run.split(":")
+            slim = copy.deepcopy(dense)
+            start = time.perf_counter()
+            report = slimgpt.prune(
+                slim, None, ratio=ratio, calibration=windows, method=method, head_unit=head_unit, device=device
+            )
+            seconds = time.perf_counter() - start
+            row = {
+                "ratio": ratio,
+                "method": method,
+                "head_unit": report.plan.head_unit,
+                "achieved": report.plan.achieved,
+                "parameters": report.plan.parameters,
+                "perplexity": quality(slim),
+                "seconds": seconds,
+                "seconds_by_part": total_seconds(report.layers),
+            }
+            rows.append(row)
+            console.print(row)
+    result = {
+        "model": title,
+        "multi_head": multi_head_form,
+        "dense": {"parameters": report.plan.parameters_before, "perplexity": base},
+        "calibration": {**report.calibration, "source": Path(calibration).name},
+        "text": text.name,
+        "window": window,
+        "max_tokens": max_tokens,
+        "versions": versions(torch.device(target)),
+        "rows": rows,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(table(result), encoding="utf-8")
+    console.print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.md')}")
+
+
+def table(result: dict) -> str:
+    """The result as Markdown."""
+    c = result["calibration"]
+    form = ", multi-head form" if result["multi_head"] else ""
+    lines = [
+        f"# Baseline: {result['model']}{form}",
+        "",
+        f"Perplexity on `{result['text']}` at window {result['window']} (whole text, no overlap, fp32), after pruning "
+        f"on {c['num_samples']} x {c['seq_len']} tokens of `{c['source']}`; no retraining. "
+        "Written by `benchmarks/baseline.py`; the settings and seconds by part are in the JSON file beside it.",
+        "",
+        "| removed | method | head unit | achieved | parameters | perplexity | seconds |",
+        "|---|---|---|---|---|---|---|",
+        f"| 0 | dense | | | {result['dense']['parameters']:,} | {result['dense']['perplexity']:.2f} | |",
+    ]
+    lines += [
+        f"| {r['ratio']:.0%} | {r['method']} | {r['head_unit']} | {r['achieved']:.2%} | {r['parameters']:,} "
+        f"| {r['perplexity']:.2f} | {r['seconds']:.1f} |"
+        for r in result["rows"]
+    ]
+    lines += ["", "Made with " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)
