@@ -73,6 +73,23 @@ def main(
         return found.perplexity
 
     rows = []
+
+    def write() -> None:  # after every row: a long run that is stopped keeps what it has
+        result = {
+            "model": title,
+            "multi_head": multi_head_form,
+            "dense": {"parameters": report.plan.parameters_before, "perplexity": base},
+            "calibration": {**report.calibration, "source": Path(calibration).name},
+            "text": text.name,
+            "window": window,
+            "max_tokens": max_tokens,
+            "versions": versions(torch.device(target)),
+            "rows": rows,
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        out.with_suffix(".md").write_text(table(result), encoding="utf-8")
+
     base = quality(copy.deepcopy(dense))
     console.print(f"dense {base:.3f}")
     for ratio in (float(r) for r in ratios.split(",")):
@@ -96,31 +113,19 @@ def main(
             }
             rows.append(row)
             console.print(row)
-    result = {
-        "model": title,
-        "multi_head": multi_head_form,
-        "dense": {"parameters": report.plan.parameters_before, "perplexity": base},
-        "calibration": {**report.calibration, "source": Path(calibration).name},
-        "text": text.name,
-        "window": window,
-        "max_tokens": max_tokens,
-        "versions": versions(torch.device(target)),
-        "rows": rows,
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(table(result), encoding="utf-8")
+            write()
     console.print(f"wrote {out.with_suffix('.json')} and {out.with_suffix('.md')}")
 
 
 def table(result: dict) -> str:
     """The result as Markdown."""
     c = result["calibration"]
+    extent = f"first {result['max_tokens']:,} tokens" if result["max_tokens"] else "whole text"
     form = ", multi-head form" if result["multi_head"] else ""
     lines = [
         f"# Baseline: {result['model']}{form}",
         "",
-        f"Perplexity on `{result['text']}` at window {result['window']} (whole text, no overlap, fp32), after pruning "
+        f"Perplexity on `{result['text']}` at window {result['window']} ({extent}, no overlap, fp32), after pruning "
         f"on {c['num_samples']} x {c['seq_len']} tokens of `{c['source']}`; no retraining. "
         "Written by `benchmarks/baseline.py`; the settings and seconds by part are in the JSON file beside it.",
         "",
