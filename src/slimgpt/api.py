@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimgpt import assets
 from slimgpt.calibration import digest, sample_windows
 from slimgpt.checkpoint import check_output, save
-from slimgpt.config import PruneConfig
+from slimgpt.config import PruneConfig, parse_schedule
 from slimgpt.errors import CalibrationError, UsageError
 from slimgpt.evaluation import Perplexity, perplexity
 from slimgpt.models.heterogeneous import layer_sizes
@@ -56,6 +56,7 @@ def prune(
     damping: float = 0.01,
     seed: int = 0,
     device: str = "auto",
+    dtype: str = "auto",
     round_to: int = 1,
     uniform: bool = False,
     head_unit: str = "auto",
@@ -79,6 +80,7 @@ def prune(
         damping: share of the mean diagonal added to the Hessian's diagonal.
         seed: for the choice of text.
         device: where layers run, one at a time: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        dtype: convert the weights first: ``auto`` (leave them), ``float32``, ``float16`` or ``bfloat16``.
         round_to: every FFN width becomes a multiple of it.
         uniform: the same widths in all layers, so that a stock class holds the result.
         head_unit: remove ``kv`` heads with all their query heads, or ``query`` heads, equally many per KV head.
@@ -96,7 +98,7 @@ def prune(
     """
     config = make_config(
         ratio=ratio,
-        schedule=schedule if schedule is None or isinstance(schedule, str) else tuple(schedule),
+        schedule=schedule,
         method=method,
         repair=repair,
         head_unit=head_unit,
@@ -108,11 +110,14 @@ def prune(
         round_to=round_to,
         uniform=uniform,
     )
-    target = as_device(device)
+    target, wanted = as_device(device), as_dtype(dtype)
     shape = describe(model.config, model)
     plan = plan_for(model.config, config, shape)
     windows, source = calibration_windows(calibration, tokenizer, config, model.config.vocab_size)
-    name = str(getattr(model, "slimgpt_source", "") or model.config.name_or_path or type(model).__name__)
+    if isinstance(wanted, torch.dtype):
+        model.to(wanted)  # type: ignore[arg-type]
+        model.config.dtype = wanted
+    name = str(model.config.name_or_path or type(model).__name__)
     return run_plan(model, name, windows, source, plan, config, target, on_layer)
 
 
@@ -122,6 +127,11 @@ def make_config(**settings: Any) -> PruneConfig:
     Raises:
         UsageError: a value outside its range or an unknown method.
     """
+    schedule = settings.get("schedule")
+    if isinstance(schedule, str):
+        settings["schedule"] = parse_schedule(schedule)
+    elif schedule is not None:
+        settings["schedule"] = tuple(schedule)
     config = PruneConfig(**settings)
     if config.method not in CRITERIA:
         raise UsageError(f"method '{config.method}' is unknown; choose {', '.join(CRITERIA)}")
@@ -310,8 +320,6 @@ def prune_folder(
     Raises:
         SlimGPTError: as :func:`prune`, and for a model or an output folder that is refused.
     """
-    if isinstance(settings.get("schedule"), list):
-        settings["schedule"] = tuple(settings["schedule"])
     config = make_config(ratio=ratio, **settings)
     prepared = prepare(model, output, config, calibration, device, dtype, trust_remote_code, overwrite)
     slim, report = execute(prepared, on_layer=on_layer)

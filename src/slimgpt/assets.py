@@ -22,6 +22,9 @@ from slimgpt.errors import AssetError
 DEMO = "demo"
 """The name that stands for the demo model and for the demo text."""
 
+MODEL_NAME = "SmolLM2-135M-Instruct"
+"""What the demo model is called."""
+
 
 @dataclass(frozen=True)
 class Wheel:

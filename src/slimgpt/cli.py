@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from slimgpt.config import PruneConfig, parse_schedule
+from slimgpt import assets
+from slimgpt.config import PruneConfig
 from slimgpt.errors import OutputError, SlimGPTError, UsageError
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def prune(
     _quiet()
     config = make_config(
         ratio=ratio,
-        schedule=parse_schedule(schedule),
+        schedule=schedule,
         method=method,
         repair=repair,
         head_unit=head_unit,
@@ -331,7 +332,7 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
 
 def _print_demo(result: DemoResult) -> None:
     dense, slim = result.dense, result.slim
-    table = Table(title="SmolLM2-135M-Instruct", title_justify="left")
+    table = Table(title=assets.MODEL_NAME, title_justify="left")
     for column in ("", "before", "after", "after / before"):
         table.add_column(column, justify="left" if not column else "right")
     rows: list[tuple[str, float, float, str]] = [

@@ -54,6 +54,7 @@ class DemoResult:
             "ratio": self.report.plan.achieved,
             "pruning_seconds": self.report.seconds,
             "protocol": {
+                "model": assets.MODEL_NAME,
                 "text": "held-out State of the Union addresses",
                 "window": WINDOW,
                 "tokens": EVALUATION_TOKENS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slimgpt import assets
 from slimgpt.pruning.report import PruneReport
 
 
@@ -96,4 +97,5 @@ def _command(report: PruneReport) -> str:
     words = [f"--{name} {value}" for name, value in options.items()]
     words += ["--uniform"] * settings.uniform
     words += [] if settings.repair is None else ["--repair" if settings.repair else "--no-repair"]
-    return " \\\n    ".join([f"slimgpt prune {report.base_model} OUT", *words])
+    model = assets.DEMO if report.base_model == assets.MODEL_NAME else report.base_model
+    return " \\\n    ".join([f"slimgpt prune {model} OUT", *words])

@@ -53,7 +53,7 @@ def locate(name: str) -> Source:
     """
     if name == assets.DEMO:
         file = assets.demo_model()
-        return Source("SmolLM2-135M-Instruct", str(file.parent), file.name)
+        return Source(assets.MODEL_NAME, str(file.parent), file.name)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -171,6 +171,7 @@ def load_model(
             f"{source.name} lacks {len(missing)} weights, the first is {missing[0]}; "
             "transformers would fill them with random numbers"
         )
+    model.config.name_or_path = source.name  # what reports and cards say, rather than a path of this machine
     # A GGUF file is de-quantised on the way in; with the mark left on, the model could not be saved.
     for holder in (model.config, model):
         for mark in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):
