@@ -132,6 +132,13 @@ def prune(
     with out.status("checking the request and reading the text"):
         prepared = prepare(model, output, config, calibration, device, dtype, trust_remote_code, overwrite)
     _print_plan(prepared.plan)
+    widest = max(layer.sizes["intermediate_size"] for layer in prepared.shape.layers)
+    if prepared.windows.numel() < 2 * widest:
+        out.print(
+            f"[yellow]note:[/] {prepared.windows.numel():,} calibration tokens are few for matrices of {widest:,} "
+            "columns: the repair fits them and not the text behind them; raise --num-samples or --seq-len",
+            soft_wrap=True,
+        )
     with _layer_progress() as on_layer:
         slim, report = execute(prepared, on_layer=on_layer)
     with out.status(f"saving {prepared.output}"):
