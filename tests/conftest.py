@@ -1,0 +1,51 @@
+"""Folders and texts that many tests need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tests.families import VOCABULARY, tiny_model
+
+SENTENCES = [
+    "The river runs past the old mill and on to the sea.",
+    "A small model that answers at once is worth more than a large one that does not.",
+    "She counted the heads, the channels and the layers, and wrote them down.",
+    "Nothing is removed that the rest cannot make up for.",
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer trained on a few sentences, with an end token and no start token."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<unk>", "<end>", "<start>"])
+    inner.train_from_iterator(SENTENCES, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory, tokenizer) -> Path:
+    """A tiny Llama with its tokenizer, as transformers saves it."""
+    folder = tmp_path_factory.mktemp("dense") / "tiny-llama"
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """Text of a few thousand tokens, in an order that does not repeat."""
+    generator = torch.Generator().manual_seed(0)
+    words = " ".join(SENTENCES).split()
+    order = torch.randint(len(words), (2000,), generator=generator).tolist()
+    lines = [" ".join(words[i] for i in order[start : start + 12]) for start in range(0, len(order), 12)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
