@@ -1,0 +1,62 @@
+"""Slicing against indices written out by hand."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slimgpt.models import ARCHITECTURES
+from slimgpt.models.slicing import slice_state, unit_rows
+
+
+@given(units=st.integers(1, 9), d=st.integers(1, 5), data=st.data())
+def test_unit_rows(units, d, data):
+    kept = sorted(data.draw(st.sets(st.integers(0, units - 1), min_size=1)))
+    rows = unit_rows(units * d, units, torch.tensor(kept))
+    assert rows.tolist() == [row for row in range(units * d) if row // d in kept]
+
+
+def test_an_axis_that_does_not_split():
+    with pytest.raises(ValueError, match="does not split"):
+        unit_rows(10, 3, torch.tensor([0]))
+
+
+def test_fused_parts_of_unequal_length():
+    sizes = {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 5}
+    d, hidden = 4, 7
+    qkv = torch.arange((6 + 3 + 3) * d * hidden).view(-1, hidden).float()
+    gate_up = torch.arange(10 * hidden).view(-1, hidden).float()
+    state = {
+        "self_attn.qkv_proj.weight": qkv,
+        "self_attn.o_proj.weight": torch.zeros(hidden, 24),
+        "mlp.gate_up_proj.weight": gate_up,
+        "mlp.down_proj.weight": torch.zeros(hidden, 5),
+        "input_layernorm.weight": torch.ones(hidden),
+    }
+    q, k, v = qkv[:24], qkv[24:36], qkv[36:]
+    phi3 = ARCHITECTURES["phi3"]
+
+    found = slice_state(state, phi3.attention, sizes, torch.tensor([0, 2]), torch.ones(hidden, 16))
+    expected = torch.cat([q[:8], q[16:24], k[:4], k[8:12], v[:4], v[8:12]])
+    assert torch.equal(found["self_attn.qkv_proj.weight"], expected)
+    assert torch.equal(found["self_attn.o_proj.weight"], torch.ones(hidden, 16))
+    assert found["input_layernorm.weight"] is state["input_layernorm.weight"]
+
+    found = slice_state(state, phi3.queries, sizes, torch.tensor([1, 2, 5]), torch.ones(hidden, 12))
+    expected = torch.cat([q[4:12], q[20:24], k, v])
+    assert torch.equal(found["self_attn.qkv_proj.weight"], expected)
+
+    found = slice_state(state, phi3.ffn, sizes, torch.tensor([1, 4]), torch.ones(hidden, 2))
+    assert torch.equal(found["mlp.gate_up_proj.weight"], gate_up[[1, 4, 6, 9]])
+    assert torch.equal(state["mlp.gate_up_proj.weight"], gate_up)
+
+
+def test_biases_go_with_their_rows():
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 3}
+    state = {f"self_attn.{p}_proj.weight": torch.randn(8 if p == "q" else 4, 5) for p in "qkv"}
+    state |= {f"self_attn.{p}_proj.bias": torch.randn(8 if p == "q" else 4) for p in "qkv"}
+    state["self_attn.o_proj.weight"], state["self_attn.o_proj.bias"] = torch.randn(5, 8), torch.randn(5)
+    found = slice_state(state, ARCHITECTURES["llama"].attention, sizes, torch.tensor([1]), torch.zeros(5, 4))
+    assert torch.equal(found["self_attn.q_proj.bias"], state["self_attn.q_proj.bias"][4:])
+    assert torch.equal(found["self_attn.k_proj.bias"], state["self_attn.k_proj.bias"][2:])
+    assert torch.equal(found["self_attn.o_proj.bias"], state["self_attn.o_proj.bias"])

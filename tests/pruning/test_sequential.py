@@ -1,0 +1,139 @@
+"""The loop over the layers against the same thing done by hand."""
+
+import copy
+
+import pytest
+import torch
+
+import slimgpt
+from slimgpt.errors import NumericalError
+from slimgpt.models.heterogeneous import layer_sizes
+from slimgpt.models.slicing import unit_rows
+from tests.families import tiny_model, windows
+
+IDS = windows()
+
+
+def inputs_of(model, module) -> torch.Tensor:
+    """All inputs of a module over the calibration tokens, ``(tokens, n)``."""
+    seen = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(IDS)
+    handle.remove()
+    return torch.cat(seen)
+
+
+def closed_form(W, x, kept):
+    H = x.T @ x / len(x)
+    H = H + 0.01 * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
+    return (W @ H)[:, kept] @ torch.linalg.inv(H[kept][:, kept])
+
+
+@pytest.mark.parametrize("method", ["slimgpt", "paper"])
+def test_every_repair_is_the_closed_form_on_the_stream_of_the_layers_before(method):
+    """Layers before are slim, the attention before the FFN is slim, the matrix itself and all behind it are dense."""
+    dense = tiny_model("llama").double()
+    slim = copy.deepcopy(dense)
+    report = slimgpt.prune(slim, None, 0.3, IDS, method=method, head_unit="kv", batch_size=5, device="cpu")
+    mixed = copy.deepcopy(dense)  # becomes slim as the loop goes; zeroed columns stand for removed ones
+    for layer in report.layers:
+        before, after = mixed.model.layers[layer.layer], slim.model.layers[layer.layer]
+        for name, path, units in (
+            ("heads", "self_attn.o_proj", 3),
+            ("channels", "mlp.down_proj", 52),
+        ):
+            linear = before.get_submodule(path)
+            kept = unit_rows(linear.weight.shape[1], units, torch.tensor(layer.kept[name]))
+            expected = closed_form(linear.weight.detach(), inputs_of(mixed, linear), kept)
+            found = after.get_submodule(path).weight.detach()
+            # The sums are kept in fp32.
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+            with torch.no_grad():
+                linear.weight.zero_()
+                linear.weight[:, kept] = found
+
+
+def test_reported_errors_are_those_on_the_tokens():
+    dense = tiny_model("llama").double()
+    slim = copy.deepcopy(dense)
+    report = slimgpt.prune(slim, None, 0.4, IDS, schedule="uniform", head_unit="kv", device="cpu")
+    first = dense.model.layers[0].self_attn.o_proj
+    x = inputs_of(dense, first)
+    assert report.layers[0].kept["heads"] != [0, 1, 2]
+    kept = unit_rows(x.shape[1], 3, torch.tensor(report.layers[0].kept["heads"]))
+    full = x @ first.weight.detach().T
+    difference = full - x[:, kept] @ slim.model.layers[0].self_attn.o_proj.weight.detach().T
+    expected = float(difference.square().sum() / full.square().sum())
+    assert report.layers[0].error["heads"] == pytest.approx(expected, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "random"])
+def test_baselines_leave_the_weights_and_repair_can_be_switched(method):
+    dense = tiny_model("llama")
+    plain, repaired = copy.deepcopy(dense), copy.deepcopy(dense)
+    options = {"method": method, "schedule": "uniform", "head_unit": "kv", "device": "cpu"}
+    report = slimgpt.prune(plain, None, 0.4, IDS, **options)
+    other = slimgpt.prune(repaired, None, 0.4, IDS, repair=True, **options)
+    kept = unit_rows(60, 3, torch.tensor(report.layers[0].kept["heads"]))
+    W = dense.model.layers[0].self_attn.o_proj.weight
+    assert torch.equal(plain.model.layers[0].self_attn.o_proj.weight, W[:, kept])
+    assert report.layers[0].kept["heads"] == other.layers[0].kept["heads"]
+    assert other.layers[0].error["heads"] < report.layers[0].error["heads"]
+
+
+def test_batch_size_changes_nothing_but_rounding():
+    dense = tiny_model("qwen3")
+    one, all_at_once = copy.deepcopy(dense), copy.deepcopy(dense)
+    a = slimgpt.prune(one, None, 0.3, IDS, batch_size=1, device="cpu")
+    b = slimgpt.prune(all_at_once, None, 0.3, IDS, batch_size=12, device="cpu")
+    assert [layer.kept for layer in a.layers] == [layer.kept for layer in b.layers]
+    with torch.no_grad():
+        torch.testing.assert_close(one(IDS).logits, all_at_once(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_bad_weights_name_the_tensor():
+    model = tiny_model("llama")
+    model.model.layers[2].self_attn.q_proj.weight.data[1, 1] = float("nan")
+    with pytest.raises(NumericalError, match=r"layers\.2\.self_attn\.q_proj\.weight"):
+        slimgpt.prune(model, None, 0.3, IDS, device="cpu")
+
+
+def test_overflowing_activations_name_the_layer():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.gate_proj.weight.data.fill_(3e38)
+    with pytest.raises(NumericalError, match="layer 1"):
+        slimgpt.prune(model, None, 0.3, IDS, device="cpu")
+
+
+def test_too_few_tokens_without_damping_say_what_to_do():
+    model = tiny_model("llama")
+    with pytest.raises(NumericalError, match="raise --damping"):
+        slimgpt.prune(model, None, 0.3, IDS[:1, :8], damping=0.0, device="cpu")
+
+
+def test_an_interrupted_run_leaves_a_model_that_runs_and_saves(tmp_path):
+    model = tiny_model("llama")
+
+    def stop(report, _):
+        if report.layer == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        slimgpt.prune(model, None, 0.3, IDS, device="cpu", on_layer=stop)
+    widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+    assert [sizes["intermediate_size"] for sizes in layer_sizes(model.config)] == widths
+    assert widths[0] < 52
+    assert widths[2:] == [52, 52]
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()
+    slimgpt.save(model, None, None, tmp_path / "partial")
+
+
+def test_half_precision_and_dtype():
+    model = tiny_model("llama")
+    report = slimgpt.prune(model, None, 0.3, IDS, dtype="bfloat16", device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert report.plan.achieved == pytest.approx(0.3, abs=0.01)
+    with torch.no_grad():
+        assert model(IDS).logits.isfinite().all()

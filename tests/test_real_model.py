@@ -1,0 +1,76 @@
+"""The whole way on a real pretrained model and real text."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import slimgpt
+
+pytestmark = pytest.mark.skipif(os.environ.get("SLIMGPT_OFFLINE") == "1", reason="SLIMGPT_OFFLINE=1: no PyPI")
+
+RELOAD = """
+import sys
+sys.modules["slimgpt"] = None
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+inputs = AutoTokenizer.from_pretrained(sys.argv[1])("The state of the Union is", return_tensors="pt")
+with torch.no_grad():
+    found = {"logits": model(**inputs).logits}
+    for cache in (True, False):
+        found[f"generate.{cache}"] = model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=cache)
+save_file(found, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return slimgpt.load("demo")
+
+
+def quality(model, tokenizer):
+    return slimgpt.evaluate(model, tokenizer, "demo", window=256, max_tokens=2048).perplexity
+
+
+def test_smollm2_from_load_to_a_folder_that_loads_elsewhere(dense, tmp_path):
+    model, tokenizer = dense
+    before, numbers = quality(model, tokenizer), sum(p.numel() for p in model.parameters())
+    report = slimgpt.prune(model, tokenizer, ratio=0.2, calibration="demo", num_samples=16, seq_len=256, device="cpu")
+    assert report.plan.achieved == pytest.approx(0.2, abs=0.002)
+    assert sum(p.numel() for p in model.parameters()) == report.plan.parameters < numbers
+    after = quality(model, tokenizer)
+    assert before < after < 1.6 * before
+
+    slimgpt.save(model, tokenizer, report, tmp_path / "slim")
+    weights = (tmp_path / "slim" / "model.safetensors").stat().st_size
+    assert weights == pytest.approx(4 * report.plan.parameters, rel=1e-3)
+    assert json.loads((tmp_path / "slim" / "slimgpt.json").read_text())["base_model"] == "SmolLM2-135M-Instruct"
+    assert slimgpt.inspect(str(tmp_path / "slim")).parameters == report.plan.parameters
+
+    script, out = tmp_path / "reload.py", tmp_path / "out.safetensors"
+    script.write_text(RELOAD)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, str(script), str(tmp_path / "slim"), str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(out)
+    with torch.no_grad():
+        logits = model(**tokenizer("The state of the Union is", return_tensors="pt")).logits
+    assert torch.equal(found["logits"], logits)
+    assert torch.equal(found["generate.True"], found["generate.False"])
+
+
+@pytest.mark.slow
+def test_ours_beats_the_paper_and_the_paper_beats_the_baselines():
+    found = {}
+    for method in ("slimgpt", "paper", "wanda", "magnitude"):
+        model, tokenizer = slimgpt.load("demo")
+        slimgpt.prune(model, tokenizer, 0.33, "demo", method=method, num_samples=32, seq_len=512, device="cpu")
+        found[method] = quality(model, tokenizer)
+    assert found["slimgpt"] < found["paper"] < min(found["wanda"], found["magnitude"])
