@@ -116,6 +116,7 @@ def run_demo(
     say("timing both models in turn")
     dense, _ = load(str(dense_folder))  # `model` itself is the slim one by now
     speeds = measure_speed([dense, slim])
+    del model, slim, dense  # the fresh processes need the memory
     say("loading both folders with plain transformers in fresh processes")
     memory = [peak_memory(str(dense_folder), own_code=False), peak_memory(str(folder), own_code=True)]
     sides = [
