@@ -140,6 +140,19 @@ def test_evaluate_writes_the_protocol(dense_folder, text_file, tmp_path):
     assert "exists" in again.stderr
 
 
+def test_evaluate_takes_a_slim_folder(prune, text_file):
+    _, slim = prune("--ratio", 0.3)
+    result = run("evaluate", slim, "--text", text_file, "--window", 32, "--max-tokens", 640)
+    assert result.exit_code == 0, result.output
+    model, tokenizer = slimgpt.load(str(slim))
+    expected = slimgpt.evaluate(model, tokenizer, str(text_file), window=32, max_tokens=640).perplexity
+    assert f"perplexity {expected:.4f} at window 32" in result.output
+
+
+def test_version():
+    assert run("--version").output == f"slimgpt {slimgpt.__version__}\n"
+
+
 def test_inspect(prune, dense_folder):
     _, slim = prune("--ratio", 0.3)
     for folder in (dense_folder, slim):

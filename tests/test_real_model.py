@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import slimgpt
+from slimgpt.cli import app
 
 pytestmark = pytest.mark.skipif(os.environ.get("SLIMGPT_OFFLINE") == "1", reason="SLIMGPT_OFFLINE=1: no PyPI")
 
@@ -74,3 +76,18 @@ def test_ours_beats_the_paper_and_the_paper_beats_the_baselines():
         slimgpt.prune(model, tokenizer, 0.33, "demo", method=method, num_samples=32, seq_len=512, device="cpu")
         found[method] = quality(model, tokenizer)
     assert found["slimgpt"] < found["paper"] < min(found["wanda"], found["magnitude"])
+
+
+@pytest.mark.slow
+def test_demo_ends_with_the_table(tmp_path):
+    result = CliRunner().invoke(app, ["demo", str(tmp_path / "demo"), "--num-samples", "8", "--seq-len", "256"])
+    assert result.exit_code == 0, result.output
+    values = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    before, after = values["dense"], values["slim"]
+    for name in ("parameters", "bytes", "peak_memory"):
+        assert after[name] < before[name]
+    assert after["perplexity"] > before["perplexity"]
+    assert f"{after['parameters']:,}" in result.output
+    assert after["sample"] != before["sample"]
+    assert (tmp_path / "demo" / "slim" / "widths.png").stat().st_size > 5000
+    assert (tmp_path / "demo" / "slim" / "README.md").read_text().count("held-out speeches") == 1

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from slimgpt.pruning import LayerReport, PruneReport
 
 app = typer.Typer(
-    help="Make a trained language model smaller: remove attention heads and FFN channels, repair the rest in closed "
-    "form, save a checkpoint that loads anywhere.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,6 +61,27 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(130) from None
 
     return wrapped
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"slimgpt {version('slimgpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Make a trained language model smaller.
+
+    It removes attention heads and FFN channels, repairs the rest in closed form, and saves a checkpoint that loads
+    anywhere.
+    """
 
 
 @app.command()
