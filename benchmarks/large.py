@@ -31,6 +31,7 @@ SHAPES = {
 def main(
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
     shape: str = "llama-7b",
+    layers: Annotated[int | None, typer.Option(help="Only so many layers.")] = None,
     num_samples: int = 128,
     seq_len: int = 2048,
     ratio: float = 0.2,
@@ -40,7 +41,7 @@ def main(
     dtype: str = "bfloat16",
 ) -> None:
     """Prune a model with random weights and write what it took."""
-    s = SHAPES[shape]
+    s = {**SHAPES[shape], **({"layers": layers} if layers else {})}
     target = as_device(device)
     config = AutoConfig.for_model(
         "llama",
@@ -73,7 +74,7 @@ def main(
     }
     by_part = total_seconds(report.layers)
     result = {
-        "shape": shape,
+        "shape": {"name": shape, **s},
         "tokens": tokens,
         "ratio": report.plan.achieved,
         "method": method,

@@ -5,6 +5,12 @@ from __future__ import annotations
 from slimgpt import assets
 from slimgpt.pruning.report import PruneReport
 
+WIDTHS_DIFFER = (
+    "The layers differ in width (`per_layer_config` in config.json), so this needs transformers 5.20 or later; its "
+    "note about reading global config values on the way in is harmless.",
+    "",
+)
+
 
 def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
     """README.md of a checkpoint: what it is, how to load it, what was removed, and how it was made."""
@@ -34,6 +40,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
         "```",
         "",
+        *(WIDTHS_DIFFER if own_code else ()),
         "| | before | after |",
         "|---|---|---|",
         f"| parameters | {plan.parameters_before:,} | {plan.parameters:,} |",
