@@ -1,0 +1,38 @@
+"""The command line: parse, call, print. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from slimgpt.cli import demo, evaluate, inspect, prune  # importing a module registers its commands
+from slimgpt.cli.console import app
+
+__all__ = ["app", "demo", "evaluate", "inspect", "main", "prune"]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"slimgpt {version('slimgpt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Make a trained language model smaller.
+
+    It removes attention heads and FFN channels, repairs the rest in closed form, and saves a checkpoint that loads
+    anywhere.
+    """
+
+
+def main() -> None:
+    """Entry point of the ``slimgpt`` command."""
+    app()

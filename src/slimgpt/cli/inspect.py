@@ -1,0 +1,52 @@
+"""``slimgpt inspect``."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from slimgpt.cli.console import ModelArgument, TrustOption, app, friendly, out, quiet
+
+
+@app.command()
+@friendly
+def inspect(
+    model: ModelArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Widths per layer, parameters, bytes, and what was removed. Loads no weights."""
+    from slimgpt.checkpoint import inspect as run
+
+    quiet()
+    found = run(model, trust_remote_code)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    plan = (found.pruned or {}).get("plan")
+    base = (found.pruned or {}).get("base_model")
+    before = [layer["parameters_before"] for layer in found.pruned["layers"]] if found.pruned else None
+    table = Table(title=f"{found.model} ({found.model_type})", title_justify="left")
+    for column in ("layer", "heads", "KV heads", "FFN channels", "parameters", *(["removed"] if before else [])):
+        table.add_column(column, justify="right")
+    for index, layer in enumerate(found.layers):
+        row = [
+            str(index),
+            *(str(layer.sizes[field]) for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size")),
+            f"{layer.parameters:,}",
+        ]
+        table.add_row(*row, *([f"{1 - layer.parameters / before[index]:.1%}"] if before else []))
+    out.print(table)
+    out.print(f"parameters     {found.parameters:,}, of which {found.layer_parameters:,} in the decoder layers")
+    if found.bytes is not None:
+        out.print(f"bytes on disk  {found.bytes:,}")
+    out.print(f"layers         {'all of the same widths' if found.uniform else 'of different widths'}")
+    if plan:
+        out.print(
+            f"pruned         {plan['achieved']:.2%} of the decoder layers of {base}, which had "
+            f"{plan['parameters_before']:,} parameters",
+            soft_wrap=True,
+        )
