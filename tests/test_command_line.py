@@ -309,7 +309,7 @@ def test_remote_code_is_refused_without_the_flag(refused, dense_folder, tmp_path
     refused("--trust-remote-code", model=folder)
 
 
-def test_ctrl_c_leaves_no_folder(tmp_path, tokenizer, text_file):
+def test_ctrl_c_leaves_no_folder_that_looks_finished(tmp_path, tokenizer, text_file):
     model = tiny_model("llama", num_hidden_layers=24, hidden_size=240, intermediate_size=2048)
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
@@ -324,4 +324,6 @@ def test_ctrl_c_leaves_no_folder(tmp_path, tokenizer, text_file):
         _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130, stderr
     assert "interrupted" in stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+    assert "--resume" in stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".slim.unfinished", "dense"]
+    assert list((tmp_path / ".slim.unfinished").rglob("config.json")) == []

@@ -17,6 +17,7 @@ from slimgpt.models import ARCHITECTURES
 from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.models.slicing import unit_rows
 from slimgpt.pruning.capture import capture, run_layer, run_to, run_with
+from slimgpt.pruning.memory import Shelf
 from tests.families import tiny_model, windows
 
 FAMILIES = list(ARCHITECTURES)
@@ -54,9 +55,10 @@ def test_replaying_the_layers_is_the_models_own_forward(family):
     model = tiny_model(family)
     with torch.no_grad():
         expected = model.model(IDS, use_cache=False).last_hidden_state
-        stream = capture(model, model.model.layers, IDS, 1, torch.device("cpu"))
-        assert len(stream.hidden) == 2
-        for number, hidden in enumerate(stream.hidden):
+        stream = capture(model, model.model.layers, IDS, 1, Shelf("device", torch.device("cpu")))
+        assert len(stream) == 2
+        for number in range(2):
+            hidden = stream.hidden.get(number)
             for index, layer in enumerate(model.model.layers):
                 kwargs = stream.arguments[number][index]
                 whole = run_layer(layer, hidden, kwargs)
@@ -170,12 +172,12 @@ def test_attention_implementation_reaches_the_layers(family):
 
 def test_run_to_stops_before_the_output_matrix():
     model = tiny_model("llama")
-    stream = capture(model, model.model.layers, IDS, 2, torch.device("cpu"))
+    stream = capture(model, model.model.layers, IDS, 2, Shelf("device", torch.device("cpu")))
     seen = []
     linear = model.model.layers[0].self_attn.o_proj
     linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.no_grad():
-        run_layer(model.model.layers[0], stream.hidden[0], stream.arguments[0][0])
-        part = run_to(model.model.layers[0], "self_attn.o_proj", stream.hidden[0], stream.arguments[0][0])
+        run_layer(model.model.layers[0], stream.hidden.get(0), stream.arguments[0][0])
+        part = run_to(model.model.layers[0], "self_attn.o_proj", stream.hidden.get(0), stream.arguments[0][0])
     assert torch.equal(part.inputs, seen[0])
     assert len(seen) == 1

@@ -6,9 +6,10 @@
 >>> slimgpt.save(model, tokenizer, report, "slim/")
 """
 
-from slimgpt.api import evaluate, prune, prune_folder
+from slimgpt.api import evaluate, prune
 from slimgpt.checkpoint import inspect, save
 from slimgpt.errors import SlimGPTError
+from slimgpt.folders import prune_folder
 from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load
 from slimgpt.planning import Plan, make_plan
 from slimgpt.pruning import PruneReport

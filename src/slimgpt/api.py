@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,31 +16,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt import assets
 from slimgpt.calibration import digest, sample_windows
-from slimgpt.checkpoint import check_output, save
 from slimgpt.config import PruneConfig, parse_schedule
 from slimgpt.errors import CalibrationError, UsageError
 from slimgpt.evaluation import Perplexity, perplexity
 from slimgpt.models.heterogeneous import layer_sizes
-from slimgpt.models.loading import (
-    Source,
-    as_device,
-    as_dtype,
-    check_files,
-    load_config,
-    load_model,
-    load_tokenizer,
-    locate,
-)
+from slimgpt.models.loading import as_device, as_dtype
+from slimgpt.models.loading import forward_dtype as choose_forward_dtype
 from slimgpt.models.shape import ModelShape, describe
 from slimgpt.planning import Plan, make_plan
-from slimgpt.pruning import LayerReport, PruneReport, prune_layers
+from slimgpt.pruning import LayerReport, Placement, PruneReport, Run, memory_need, parse_bytes, place, prune_model
 from slimgpt.solver import CRITERIA
 
 OnLayer = Callable[[LayerReport, Plan], None]
 """Called after every layer, with what was done to it and the whole plan."""
-
-SIDE_FILES = 64 << 20
-"""Bytes that tokenizer, card and report may take beside the weights, generously."""
 
 
 def prune(
@@ -62,6 +50,8 @@ def prune(
     head_unit: str = "auto",
     repair: bool | None = None,
     batch_size: int = 4,
+    forward_dtype: str = "auto",
+    memory: str | None = None,
     on_layer: OnLayer | None = None,
 ) -> PruneReport:
     """Prune a model in place.
@@ -86,6 +76,9 @@ def prune(
         head_unit: remove ``kv`` heads with all their query heads, or ``query`` heads, equally many per KV head.
         repair: solve for the weights that stay; by default as the method's authors do.
         batch_size: windows that go through a layer together.
+        forward_dtype: of the forward passes over the calibration tokens: ``auto``, ``float32``, ``float16`` or
+            ``bfloat16``; weights are scored and repaired in their own type whatever it is.
+        memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
 
     Returns:
@@ -109,7 +102,9 @@ def prune(
         seed=seed,
         round_to=round_to,
         uniform=uniform,
+        forward_dtype=forward_dtype,
     )
+    budget = parse_bytes(memory) if memory else None
     target, wanted = as_device(device), as_dtype(dtype)
     shape = describe(model.config, model)
     plan = plan_for(model.config, config, shape)
@@ -118,7 +113,7 @@ def prune(
         model.to(wanted)  # type: ignore[arg-type]
         model.config.dtype = wanted
     name = str(model.config.name_or_path or type(model).__name__)
-    return run_plan(model, name, windows, source, plan, config, target, on_layer)
+    return run_plan(model, name, windows, source, plan, config, target, on_layer, budget)
 
 
 def make_config(**settings: Any) -> PruneConfig:
@@ -179,17 +174,18 @@ def run_plan(
     config: PruneConfig,
     device: torch.device,
     on_layer: OnLayer | None,
+    budget: int | None = None,
 ) -> PruneReport:
-    """Drive the loop over the layers and gather its reports."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and windows.shape[1] > longest:
-        raise CalibrationError(
-            f"windows of {windows.shape[1]} tokens are longer than the model's context of {longest}; lower --seq-len"
-        )
+    """Prune a model in memory and gather the reports of its layers."""
+    check_context(model.config, windows)
     start = time.perf_counter()
     dense = tuple(layer_sizes(model.config))
+    stored = next(model.parameters()).dtype
+    dtype = choose_forward_dtype(config.forward_dtype, stored, device)
+    copied = dtype not in (None, stored) or next(model.parameters()).device != device
+    placement = place(memory_need(model, windows, plan, config, dtype, copied), device, budget)
     reports = []
-    for report in prune_layers(model, windows, plan, config, device):
+    for report in prune_model(model, windows, plan, config, Run(device, placement, dtype)):
         reports.append(report)
         if on_layer:
             on_layer(report, plan)
@@ -200,15 +196,43 @@ def run_plan(
         plan=plan,
         dense_sizes=dense,
         layers=tuple(reports),
-        calibration={
-            "source": source,
-            "num_samples": windows.shape[0],
-            "seq_len": windows.shape[1],
-            "sha256": digest(windows),
-        },
+        calibration=described(windows, source),
         versions=versions(device),
         seconds=time.perf_counter() - start,
+        execution=execution(dtype or stored, placement),
     )
+
+
+def check_context(model_config: Any, windows: Tensor) -> None:
+    """Refuse windows that the model has no positions for.
+
+    Raises:
+        CalibrationError: they are too long.
+    """
+    longest = getattr(model_config, "max_position_embeddings", None)
+    if longest is not None and windows.shape[1] > longest:
+        raise CalibrationError(
+            f"windows of {windows.shape[1]} tokens are longer than the model's context of {longest}; lower --seq-len"
+        )
+
+
+def described(windows: Tensor, source: str) -> dict[str, Any]:
+    """What a report says of the calibration tokens."""
+    return {
+        "source": source,
+        "num_samples": windows.shape[0],
+        "seq_len": windows.shape[1],
+        "sha256": digest(windows),
+    }
+
+
+def execution(dtype: torch.dtype, placement: Placement, processes: int = 1) -> dict[str, Any]:
+    """What a report says of how a run went about its work."""
+    return {
+        "forward_dtype": str(dtype).removeprefix("torch."),
+        "placement": placement.to_json(),
+        "processes": processes,
+    }
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -217,114 +241,6 @@ def versions(device: torch.device) -> dict[str, str]:
     found |= {name: version(name) for name in ("slimgpt", "torch", "transformers", "safetensors")}
     found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return found
-
-
-@dataclass
-class Prepared:
-    """Everything about a run that could be checked without loading weights."""
-
-    source: Source
-    output: Path
-    model_config: Any
-    tokenizer: PreTrainedTokenizerBase
-    config: PruneConfig
-    shape: ModelShape
-    plan: Plan
-    windows: Tensor
-    calibration: str
-    device: torch.device
-    dtype: str
-    trust_remote_code: bool
-    overwrite: bool
-
-
-def prepare(
-    model: str,
-    output: str | Path,
-    config: PruneConfig,
-    calibration: str = assets.DEMO,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-) -> Prepared:
-    """Check a run from folder to folder before anything long begins: model, plan, output, disk, text.
-
-    Raises:
-        SlimGPTError: whatever is wrong with the request.
-    """
-    target = as_device(device)
-    as_dtype(dtype)
-    path = check_output(output, overwrite)
-    source = locate(model)
-    model_config = load_config(source, trust_remote_code)
-    shape = describe(model_config)
-    plan = plan_for(model_config, config, shape)
-    stored = str(model_config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
-    bytes_each = 2 if stored in ("float16", "bfloat16") else 4
-    check_output(output, overwrite, plan.parameters * bytes_each + SIDE_FILES)
-    check_files(source)
-    tokenizer = load_tokenizer(source, trust_remote_code)
-    windows, text = calibration_windows(calibration, tokenizer, config, model_config.vocab_size)
-    return Prepared(
-        source=source,
-        output=path,
-        model_config=model_config,
-        tokenizer=tokenizer,
-        config=config,
-        shape=shape,
-        plan=plan,
-        windows=windows,
-        calibration=text,
-        device=target,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-    )
-
-
-def execute(
-    prepared: Prepared, model: PreTrainedModel | None = None, on_layer: OnLayer | None = None
-) -> tuple[PreTrainedModel, PruneReport]:
-    """Load (unless the model is given) and prune what :func:`prepare` has checked."""
-    p = prepared
-    if model is None:
-        model = load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code)
-    report = run_plan(model, p.source.name, p.windows, p.calibration, p.plan, p.config, p.device, on_layer)
-    return model, report
-
-
-def prune_folder(
-    model: str,
-    output: str | Path,
-    ratio: float | None = None,
-    calibration: str = assets.DEMO,
-    *,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-    on_layer: OnLayer | None = None,
-    **settings: Any,
-) -> PruneReport:
-    """Prune from a model's name to a new folder, with everything checked before the weights are loaded.
-
-    Args:
-        model: a hub id, a local folder, a ``.gguf`` file, or ``demo``.
-        output: the folder to write.
-        dtype: of the weights: ``auto`` (as stored), ``float32``, ``float16`` or ``bfloat16``.
-        trust_remote_code: let config and tokenizer run Python code from the model's repository.
-        overwrite: replace a model folder of that name.
-        settings: the other keywords of :func:`prune`.
-
-    Raises:
-        SlimGPTError: as :func:`prune`, and for a model or an output folder that is refused.
-    """
-    config = make_config(ratio=ratio, **settings)
-    prepared = prepare(model, output, config, calibration, device, dtype, trust_remote_code, overwrite)
-    slim, report = execute(prepared, on_layer=on_layer)
-    save(slim, prepared.tokenizer, report, prepared.output, overwrite)
-    return report
 
 
 def with_evaluation(report: PruneReport, **evaluation: Any) -> PruneReport:

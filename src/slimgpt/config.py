@@ -27,6 +27,8 @@ class PruneConfig:
         seed: for the choice of text and the ``random`` method.
         round_to: every FFN width becomes a multiple of it.
         uniform: the same widths in all layers.
+        forward_dtype: of the forward passes over the calibration tokens; ``auto``, ``float32``, ``float16`` or
+            ``bfloat16``. Weights are scored, repaired and saved in their own type whatever it is.
 
     Raises:
         UsageError: a number outside its range.
@@ -44,6 +46,7 @@ class PruneConfig:
     seed: int = 0
     round_to: int = 1
     uniform: bool = False
+    forward_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "seq_len", "batch_size", "round_to"):

@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt import assets
-from slimgpt.api import OnLayer, evaluate, execute, make_config, prepare, with_evaluation
+from slimgpt.api import OnLayer, evaluate, make_config, with_evaluation
 from slimgpt.checkpoint import save, weight_bytes
 from slimgpt.evaluation import measure_speed, peak_memory
+from slimgpt.folders import execute, prepare
 from slimgpt.models.loading import load, load_model
 from slimgpt.pruning import PruneReport
 

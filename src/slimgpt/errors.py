@@ -9,6 +9,8 @@
     ├── ModelError                        a model that is unknown, corrupt or refused
     │   └── UnsupportedFamilyError        a model whose layers are not described in the table
     ├── OutputError                       a folder that exists, a disk that is full
+    ├── ResumeError                       an unfinished run that this one cannot go on with
+    ├── RankError                         another process of a distributed run has ended
     ├── NumericalError                    NaN, infinity, or a matrix that is not positive definite
     └── AssetError                        demo material that cannot be fetched or fails its hash
 """
@@ -42,6 +44,14 @@ class UnsupportedFamilyError(ModelError):
 
 class OutputError(SlimGPTError):
     """An output folder that exists, or a disk that is full."""
+
+
+class ResumeError(SlimGPTError):
+    """An unfinished run of other settings, another model or other text."""
+
+
+class RankError(SlimGPTError):
+    """Another process of a distributed run has ended."""
 
 
 class NumericalError(SlimGPTError):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slimgpt.solver import group_sizes, reconstruct, relative_error, select_channels, select_heads
-from slimgpt.solver.obs import eliminate, head_scores, inverse
+from slimgpt.solver.obs import Elimination, head_scores, inverse
 
 
 def problem(n: int, out: int = 7, tokens: int = 400, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +37,7 @@ def test_exact_head_score_is_the_loss_of_removing_that_head_for_every_head():
     W, H = problem(heads * d)
     H_inv = inverse(H)
     blocks = torch.stack([H_inv[i * d : (i + 1) * d, i * d : (i + 1) * d] for i in range(heads)])
-    scores = head_scores(W.view(-1, heads, d), blocks, "exact")
+    scores = head_scores(W.T.reshape(heads, d, -1), blocks, "exact")
     for head in range(heads):
         kept = others(heads * d, torch.arange(head * d, (head + 1) * d))
         assert float(scores[head]) == pytest.approx(loss(W, H, kept), rel=1e-9)
@@ -48,7 +48,7 @@ def test_grouped_cholesky_score_is_the_papers_formula():
     W, H = problem(heads * d, seed=1)
     H_inv = inverse(H)
     blocks = torch.stack([H_inv[i * d : (i + 1) * d, i * d : (i + 1) * d] for i in range(heads)])
-    scores = head_scores(W.view(-1, heads, d), blocks, "grouped_cholesky")
+    scores = head_scores(W.T.reshape(heads, d, -1), blocks, "grouped_cholesky")
     for head in range(heads):
         L = torch.linalg.cholesky(blocks[head])
         expected = sum(
@@ -62,7 +62,7 @@ def test_diagonal_score_is_the_ablation():
     W, H = problem(heads * d, seed=2)
     diagonal = inverse(H).diagonal()
     blocks = torch.stack([inverse(H)[i * d : (i + 1) * d, i * d : (i + 1) * d] for i in range(heads)])
-    scores = head_scores(W.view(-1, heads, d), blocks, "diagonal")
+    scores = head_scores(W.T.reshape(heads, d, -1), blocks, "diagonal")
     expected = (W.square().sum(0) / diagonal).view(heads, d).sum(1)
     torch.testing.assert_close(scores, expected)
 
@@ -101,9 +101,14 @@ def test_groups_lose_equally_many_heads():
 def test_elimination_is_least_squares_and_the_down_dated_inverse_is_a_fresh_one(n, seed, data):
     W, H = problem(n, seed=seed)
     columns = torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1))))
-    W_rest, H_inv_rest, rest = eliminate(W, inverse(H), columns)
+    step = Elimination(W, inverse(H), len(columns))
+    step.remove(columns)
+    rest = step.live.nonzero().squeeze(1)
     assert rest.tolist() == others(n, columns).tolist()
+    assert step.columns[columns].abs().max() == 0
     fresh = torch.linalg.inv(H[rest][:, rest])
+    H_inv_rest, W_rest = step.rows(rest)[:, rest], step.columns[rest].T
+    torch.testing.assert_close(step.diagonal[rest], H_inv_rest.diagonal(), rtol=1e-7, atol=0)
     assert (H_inv_rest - fresh).abs().max() <= 1e-7 * fresh.abs().max()
     expected = (W @ H)[:, rest] @ fresh
     assert (W_rest - expected).abs().max() <= 1e-7 * max(1.0, float(expected.abs().max()))
@@ -114,11 +119,10 @@ def test_removal_in_any_order_ends_at_the_closed_form():
     kept = torch.tensor([1, 4, 6, 9])
     expected = reconstruct(W @ H, H, kept)
     for order in ([0, 2, 3, 5, 7, 8], [8, 7, 5, 3, 2, 0], [3, 8, 0, 7, 2, 5]):
-        current, H_inv, live = W, inverse(H), list(range(10))
+        step = Elimination(W, inverse(H), len(order))
         for column in order:
-            current, H_inv, _ = eliminate(current, H_inv, torch.tensor([live.index(column)]))
-            live.remove(column)
-        torch.testing.assert_close(current, expected, rtol=1e-7, atol=1e-8)
+            step.remove(torch.tensor([column]))
+        torch.testing.assert_close(step.columns[kept].T, expected, rtol=1e-7, atol=1e-8)
 
 
 @given(n=st.integers(2, 20), out=st.integers(1, 6), seed=st.integers(0, 1000), data=st.data())

@@ -61,11 +61,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         work.mkdir()
         yield work
-        for file in work.rglob("*"):
-            if file.is_file():
-                file.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+        settle(work)
         if path.exists():
             old = path.parent / f".{path.name}.replaced-{uuid.uuid4().hex[:8]}"
             path.rename(old)
@@ -80,3 +76,12 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def settle(folder: Path) -> None:
+    """Make the files of a folder readable to others and put their bytes on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)  # safetensors writes 0600, which a server under another user could not read
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())

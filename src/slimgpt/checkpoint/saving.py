@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.checkpoint.card import model_card
 from slimgpt.checkpoint.folder import new_folder
@@ -20,7 +20,7 @@ from slimgpt.pruning.report import PruneReport
 
 MODELING_FILE = "modeling_slim.py"
 REPORT_FILE = "slimgpt.json"
-SHARD_SIZE = "5GB"
+SHARD_BYTES = 5 * 10**9
 
 
 def save(
@@ -50,20 +50,46 @@ def save(
     path = Path(folder).expanduser().absolute()
     with new_folder(path, overwrite) as work:
         shell, source = saved_form(model)
-        shell.save_pretrained(work, max_shard_size=SHARD_SIZE)
-        # transformers refuses to save some generation settings that it reads from the hub without complaint.
-        if model.generation_config is not None:
-            model.generation_config.to_json_file(work / "generation_config.json")
-        if source is not None:
-            (work / MODELING_FILE).write_text(source, encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
-        if report is not None:
-            (work / REPORT_FILE).write_text(report_text(report), encoding="utf-8")
-            plot_widths(report.dense_sizes, report.plan.layers, work / "widths.png")
-            card = model_card(report, weight_bytes(work), own_code=source is not None)
-            (work / "README.md").write_text(card, encoding="utf-8")
+        shell.save_pretrained(work, max_shard_size=SHARD_BYTES)
+        write_sidecars(work, model, tokenizer, report, source)
     return path
+
+
+def write_sidecars(
+    work: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: PruneReport | None,
+    source: str | None,
+) -> None:
+    """Everything beside config and weights: generation settings, modeling file, tokenizer, report, plot, card."""
+    # transformers refuses to save some generation settings that it reads from the hub without complaint.
+    if model.generation_config is not None:
+        model.generation_config.to_json_file(work / "generation_config.json")
+    if source is not None:
+        (work / MODELING_FILE).write_text(source, encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
+    if report is not None:
+        (work / REPORT_FILE).write_text(report_text(report), encoding="utf-8")
+        plot_widths(report.dense_sizes, report.plan.layers, work / "widths.png")
+        card = model_card(report, weight_bytes(work), own_code=source is not None)
+        (work / "README.md").write_text(card, encoding="utf-8")
+
+
+def target_form(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrainedConfig, str | None]:
+    """The class and config that config.json will name, and the text of the modeling file if one is needed."""
+    config = model.config
+    sizes = layer_sizes(config)
+    target = stock_config(config, sizes[0]) if all(layer == sizes[0] for layer in sizes) else None
+    if target is not None:
+        target.dtype = config.dtype
+        return stock_class(target), target, None
+    base = next(c for c in type(model).__mro__ if not issubclass(c, SlimMixin))
+    cls = type(model)
+    target = copy.deepcopy(config)
+    target.auto_map = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{cls.__name__}"}
+    return cls, target, modeling_source(base, architecture_of(config, model).layers)
 
 
 def saved_form(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
@@ -71,20 +97,7 @@ def saved_form(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
 
     Weights are shared with ``model``, not copied.
     """
-    config = model.config
-    architecture = architecture_of(config, model)
-    sizes = layer_sizes(config)
-    target = stock_config(config, sizes[0]) if all(layer == sizes[0] for layer in sizes) else None
-    source = None
-    base = next(c for c in type(model).__mro__ if not issubclass(c, SlimMixin))
-    if target is None:
-        cls = type(model)
-        target = copy.deepcopy(config)
-        target.auto_map = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{cls.__name__}"}
-        source = modeling_source(base, architecture.layers)
-    else:
-        cls = stock_class(target)
-        target.dtype = config.dtype
+    cls, target, source = target_form(model)
     with torch.device("meta"):
         shell = cls(target)
     shell.load_state_dict(model.state_dict(), strict=True, assign=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,9 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from slimgpt.errors import SlimGPTError
+from slimgpt.errors import NumericalError, RankError, SlimGPTError
 
 if TYPE_CHECKING:
+    import torch
+
     from slimgpt.planning import Plan
     from slimgpt.pruning import LayerReport
 
@@ -43,13 +46,17 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         # A terminated run cleans up like an interrupted one.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process speaks for all
+        out.quiet = not first
         try:
             command(*args, **kwargs)
         except SlimGPTError as error:
+            if not first and not isinstance(error, (RankError, NumericalError)):  # what only this process can know
+                raise typer.Exit(2) from None
             err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            err.print("interrupted; no unfinished folder was left")
+        except KeyboardInterrupt as stop:
+            err.print(f"interrupted; {str(stop) or 'no unfinished folder was left'}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from None
 
     return wrapped
@@ -63,22 +70,44 @@ def bar(unit: str) -> Iterator[tuple[Progress, Any]]:
 
 
 @contextmanager
-def layer_progress() -> Iterator[Callable[[LayerReport, Plan], None]]:
-    """A bar with the time left; where the output is no terminal, a line per layer."""
+def layer_progress(tokens: int, device: torch.device) -> Iterator[Callable[[LayerReport, Plan], None]]:
+    """A bar; where the output is no terminal, a line per layer.
+
+    The time left is that of the layers seen so far times those to come. Layers that a resumed run finds finished
+    count with what they took when they were pruned, so the figure is right from the first of them on.
+    """
+    seconds: list[float] = []
+
+    def state(report: LayerReport, plan: Plan) -> str:
+        from slimgpt.pruning.memory import used_bytes
+
+        seconds.append(sum(report.seconds.values()))
+        left = sum(seconds) / len(seconds) * (len(plan.layers) - report.layer - 1)
+        return (
+            f"{tokens / max(seconds[-1], 1e-9):,.0f} tokens/s, {used_bytes(device) / 1e9:.2f} GB in use, "
+            f"about {timedelta(seconds=round(left))} left"
+        )
+
     if not out.is_terminal:
-        start = time.perf_counter()
 
         def line(report: LayerReport, plan: Plan) -> None:
-            done, n = report.layer + 1, len(plan.layers)
-            left = (time.perf_counter() - start) / done * (n - done)
-            out.print(f"{_describe(report)}  {done}/{n} layers, about {left:.0f} s left", soft_wrap=True)
+            done = f"{report.layer + 1}/{len(plan.layers)} layers"
+            out.print(f"{_describe(report)}  {done}, {state(report, plan)}", soft_wrap=True)
 
         yield line
         return
-    with bar("layers") as (progress, task):
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers, {task.fields[state]}"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=out) as progress:
+        task = progress.add_task("", total=None, state="")
 
         def step(report: LayerReport, plan: Plan) -> None:
-            progress.update(task, completed=report.layer + 1, total=len(plan.layers), description=_describe(report))
+            done, total = report.layer + 1, len(plan.layers)
+            progress.update(task, completed=done, total=total, description=_describe(report), state=state(report, plan))
 
         yield step
 

@@ -32,7 +32,9 @@ def demo(
     quiet()
     for part in ("slim", "dense"):
         check_output(output / part, overwrite)
-    with layer_progress() as on_layer:
+    from slimgpt.models.loading import as_device
+
+    with layer_progress(num_samples * seq_len, as_device("auto")) as on_layer:
         result = run_demo(
             output, ratio, num_samples, seq_len, overwrite, lambda text: out.print(f"[dim]{text}[/]"), on_layer
         )

@@ -23,9 +23,10 @@ from slimgpt.config import PruneConfig
 
 if TYPE_CHECKING:
     from slimgpt.planning import Plan
-    from slimgpt.pruning import PruneReport
+    from slimgpt.pruning import Placement, PruneReport
 
 DEFAULTS = PruneConfig()
+WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed twice"}
 
 
 @app.command()
@@ -70,12 +71,27 @@ def prune(
         typer.Option("--repair/--no-repair", help="Solve for the weights that stay.", show_default="as the method"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Windows that go through a layer together.")] = DEFAULTS.batch_size,
+    forward_dtype: Annotated[
+        str,
+        typer.Option(
+            help="Type of the passes over calibration tokens: auto (as stored; on a CPU the faster one), float32, "
+            "float16, bfloat16."
+        ),
+    ] = DEFAULTS.forward_dtype,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Memory to use, such as 8GB: of the GPU, or of this process.", show_default="what is free"),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a killed run of the same command stopped.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune MODEL and save the smaller model as the folder OUT."""
-    from slimgpt.api import execute, make_config, prepare
-    from slimgpt.checkpoint import save, weight_bytes
+    from slimgpt.api import make_config
+    from slimgpt.checkpoint import weight_bytes
+    from slimgpt.folders import prepare, run_to_folder
 
     quiet()
     config = make_config(
@@ -91,9 +107,12 @@ def prune(
         seed=seed,
         round_to=round_to,
         uniform=uniform,
+        forward_dtype=forward_dtype,
     )
     with out.status("checking the request and reading the text"):
-        prepared = prepare(model, output, config, calibration, device, dtype, trust_remote_code, overwrite)
+        prepared = prepare(
+            model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory
+        )
     _print_plan(prepared.plan)
     widest = max(layer.sizes["intermediate_size"] for layer in prepared.shape.layers)
     if prepared.windows.numel() < 2 * widest:
@@ -102,11 +121,20 @@ def prune(
             "columns: the repair fits them and not the text behind them; raise --num-samples or --seq-len",
             soft_wrap=True,
         )
-    with layer_progress() as on_layer:
-        slim, report = execute(prepared, on_layer=on_layer)
-    with out.status(f"saving {prepared.output}"):
-        folder = save(slim, prepared.tokenizer, report, prepared.output, overwrite)
-    _print_report(report, weight_bytes(folder), folder)
+    with layer_progress(prepared.windows.numel(), prepared.device) as on_layer:
+        report = run_to_folder(prepared, on_layer, _print_start)
+    _print_report(report, weight_bytes(prepared.output), prepared.output)
+
+
+def _print_start(placement: Placement, finished: int) -> None:
+    if finished:
+        out.print(f"{finished} layers are finished already; the text goes through them once more")
+    places = {"hidden states": placement.stream, "inputs of output matrices": placement.kept}
+    where = "; ".join(f"{name}: {WHERE[place]}" for name, place in places.items() if place != "device")
+    if placement.gram != "device":
+        where += "; Gram matrices: in a file"
+    if where:
+        out.print(f"memory budget {placement.budget / 1e9:.2f} GB: {where.removeprefix('; ')}", soft_wrap=True)
 
 
 def _print_plan(plan: Plan) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import (
@@ -227,6 +230,52 @@ def as_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"device '{name}' cannot be used here: {_first_line(error)}") from error
     return device
+
+
+def forward_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The type in which layers are run over calibration tokens; ``None`` leaves them as they are stored.
+
+    ``auto`` leaves them too, except for 16-bit weights on a CPU: there a short timing decides between bfloat16 and
+    float32, since only some processors multiply 16-bit numbers faster.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    named = as_dtype(wanted)
+    if isinstance(named, torch.dtype):
+        return None if named == stored else named
+    if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
+        return None
+    fastest = min((torch.bfloat16, torch.float32), key=_matmul_seconds)
+    return None if fastest == stored else fastest
+
+
+@cache
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """The best of a few matrix products on the CPU."""
+    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def weights_folder(source: Source) -> Path | None:
+    """The folder of a model's safetensors files, fetched from the hub if need be; ``None`` for a GGUF file.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has no safetensors files of it.
+    """
+    if source.gguf_file:
+        return None
+    if source.folder is not None:
+        return source.folder
+    try:
+        return Path(snapshot_download(source.location, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot fetch the weights of '{source.name}': {_first_line(error)}") from error
 
 
 def check_files(source: Source) -> None:

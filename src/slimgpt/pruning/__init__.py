@@ -1,6 +1,22 @@
 """The only room that changes a model."""
 
+from slimgpt.pruning.journal import Journal
+from slimgpt.pruning.memory import Placement, parse_bytes, place
 from slimgpt.pruning.report import LayerReport, PruneReport, total_seconds
-from slimgpt.pruning.sequential import check_finite, prune_layers
+from slimgpt.pruning.sequential import Finished, Run, prune_layers
+from slimgpt.pruning.whole import memory_need, prune_model
 
-__all__ = ["LayerReport", "PruneReport", "check_finite", "prune_layers", "total_seconds"]
+__all__ = [
+    "Finished",
+    "Journal",
+    "LayerReport",
+    "Placement",
+    "PruneReport",
+    "Run",
+    "memory_need",
+    "parse_bytes",
+    "place",
+    "prune_layers",
+    "prune_model",
+    "total_seconds",
+]

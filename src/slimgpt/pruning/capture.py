@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.errors import ModelError
+from slimgpt.pruning.memory import Shelf
 
 Arguments = dict[str, Any]
 
@@ -26,12 +27,15 @@ class Stream:
     """The hidden states between two layers, and how to call each layer.
 
     Args:
-        hidden: one tensor ``(batch, seq_len, hidden_size)`` per batch.
+        hidden: for every batch the hidden states ``(batch, seq_len, hidden_size)``.
         arguments: for every batch the keyword arguments of every layer; equal tensors are shared.
     """
 
-    hidden: list[Tensor]
+    hidden: Shelf
     arguments: list[list[Arguments]]
+
+    def __len__(self) -> int:
+        return len(self.arguments)
 
 
 class StandIn(nn.Module):
@@ -57,16 +61,22 @@ class StandIn(nn.Module):
 
 @torch.no_grad()
 def capture(
-    model: PreTrainedModel, layers: nn.ModuleList, windows: Tensor, batch_size: int, device: torch.device
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    windows: Tensor,
+    batch_size: int,
+    hidden: Shelf,
+    dtype: torch.dtype | None = None,
 ) -> Stream:
-    """The inputs of the first layer and every layer's arguments, moved to ``device``.
+    """The inputs of the first layer and every layer's arguments, on the device of ``hidden``.
 
     Args:
         windows: ``(num_samples, seq_len)`` long token ids.
         batch_size: windows per batch.
+        hidden: where the hidden states are to be kept.
+        dtype: convert what is floating-point to it; ``None`` leaves it as the model makes it.
     """
     originals = list(layers)
-    hidden: list[Tensor] = []
     arguments: list[list[Arguments]] = []
     known: dict[int, list[Arguments]] = {}  # windows are unpadded: equal batch sizes give equal arguments
     embedding_device = next(model.get_input_embeddings().parameters()).device
@@ -81,14 +91,15 @@ def capture(
     try:
         for index, layer in enumerate(originals):
             layers[index] = StandIn(layer, record)
-        for batch in windows.split(batch_size):
+        for number, batch in enumerate(windows.split(batch_size)):
             calls.clear()
             model.base_model(input_ids=batch.to(embedding_device), use_cache=False)
             if len(calls) != len(originals):
                 raise ModelError(f"{len(calls)} of {len(originals)} layers were called in one forward pass")
-            hidden.append(calls[0][0].to(device))
+            move = _Mover(hidden.device, dtype)
+            hidden.put(number, move(calls[0][0]))
             if len(batch) not in known:
-                known[len(batch)] = _move([kwargs for _, kwargs in calls], device)
+                known[len(batch)] = [move(kwargs) for _, kwargs in calls]
             arguments.append(known[len(batch)])
     finally:
         for index, layer in enumerate(originals):
@@ -96,19 +107,28 @@ def capture(
     return Stream(hidden, arguments)
 
 
-def _move(arguments: list[Arguments], device: torch.device) -> list[Arguments]:
-    moved: dict[int, Tensor] = {}  # tensors shared by layers stay shared
+class _Mover:
+    """Moves the tensors in nested arguments to a device and a floating-point type; shared ones stay shared."""
 
-    def move(value: Any) -> Any:
+    def __init__(self, device: torch.device, dtype: torch.dtype | None):
+        self.device, self.dtype = device, dtype
+        self.moved: dict[int, Tensor] = {}
+
+    def __call__(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return moved.setdefault(id(value), value.to(device))
+            return self.moved.setdefault(id(value), self._tensor(value))
         if isinstance(value, (tuple, list)):
-            return type(value)(move(item) for item in value)
+            return type(value)(self(item) for item in value)
         if isinstance(value, dict):
-            return {key: move(item) for key, item in value.items()}
+            return {key: self(item) for key, item in value.items()}
         return value
 
-    return [{key: move(value) for key, value in kwargs.items()} for kwargs in arguments]
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if self.dtype is None or self.dtype == tensor.dtype or not tensor.is_floating_point():
+            return tensor.to(self.device)
+        # A mask's lowest number must not become infinity in a narrower type.
+        limits = torch.finfo(self.dtype)
+        return tensor.to(self.device).clamp(limits.min, limits.max).to(self.dtype)
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:

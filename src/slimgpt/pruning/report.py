@@ -22,7 +22,7 @@ class LayerReport:
         error: ``E||Wx - W'x_K||^2 / E||Wx||^2`` of each structure on the calibration tokens.
         parameters_before: its parameters before.
         parameters: its parameters now.
-        seconds: wall time by part: ``forward``, ``hessian``, ``solver``.
+        seconds: wall time by part: ``load``, ``forward``, ``hessian``, ``solver``.
     """
 
     layer: int
@@ -32,6 +32,10 @@ class LayerReport:
     parameters_before: int
     parameters: int
     seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class PruneReport:
         versions: of Python and the libraries.
         seconds: of the whole loop.
         evaluation: figures added afterwards, shown in the model card.
+        execution: how it ran: type of the forward passes, where activations were kept, processes.
+        request: SHA-256 of everything that decides the result; empty for a model pruned in memory.
     """
 
     base_model: str
@@ -60,10 +66,35 @@ class PruneReport:
     versions: dict[str, str]
     seconds: float
     evaluation: dict[str, Any] = field(default_factory=dict)
+    execution: dict[str, Any] = field(default_factory=dict)
+    request: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> PruneReport:
+        """The report that :meth:`to_json` was made from.
+
+        Raises:
+            TypeError: a field that is not known, or one that lacks.
+        """
+        settings = dict(values["settings"])
+        if isinstance(settings["schedule"], list):
+            settings["schedule"] = tuple(settings["schedule"])
+        plan: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values["plan"].items()
+        }
+        return cls(
+            **{
+                **values,
+                "settings": PruneConfig(**settings),
+                "plan": Plan(**plan),
+                "dense_sizes": tuple(values["dense_sizes"]),
+                "layers": tuple(LayerReport(**layer) for layer in values["layers"]),
+            }
+        )
 
 
 def total_seconds(layers: Sequence[LayerReport]) -> dict[str, float]:

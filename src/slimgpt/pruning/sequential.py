@@ -3,15 +3,16 @@
 Every matrix is multiplied once per token. Attention runs once and the inputs of its output matrix are kept; the
 pruned matrix turns them into the attention's result. The gate and up matrices run once on that, and their output
 meets the pruned down matrix. So a layer costs less than one dense forward pass, plus two Gram matrices and the
-solver.
+solver. A layer that was pruned by an earlier run goes through the same code with its matrices given.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,168 +23,275 @@ from transformers import PreTrainedModel
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
 from slimgpt.models.architectures import Sizes, Structure
-from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer, with_sizes
+from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
 from slimgpt.models.shape import count
 from slimgpt.models.slicing import State, slice_state, unit_rows
-from slimgpt.models.stock import apply_sizes
 from slimgpt.planning.plan import Plan
-from slimgpt.pruning.capture import Arguments, Part, capture, run_with
+from slimgpt.pruning.capture import Part, Stream, capture, run_with
+from slimgpt.pruning.memory import FILE, RECOMPUTE, Placement, Shelf, mapped
+from slimgpt.pruning.ranks import Ranks
 from slimgpt.pruning.report import LayerReport
-from slimgpt.solver import CRITERIA, Criterion, Gram, damp, reconstruct, relative_error
+from slimgpt.solver import CRITERIA, Gram, damp, reconstruct, relative_error
 
 EXACT_SIZE = 4096
 """Up to this many columns the solver runs in fp64: it costs little there, and fp32 loses digits to damping 0."""
 
 
-def prune_layers(
-    model: PreTrainedModel, windows: Tensor, plan: Plan, config: PruneConfig, device: torch.device
-) -> Iterator[LayerReport]:
-    """Prune a model in place, one layer per step.
+@dataclass(frozen=True)
+class Finished:
+    """A layer that is pruned: what was decided, and the state dict of the narrower layer on the CPU."""
 
-    Layers are moved to ``device`` one at a time and back to where they were. The model is whole after every
-    step: if the iteration ends early, the layers that are done stay narrow and the config says so.
+    report: LayerReport
+    state: State
+
+
+Finder = Callable[[int], Finished | None]
+"""Gives a layer that an earlier run has finished."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How and where the loop runs.
 
     Args:
-        windows: ``(num_samples, seq_len)`` long, the calibration tokens.
-        plan: the widths to reach.
-        device: where layers run and are solved.
-
-    Raises:
-        NumericalError: NaN or infinity in weights or activations, or a Hessian that is not positive definite.
+        device: where layers run and are solved, one at a time.
+        placement: where activations are kept.
+        dtype: of the forward passes; ``None`` runs the layers as they are stored.
+        ranks: the processes that share the windows.
+        scratch: a folder for activations that memory has no room for.
+        finished: the layers that are done.
     """
-    architecture = architecture_of(model.config, model)
-    criterion = CRITERIA[config.method]
-    repair = criterion.repair if config.repair is None else config.repair
-    generator = torch.Generator().manual_seed(config.seed)
-    layers = model.get_submodule(architecture.layers)
-    assert isinstance(layers, nn.ModuleList)
-    sizes = layer_sizes(model.config)
-    configs = list(model.config.per_layer_config)
-    check_finite(model)
-    stream = capture(model, layers, windows, config.batch_size, device)
-    try:
-        for index, target in enumerate(plan.layers):
-            home = next(layers[index].parameters()).device
-            layer = layers[index].to(device)
-            arguments = [per_layer[index] for per_layer in stream.arguments]
-            solve = _Solver(criterion, repair, config.damping, generator, index)
-            structures = {"heads": architecture.heads(plan.head_unit), "channels": architecture.ffn}
-            state, stream.hidden = _prune_layer(
-                layer, structures, sizes[index], target, stream.hidden, arguments, solve
-            )
-            before = count(layer)
-            layers[index] = rebuild_layer(layer, with_sizes(configs[index], target), index, state).to(home)
-            sizes[index] = dict(target)
-            yield LayerReport(index, sizes[index], solve.kept, solve.error, before, count(layers[index]), solve.seconds)
-    finally:
-        apply_sizes(model, architecture, sizes)
 
-
-@dataclass
-class _Solver:
-    """Chooses and repairs for one layer; notes what it kept, the errors and the seconds."""
-
-    criterion: Criterion
-    repair: bool
-    damping: float
-    generator: torch.Generator
-    layer: int
-    kept: dict[str, list[int]] = field(default_factory=dict)
-    error: dict[str, float] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "hessian": 0.0, "solver": 0.0})
-
-    @contextmanager
-    def timed(self, part: str, device: torch.device) -> Iterator[None]:
-        """Add the seconds of a block to a part, with the device's work finished."""
-        start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        self.seconds[part] += time.perf_counter() - start
-
-    def solve(
-        self, name: str, structure: Structure, W: Tensor, gram: Gram, sizes: Sizes, target: Sizes
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The kept units, the columns they own, and the repaired matrix ``(out, columns)``."""
-        units, keep = structure.units(sizes), structure.units(target)
-        where = f"layer {self.layer}, {structure.output}"
-        if not torch.isfinite(gram.sum).all():
-            raise NumericalError(f"{where}: its inputs hold NaN or infinity on the calibration text")
-        dtype = torch.float64 if W.shape[1] <= EXACT_SIZE and W.device.type != "mps" else torch.float32
-        exact, H = W.to(dtype), gram.mean().to(dtype)
-        damped = damp(H, self.damping)
-        try:
-            if name == "heads":
-                groups = structure.group_count(sizes)
-                kept = self.criterion.heads(exact, damped, units, keep, groups, self.generator)
-            else:
-                kept = self.criterion.channels(exact, damped, keep, self.generator)
-            columns = unit_rows(W.shape[1], units, kept).to(W.device)
-            W_kept = reconstruct(exact @ damped, damped, columns) if self.repair else exact[:, columns]
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise NumericalError(
-                f"{where}: the Hessian is not positive definite with damping {self.damping:g}; "
-                "raise --damping (0.01 is usual) or give more calibration tokens"
-            ) from error
-        self.kept[name], self.error[name] = kept.tolist(), relative_error(exact, W_kept, H, columns)
-        return kept, columns, W_kept.to(W.dtype)
+    device: torch.device
+    placement: Placement
+    dtype: torch.dtype | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    scratch: Path | None = None
+    finished: Finder = lambda _: None
 
 
 @torch.no_grad()
-def _prune_layer(
-    layer: nn.Module,
-    structures: dict[str, Structure],
-    sizes: Sizes,
-    target: Sizes,
-    hidden: list[Tensor],
-    arguments: list[Arguments],
-    solver: _Solver,
-) -> tuple[State, list[Tensor]]:
-    """The state dict of the narrower layer, and the hidden states after it."""
-    device = hidden[0].device
-    state: State = layer.state_dict()
-    results: list[dict[str, Any]] = [{} for _ in hidden]  # per batch: what each finished container returns
-    for name, structure in structures.items():
-        linear = layer.get_submodule(structure.output)
-        W, bias = cast(Tensor, linear.weight).detach(), cast(Tensor | None, linear.bias)
-        units = structure.units(sizes)
-        gram = Gram(W.shape[1], device) if structure.units(target) < units else None
-        columns = None
-        parts: list[Part | None] = []
-        for batch, done, kwargs in zip(hidden, results, arguments):
-            with solver.timed("forward", device):
-                part = run_with(layer, done, batch, kwargs, until=structure.output)
-            parts.append(part)
-            if gram is not None:
-                with solver.timed("hessian", device):
-                    gram.add(part.inputs)
-        if gram is None:
-            solver.kept[name], solver.error[name] = list(range(units)), 0.0
-        else:
-            with solver.timed("solver", device):
-                kept, columns, W = solver.solve(name, structure, W, gram, sizes, target)
-                state = slice_state(state, structure, sizes, kept, W)
-                sizes = structure.shrink(sizes, len(kept))
-        with solver.timed("forward", device):
-            for number, done in enumerate(results):
-                part, parts[number] = cast(Part, parts[number]), None  # lets the kept inputs go one by one
-                inputs = part.inputs if columns is None else part.inputs[..., columns]
-                done[structure.container] = part.rebuild(F.linear(inputs, W, bias))
-    with solver.timed("forward", device):
-        outputs = [run_with(layer, done, batch, kwargs) for done, batch, kwargs in zip(results, hidden, arguments)]
-        if not all(bool(torch.isfinite(output).all()) for output in outputs):
-            raise NumericalError(f"layer {solver.layer}: its output holds NaN or infinity on the calibration text")
-    return state, outputs
+def prune_layers(
+    model: PreTrainedModel,
+    take: Callable[[int], nn.Module],
+    windows: Tensor,
+    plan: Plan,
+    config: PruneConfig,
+    run: Run,
+) -> Iterator[Finished]:
+    """Prune layer after layer; the model itself is not changed.
 
-
-def check_finite(model: nn.Module) -> None:
-    """Look for NaN and infinity in the weights.
+    Args:
+        model: what is around the layers (its own layers may have no storage).
+        take: gives the dense layer of an index, on any device.
+        windows: ``(num_samples, seq_len)`` long, the calibration tokens of this process.
+        plan: the widths to reach.
 
     Raises:
-        NumericalError: with the name of the first tensor that has one.
+        NumericalError: NaN or infinity in activations, or a Hessian that is not positive definite.
     """
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    architecture = architecture_of(model.config, model)
+    structures = {"heads": architecture.heads(plan.head_unit), "channels": architecture.ffn}
+    layers = model.get_submodule(architecture.layers)
+    assert isinstance(layers, nn.ModuleList)
+    hidden = Shelf(run.placement.stream, run.device, run.scratch)
+    stream = capture(model, layers, windows, config.batch_size, hidden, run.dtype)
+    for index, (sizes, target) in enumerate(zip(layer_sizes(model.config), plan.layers, strict=True)):
+        dense = take(index)
+        work = _Layer(index, dense, model.config.per_layer_config[index], config, run)
+        # All processes go the same way, though only rank 0 sees the journal.
+        earlier = run.finished(index) if run.ranks.main else None
+        work.earlier = earlier
+        replay = bool(run.ranks.agree(int(earlier is not None)))
+        state = work.prune(structures, sizes, target, stream, replay)
+        if earlier is not None:
+            yield earlier
+            continue
+        report = LayerReport(
+            index,
+            dict(target),
+            work.kept,
+            work.error,
+            count(dense),
+            sum(tensor.numel() for name, tensor in state.items() if name in work.parameters),
+            work.seconds,
+        )
+        yield Finished(report, {name: tensor.to("cpu") for name, tensor in state.items()})
+
+
+class _Layer:
+    """One layer while it is pruned; notes what it kept, the errors and the seconds."""
+
+    def __init__(self, index: int, dense: nn.Module, layer_config: Any, config: PruneConfig, run: Run):
+        self.index, self.config, self.run = index, config, run
+        self.criterion = CRITERIA[config.method]
+        self.repair = self.criterion.repair if config.repair is None else config.repair
+        # One generator per layer: a run that goes on in the middle draws the same numbers.
+        self.generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+        self.earlier: Finished | None = None
+        self.kept: dict[str, list[int]] = {}
+        self.error: dict[str, float] = {}
+        self.seconds: dict[str, float] = {"load": 0.0, "forward": 0.0, "hessian": 0.0, "solver": 0.0}
+        self.results: dict[str, Shelf] = {}  # what the finished containers' matrices returned, by container
+        self.rebuild: dict[tuple[str, int], Callable[[Tensor], Any]] = {}  # by container and batch
+        self.parameters = {name for name, _ in dense.named_parameters()}
+        self.state: State = dense.state_dict()
+        with self.timed("load"):
+            running = {name: tensor.to(run.device, self._dtype(tensor)) for name, tensor in self.state.items()}
+            self.layer = rebuild_layer(dense, layer_config, index, running).to(run.device)
+
+    def prune(
+        self, structures: dict[str, Structure], sizes: Sizes, target: Sizes, stream: Stream, replay: bool
+    ) -> State:
+        """The state dict of the narrower layer in its stored type; the stream is moved on behind the layer."""
+        self.stream = stream
+        for name, structure in structures.items():
+            W, bias = self._matrix(structure)
+            last = name == list(structures)[-1]
+            results = cast(Shelf, self._shelf(self.run.placement.stream))
+            out = None if last else results
+            if replay or structure.units(target) == structure.units(sizes):
+                columns, W = self._decide(name, structure, W, None, sizes, target)
+                with self.timed("forward"):
+                    for number in range(len(stream)):
+                        self._finish(number, structure, self._inputs(number, structure), columns, W, bias, out)
+            else:
+                gram, kept = self._gram(W.shape[1]), self._shelf(self.run.placement.kept)
+                for number in range(len(stream)):
+                    with self.timed("forward"):
+                        inputs = self._inputs(number, structure)
+                    with self.timed("hessian"):
+                        gram.add(inputs)
+                    if kept is not None:
+                        kept.put(number, inputs)
+                    del inputs
+                with self.timed("hessian"):
+                    self.run.ranks.reduce(gram)
+                with self.timed("solver"):
+                    columns, W = self._decide(name, structure, W, gram, sizes, target)
+                    del gram
+                with self.timed("forward"):
+                    for number in range(len(stream)):
+                        inputs = kept.take(number) if kept is not None else self._inputs(number, structure)
+                        self._finish(number, structure, inputs, columns, W, bias, out)
+            self.results[structure.container] = results
+            sizes = structure.shrink(sizes, structure.units(target))
+        return self.state
+
+    def _inputs(self, number: int, structure: Structure) -> Tensor:
+        """The input of the output matrix for one batch, ``(batch, seq_len, n)``."""
+        part = cast(Part, self._run(number, until=structure.output))
+        self.rebuild[structure.container, number] = part.rebuild
+        return part.inputs
+
+    def _finish(
+        self,
+        number: int,
+        structure: Structure,
+        inputs: Tensor,
+        columns: Tensor | None,
+        W: Tensor,
+        bias: Tensor | None,
+        results: Shelf | None,
+    ) -> None:
+        """Multiply one batch by the narrow matrix; keep the result, or, with the last one, let it leave the layer."""
+        result = F.linear(inputs if columns is None else inputs[..., columns], W, bias)
+        if results is not None:
+            results.put(number, result)
+            return
+        after = self._run(number, {structure.container: self.rebuild.pop((structure.container, number))(result)})
+        if not bool(torch.isfinite(after).all()):
+            raise NumericalError(f"layer {self.index}: its output holds NaN or infinity on the calibration text")
+        self.stream.hidden.put(number, after)
+
+    def _run(self, number: int, result: dict[str, Any] | None = None, until: str | None = None) -> Any:
+        """Run one batch through the layer with the results of the finished containers given."""
+        given = {name: self.rebuild[name, number](shelf.get(number)) for name, shelf in self.results.items()}
+        arguments = self.stream.arguments[number][self.index]
+        return run_with(self.layer, {**given, **(result or {})}, self.stream.hidden.get(number), arguments, until)
+
+    def _shelf(self, place: str) -> Shelf | None:
+        return None if place == RECOMPUTE else Shelf(place, self.run.device, self.run.scratch)
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the seconds of a block to a part, with the device's work finished."""
+        start = time.perf_counter()
+        yield
+        if self.run.device.type == "cuda":
+            torch.cuda.synchronize(self.run.device)
+        self.seconds[part] += time.perf_counter() - start
+
+    def _dtype(self, tensor: Tensor) -> torch.dtype:
+        return self.run.dtype if self.run.dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+    def _matrix(self, structure: Structure) -> tuple[Tensor, Tensor | None]:
+        linear = self.layer.get_submodule(structure.output)
+        return cast(Tensor, linear.weight).detach(), cast(Tensor | None, linear.bias)
+
+    def _gram(self, n: int) -> Gram:
+        if self.run.placement.gram != FILE or self.run.scratch is None:
+            return Gram(n, self.run.device)
+        return Gram(n, storage=mapped(self.run.scratch / "gram", (n, n), torch.float32))
+
+    def _decide(
+        self, name: str, structure: Structure, running: Tensor, gram: Gram | None, sizes: Sizes, target: Sizes
+    ) -> tuple[Tensor | None, Tensor]:
+        """The columns that stay (``None``: all) and the narrow matrix as the forward pass needs it.
+
+        Rank 0 takes both from an earlier run or from the solver, the others from rank 0.
+        """
+        units, keep = structure.units(sizes), structure.units(target)
+        if keep == units:
+            self.kept[name], self.error[name] = list(range(units)), 0.0
+            return None, running
+        weight = f"{structure.output}.weight"
+        stored = self.state[weight]
+        out, n = stored.shape
+        ranks, device = self.run.ranks, self.run.device
+        if not ranks.main:
+            kept = torch.empty(keep, dtype=torch.long)
+            W_kept = torch.empty(out, n // units * keep, dtype=stored.dtype, device=device)
+        elif self.earlier is not None:
+            kept = torch.tensor(self.earlier.report.kept[name])
+            W_kept = self.earlier.state[weight].to(device)
+        else:
+            assert gram is not None
+            kept, W_kept = self._solve(name, structure, stored.to(device), gram, sizes, target)
+        kept = ranks.broadcast(kept.to(device)).cpu()
+        W_kept = ranks.broadcast(W_kept)
+        self.kept[name] = kept.tolist()
+        self.state = slice_state(self.state, structure, sizes, kept, W_kept)
+        return unit_rows(n, units, kept).to(device), W_kept.to(running.dtype)
+
+    def _solve(
+        self, name: str, structure: Structure, stored: Tensor, gram: Gram, sizes: Sizes, target: Sizes
+    ) -> tuple[Tensor, Tensor]:
+        """The kept units and the repaired matrix ``(out, columns)`` in the stored type."""
+        units, keep = structure.units(sizes), structure.units(target)
+        where = f"layer {self.index}, {structure.output}"
+        n = stored.shape[1]
+        dtype = torch.float64 if n <= EXACT_SIZE and stored.device.type != "mps" else torch.float32
+        H = gram.mean()
+        if not bool(torch.isfinite(H.sum())):
+            raise NumericalError(f"{where}: its inputs hold NaN or infinity on the calibration text")
+        H, W = H.to(dtype), stored.to(dtype)
+        undamped = H.diagonal().clone()
+        damp(H, self.config.damping)
+        try:
+            if name == "heads":
+                kept = self.criterion.heads(W, H, units, keep, structure.group_count(sizes), self.generator)
+            else:
+                kept = self.criterion.channels(W, H, keep, self.generator)
+            columns = unit_rows(n, units, kept).to(W.device)
+            G = W @ H
+            W_kept = reconstruct(G, H, columns) if self.repair else W[:, columns]
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(
-                f"the weights hold NaN or infinity in {name}; the file is damaged or training diverged"
-            )
+                f"{where}: the Hessian is not positive definite with damping {self.config.damping:g}; "
+                "raise --damping (0.01 is usual) or give more calibration tokens"
+            ) from error
+        G -= W * (H.diagonal() - undamped)
+        H.diagonal().copy_(undamped)
+        self.error[name] = relative_error(W, W_kept, H, columns, G)
+        return kept, W_kept.to(stored.dtype)

@@ -26,11 +26,24 @@ def reconstruct(G: Tensor, H: Tensor, columns: Tensor) -> Tensor:
     return torch.cholesky_solve(G[:, columns].T.contiguous(), factor).T.contiguous()
 
 
-def relative_error(W: Tensor, W_kept: Tensor, H: Tensor, columns: Tensor) -> float:
-    """``E || W x - W' x_K ||^2 / E || W x ||^2``, from the undamped ``H``; 0 if the layer's output is zero."""
-    difference = W.clone()
-    difference[:, columns.to(W.device)] -= W_kept.to(W)
-    # sum((D H) * D) = tr(D H D^T); rounding can leave a tiny negative number where the error is zero.
-    error = ((difference @ H) * difference).sum().clamp_min(0)
-    total = ((W @ H) * W).sum()
-    return float(error / total) if float(total) > 0 else 0.0
+def relative_error(W: Tensor, W_kept: Tensor, H: Tensor, columns: Tensor, G: Tensor | None = None) -> float:
+    """``E || W x - W' x_K ||^2 / E || W x ||^2``, from the undamped ``H``; 0 if the layer's output is zero.
+
+    The square is multiplied out, ``tr W H W^T - 2 tr W' (W H)_K^T + tr W' H_KK W'^T``, so that ``W H`` serves twice.
+
+    Args:
+        G: ``W H``, if the caller has it.
+    """
+    columns = columns.to(H.device)
+    G = W @ H if G is None else G
+    W_kept = W_kept.to(G)
+    total = _inner(G, W)
+    error = total - 2 * _inner(G[:, columns], W_kept) + _inner(W_kept @ H[columns][:, columns], W_kept)
+    # Rounding can leave a tiny negative number where the error is zero.
+    return max(error / total, 0.0) if total > 0 else 0.0
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    """``sum(a * b)``, added up by rows in the tensors' type and then in fp64."""
+    rows = (a * b).sum(1)
+    return float(rows.sum() if rows.device.type == "mps" else rows.double().sum())

@@ -1,0 +1,363 @@
+"""From a model's name to a folder: everything checked first, layers brought in and written out one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt import assets
+from slimgpt.api import (
+    OnLayer,
+    calibration_windows,
+    check_context,
+    described,
+    execution,
+    make_config,
+    plan_for,
+    run_plan,
+    versions,
+)
+from slimgpt.checkpoint import assemble, check_output
+from slimgpt.checkpoint.saving import REPORT_FILE
+from slimgpt.config import PruneConfig
+from slimgpt.errors import NumericalError
+from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
+from slimgpt.models.loading import (
+    DTYPES,
+    Source,
+    as_device,
+    as_dtype,
+    check_files,
+    forward_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    weights_folder,
+)
+from slimgpt.models.shape import ModelShape, describe
+from slimgpt.models.weights import StreamedModel, WeightFiles, check_finite, fingerprint, misfit
+from slimgpt.planning import Plan
+from slimgpt.pruning import (
+    Journal,
+    Placement,
+    PruneReport,
+    Run,
+    memory_need,
+    parse_bytes,
+    place,
+    prune_layers,
+)
+from slimgpt.pruning.ranks import Ranks, join, local_device, rank_of_environment
+
+OnStart = Callable[[Placement, int], None]
+"""Called before the first layer, with where activations are kept and the number of layers that are finished."""
+
+SIDE_FILES = 64 << 20
+"""Bytes that tokenizer, card and report may take beside the weights, generously."""
+
+
+@dataclass
+class Prepared:
+    """Everything about a run that could be checked without loading weights."""
+
+    source: Source
+    output: Path
+    model_config: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: PruneConfig
+    shape: ModelShape
+    plan: Plan
+    windows: Tensor
+    calibration: str
+    device: torch.device
+    dtype: str
+    trust_remote_code: bool
+    overwrite: bool
+    resume: bool
+    budget: int | None
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of the weights, as they are saved."""
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        if self.source.gguf_file:
+            return torch.float32
+        if self.model_config.dtype is not None:
+            return self.model_config.dtype
+        folder = weights_folder(self.source)
+        return WeightFiles(folder).dtype if folder is not None else torch.float32
+
+
+def prepare(
+    model: str,
+    output: str | Path,
+    config: PruneConfig,
+    calibration: str = assets.DEMO,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    memory: str | None = None,
+) -> Prepared:
+    """Check a run from folder to folder before anything long begins: model, plan, output, disk, text.
+
+    Raises:
+        SlimGPTError: whatever is wrong with the request.
+    """
+    target = local_device(as_device(device))
+    as_dtype(dtype)
+    as_dtype(config.forward_dtype)
+    budget = parse_bytes(memory) if memory else None
+    # Only rank 0 writes; an output that a killed run had finished is looked at by `finished_before`.
+    writes = rank_of_environment() == 0
+    path = Path(output).expanduser().absolute()
+    there = resume and (path / REPORT_FILE).is_file()
+    if writes and not there:
+        check_output(path, overwrite)
+    source = locate(model)
+    model_config = load_config(source, trust_remote_code)
+    shape = describe(model_config)
+    plan = plan_for(model_config, config, shape)
+    prepared = Prepared(
+        source=source,
+        output=path,
+        model_config=model_config,
+        tokenizer=None,  # type: ignore[arg-type]  # set below, once the disk is known to have room
+        config=config,
+        shape=shape,
+        plan=plan,
+        windows=torch.empty(0),
+        calibration=calibration,
+        device=target,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        resume=resume,
+        budget=budget,
+    )
+    if writes and not there:
+        check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDE_FILES)
+    check_files(source)
+    prepared.tokenizer = load_tokenizer(source, trust_remote_code)
+    prepared.windows, prepared.calibration = calibration_windows(
+        calibration, prepared.tokenizer, config, model_config.vocab_size
+    )
+    check_context(model_config, prepared.windows)
+    return prepared
+
+
+def execute(
+    prepared: Prepared, model: PreTrainedModel | None = None, on_layer: OnLayer | None = None
+) -> tuple[PreTrainedModel, PruneReport]:
+    """Load (unless the model is given) and prune in memory what :func:`prepare` has checked."""
+    p = prepared
+    if model is None:
+        model = load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code)
+    report = run_plan(model, p.source.name, p.windows, p.calibration, p.plan, p.config, p.device, on_layer, p.budget)
+    return model, report
+
+
+@dataclass
+class _Layers:
+    """A dense model whose layers are taken one by one."""
+
+    model: PreTrainedModel
+    streamed: StreamedModel | None
+
+    def __call__(self, index: int) -> nn.Module:
+        if self.streamed is not None:
+            return self.streamed.layer(index)
+        layers = self.model.get_submodule(architecture_of(self.model.config, self.model).layers)
+        return layers.get_submodule(str(index))
+
+    def check_finite(self, ranks: Ranks) -> None:
+        if self.streamed is not None:
+            self.streamed.check_finite(ranks.rank, ranks.world)
+        else:
+            check_finite(self.model.state_dict().items())
+
+
+def open_model(p: Prepared) -> _Layers:
+    """The model mapped from its files, or, where these need converting on the way in, loaded whole."""
+    folder = weights_folder(p.source)
+    if folder is not None and (folder / "config.json").is_file():
+        weights = WeightFiles(folder)
+        if misfit(empty_model(p.model_config), weights) is None:
+            streamed = StreamedModel(p.model_config, weights, p.stored)
+            streamed.model.config.name_or_path = p.source.name
+            streamed.model.config.dtype = p.stored
+            return _Layers(streamed.model, streamed)
+    return _Layers(load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code), None)
+
+
+def run_to_folder(prepared: Prepared, on_layer: OnLayer | None = None, on_start: OnStart | None = None) -> PruneReport:
+    """Prune what :func:`prepare` has checked and write the folder; other processes of a distributed run take part.
+
+    Finished layers are kept on disk beside the folder until it is whole, so that a killed run can be resumed.
+
+    Raises:
+        SlimGPTError: as :func:`slimgpt.prune`; :class:`ResumeError` where there is an unfinished run of something else.
+    """
+    p = prepared
+    with join(p.device) as ranks:
+        windows = ranks.share(p.windows)
+        stored = p.stored
+        dtype = forward_dtype(p.config.forward_dtype, stored, p.device)
+        names = list(DTYPES.values())
+        dtype = names[ranks.agree(names.index(dtype or stored))]  # processors may differ; rank 0's timing counts
+        dtype = None if dtype == stored else dtype
+        request = _request(p, dtype or stored)
+        journal = Journal(p.output, architecture_of(p.model_config, empty_model(p.model_config)).layers, request)
+        request_digest = hashlib.sha256(json.dumps(journal.request, sort_keys=True).encode()).hexdigest()
+        before = finished_before(p, journal, request_digest) if ranks.main and p.resume else None
+        if ranks.agree(int(before is not None)):
+            if before is None:
+                raise SystemExit(0)
+            return before
+        done = journal.open(p.resume, p.overwrite) if ranks.main else 0
+        try:
+            return _run(p, ranks, windows, dtype, journal, request_digest, ranks.agree(done), on_layer, on_start)
+        except BaseException as error:
+            if ranks.main and isinstance(error, NumericalError):
+                journal.discard()  # the same command would fail in the same layer again
+            kept = ranks.main and journal.close()
+            if kept and isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"finished layers are kept in {journal.folder}; go on with --resume") from None
+            raise
+
+
+def finished_before(p: Prepared, journal: Journal, digest: str) -> PruneReport | None:
+    """The report of this very run if its output is whole: it was killed on its last steps, or is asked for again.
+
+    Raises:
+        OutputError: the output holds something else.
+    """
+    file = p.output / REPORT_FILE
+    if not file.is_file():
+        return None
+    with suppress(ValueError, TypeError, KeyError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found["request"] == digest:
+            report = PruneReport.from_json(found)
+            journal.discard()
+            return report
+    check_output(p.output, p.overwrite)
+    return None
+
+
+def _request(p: Prepared, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that decides the result."""
+    folder = weights_folder(p.source)
+    if folder is not None:
+        files = [folder / "config.json", *WeightFiles(folder).files]
+    else:
+        files = [Path(p.source.location) / str(p.source.gguf_file)]
+    found = versions(p.device)
+    return {
+        "model": {"name": p.source.name, "files": fingerprint(files)},
+        "settings": asdict(p.config),
+        "plan": p.plan.to_json(),
+        "calibration": described(p.windows, p.calibration),
+        "dtype": str(p.stored).removeprefix("torch."),
+        "forward_dtype": str(dtype).removeprefix("torch."),
+        "versions": {name: found[name] for name in ("slimgpt", "torch", "transformers", "device")},
+    }
+
+
+def _run(
+    p: Prepared,
+    ranks: Ranks,
+    windows: Tensor,
+    dtype: torch.dtype | None,
+    journal: Journal,
+    digest: str,
+    done: int,
+    on_layer: OnLayer | None,
+    on_start: OnStart | None,
+) -> PruneReport:
+    start = time.perf_counter()
+    layers = open_model(p)
+    layers.check_finite(ranks)
+    model = layers.model
+    copied = dtype is not None or p.device.type != "cpu"
+    need = memory_need(model, windows, p.plan, p.config, dtype, copied)
+    placement = place(need, p.device, p.budget)
+    if p.device.type == "cuda" and p.budget is not None:
+        total = torch.cuda.get_device_properties(p.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(p.budget / total, 1.0), p.device)
+    if on_start is not None and ranks.main:
+        on_start(placement, done)
+    dense = tuple(layer_sizes(model.config))
+    reports = []
+    run = Run(p.device, placement, dtype, ranks, journal.scratch, journal)
+    for finished in prune_layers(model, layers, windows, p.plan, p.config, run):
+        if ranks.main:
+            journal.write(finished)
+            reports.append(finished.report)
+            if on_layer:
+                on_layer(finished.report, p.plan)
+        del finished
+    earlier = sum(sum(report.seconds.values()) for report in reports[:done])
+    report = PruneReport(
+        base_model=p.source.name,
+        model_type=model.config.model_type,
+        settings=p.config,
+        plan=p.plan,
+        dense_sizes=dense,
+        layers=tuple(reports),
+        calibration=described(p.windows, p.calibration),
+        versions=versions(p.device),
+        seconds=earlier + time.perf_counter() - start,
+        execution=execution(dtype or p.stored, placement, ranks.world),
+        request=digest,
+    )
+    if ranks.main:
+        assemble(journal, model, p.tokenizer, report)
+    return report
+
+
+def prune_folder(
+    model: str,
+    output: str | Path,
+    ratio: float | None = None,
+    calibration: str = assets.DEMO,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    memory: str | None = None,
+    on_layer: OnLayer | None = None,
+    **settings: Any,
+) -> PruneReport:
+    """Prune from a model's name to a new folder, layer by layer; the model need not fit into memory.
+
+    Args:
+        model: a hub id, a local folder, a ``.gguf`` file, or ``demo``.
+        output: the folder to write.
+        dtype: of the weights: ``auto`` (as stored), ``float32``, ``float16`` or ``bfloat16``.
+        trust_remote_code: let config and tokenizer run Python code from the model's repository.
+        overwrite: replace a model folder of that name.
+        resume: go on with a run that was killed; a first run simply begins.
+        settings: the other keywords of :func:`prune`.
+
+    Raises:
+        SlimGPTError: as :func:`prune`, and for a model or an output folder that is refused.
+    """
+    config = make_config(ratio=ratio, **settings)
+    prepared = prepare(model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory)
+    return run_to_folder(prepared, on_layer)

@@ -1,0 +1,170 @@
+"""What a run has finished, on disk, so that a killed one goes on where it stopped.
+
+A run that will write ``OUT`` works in ``.OUT.unfinished`` beside it::
+
+    journal.json                what the run was asked for; another request is refused
+    layers/00012.json           the report of a layer
+    layers/00012.safetensors    its weights under their final names: the file is a shard of the checkpoint to be
+    scratch/                    activations that memory had no room for
+    folder/                     the checkpoint while it is put together
+    replaced/                   what was at OUT before, until the new checkpoint is there
+
+A layer is finished once its safetensors file has its name, which it gets when it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from slimgpt.errors import OutputError, ResumeError
+from slimgpt.pruning.report import LayerReport
+from slimgpt.pruning.sequential import Finished
+
+JOURNAL_FILE = "journal.json"
+
+
+class Journal:
+    """The working folder of one run.
+
+    Args:
+        output: the folder that the run will write.
+        prefix: name of the module list that holds the layers, such as ``model.layers``.
+        request: what decides the result, as JSON values; see :meth:`open`.
+    """
+
+    def __init__(self, output: Path, prefix: str, request: dict[str, Any]):
+        self.output, self.prefix = output, prefix
+        self.request = json.loads(json.dumps(request))  # as it will be read back
+        self.folder = unfinished_folder(output)
+        self.layers = self.folder / "layers"
+        self.scratch = self.folder / "scratch"
+
+    def open(self, resume: bool, overwrite: bool = False) -> int:
+        """Begin, or go on; the number of layers that are finished.
+
+        Args:
+            resume: go on with an unfinished run if there is one.
+            overwrite: start anew in place of an unfinished run.
+
+        Raises:
+            ResumeError: an unfinished run of another request, or one that was not asked for.
+        """
+        file = self.folder / JOURNAL_FILE
+        if self.folder.exists() and not file.is_file():  # killed before it had begun, or while it was cleared away
+            self.discard()
+        if self.folder.exists() and not resume:
+            if not overwrite:
+                raise ResumeError(
+                    f"an unfinished run is in {self.folder}; pass --resume to go on with it, or --overwrite to start "
+                    "anew"
+                )
+            self.discard()
+        if not self.folder.exists():
+            self.layers.mkdir(parents=True)
+            write_text(file, json.dumps(self.request, indent=1))
+        differences = _differences(json.loads(file.read_text(encoding="utf-8")), self.request)
+        if differences:
+            raise ResumeError(
+                f"the unfinished run in {self.folder} is another one: {'; '.join(differences)}. Give the same options "
+                "again, or --overwrite without --resume to start anew"
+            )
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        self.scratch.mkdir()
+        for leftover in self.layers.glob("*.tmp"):
+            leftover.unlink()
+        return len(list(self.layers.glob("*.safetensors")))
+
+    def __call__(self, index: int) -> Finished | None:
+        """A finished layer, or ``None``.
+
+        Raises:
+            ResumeError: its files are damaged.
+        """
+        weights, report = self.files(index)
+        if not weights.is_file():
+            return None
+        try:
+            start = len(f"{self.prefix}.{index}.")
+            with safe_open(weights, framework="pt") as handle:
+                state = {name[start:]: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            return Finished(LayerReport(**json.loads(report.read_text(encoding="utf-8"))), state)
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise ResumeError(f"{weights} is damaged ({error}); start anew with --overwrite") from error
+
+    def write(self, finished: Finished) -> None:
+        """Keep a layer.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        weights, report = self.files(finished.report.layer)
+        start = f"{self.prefix}.{finished.report.layer}."
+        try:
+            write_text(report, json.dumps(finished.report.to_json()))
+            draft = weights.with_suffix(".tmp")
+            state = {start + name: tensor.contiguous() for name, tensor in finished.state.items()}
+            save_file(state, draft, metadata={"format": "pt"})
+            publish(draft, weights)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(
+                f"writing {weights} failed: {error}; free some space, then go on with --resume"
+                if finished.report.layer
+                else f"writing {self.output} failed, nothing was left there: {error}"
+            ) from error
+
+    def files(self, index: int) -> tuple[Path, Path]:
+        """The files of a layer's weights and report."""
+        return self.layers / f"{index:05d}.safetensors", self.layers / f"{index:05d}.json"
+
+    def close(self) -> bool:
+        """End without having finished the run: keep what is worth it; whether there was such."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        worth = any(self.layers.glob("*.safetensors"))
+        if not worth:
+            self.discard()
+        return worth
+
+    def discard(self) -> None:
+        """Remove the working folder; the journal goes last but one, so that a kill in between is understood."""
+        if (replaced := self.folder / "replaced").exists() and not self.output.exists():
+            replaced.rename(self.output)
+        (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def unfinished_folder(output: Path) -> Path:
+    """Where a run that will write ``output`` keeps what it has finished."""
+    return output.parent / f".{output.name}.unfinished"
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file that appears whole or not at all."""
+    draft = file.with_name(file.name + ".tmp")
+    draft.write_text(text, encoding="utf-8")
+    publish(draft, file)
+
+
+def publish(draft: Path, file: Path) -> None:
+    """Give a file its name once its bytes are on the disk."""
+    with draft.open("rb") as handle:
+        os.fsync(handle.fileno())
+    draft.rename(file)
+
+
+def _differences(before: Any, now: Any, where: str = "") -> list[str]:
+    """What two requests differ in, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{where}{key} ".lstrip())]
+    if before == now:
+        return []
+    if isinstance(before, (list, dict)) or isinstance(now, (list, dict)) or len(str(before)) + len(str(now)) > 100:
+        return [f"{where.strip()} differs"]
+    return [f"{where.strip()} was {before}, now {now}"]

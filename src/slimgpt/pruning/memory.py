@@ -1,0 +1,187 @@
+"""Where what is kept between two steps lives: on the device, in host memory, in a file, or nowhere."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from slimgpt.errors import UsageError
+
+DEVICE, HOST, FILE, RECOMPUTE = "device", "host", "file", "recompute"
+RESERVE = 0.85
+"""Share of the free memory that is used when the user names no budget."""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from ``8GB``, ``1.5 GiB``, ``800MB`` or a plain number.
+
+    Raises:
+        UsageError: anything else, or not above zero.
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", text.lower())
+    if not match or float(match[1]) <= 0:
+        raise UsageError(f"'{text}' is no amount of memory; give for example 8GB, 1.5GiB or 800MB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind; where the system does not tell, all that is resident."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return psutil.Process().memory_info().rss
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device, container limits included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    with suppress(OSError, ValueError):  # no control group, or "max"
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0)
+
+
+def used_bytes(device: torch.device) -> int:
+    """Memory in use by this process where the work is done."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else anonymous_bytes()
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run needs on its device, in bytes.
+
+    Args:
+        layer: the weights of the largest layer, dense and narrow, and its batch while it runs.
+        solver: the matrices of the largest problem.
+        stream: the hidden states between two layers.
+        kept: the inputs of the widest output matrix over all tokens.
+    """
+
+    layer: int
+    solver: int
+    stream: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where each kind of activation is kept, and whether the Gram matrix lives in a file.
+
+    Args:
+        budget: bytes of memory that may be used on the device.
+        stream: ``device``, ``host`` or ``file``.
+        kept: ``device``, ``host`` or ``recompute``.
+        gram: ``device`` or ``file``.
+    """
+
+    budget: int
+    stream: str
+    kept: str
+    gram: str = DEVICE
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def place(need: Need, device: torch.device, budget: int | None = None) -> Placement:
+    """The fastest places that the budget allows.
+
+    What is needed at once comes first (a layer, the solver), then the stream, of which there are two while a layer is
+    worked on, then the inputs of the output matrix, which can also be computed twice.
+
+    Args:
+        budget: bytes; on a GPU of its memory, on the CPU of the process's anonymous memory. ``None``: what is free.
+
+    Raises:
+        UsageError: a layer and its solver alone are more than the budget.
+    """
+    base = used_bytes(device)
+    limit = budget if budget is not None else base + int(RESERVE * free_bytes(device))
+    room = limit - base - max(need.layer, need.solver)
+    on_cpu = device.type == "cpu"
+    gram = DEVICE
+    if room < 0 and on_cpu:  # half of the solver's memory is the Gram matrix
+        gram = FILE
+        room = limit - base - max(need.layer, need.solver * 2 // 3)
+    if room < 0:
+        least = limit - room
+        raise UsageError(
+            f"a memory budget of {limit / 1e9:.2f} GB is too small: one layer and its solver need "
+            f"{least / 1e9:.2f} GB; raise --memory, or lower --batch-size"
+        )
+    stream = kept = DEVICE
+    if 2 * need.stream > room:
+        stream = FILE if on_cpu else HOST
+    else:
+        room -= 2 * need.stream
+    host = free_bytes(torch.device("cpu")) * RESERVE if not on_cpu else 0.0
+    if stream == HOST:
+        if 2 * need.stream > host:
+            stream = FILE
+        else:
+            host -= 2 * need.stream
+    if need.kept > room:
+        kept = HOST if need.kept < host else RECOMPUTE
+    return Placement(limit, stream, kept, gram)
+
+
+class Shelf:
+    """Tensors by number, such as one per batch, kept in a chosen place.
+
+    Args:
+        place: ``device``, ``host`` (pinned where a GPU is used) or ``file``.
+        device: where :meth:`get` returns them.
+        scratch: the folder for the files.
+    """
+
+    def __init__(self, place: str, device: torch.device, scratch: Path | None = None):
+        self.place, self.device = place, device
+        self._tensors: dict[int, Tensor] = {}
+        self._folder = tempfile.TemporaryDirectory(dir=scratch) if place == FILE else None
+
+    def put(self, number: int, tensor: Tensor) -> None:
+        """Keep a tensor; one of the same number and shape is replaced where it is."""
+        if self.place == DEVICE:
+            self._tensors[number] = tensor
+            return
+        there = self._tensors.get(number)
+        if there is None or there.shape != tensor.shape or there.dtype != tensor.dtype:
+            there = self._tensors[number] = self._room(number, tensor)
+        there.copy_(tensor)
+
+    def get(self, number: int) -> Tensor:
+        """The tensor, on the device."""
+        return self._tensors[number].to(self.device, non_blocking=True)
+
+    def take(self, number: int) -> Tensor:
+        """The tensor, no longer kept."""
+        tensor = self.get(number)
+        del self._tensors[number]
+        return tensor
+
+    def _room(self, number: int, like: Tensor) -> Tensor:
+        if self._folder is not None:
+            return mapped(Path(self._folder.name) / str(number), like.shape, like.dtype)
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.device.type == "cuda")
+
+
+def mapped(file: Path, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros whose memory is a file; the system writes it out where memory is short."""
+    size = torch.Size(shape).numel()
+    file.unlink(missing_ok=True)
+    return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)

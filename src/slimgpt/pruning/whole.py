@@ -1,0 +1,82 @@
+"""The loop applied to a model in memory, and what it needs of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.config import PruneConfig
+from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer, with_sizes
+from slimgpt.models.stock import apply_sizes
+from slimgpt.models.weights import check_finite
+from slimgpt.planning.plan import Plan
+from slimgpt.pruning.memory import Need
+from slimgpt.pruning.report import LayerReport
+from slimgpt.pruning.sequential import EXACT_SIZE, Run, prune_layers
+
+
+def prune_model(
+    model: PreTrainedModel, windows: Tensor, plan: Plan, config: PruneConfig, run: Run
+) -> Iterator[LayerReport]:
+    """Prune a model in place, one layer per step.
+
+    Layers are moved to the device one at a time and back to where they were. The model is whole after every
+    step: if the iteration ends early, the layers that are done stay narrow and the config says so.
+
+    Raises:
+        NumericalError: NaN or infinity in weights or activations, or a Hessian that is not positive definite.
+    """
+    architecture = architecture_of(model.config, model)
+    layers = model.get_submodule(architecture.layers)
+    assert isinstance(layers, nn.ModuleList)
+    sizes = layer_sizes(model.config)
+    configs = list(model.config.per_layer_config)
+    check_finite(model.state_dict().items())
+    try:
+        for finished in prune_layers(model, layers.__getitem__, windows, plan, config, run):
+            index = finished.report.layer
+            home = next(layers[index].parameters()).device
+            narrow = with_sizes(configs[index], finished.report.sizes)
+            layers[index] = rebuild_layer(layers[index], narrow, index, finished.state).to(home)
+            sizes[index] = finished.report.sizes
+            yield finished.report
+    finally:
+        apply_sizes(model, architecture, sizes)
+
+
+def memory_need(
+    model: PreTrainedModel, windows: Tensor, plan: Plan, config: PruneConfig, dtype: torch.dtype | None, copied: bool
+) -> Need:
+    """What pruning needs on its device, from shapes alone.
+
+    Args:
+        model: the model, or its empty form.
+        windows: the calibration tokens of this process.
+        dtype: of the forward passes; ``None`` for that of the weights.
+        copied: whether a layer's weights are copied to be run (another device or type), or used where they are.
+    """
+    architecture = architecture_of(model.config, model)
+    layers = model.get_submodule(architecture.layers)
+    structures = (architecture.heads(plan.head_unit), architecture.ffn)
+    tokens, batch = windows.numel(), min(config.batch_size, len(windows)) * windows.shape[1]
+    layer_bytes = solver_bytes = widest = item = out = 0
+    for layer, sizes, target in zip(layers.children(), layer_sizes(model.config), plan.layers, strict=True):
+        state = layer.state_dict()
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        numbers = sum(tensor.numel() for tensor in state.values())
+        item = torch.empty((), dtype=dtype or next(layer.parameters()).dtype).element_size()
+        layer_bytes = max(layer_bytes, stored + (numbers * item if copied else 0))
+        for structure in structures:
+            out, n = state[f"{structure.output}.weight"].shape
+            widest = max(widest, n)
+            each = 8 if n <= EXACT_SIZE else 4
+            removed = n - n * structure.units(target) // structure.units(sizes)
+            # Gram matrix (again in fp64 where that is used) and inverse; the factor of what was removed; W, its
+            # repaired form and W H.
+            square = n * n * (4 + (each if each == 8 else 0) + each)
+            solver_bytes = max(solver_bytes, square + removed * n * each + 3 * out * n * each)
+    work = batch * (3 * widest + 6 * out) * item
+    return Need(layer_bytes + work, solver_bytes + layer_bytes, tokens * out * item, tokens * widest * item)
