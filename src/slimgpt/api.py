@@ -230,7 +230,7 @@ def execution(dtype: torch.dtype, placement: Placement, processes: int = 1) -> d
     """What a report says of how a run went about its work."""
     return {
         "forward_dtype": str(dtype).removeprefix("torch."),
-        "placement": placement.to_json(),
+        "placement": {"stream": placement.stream, "kept": placement.kept, "gram": placement.gram},
         "processes": processes,
     }
 

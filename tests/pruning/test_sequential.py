@@ -47,8 +47,7 @@ def test_every_repair_is_the_closed_form_on_the_stream_of_the_layers_before(meth
             kept = unit_rows(linear.weight.shape[1], units, torch.tensor(layer.kept[name]))
             expected = closed_form(linear.weight.detach(), inputs_of(mixed, linear), kept)
             found = after.get_submodule(path).weight.detach()
-            # The sums are kept in fp32.
-            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
             with torch.no_grad():
                 linear.weight.zero_()
                 linear.weight[:, kept] = found

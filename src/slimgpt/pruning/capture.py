@@ -126,9 +126,10 @@ class _Mover:
     def _tensor(self, tensor: Tensor) -> Tensor:
         if self.dtype is None or self.dtype == tensor.dtype or not tensor.is_floating_point():
             return tensor.to(self.device)
-        # A mask's lowest number must not become infinity in a narrower type.
-        limits = torch.finfo(self.dtype)
-        return tensor.to(self.device).clamp(limits.min, limits.max).to(self.dtype)
+        tensor, limits = tensor.to(self.device), torch.finfo(self.dtype)
+        if torch.finfo(tensor.dtype).max > limits.max:  # a mask's lowest number must not become infinity
+            tensor = tensor.clamp(limits.min, limits.max)
+        return tensor.to(self.dtype)
 
 
 def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:

@@ -37,6 +37,11 @@ EXACT_SIZE = 4096
 """Up to this many columns the solver runs in fp64: it costs little there, and fp32 loses digits to damping 0."""
 
 
+def solver_dtype(n: int, device: torch.device) -> torch.dtype:
+    """The type of the Hessian and the solver for ``n`` columns."""
+    return torch.float64 if n <= EXACT_SIZE and device.type != "mps" else torch.float32
+
+
 @dataclass(frozen=True)
 class Finished:
     """A layer that is pruned: what was decided, and the state dict of the narrower layer on the CPU."""
@@ -231,8 +236,9 @@ class _Layer:
 
     def _gram(self, n: int) -> Gram:
         if self.run.placement.gram != FILE or self.run.scratch is None:
-            return Gram(n, self.run.device)
-        return Gram(n, storage=mapped(self.run.scratch / "gram", (n, n), torch.float32))
+            return Gram(n, self.run.device, solver_dtype(n, self.run.device))
+        dtype = solver_dtype(n, self.run.device)
+        return Gram(n, dtype=dtype, storage=mapped(self.run.scratch / "gram", (n, n), dtype))
 
     def _decide(
         self, name: str, structure: Structure, running: Tensor, gram: Gram | None, sizes: Sizes, target: Sizes
@@ -254,7 +260,8 @@ class _Layer:
             W_kept = torch.empty(out, n // units * keep, dtype=stored.dtype, device=device)
         elif self.earlier is not None:
             kept = torch.tensor(self.earlier.report.kept[name])
-            W_kept = self.earlier.state[weight].to(device)
+            # Copied: products may differ in the last bit with where in memory their factors begin.
+            W_kept = self.earlier.state[weight].to(device, copy=True)
         else:
             assert gram is not None
             kept, W_kept = self._solve(name, structure, stored.to(device), gram, sizes, target)
@@ -271,11 +278,11 @@ class _Layer:
         units, keep = structure.units(sizes), structure.units(target)
         where = f"layer {self.index}, {structure.output}"
         n = stored.shape[1]
-        dtype = torch.float64 if n <= EXACT_SIZE and stored.device.type != "mps" else torch.float32
+        dtype = solver_dtype(n, stored.device)
         H = gram.mean()
         if not bool(torch.isfinite(H.sum())):
             raise NumericalError(f"{where}: its inputs hold NaN or infinity on the calibration text")
-        H, W = H.to(dtype), stored.to(dtype)
+        W = stored.to(dtype)
         undamped = H.diagonal().clone()
         damp(H, self.config.damping)
         try:

@@ -15,7 +15,7 @@ from slimgpt.models.weights import check_finite
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.memory import Need
 from slimgpt.pruning.report import LayerReport
-from slimgpt.pruning.sequential import EXACT_SIZE, Run, prune_layers
+from slimgpt.pruning.sequential import Run, prune_layers, solver_dtype
 
 
 def prune_model(
@@ -72,11 +72,9 @@ def memory_need(
         for structure in structures:
             out, n = state[f"{structure.output}.weight"].shape
             widest = max(widest, n)
-            each = 8 if n <= EXACT_SIZE else 4
+            each = solver_dtype(n, torch.device("cpu")).itemsize
             removed = n - n * structure.units(target) // structure.units(sizes)
-            # Gram matrix (again in fp64 where that is used) and inverse; the factor of what was removed; W, its
-            # repaired form and W H.
-            square = n * n * (4 + (each if each == 8 else 0) + each)
-            solver_bytes = max(solver_bytes, square + removed * n * each + 3 * out * n * each)
+            # The Gram matrix and its inverse; the factor of what was removed; W, its repaired form and W H.
+            solver_bytes = max(solver_bytes, (2 * n * n + removed * n + 3 * out * n) * each)
     work = batch * (3 * widest + 6 * out) * item
     return Need(layer_bytes + work, solver_bytes + layer_bytes, tokens * out * item, tokens * widest * item)

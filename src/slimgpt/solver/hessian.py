@@ -10,15 +10,17 @@ BLOCK = 512
 
 
 class Gram:
-    """Running sum of ``x x^T`` over tokens, in fp32 (or fp64 when the inputs are).
+    """Running sum of ``x x^T`` over tokens.
 
     Only blocks on and above the diagonal are multiplied: with many blocks, half of the work. Products of 16-bit
-    numbers are exact in fp32; on CUDA they are left to the tensor cores, which accumulate in fp32.
+    numbers are exact in fp32; on CUDA they are left to the tensor cores, which accumulate in fp32. Each call's
+    products are summed in fp32 (fp64 when the inputs are), the calls in ``dtype``.
 
     Args:
         size: number of input features of the matrix that is to be pruned.
         device: where the ``(size, size)`` sum lives.
-        dtype: accumulation type.
+        dtype: accumulation type. In fp64 the order of many batches, and their division among processes, changes
+            next to nothing.
         storage: zeros ``(size, size)`` to sum up in, such as a memory-mapped file; made if not given.
 
     Attributes:
@@ -40,17 +42,17 @@ class Gram:
         """Add every row of ``x``, shape ``(..., size)``."""
         x = x.reshape(-1, x.shape[-1])  # (tokens, size)
         half = x.dtype in (torch.bfloat16, torch.float16)
-        tensor_cores = half and x.is_cuda and self.sum.dtype == torch.float32
-        if not tensor_cores:
-            x = x.to(self.sum.dtype)
-        size = self.sum.shape[0]
-        for start in range(0, size, BLOCK):
+        if half and not x.is_cuda:
+            x, half = x.float(), False
+        for start in range(0, self.sum.shape[0], BLOCK):
             left, right = x[:, start : start + BLOCK].T, x[:, start:]
             target = self.sum[start : start + BLOCK, start:]
-            if tensor_cores:
+            if x.dtype == target.dtype:
+                target.addmm_(left, right)
+            elif half:
                 target += torch.mm(left, right, out_dtype=torch.float32)  # pyright: ignore[reportCallIssue]
             else:
-                target.addmm_(left, right)
+                target += left @ right
         self.count += x.shape[0]
 
     def merge(self, other: Gram) -> None:
