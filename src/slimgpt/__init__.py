@@ -9,6 +9,7 @@
 from slimgpt.api import evaluate, prune
 from slimgpt.checkpoint import inspect, save
 from slimgpt.errors import SlimGPTError
+from slimgpt.export import export, verify
 from slimgpt.folders import prune_folder
 from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load
 from slimgpt.planning import Plan, make_plan
@@ -26,10 +27,12 @@ __all__ = [
     "Structure",
     "__version__",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "make_plan",
     "prune",
     "prune_folder",
     "save",
+    "verify",
 ]

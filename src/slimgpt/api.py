@@ -19,11 +19,12 @@ from slimgpt.calibration import digest, sample_windows
 from slimgpt.config import PruneConfig, parse_schedule
 from slimgpt.errors import CalibrationError, UsageError
 from slimgpt.evaluation import Perplexity, perplexity
-from slimgpt.models.heterogeneous import layer_sizes
+from slimgpt.models.heterogeneous import empty_model, layer_sizes
 from slimgpt.models.loading import as_device, as_dtype
 from slimgpt.models.loading import forward_dtype as choose_forward_dtype
 from slimgpt.models.shape import ModelShape, describe
-from slimgpt.planning import Plan, make_plan
+from slimgpt.planning import Plan, make_plan, parse_cache, parse_count, parse_size, read_plan
+from slimgpt.planning.targets import parameters_for
 from slimgpt.pruning import LayerReport, Placement, PruneReport, Run, memory_need, parse_bytes, place, prune_model
 from slimgpt.solver import CRITERIA
 
@@ -52,6 +53,10 @@ def prune(
     batch_size: int = 4,
     forward_dtype: str = "auto",
     memory: str | None = None,
+    params: str | int | None = None,
+    bytes: str | int | None = None,
+    kv_cache: str | None = None,
+    plan: str | None = None,
     on_layer: OnLayer | None = None,
 ) -> PruneReport:
     """Prune a model in place.
@@ -78,6 +83,10 @@ def prune(
         batch_size: windows that go through a layer together.
         forward_dtype: of the forward passes over the calibration tokens: ``auto``, ``float32``, ``float16`` or
             ``bfloat16``; weights are scored and repaired in their own type whatever it is.
+        params: parameters that the whole model may have, such as ``1.0B``; in place of ``ratio``, never exceeded.
+        bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``, never exceeded.
+        kv_cache: what its KV cache may take at a context, such as ``1GB@32k``; whole KV heads go until it fits.
+        plan: a file of widths that ``slimgpt plan --save`` wrote.
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
 
@@ -103,17 +112,22 @@ def prune(
         round_to=round_to,
         uniform=uniform,
         forward_dtype=forward_dtype,
+        params=params,
+        bytes=bytes,
+        kv_cache=kv_cache,
+        plan=plan,
     )
     budget = parse_bytes(memory) if memory else None
     target, wanted = as_device(device), as_dtype(dtype)
     shape = describe(model.config, model)
-    plan = plan_for(model.config, config, shape)
+    kept_dtype = wanted if isinstance(wanted, torch.dtype) else next(model.parameters()).dtype
+    widths = plan_for(model.config, config, shape, kept_dtype)
     windows, source = calibration_windows(calibration, tokenizer, config, model.config.vocab_size)
     if isinstance(wanted, torch.dtype):
         model.to(wanted)  # type: ignore[arg-type]
         model.config.dtype = wanted
     name = str(model.config.name_or_path or type(model).__name__)
-    return run_plan(model, name, windows, source, plan, config, target, on_layer, budget)
+    return run_plan(model, name, windows, source, widths, config, target, on_layer, budget)
 
 
 def make_config(**settings: Any) -> PruneConfig:
@@ -133,13 +147,29 @@ def make_config(**settings: Any) -> PruneConfig:
     return config
 
 
-def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape) -> Plan:
+def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: torch.dtype | None = None) -> Plan:
     """The plan that the settings ask for.
 
     ``paper`` removes whole heads as published; the other methods take the finer unit where there is one.
+
+    Args:
+        dtype: of the weights on disk, for a target in bytes.
+
+    Raises:
+        PlanError: no widths can do what was asked for.
     """
+    if config.plan is not None:
+        return read_plan(config.plan, model_config, shape)
     head_unit = "kv" if config.head_unit == "auto" and config.method == "paper" else config.head_unit
-    return make_plan(model_config, config.ratio, config.schedule, head_unit, config.round_to, config.uniform, shape)
+    limit = parse_count(config.params) if config.params is not None else None
+    if config.bytes is not None:
+        itemsize = (dtype or model_config.dtype or torch.float32).itemsize
+        tensors = len(empty_model(model_config).state_dict())
+        limit = parameters_for(parse_size(config.bytes), itemsize, tensors)
+    cache = parse_cache(config.kv_cache) if config.kv_cache is not None else None
+    return make_plan(
+        model_config, config.ratio, config.schedule, head_unit, config.round_to, config.uniform, shape, limit, cache
+    )
 
 
 def calibration_windows(

@@ -29,6 +29,10 @@ class PruneConfig:
         uniform: the same widths in all layers.
         forward_dtype: of the forward passes over the calibration tokens; ``auto``, ``float32``, ``float16`` or
             ``bfloat16``. Weights are scored, repaired and saved in their own type whatever it is.
+        params: parameters that the whole model may have, such as ``1.0B``; in place of ``ratio``.
+        bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``.
+        kv_cache: what its KV cache may take at a context, such as ``1GB@32k``.
+        plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
 
     Raises:
         UsageError: a number outside its range.
@@ -47,6 +51,10 @@ class PruneConfig:
     round_to: int = 1
     uniform: bool = False
     forward_dtype: str = "auto"
+    params: str | int | None = None
+    bytes: str | int | None = None
+    kv_cache: str | None = None
+    plan: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "seq_len", "batch_size", "round_to"):
@@ -54,6 +62,11 @@ class PruneConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError(f"damping is {self.damping}; it must be 0 or more (the paper uses 0 to 0.01)")
+        sizes = [name for name in ("ratio", "params", "bytes", "plan") if getattr(self, name) is not None]
+        if len(sizes) > 1:
+            raise UsageError(f"{' and '.join(sizes)} were given; each says how small the model shall be: give one")
+        if self.plan is not None and (self.schedule or self.kv_cache or self.uniform or self.round_to != 1):
+            raise UsageError("a plan file says every width; leave out schedule, kv_cache, uniform and round_to")
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be 0 or more")
 

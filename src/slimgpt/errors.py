@@ -9,6 +9,7 @@
     ├── ModelError                        a model that is unknown, corrupt or refused
     │   └── UnsupportedFamilyError        a model whose layers are not described in the table
     ├── OutputError                       a folder that exists, a disk that is full
+    ├── ExportError                       a model that a format cannot hold, or an engine that is not installed
     ├── ResumeError                       an unfinished run that this one cannot go on with
     ├── RankError                         another process of a distributed run has ended
     ├── NumericalError                    NaN, infinity, or a matrix that is not positive definite
@@ -44,6 +45,10 @@ class UnsupportedFamilyError(ModelError):
 
 class OutputError(SlimGPTError):
     """An output folder that exists, or a disk that is full."""
+
+
+class ExportError(SlimGPTError):
+    """A model that a format cannot hold, or an engine that is not installed."""
 
 
 class ResumeError(SlimGPTError):

@@ -90,14 +90,19 @@ class Prepared:
     @property
     def stored(self) -> torch.dtype:
         """The type of the weights, as they are saved."""
-        if self.dtype != "auto":
-            return DTYPES[self.dtype]
-        if self.source.gguf_file:
-            return torch.float32
-        if self.model_config.dtype is not None:
-            return self.model_config.dtype
-        folder = weights_folder(self.source)
-        return WeightFiles(folder).dtype if folder is not None else torch.float32
+        return stored_dtype(self.source, self.model_config, self.dtype)
+
+
+def stored_dtype(source: Source, model_config: Any, dtype: str) -> torch.dtype:
+    """The type that weights are saved in: the one asked for, or their own."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if source.gguf_file:
+        return torch.float32
+    if model_config.dtype is not None:
+        return model_config.dtype
+    folder = weights_folder(source)
+    return WeightFiles(folder).dtype if folder is not None else torch.float32
 
 
 def prepare(
@@ -130,7 +135,7 @@ def prepare(
     source = locate(model)
     model_config = load_config(source, trust_remote_code)
     shape = describe(model_config)
-    plan = plan_for(model_config, config, shape)
+    plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
     prepared = Prepared(
         source=source,
         output=path,

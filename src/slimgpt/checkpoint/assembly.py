@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,15 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.checkpoint.folder import settle
-from slimgpt.checkpoint.saving import SHARD_BYTES, target_form, write_sidecars
+from slimgpt.checkpoint.saving import target_form, write_sidecars
+from slimgpt.checkpoint.shards import METADATA, SHARD_BYTES, shard_name, write_index
 from slimgpt.errors import OutputError
 from slimgpt.models.heterogeneous import architecture_of
 from slimgpt.models.stock import apply_sizes
-from slimgpt.models.weights import INDEX_FILE
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.report import PruneReport
-
-METADATA = {"format": "pt"}
 
 
 def assemble(
@@ -84,23 +81,18 @@ def _write_weights(work: Path, around: dict[str, Tensor], layers: list[Path]) ->
     count = len(layers) + 1
     where: dict[str, str] = {}
     total = rest
-    first = _shard(1, count)
+    first = shard_name(1, count)
     save_file(around, work / first, metadata=METADATA)
     where |= dict.fromkeys(around, first)
     for number, file in enumerate(layers, start=2):
-        shard = _shard(number, count)
+        shard = shard_name(number, count)
         _link(file, work / shard)
         with safe_open(file, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118
                 where[name] = shard
                 tensor = handle.get_slice(name)
                 total += torch.Size(tensor.get_shape()).numel() * _itemsize(tensor.get_dtype())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-    (work / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _shard(number: int, count: int) -> str:
-    return f"model-{number:05d}-of-{count:05d}.safetensors"
+    write_index(work, where, total)
 
 
 def _link(file: Path, name: Path) -> None:

@@ -87,8 +87,12 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
 def _command(report: PruneReport) -> str:
     """The command line that repeats the run."""
     settings, calibration = report.settings, report.calibration
+    targets = {name: getattr(settings, name) for name in ("params", "bytes", "plan", "kv_cache")}
+    size = {name.replace("_", "-"): value for name, value in targets.items() if value is not None}
+    if not size or (set(size) == {"kv-cache"} and settings.ratio is not None):
+        size["ratio"] = f"{report.plan.ratio:.6g}"
     options = {
-        "ratio": f"{report.plan.ratio:.6g}",
+        **size,
         "method": settings.method,
         "head-unit": report.plan.head_unit,
         "calibration": calibration["source"],

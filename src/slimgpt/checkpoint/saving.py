@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from slimgpt.checkpoint.card import model_card
 from slimgpt.checkpoint.folder import new_folder
 from slimgpt.checkpoint.plot import plot_widths
+from slimgpt.checkpoint.shards import SHARD_BYTES
 from slimgpt.models.heterogeneous import architecture_of, layer_sizes, modeling_source, stock_class
 from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.stock import stock_config
@@ -20,7 +21,6 @@ from slimgpt.pruning.report import PruneReport
 
 MODELING_FILE = "modeling_slim.py"
 REPORT_FILE = "slimgpt.json"
-SHARD_BYTES = 5 * 10**9
 
 
 def save(

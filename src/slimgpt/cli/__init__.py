@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from slimgpt.cli import demo, evaluate, inspect, prune  # importing a module registers its commands
+from slimgpt.cli import demo, evaluate, export, inspect, plan, prune  # importing a module registers its commands
 from slimgpt.cli.console import app
 
-__all__ = ["app", "demo", "evaluate", "inspect", "main", "prune"]
+__all__ = ["app", "demo", "evaluate", "export", "inspect", "main", "plan", "prune"]
 
 
 def _version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +21,7 @@ from slimgpt.cli.console import (
     quiet,
 )
 from slimgpt.config import PruneConfig
+from slimgpt.errors import OutputError
 
 if TYPE_CHECKING:
     from slimgpt.planning import Plan
@@ -36,6 +38,24 @@ def prune(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     ratio: Annotated[
         float | None, typer.Option(help="Share of the decoder layers' parameters to remove.", show_default="0.2")
+    ] = None,
+    params: Annotated[
+        str | None, typer.Option(help="Parameters that the whole model may have, such as 1.0B; in place of --ratio.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--bytes", help="Bytes that its weights may take on disk, such as 800MB; in place of --ratio."),
+    ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option(help="What its KV cache may take at a context, such as 1GB@32k.")
+    ] = None,
+    plan: Annotated[str | None, typer.Option(help="A file that `slimgpt plan --save` wrote.")] = None,
+    engines: Annotated[
+        str | None, typer.Option("--for", help="Engines to suit: hf, vllm, llama.cpp, sglang, mlx, onnx; with commas.")
+    ] = None,
+    export_to: Annotated[
+        str | None,
+        typer.Option("--export", help="Also write OUT-FORMAT: gguf, hf-uniform, padded, nemotron-nas, onnx, openvino."),
     ] = None,
     schedule: Annotated[
         str | None,
@@ -59,7 +79,9 @@ def prune(
     seed: Annotated[int, typer.Option(help="For the choice of text.")] = DEFAULTS.seed,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    round_to: Annotated[int, typer.Option(help="FFN widths become multiples of it.")] = DEFAULTS.round_to,
+    round_to: Annotated[
+        int | None, typer.Option(help="FFN widths become multiples of it.", show_default="1, or as --for asks")
+    ] = None,
     uniform: Annotated[
         bool, typer.Option("--uniform", help="The same widths in all layers: loads as a stock class.")
     ] = False,
@@ -94,6 +116,7 @@ def prune(
     from slimgpt.folders import prepare, run_to_folder
 
     quiet()
+    round_to, uniform = suit(engines, round_to, uniform)
     config = make_config(
         ratio=ratio,
         schedule=schedule,
@@ -108,11 +131,22 @@ def prune(
         round_to=round_to,
         uniform=uniform,
         forward_dtype=forward_dtype,
+        params=params,
+        bytes=size,
+        kv_cache=kv_cache,
+        plan=plan,
     )
     with out.status("checking the request and reading the text"):
         prepared = prepare(
             model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory
         )
+    if export_to is not None:
+        from slimgpt.export import check_format
+
+        check_format(export_to, prepared.model_config, prepared.plan.layers)
+        exported = export_path(output, export_to)
+        if exported.exists() and not overwrite:
+            raise OutputError(f"{exported} exists; give another OUT, or pass --overwrite to replace it")
     _print_plan(prepared.plan)
     widest = max(layer.sizes["intermediate_size"] for layer in prepared.shape.layers)
     if prepared.windows.numel() < 2 * widest:
@@ -124,6 +158,26 @@ def prune(
     with layer_progress(prepared.windows.numel(), prepared.device) as on_layer:
         report = run_to_folder(prepared, on_layer, _print_start)
     _print_report(report, weight_bytes(prepared.output), prepared.output)
+    if export_to is not None and os.environ.get("RANK", "0") == "0":
+        from slimgpt.cli.export import print_export
+        from slimgpt.export import export
+
+        with out.status(f"exporting to {export_to}"):
+            written = export(prepared.output, export_path(prepared.output, export_to), export_to, overwrite=overwrite)
+        print_export(written)
+
+
+def suit(engines: str | None, round_to: int | None, uniform: bool) -> tuple[int, bool]:
+    """The step of FFN widths and whether layers are equal: what the user says, or what the engines ask for."""
+    from slimgpt.planning import profile_for
+
+    profile = profile_for([name.strip() for name in engines.split(",")] if engines else [])
+    return profile.round_to if round_to is None else round_to, uniform or profile.uniform
+
+
+def export_path(output: Path, to: str) -> Path:
+    """Where ``--export`` writes: beside OUT, with the format's name."""
+    return output.with_name(f"{output.name}.gguf" if to == "gguf" else f"{output.name}-{to}")
 
 
 def _print_start(placement: Placement, finished: int) -> None:

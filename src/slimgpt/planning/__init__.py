@@ -1,6 +1,28 @@
 """A target becomes a plan of widths, from the config alone."""
 
+from slimgpt.planning.engines import ENGINES, Verdict, profile_for, verdicts
 from slimgpt.planning.plan import HEAD_UNITS, TOLERANCE, Plan, head_units, make_plan
+from slimgpt.planning.planfile import read_plan, to_toml
 from slimgpt.planning.ratios import DEFAULT_RATIO, RATIOS, layer_ratios
+from slimgpt.planning.targets import CacheTarget, parse_cache, parse_count, parse_size
 
-__all__ = ["DEFAULT_RATIO", "HEAD_UNITS", "RATIOS", "TOLERANCE", "Plan", "head_units", "layer_ratios", "make_plan"]
+__all__ = [
+    "DEFAULT_RATIO",
+    "ENGINES",
+    "HEAD_UNITS",
+    "RATIOS",
+    "TOLERANCE",
+    "CacheTarget",
+    "Plan",
+    "Verdict",
+    "head_units",
+    "layer_ratios",
+    "make_plan",
+    "parse_cache",
+    "parse_count",
+    "parse_size",
+    "profile_for",
+    "read_plan",
+    "to_toml",
+    "verdicts",
+]

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig
 from slimgpt.errors import PlanError
 from slimgpt.models.shape import LayerShape, ModelShape, describe
 from slimgpt.models.stock import stock_config
-from slimgpt.planning.ratios import layer_ratios
+from slimgpt.planning.ratios import DEFAULT_RATIO, layer_ratios
+from slimgpt.planning.targets import CacheTarget, kv_heads_for
 
 HEAD_UNITS = ("auto", "kv", "query")
 TOLERANCE = 0.002
@@ -59,6 +60,8 @@ def make_plan(
     round_to: int = 1,
     uniform: bool = False,
     shape: ModelShape | None = None,
+    limit: int | None = None,
+    cache: CacheTarget | None = None,
 ) -> Plan:
     """Plan widths so that the share of removed decoder parameters is the one asked for.
 
@@ -67,12 +70,17 @@ def make_plan(
 
     Args:
         config: the model's config; no weight is read.
-        ratio: the share of the decoder layers' parameters to remove, in (0, 1); 0.2 if not given.
+        ratio: the share of the decoder layers' parameters to remove, in (0, 1); 0.2 if neither it nor a target is
+            given.
         schedule: see :func:`slimgpt.planning.ratios.layer_ratios`; ``log_increase`` if not given.
         head_unit: ``auto`` takes query heads where several share a KV head, else whole heads.
         round_to: every ``intermediate_size`` becomes a multiple of it.
         uniform: the same widths in all layers, chosen so that a stock class can hold them.
         shape: the model's shape, if the caller has it already.
+        limit: parameters that the whole model may have, in place of ``ratio``; met as nearly as the units allow and
+            never exceeded.
+        cache: what the KV cache may take; whole KV heads go until it fits. Without a ratio or a limit nothing else
+            is removed.
 
     Raises:
         PlanError: an argument outside its range, or a ratio that no widths can meet.
@@ -85,31 +93,144 @@ def make_plan(
     if uniform and schedule not in (None, "uniform"):
         raise PlanError(f"a uniform model cannot follow the schedule {schedule}; leave out one of the two")
     shape = shape or describe(config)
-    ratios = layer_ratios(schedule or ("uniform" if uniform else "log_increase"), len(shape.layers), ratio)
     total = shape.layer_parameters
+    if limit is not None:
+        ratio = _ratio_for(shape, limit, ratio)
+    kv_heads = None
+    if cache is not None:
+        if head_unit == "query":
+            raise PlanError("a smaller KV cache needs whole KV heads removed; leave out --head-unit query")
+        head_unit = "kv"
+        kv_heads = kv_heads_for(config, shape, cache, uniform)
+        if ratio is None and schedule is None:
+            return _finish(config, shape, kv_heads, round_to, uniform)
+    ratios = layer_ratios(schedule or ("uniform" if uniform else "log_increase"), len(shape.layers), ratio)
     target = sum(r * layer.parameters for r, layer in zip(ratios, shape.layers))
     if not isinstance(schedule, Sequence) or isinstance(schedule, str):
         # Layers of different size (a model pruned before) would shift the mean: scale it back.
-        wanted = (0.2 if ratio is None else ratio) * total
+        wanted = (DEFAULT_RATIO if ratio is None else ratio) * total
         ratios = [r * wanted / target for r in ratios]
         target = wanted
     if head_unit == "auto":
         grouped = all(layer.sizes["num_attention_heads"] > layer.sizes["num_key_value_heads"] for layer in shape.layers)
         head_unit = "query" if grouped else "kv"
     if uniform:
-        layers = _uniform(config, shape, target, head_unit, round_to)
+        layers = _uniform(config, shape, target, head_unit, round_to, kv_heads)
     else:
-        layers = _per_layer(shape, ratios, head_unit, round_to)
-    removed = sum(removed_parameters(layer, sizes, head_unit) for layer, sizes in zip(shape.layers, layers))
+        layers = _per_layer(shape, ratios, head_unit, round_to, kv_heads)
+    if limit is not None:
+        layers = _trim(shape, layers, limit, round_to, uniform)
+    return plan_of_widths(shape, layers, head_unit, ratios, target / total)
+
+
+def plan_of_widths(
+    shape: ModelShape,
+    layers: list[dict[str, int]],
+    head_unit: str,
+    ratios: Sequence[float] | None = None,
+    ratio: float | None = None,
+) -> Plan:
+    """The plan of given widths.
+
+    Args:
+        layers: the widths of every layer.
+        ratios: what was asked of each layer; what the widths make if not given.
+        ratio: what was asked of all.
+
+    Raises:
+        PlanError: another number of layers, a width outside what the dense layer has, or heads that are removed in
+            another unit than ``head_unit``.
+    """
+    if head_unit not in ("kv", "query"):
+        raise PlanError(f"head unit '{head_unit}' is unknown; a plan names kv or query")
+    if len(layers) != len(shape.layers):
+        raise PlanError(f"the plan has {len(layers)} layers, the model {len(shape.layers)}")
+    for index, (layer, sizes) in enumerate(zip(shape.layers, layers)):
+        for field, value in sizes.items():
+            if not 1 <= value <= layer.sizes[field]:
+                raise PlanError(f"layer {index}: {field} = {value} is outside 1..{layer.sizes[field]}")
+        kept = "num_key_value_heads" if head_unit == "query" else None
+        group = layer.sizes["num_attention_heads"] // layer.sizes["num_key_value_heads"]
+        if kept and sizes[kept] != layer.sizes[kept]:
+            raise PlanError(f"layer {index}: head_unit 'query' keeps all KV heads, and {sizes[kept]} are left")
+        if kept and sizes["num_attention_heads"] % sizes[kept]:
+            raise PlanError(f"layer {index}: its query heads do not divide among {sizes[kept]} KV heads")
+        if not kept and sizes["num_attention_heads"] != group * sizes["num_key_value_heads"]:
+            raise PlanError(f"layer {index}: head_unit 'kv' keeps {group} query heads on each of its KV heads")
+    losses = [removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers)]
+    achieved = sum(losses) / shape.layer_parameters
     return Plan(
         head_unit=head_unit,
         layers=tuple(layers),
-        ratios=tuple(ratios),
-        ratio=target / total,
-        achieved=removed / total,
-        parameters=shape.parameters - removed,
+        ratios=tuple(ratios or (loss / layer.parameters for loss, layer in zip(losses, shape.layers))),
+        ratio=achieved if ratio is None else ratio,
+        achieved=achieved,
+        parameters=shape.parameters - sum(losses),
         parameters_before=shape.parameters,
     )
+
+
+def _ratio_for(shape: ModelShape, limit: int, ratio: float | None) -> float:
+    """The ratio at which the whole model has ``limit`` parameters."""
+    if ratio is not None:
+        raise PlanError("a ratio and a target size were both given; leave out one of them")
+    if limit >= shape.parameters:
+        raise PlanError(f"the model has {shape.parameters:,} parameters already, no more than the {limit:,} asked for")
+    if limit <= shape.other_parameters:
+        raise PlanError(
+            f"embeddings, head and norms alone have {shape.other_parameters:,} parameters, and they stay; "
+            f"{limit:,} cannot be reached"
+        )
+    return (shape.parameters - limit) / shape.layer_parameters
+
+
+def _trim(
+    shape: ModelShape, layers: list[dict[str, int]], limit: int, round_to: int, uniform: bool
+) -> list[dict[str, int]]:
+    """Take single steps off the widest FFNs until the limit holds, then give back what it has room for."""
+    layers = [dict(layer) for layer in layers]
+
+    def parameters() -> int:
+        return shape.parameters - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
+
+    everything = range(len(layers))
+    while (over := parameters() - limit) > 0:
+        widest = max(everything, key=lambda i: (layers[i]["intermediate_size"], i))
+        chosen = list(everything) if uniform else [widest]
+        step = round_to * sum(shape.layers[i].unit_parameters["ffn"] for i in chosen)
+        steps = -(-over // step) if uniform else 1
+        for i in chosen:
+            layers[i]["intermediate_size"] -= steps * round_to
+            if layers[i]["intermediate_size"] < round_to:
+                raise PlanError(f"{limit:,} parameters cannot be reached with heads and FFN widths of these units")
+    room = True
+    while room:
+        room = False
+        groups = [list(everything)] if uniform else [[i] for i in reversed(everything)]
+        for chosen in groups:
+            cost = round_to * sum(shape.layers[i].unit_parameters["ffn"] for i in chosen)
+            fits = all(
+                layers[i]["intermediate_size"] + round_to <= shape.layers[i].sizes["intermediate_size"] for i in chosen
+            )
+            if fits and parameters() + cost <= limit:
+                for i in chosen:
+                    layers[i]["intermediate_size"] += round_to
+                room = True
+                break
+    return layers
+
+
+def _finish(config: PreTrainedConfig, shape: ModelShape, kv_heads: list[int], round_to: int, uniform: bool) -> Plan:
+    """A plan that removes KV heads and nothing else but what ``round_to`` asks for."""
+    layers = []
+    for layer, heads in zip(shape.layers, kv_heads):
+        width = layer.sizes["intermediate_size"] // round_to * round_to
+        layers.append(_with_heads(layer, "kv", heads, width))
+    if all(sizes == layer.sizes for layer, sizes in zip(shape.layers, layers)):
+        raise PlanError("the KV cache of the model as it is fits already; there is nothing to remove")
+    if uniform and stock_config(config, layers[0]) is None:
+        raise PlanError(f"no stock class of transformers holds {kv_heads[0]} KV heads per layer; leave out --uniform")
+    return plan_of_widths(shape, layers, "kv")
 
 
 def head_units(sizes: dict[str, int], head_unit: str) -> int:
@@ -119,11 +240,18 @@ def head_units(sizes: dict[str, int], head_unit: str) -> int:
     return sizes["num_attention_heads"] // sizes["num_key_value_heads"]
 
 
-def removed_parameters(layer: LayerShape, sizes: dict[str, int], head_unit: str) -> int:
+def removed_parameters(layer: LayerShape, sizes: dict[str, int]) -> int:
     """The parameters that a layer loses when it gets these widths."""
-    heads = head_units(layer.sizes, head_unit) - head_units(sizes, head_unit)
-    channels = layer.sizes["intermediate_size"] - sizes["intermediate_size"]
-    return heads * layer.unit_parameters[head_unit] + channels * layer.unit_parameters["ffn"]
+    lost = {field: layer.sizes[field] - sizes[field] for field in sizes}
+    kv = layer.sizes["num_key_value_heads"]
+    # A `query` unit is one query head on every KV head, a `kv` unit a KV head with all its query heads.
+    per_query = layer.unit_parameters["query"] // kv
+    per_kv = layer.unit_parameters["kv"] - per_query * (layer.sizes["num_attention_heads"] // kv)
+    return (
+        lost["num_attention_heads"] * per_query
+        + lost["num_key_value_heads"] * per_kv
+        + lost["intermediate_size"] * layer.unit_parameters["ffn"]
+    )
 
 
 def _with_heads(layer: LayerShape, head_unit: str, heads: int, channels: int) -> dict[str, int]:
@@ -144,11 +272,13 @@ def _nearest(widths: range, wanted: float) -> int:
     return widths[min(max(steps, 0), len(widths) - 1)]
 
 
-def _per_layer(shape: ModelShape, ratios: Sequence[float], head_unit: str, round_to: int) -> list[dict[str, int]]:
+def _per_layer(
+    shape: ModelShape, ratios: Sequence[float], head_unit: str, round_to: int, kv_heads: list[int] | None
+) -> list[dict[str, int]]:
     layers: list[dict[str, int]] = []
     carry = 0.0
     for i, (layer, r) in enumerate(zip(shape.layers, ratios)):
-        if r == 0:
+        if r == 0 and kv_heads is None:
             layers.append(dict(layer.sizes))
             continue
         target = r * layer.parameters
@@ -164,6 +294,13 @@ def _per_layer(shape: ModelShape, ratios: Sequence[float], head_unit: str, round
                 f"FFN; with 1 of {units} head units and {widths[0]} of {size} channels left it loses "
                 f"{largest / layer.parameters:.1%}. Ask for a smaller ratio or a flatter schedule"
             )
+        if kv_heads is not None:  # given by the KV cache; the FFN makes up the rest
+            heads = units - kv_heads[i]
+            wanted = size - (target + carry - heads * per_head) / per_channel
+            width = _nearest(widths, wanted)
+            carry = (width - wanted) * per_channel
+            layers.append(_with_heads(layer, head_unit, kv_heads[i], width))
+            continue
         # As many heads as the ratio says, rounded; more where the FFN alone could not make up the rest.
         heads = round(units * r)
         enough = -(-(target - (size - widths[0]) * per_channel) // per_head)
@@ -177,7 +314,12 @@ def _per_layer(shape: ModelShape, ratios: Sequence[float], head_unit: str, round
 
 
 def _uniform(
-    config: PreTrainedConfig, shape: ModelShape, target: float, head_unit: str, round_to: int
+    config: PreTrainedConfig,
+    shape: ModelShape,
+    target: float,
+    head_unit: str,
+    round_to: int,
+    kv_heads: list[int] | None,
 ) -> list[dict[str, int]]:
     """The best pair of widths for all layers: within the tolerance the most balanced one, else the nearest."""
     first = shape.layers[0]
@@ -190,15 +332,15 @@ def _uniform(
     ratio = target / shape.layer_parameters
     per_layer = target / len(shape.layers)
     candidates = []
-    for heads in range(1, units + 1):
+    for heads in range(1, units + 1) if kv_heads is None else [kv_heads[0]]:
         rest = per_layer - (units - heads) * first.unit_parameters[head_unit]
         width = _nearest(widths, size - rest / first.unit_parameters["ffn"])
         sizes = _with_heads(first, head_unit, heads, width)
-        error = abs(removed_parameters(first, sizes, head_unit) - per_layer) / first.parameters
+        error = abs(removed_parameters(first, sizes) - per_layer) / first.parameters
         imbalance = abs((units - heads) / units - ratio)
         candidates.append(((0.0, imbalance) if error <= TOLERANCE else (error, imbalance), sizes))
     for key, sizes in sorted(candidates, key=lambda candidate: candidate[0]):
-        if key[0] > 0.05:
+        if key[0] > 0.05 and kv_heads is None:
             break
         if stock_config(config, sizes) is not None:
             return [dict(sizes) for _ in shape.layers]

@@ -1,0 +1,106 @@
+"""``slimgpt export`` and ``slimgpt verify``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.errors import OutputError
+
+if TYPE_CHECKING:
+    from slimgpt.export import ExportReport, Verification
+
+SlimArgument = Annotated[Path, typer.Argument(metavar="SLIM", help="The folder that `slimgpt prune` wrote.")]
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")]
+
+
+@app.command()
+@friendly
+def export(
+    slim: SlimArgument,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, or the .gguf file.")],
+    to: Annotated[str, typer.Option(help="gguf, hf-uniform, padded, nemotron-nas, onnx or openvino.")],
+    quantize: Annotated[
+        str, typer.Option(help="For GGUF: F32, F16, BF16, Q8_0, or a type of llama.cpp's quantiser such as Q4_K_M.")
+    ] = "F16",
+    tokenizer_pre: Annotated[
+        str | None,
+        typer.Option(help="For GGUF: llama.cpp's name of how the tokenizer splits text.", show_default="found"),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Compare with SLIM in the real engine where it is installed.")
+    ] = True,
+    json_file: JsonOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Write SLIM in a form that other engines read, and compare the two."""
+    from slimgpt.export import export as run
+
+    quiet()
+    _check_json(json_file, overwrite)
+    with out.status(f"writing {output}"):
+        report = run(
+            slim, output, to, quantize=quantize, tokenizer_pre=tokenizer_pre, overwrite=overwrite, check=verify
+        )
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    print_export(report)
+
+
+@app.command()
+@friendly
+def verify(
+    exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="A folder of a stock class, or a .gguf file.")],
+    against: Annotated[Path, typer.Option(metavar="SLIM", help="The folder that it was made from.")],
+    text: Annotated[
+        str | None, typer.Option(help="A text file, or 'demo'.", show_default="a paragraph of ours")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of the text to compare.")] = 1024,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
+    json_file: JsonOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
+) -> None:
+    """Run EXPORT in its engine and SLIM in transformers on the same tokens, and compare logits and perplexity."""
+    from slimgpt.export import verify as run
+
+    quiet()
+    _check_json(json_file, overwrite)
+    with out.status("running both"):
+        found = run(exported, against, text=text, max_tokens=max_tokens, window=window)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+    print_verification(found)
+
+
+def print_export(report: ExportReport) -> None:
+    """What was written, and the comparison."""
+    out.print(f"wrote {report.path} ({report.bytes:,} bytes)", soft_wrap=True, highlight=False)
+    for note in report.notes:
+        out.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+    if report.verification is not None:
+        print_verification(report.verification)
+    else:
+        out.print(f"not verified: {report.unverified}", soft_wrap=True)
+
+
+def print_verification(found: Verification) -> None:
+    """The comparison in a few lines."""
+    same, of = found.continuations
+    bits = "equal to the bit" if found.identical else f"at most {found.largest:.2g} apart"
+    template = {None: "none", True: "the same", False: "different"}[found.chat_template]
+    out.print(
+        f"{found.engine}: perplexity {found.perplexity:.4f}, the slim folder {found.reference:.4f} "
+        f"({found.difference:+.4%}) over {found.tokens:,} tokens at window {found.window}; logits {bits}; "
+        f"{same} of {of} greedy continuations the same; chat template: {template}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _check_json(json_file: Path | None, overwrite: bool) -> None:
+    if json_file is not None and json_file.exists() and not overwrite:
+        raise OutputError(f"{json_file} exists; give another file, or pass --overwrite to replace it")

@@ -1,0 +1,117 @@
+"""``slimgpt plan``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from slimgpt.cli.console import ModelArgument, TrustOption, app, friendly, out, quiet
+from slimgpt.cli.prune import suit
+from slimgpt.errors import OutputError
+
+if TYPE_CHECKING:
+    from slimgpt.forecast import Forecast
+
+
+@app.command()
+@friendly
+def plan(
+    model: ModelArgument,
+    ratio: Annotated[float | None, typer.Option(help="Share of the decoder layers' parameters to remove.")] = None,
+    params: Annotated[str | None, typer.Option(help="Parameters of the whole model, such as 1.0B.")] = None,
+    size: Annotated[str | None, typer.Option("--bytes", help="Bytes of its weights on disk, such as 800MB.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(help="Its KV cache at a context, such as 1GB@32k.")] = None,
+    engines: Annotated[
+        str | None, typer.Option("--for", help="Engines to suit: hf, vllm, llama.cpp, sglang, mlx, onnx; with commas.")
+    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="As for prune.", show_default="log_increase")] = None,
+    method: Annotated[str, typer.Option(help="As for prune; `paper` removes whole KV heads.")] = "slimgpt",
+    head_unit: Annotated[str, typer.Option(help="kv or query.")] = "auto",
+    round_to: Annotated[int | None, typer.Option(help="FFN widths become multiples of it.")] = None,
+    uniform: Annotated[bool, typer.Option("--uniform", help="The same widths in all layers.")] = False,
+    dtype: Annotated[str, typer.Option(help="Of the weights on disk.")] = "auto",
+    num_samples: Annotated[int, typer.Option(help="Calibration windows, for the estimate of time.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the widths as TOML for prune --plan.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the TOML file.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """What pruning MODEL would give, before any weight is loaded: widths, sizes, cost, and which engines run it."""
+    from slimgpt.api import make_config
+    from slimgpt.forecast import forecast
+    from slimgpt.planning import to_toml
+
+    quiet()
+    if save is not None and save.exists() and not overwrite:
+        raise OutputError(f"{save} exists; give another file, or pass --overwrite to replace it")
+    names = [name.strip() for name in engines.split(",")] if engines else None
+    round_to, uniform = suit(engines, round_to, uniform)
+    config = make_config(
+        ratio=ratio,
+        params=params,
+        bytes=size,
+        kv_cache=kv_cache,
+        schedule=schedule,
+        method=method,
+        head_unit=head_unit,
+        round_to=round_to,
+        uniform=uniform,
+        num_samples=num_samples,
+        seq_len=seq_len,
+    )
+    found = forecast(model, config, dtype, names, trust_remote_code)
+    if save is not None:
+        save.write_text(to_toml(found.plan, found.model_type), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    _print(found)
+    if save is not None:
+        out.print(
+            f"saved {save}: `slimgpt prune {model} OUT --plan {save}` follows it", soft_wrap=True, highlight=False
+        )
+
+
+def _print(found: Forecast) -> None:
+    plan = found.plan
+    table = Table(title=f"{found.model} ({found.model_type})", title_justify="left")
+    for column in ("layers", "heads", "KV heads", "FFN channels"):
+        table.add_column(column, justify="right")
+    for first, last, sizes in found.runs():
+        table.add_row(
+            str(first) if first == last else f"{first}-{last}",
+            *(str(sizes[field]) for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size")),
+        )
+    out.print(table)
+    out.print(
+        f"parameters     {plan.parameters_before:,} -> {plan.parameters:,} ({plan.achieved:.2%} of the layers go)",
+        soft_wrap=True,
+    )
+    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.bytes.items())
+    out.print(f"GB on disk     {sizes}", soft_wrap=True)
+    quants = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.gguf_bytes.items())
+    out.print(f"GB as GGUF     about {quants}", soft_wrap=True)
+    out.print(
+        f"KV cache       {found.kv_before:,} -> {found.kv_after:,} bytes per token (16 bits, full attention)\n"
+        f"FLOPs/token    {found.flops_before / 1e9:.2f} -> {found.flops_after / 1e9:.2f} billion\n"
+        f"pruning here   about {found.memory / 1e9:.1f} GB beside the mapped weights and {_duration(found.seconds)} on "
+        f"{found.device}, for {found.tokens:,} tokens",
+        soft_wrap=True,
+    )
+    engines = Table(title="engines", title_justify="left")
+    for column in ("engine", "runs", "how", "or ask for"):
+        engines.add_column(column)
+    for verdict in found.verdicts:
+        engines.add_row(verdict.engine, "yes" if verdict.runs else "no", verdict.how, verdict.change)
+    out.print(engines)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,200 @@
+"""`slimgpt export`: check, write under a working name, verify, publish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from slimgpt.checkpoint.folder import check_output, new_folder
+from slimgpt.checkpoint.saving import REPORT_FILE
+from slimgpt.errors import ExportError, OutputError, PlanError
+from slimgpt.export import folders, gguf_format, onnx, padded
+from slimgpt.export.source import Exported, open_folder
+from slimgpt.export.verifying import Verification, engine_problem, verify
+from slimgpt.models.architectures import Sizes
+from slimgpt.models.stock import stock_config
+from slimgpt.planning.engines import gguf_architecture, is_uniform, nemotron_problem
+
+
+@dataclass(frozen=True)
+class Format:
+    """A form that a model can be exported to.
+
+    Args:
+        check: refuses what the form cannot hold, from config and headers alone.
+        write: writes into a folder, or a file where ``single`` is set; returns notes for the user.
+        problem: why a model of a config and widths cannot take the form; ``None`` if it can. For plans.
+    """
+
+    check: Callable[[Exported], None]
+    write: Callable[[Exported, Path], list[str]]
+    problem: Callable[[PreTrainedConfig, Sequence[Sizes]], str | None]
+    single: bool = False
+
+
+def _gguf_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str | None:
+    try:
+        gguf_architecture(config, layers)
+    except PlanError as error:
+        return str(error)
+    return None
+
+
+def _uniform_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str | None:
+    if not is_uniform(layers):
+        return "layers of different widths need --to padded, or pruning with --uniform"
+    return None if stock_config(config, layers[0]) is not None else "no stock class takes these widths; use --to padded"
+
+
+def _padded_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str | None:
+    widest = padded.padded_sizes([dict(layer) for layer in layers])
+    return None if stock_config(config, widest) is not None else f"no stock class takes the widths {widest}"
+
+
+def _gguf(quantize: str, pre: str | None) -> Format:
+    return Format(
+        lambda exported: gguf_format.check(exported, quantize),
+        lambda exported, file: gguf_format.write(exported, file, quantize, pre),
+        _gguf_problem,
+        single=True,
+    )
+
+
+FORMATS: dict[str, Format] = {
+    "gguf": _gguf("F16", None),
+    "hf-uniform": Format(folders.check_uniform, folders.write_uniform, _uniform_problem),
+    "padded": Format(padded.check, padded.write, _padded_problem),
+    "nemotron-nas": Format(folders.check_nemotron, folders.write_nemotron, nemotron_problem),
+    "onnx": Format(onnx.check("onnx"), onnx.write("onnx"), _uniform_problem),
+    "openvino": Format(onnx.check("openvino"), onnx.write("openvino"), _uniform_problem),
+}
+"""By the names that ``--to`` takes."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written and how it compares with the slim model.
+
+    Args:
+        path: the folder or file.
+        bytes: of all of it.
+        notes: what the user should know.
+        verification: the comparison; ``None`` if none was made.
+        unverified: why none was made.
+    """
+
+    path: Path
+    to: str
+    bytes: int
+    notes: tuple[str, ...]
+    verification: Verification | None
+    unverified: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "path": self.path.name}
+
+
+def check_format(to: str, config: PreTrainedConfig, layers: Sequence[Sizes]) -> None:
+    """Refuse a form before a model of these widths has been made.
+
+    Raises:
+        ExportError: an unknown form, or one that cannot hold the model.
+    """
+    problem = _format(to).problem(config, layers)
+    if problem is not None:
+        raise ExportError(f"these widths cannot become {to}: {problem}")
+
+
+def export(
+    slim: str | Path,
+    out: str | Path,
+    to: str,
+    *,
+    quantize: str = "F16",
+    tokenizer_pre: str | None = None,
+    overwrite: bool = False,
+    check: bool = True,
+) -> ExportReport:
+    """Write a model folder in another form.
+
+    Args:
+        slim: a folder that `slimgpt prune` or ``save_pretrained`` wrote.
+        out: the folder to write, or the ``.gguf`` file.
+        to: a key of :data:`FORMATS`.
+        quantize: for GGUF: ``F32``, ``F16``, ``BF16``, ``Q8_0``, or a type of llama.cpp's quantiser.
+        tokenizer_pre: for GGUF: llama.cpp's name of how the tokenizer splits text, where it cannot be told.
+        overwrite: replace what is there.
+        check: compare with the slim model in the real engine, where it is installed.
+
+    Raises:
+        ExportError: the form cannot hold the model; it names one that can.
+        OutputError: the target exists or its disk is full. Nothing half-written is left.
+    """
+    form = _gguf(quantize.upper(), tokenizer_pre) if to == "gguf" else _format(to)
+    path = Path(out).expanduser().absolute()
+    _check_target(path, form.single, overwrite)
+    exported = open_folder(slim)
+    form.check(exported)
+    notes = (
+        _write_file(form, exported, path, overwrite) if form.single else _write_folder(form, exported, path, overwrite)
+    )
+    size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
+    unverified = "" if check else "not asked for"
+    if check:
+        unverified = engine_problem(path) or ""
+    found = verify(path, slim) if not unverified else None
+    return ExportReport(path, to, size, tuple(notes), found, unverified)
+
+
+def _format(to: str) -> Format:
+    if to not in FORMATS:
+        raise ExportError(f"format '{to}' is unknown; choose {', '.join(FORMATS)}")
+    return FORMATS[to]
+
+
+def _check_target(path: Path, single: bool, overwrite: bool) -> None:
+    if not single:
+        check_output(path, overwrite)
+        return
+    if path.suffix != ".gguf":
+        raise OutputError(f"{path} does not end in .gguf; give the name of the file to write")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder; give the name of a file")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists; give another name, or pass --overwrite to replace it")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise OutputError(f"cannot write into {path.parent}; give a folder that is there and that you may write to")
+
+
+def _write_file(form: Format, exported: Exported, path: Path, overwrite: bool) -> list[str]:
+    _check_target(path, True, overwrite)
+    draft = path.parent / f".{path.name}.partial"
+    try:
+        notes = form.write(exported, draft)
+        with draft.open("rb") as handle:
+            os.fsync(handle.fileno())
+        draft.rename(path)
+        return notes
+    except OSError as error:
+        raise OutputError(f"writing {path} failed, nothing was left there: {error}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _write_folder(form: Format, exported: Exported, path: Path, overwrite: bool) -> list[str]:
+    try:
+        with new_folder(path, overwrite) as work:
+            notes = form.write(exported, work)
+            if (exported.folder / REPORT_FILE).is_file():  # the record of how the slim model was made goes with it
+                shutil.copyfile(exported.folder / REPORT_FILE, work / REPORT_FILE)
+        return notes
+    except SafetensorError as error:
+        raise OutputError(f"writing {path} failed, nothing was left there: {error}") from error

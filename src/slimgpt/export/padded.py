@@ -1,0 +1,107 @@
+"""Every layer as wide as the widest, with zeros: any engine runs it, and it computes the same function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slimgpt.errors import ExportError
+from slimgpt.export.folders import write_stock_folder
+from slimgpt.export.source import Exported
+from slimgpt.models.architectures import Fused, Sizes, Structure
+from slimgpt.models.heterogeneous import with_sizes
+from slimgpt.models.stock import stock_config
+
+
+def padded_sizes(sizes: list[dict[str, int]]) -> dict[str, int]:
+    """The widths of the widest layer: as many KV heads as any layer has, and as many query heads on each of them."""
+    kv = max(layer["num_key_value_heads"] for layer in sizes)
+    group = max(layer["num_attention_heads"] // layer["num_key_value_heads"] for layer in sizes)
+    return {
+        "num_attention_heads": kv * group,
+        "num_key_value_heads": kv,
+        "intermediate_size": max(layer["intermediate_size"] for layer in sizes),
+    }
+
+
+def check(exported: Exported) -> None:
+    """Refuse what cannot be padded, before any work.
+
+    Raises:
+        ExportError: no stock class takes the widths.
+    """
+    if stock_config(exported.config, padded_sizes(exported.sizes)) is None:
+        raise ExportError(
+            f"no stock class of transformers holds {exported.source.name} padded to {padded_sizes(exported.sizes)}; "
+            "load it with its own modeling file instead"
+        )
+
+
+def write(exported: Exported, folder: Path) -> list[str]:
+    """Write the padded model into ``folder``; returns notes."""
+    target = padded_sizes(exported.sizes)
+    config = stock_config(with_sizes(exported.config, target), target)
+    assert config is not None
+    architecture = exported.architecture
+    kinds = row_kinds(architecture.attention, architecture.queries) | {
+        (item if isinstance(item, str) else item.module): (("intermediate_size",) * _parts(item))
+        for item in architecture.ffn.inputs
+    }
+
+    def layer(index: int) -> dict[str, Tensor]:
+        sizes, state = exported.sizes[index], exported.layer(index)
+        for module, fields in kinds.items():
+            for leaf in ("weight", "bias"):
+                if (name := f"{module}.{leaf}") in state:
+                    state[name] = _pad_rows(state[name], fields, sizes, target)
+        for structure in (architecture.attention, architecture.ffn):
+            name = f"{structure.output}.weight"
+            field = "num_attention_heads" if structure is architecture.attention else "intermediate_size"
+            state[name] = _pad(state[name].T, field, sizes, target).T.contiguous()
+        return state
+
+    write_stock_folder(exported, folder, config, layer)
+    before, after = _count(exported.sizes), _count([target] * len(exported.sizes))
+    return [f"padding is zeros: {after / before:.2f} times the widths of the slim model, so it saves less"]
+
+
+def row_kinds(attention: Structure, queries: Structure) -> dict[str, tuple[str, ...]]:
+    """For every input module of attention, the fields that its output rows are proportional to, in order."""
+    query_modules = {item if isinstance(item, str) else item.module for item in queries.inputs}
+    kinds: dict[str, tuple[str, ...]] = {}
+    for item in attention.inputs:
+        if isinstance(item, Fused):
+            kinds[item.module] = item.parts
+        else:
+            kinds[item] = ("num_attention_heads" if item in query_modules else "num_key_value_heads",)
+    return kinds
+
+
+def _parts(item: str | Fused) -> int:
+    return 1 if isinstance(item, str) else len(item.parts)
+
+
+def _pad_rows(tensor: Tensor, fields: tuple[str, ...], sizes: Sizes, target: Sizes) -> Tensor:
+    """A tensor whose rows are stacked projections, each padded by itself."""
+    total = sum(sizes[field] for field in fields)
+    pieces = tensor.split([len(tensor) * sizes[field] // total for field in fields])
+    return torch.cat([_pad(piece, field, sizes, target) for piece, field in zip(pieces, fields)])
+
+
+def _pad(rows: Tensor, field: str, sizes: Sizes, target: Sizes) -> Tensor:
+    """Rows of one projection padded with zeros; query heads stay on the KV head that they read."""
+    if field != "num_attention_heads":
+        d = len(rows) // sizes[field]
+        return torch.cat([rows, rows.new_zeros((target[field] - sizes[field]) * d, *rows.shape[1:])])
+    kv, new_kv = sizes["num_key_value_heads"], target["num_key_value_heads"]
+    group, new_group = sizes[field] // kv, target[field] // new_kv
+    d = len(rows) // sizes[field]
+    wide = rows.new_zeros(new_kv, new_group, d, *rows.shape[1:])
+    wide[:kv, :group] = rows.reshape(kv, group, d, *rows.shape[1:])
+    return wide.flatten(0, 2)
+
+
+def _count(sizes: list[dict[str, int]]) -> int:
+    return sum(layer["num_attention_heads"] * 64 + layer["intermediate_size"] for layer in sizes)

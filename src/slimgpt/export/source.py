@@ -1,0 +1,68 @@
+"""The folder that is exported: its config, widths and tensors, mapped from the files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from slimgpt.errors import ExportError
+from slimgpt.models.architectures import Architecture
+from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
+from slimgpt.models.loading import Source, check_files, load_config, load_tokenizer, locate
+from slimgpt.models.weights import WeightFiles, misfit
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an exporter reads.
+
+    Args:
+        sizes: the widths of every layer.
+        names: the model's tensors in order, tied ones left out.
+    """
+
+    source: Source
+    folder: Path
+    config: PreTrainedConfig
+    architecture: Architecture
+    sizes: list[dict[str, int]]
+    weights: WeightFiles
+    names: list[str]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[name]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the folder."""
+        return load_tokenizer(self.source)
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The state dict of a layer."""
+        start = f"{self.architecture.layers}.{index}."
+        return {name[len(start) :]: self.weights[name] for name in self.names if name.startswith(start)}
+
+
+def open_folder(name: str | Path) -> Exported:
+    """Open a model folder, dense or slim, without reading its weights.
+
+    Raises:
+        ExportError: it is no local folder of safetensors files with the tensors of its config.
+        ModelError: its config cannot be read or its family is not supported.
+    """
+    source = locate(str(name))
+    if source.folder is None or source.gguf_file:
+        raise ExportError(f"{name} is no model folder; give the folder that `slimgpt prune` or save_pretrained wrote")
+    config = load_config(source)
+    check_files(source)
+    model = empty_model(config)
+    architecture = architecture_of(config, model)
+    weights = WeightFiles(source.folder)
+    problem = misfit(model, weights)
+    if problem is not None:
+        raise ExportError(f"{name} cannot be exported: {problem}")
+    tied = model.all_tied_weights_keys or {}
+    names = [tensor for tensor in model.state_dict() if tensor not in tied]
+    return Exported(source, source.folder, config, architecture, layer_sizes(config), weights, names)

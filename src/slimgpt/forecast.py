@@ -1,0 +1,110 @@
+"""What pruning a model would give and cost, from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from slimgpt.api import plan_for
+from slimgpt.config import PruneConfig
+from slimgpt.folders import stored_dtype
+from slimgpt.models.heterogeneous import empty_model
+from slimgpt.models.loading import as_device, as_dtype, load_config, locate
+from slimgpt.models.shape import describe
+from slimgpt.planning import Plan, Verdict, verdicts
+from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
+from slimgpt.planning.targets import cache_bytes
+from slimgpt.pruning import memory_need
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan, and what it means.
+
+    Args:
+        bytes: of the weights by type.
+        gguf_bytes: the same by type of GGUF quantisation, about.
+        kv_before: bytes of KV cache per token, 16 bits, full attention in every layer.
+        flops_before: per generated token, the attention over the context left out.
+        memory: bytes that pruning needs beside the mapped weights, about.
+        seconds: that pruning takes on this machine, about.
+    """
+
+    model: str
+    model_type: str
+    plan: Plan
+    bytes: dict[str, int]
+    gguf_bytes: dict[str, int]
+    kv_before: int
+    kv_after: int
+    flops_before: float
+    flops_after: float
+    memory: int
+    seconds: float
+    tokens: int
+    device: str
+    verdicts: tuple[Verdict, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        return asdict(self)
+
+    def runs(self) -> Iterator[tuple[int, int, dict[str, int]]]:
+        """Neighbouring layers of the same widths: first, last, widths."""
+        first = 0
+        for index, sizes in enumerate(self.plan.layers):
+            if index + 1 == len(self.plan.layers) or self.plan.layers[index + 1] != sizes:
+                yield first, index, sizes
+                first = index + 1
+
+
+def forecast(
+    model: str,
+    config: PruneConfig,
+    dtype: str = "auto",
+    engines: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+) -> Forecast:
+    """Plan without loading a weight.
+
+    Args:
+        model: a hub id, a local folder, a ``.gguf`` file, or ``demo``.
+        dtype: of the weights on disk.
+        engines: to be judged; all of them if not given.
+
+    Raises:
+        SlimGPTError: the model cannot be planned for, or no widths can do what was asked for.
+    """
+    as_dtype(dtype)
+    target = as_device(device)
+    source = locate(model)
+    model_config = load_config(source, trust_remote_code)
+    empty = empty_model(model_config)
+    shape = describe(model_config, empty)
+    stored = stored_dtype(source, model_config, dtype)
+    plan = plan_for(model_config, config, shape, stored)
+    dense = [layer.sizes for layer in shape.layers]
+    tokens = torch.empty(config.num_samples, config.seq_len, device="meta")
+    need = memory_need(empty, tokens, plan, config, stored, copied=target.type != "cpu")
+    flops = pruning_flops(model_config, dense, plan.layers, tokens.numel(), config.seq_len)
+    caches = [[sizes["num_key_value_heads"] for sizes in layers] for layers in (dense, plan.layers)]
+    return Forecast(
+        model=source.name,
+        model_type=model_config.model_type,
+        plan=plan,
+        bytes={name: plan.parameters * size for name, size in DTYPE_BYTES.items()},
+        gguf_bytes=gguf_bytes(model_config, plan),
+        kv_before=cache_bytes(model_config, caches[0], 1),
+        kv_after=cache_bytes(model_config, caches[1], 1),
+        flops_before=flops_per_token(model_config, plan, shape),
+        flops_after=flops_per_token(model_config, plan),
+        memory=max(need.layer, need.solver) + 2 * need.stream + need.kept,
+        seconds=pruning_seconds(flops, target, stored),
+        tokens=tokens.numel(),
+        device=target.type,
+        verdicts=tuple(verdicts(model_config, plan.layers, engines)),
+    )

@@ -1,0 +1,127 @@
+"""What a plan costs and saves: bytes in every type, FLOPs per token, and the work of pruning itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedConfig
+
+from slimgpt.models.architectures import Sizes
+from slimgpt.models.heterogeneous import head_dim
+from slimgpt.models.shape import ModelShape
+from slimgpt.planning.plan import Plan
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+_BITS = {"F16": 16.0, "Q8_0": 8.5, "Q6_K": 6.5625, "Q5_K": 5.5, "Q5_1": 6.0, "Q4_K": 4.5, "Q5_0": 5.5}
+_FALLBACK = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0"}
+"""What llama.cpp takes where a row is no multiple of 256 numbers."""
+
+_MIXES = {
+    "F16": ("F16", "F16", "F16"),
+    "Q8_0": ("Q8_0", "Q8_0", "Q8_0"),
+    "Q6_K": ("Q6_K", "Q6_K", "Q6_K"),
+    "Q5_K_M": ("Q5_K", "Q6_K", "Q6_K"),
+    "Q4_K_M": ("Q4_K", "Q6_K", "Q6_K"),
+}
+"""Type of most matrices, of half of the value and down matrices, and of the output matrix."""
+
+
+def gguf_bytes(config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
+    """Bytes of the tensors of a GGUF file by type of quantisation: an estimate, for llama.cpp mixes types by rules."""
+    h, d, vocab = config.hidden_size, head_dim(config), config.vocab_size
+    norms = plan.parameters - _matrices(config, plan)
+    found = {}
+    for name, (most, more, output) in _MIXES.items():
+        bits = 32.0 * max(norms, 0)
+        tied = getattr(config, "tie_word_embeddings", False)
+        bits += vocab * h * _bits(output if tied else most, h)
+        bits += 0 if tied else vocab * h * _bits(output, h)
+        for layer in plan.layers:
+            heads, kv, ffn = _widths(layer)
+            half = (_bits(most, h) + _bits(more, h)) / 2
+            bits += h * d * (heads + kv) * _bits(most, h) + h * kv * d * half
+            bits += h * heads * d * _bits(most, heads * d)
+            bits += 2 * h * ffn * _bits(most, h) + h * ffn * (_bits(most, ffn) + _bits(more, ffn)) / 2
+        found[name] = int(bits / 8)
+    return found
+
+
+def flops_per_token(config: PreTrainedConfig, plan: Plan, dense: ModelShape | None = None) -> float:
+    """Multiplications and additions for one generated token, the attention over the context left out.
+
+    Args:
+        dense: count the dense model instead.
+    """
+    parameters = dense.parameters if dense is not None else plan.parameters
+    tied = getattr(config, "tie_word_embeddings", False)
+    return 2.0 * (parameters if tied else parameters - config.vocab_size * config.hidden_size)
+
+
+def pruning_flops(
+    config: PreTrainedConfig, dense: Sequence[Sizes], slim: Sequence[Sizes], tokens: int, seq_len: int
+) -> dict[str, float]:
+    """Multiplications and additions of pruning by part, and of one dense pass through the layers beside them.
+
+    The Gram matrices are counted in full, though only blocks on and above the diagonal are multiplied.
+    """
+    h, d = config.hidden_size, head_dim(config)
+    flops = {"dense forward": 0.0, "forward": 0.0, "hessian": 0.0, "solver": 0.0}
+    for before, after in zip(dense, slim):
+        heads, kv, ffn = _widths(before)
+        kept, _, width = _widths(after)
+        attention = 2.0 * seq_len * heads * d  # causal: half of QK^T and of the product with V
+        inputs = h * d * (heads + 2 * kv) + 2 * h * ffn  # at dense widths: the choice is not made yet
+        flops["dense forward"] += tokens * (2.0 * (inputs + heads * d * h + ffn * h) + attention)
+        flops["forward"] += tokens * (2.0 * (inputs + kept * d * h + width * h) + attention)
+        for n, keep in ((heads * d, kept * d), (ffn, width)):
+            if keep < n:
+                flops["hessian"] += 2.0 * tokens * n * n
+                flops["solver"] += n**3 + keep**3 / 3 + 2.0 * h * n * n + 2.0 * h * keep * keep
+    return flops
+
+
+def machine_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiplications and additions per second of a matrix product on this machine, from a short timing."""
+    n = 2048 if device.type == "cuda" else 1024
+    a = torch.ones(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * n**3 / best
+
+
+def pruning_seconds(flops: dict[str, float], device: torch.device, dtype: torch.dtype) -> float:
+    """About how long pruning takes here: the operations at the rate of a plain product, and half as fast for the rest.
+
+    Loading and saving are left out.
+    """
+    forward = machine_rate(device, dtype)
+    full = forward if device.type != "cpu" else machine_rate(device, torch.float32)
+    return 1.25 * flops["forward"] / forward + 0.65 * flops["hessian"] / full + 4 * flops["solver"] / full
+
+
+def _widths(layer: Sizes) -> tuple[int, int, int]:
+    return layer["num_attention_heads"], layer["num_key_value_heads"], layer["intermediate_size"]
+
+
+def _bits(kind: str, row: int) -> float:
+    if kind == "F16" or row % 32:
+        return _BITS["F16"]
+    return _BITS[_FALLBACK.get(kind, kind) if row % 256 else kind]
+
+
+def _matrices(config: PreTrainedConfig, plan: Plan) -> int:
+    """Parameters in matrices, without norms and biases."""
+    h, d = config.hidden_size, head_dim(config)
+    total = config.vocab_size * h * (1 if getattr(config, "tie_word_embeddings", False) else 2)
+    for layer in plan.layers:
+        heads, kv, ffn = _widths(layer)
+        total += 2 * h * d * (heads + kv) + 3 * h * ffn
+    return total

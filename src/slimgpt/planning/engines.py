@@ -1,0 +1,214 @@
+"""Which engines run a model of given widths, and what to change where one does not. From the config alone.
+
+The facts behind it are those of the engines' own sources; what `slimgpt export` and the tests run here agrees with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from slimgpt.errors import PlanError
+from slimgpt.models.architectures import Sizes
+from slimgpt.models.heterogeneous import head_dim
+from slimgpt.models.stock import stock_config
+
+NEMOTRON_STEP = 256
+"""FFN widths that ``block_configs`` can express are multiples of it."""
+
+VLLM_NATIVE = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "granite", "phi3", "smollm3")
+"""Families whose own vLLM class reads ``head_dim`` from the config; qwen2's does not."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an engine does with a model.
+
+    Args:
+        engine: its name, a key of :data:`ENGINES`.
+        runs: whether it runs the model as it would be saved or exported.
+        how: the form it takes, or why it takes none.
+        change: what to ask for instead, where it does not run it or runs it slower than it could.
+    """
+
+    engine: str
+    runs: bool
+    how: str
+    change: str = ""
+
+
+def verdicts(config: PreTrainedConfig, layers: Sequence[Sizes], engines: Sequence[str] | None = None) -> list[Verdict]:
+    """One verdict per engine.
+
+    Args:
+        config: the model's config, dense or slim.
+        layers: the widths that its layers will have.
+        engines: keys of :data:`ENGINES`; all of them if not given.
+
+    Raises:
+        PlanError: an unknown engine.
+    """
+    names = list(ENGINES) if engines is None else list(engines)
+    for name in names:
+        if name not in ENGINES:
+            raise PlanError(f"engine '{name}' is unknown; choose {', '.join(ENGINES)}")
+    return [ENGINES[name](config, layers) for name in names]
+
+
+def is_uniform(layers: Sequence[Sizes]) -> bool:
+    """Whether all layers have the same widths."""
+    return all(layer == layers[0] for layer in layers)
+
+
+def gguf_architecture(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str:
+    """The architecture of llama.cpp that computes the model at these widths: ``llama``, ``deci``, ``qwen3`` or
+    ``openelm``.
+
+    ``deci`` builds every layer from arrays of widths: RMSNorm, SwiGLU, optional biases. ``openelm`` does too and has
+    norms on queries and keys, but no output matrix of its own, no biases and no scaled positions.
+
+    Raises:
+        PlanError: there is none; the text says why, and which form can be used instead.
+    """
+    family, uniform = config.model_type, is_uniform(layers)
+    instead = (
+        "--to hf-uniform and llama.cpp's own converter" if uniform else "--to padded and llama.cpp's own converter"
+    )
+    if family not in ("llama", "mistral", "qwen2", "qwen3"):
+        raise PlanError(f"model_type '{family}' is none that our GGUF writer knows; use {instead}")
+    window = getattr(config, "sliding_window", None)
+    sliding = any(kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ())
+    if window and (sliding or family == "mistral") and window < config.max_position_embeddings:
+        raise PlanError(f"its sliding window of {window} tokens has no place in llama.cpp's {family}; use {instead}")
+    if config.hidden_act != "silu":
+        raise PlanError(f"its activation '{config.hidden_act}' has no place in llama.cpp's deci; use {instead}")
+    rope = dict(config.rope_parameters or {})
+    kind = rope.get("rope_type", "default")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "linear", "llama3", "yarn"):
+        raise PlanError(f"its positions (rope_type '{kind}') cannot be written; use {instead}")
+    if family != "qwen3":
+        return "llama" if uniform and family != "qwen2" else "deci"
+    if getattr(config, "attention_bias", False):
+        raise PlanError(f"qwen3 with biases has no place in llama.cpp; use {instead}")
+    if uniform:
+        return "qwen3"
+    if not config.tie_word_embeddings:
+        raise PlanError(
+            "layers of different widths with norms on queries and keys run as openelm, which has no output matrix of "
+            "its own, and this model has one; prune with --uniform, or use --to padded"
+        )
+    if kind != "default":
+        raise PlanError(
+            f"openelm has no scaled positions (rope_type '{kind}'); prune with --uniform, or use --to padded"
+        )
+    return "openelm"
+
+
+def nemotron_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str | None:
+    """Why ``block_configs`` cannot hold the model; ``None`` if it can."""
+    if config.model_type != "llama":
+        return f"nemotron-nas is a Llama; this is '{config.model_type}'"
+    if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        return "nemotron-nas has no biases"
+    heads = {(layer["num_attention_heads"], layer["num_key_value_heads"]) for layer in layers}
+    if len(heads) > 1 or next(iter(heads))[0] * head_dim(config) != config.hidden_size:
+        return "nemotron-nas needs all heads of the dense model in every layer; prune the FFN alone"
+    odd = [layer["intermediate_size"] for layer in layers if layer["intermediate_size"] % NEMOTRON_STEP]
+    if odd:
+        return (
+            f"FFN widths must be multiples of {NEMOTRON_STEP} ({odd[0]} is not); prune with --round-to {NEMOTRON_STEP}"
+        )
+    return None
+
+
+def _hf(config: PreTrainedConfig, layers: Sequence[Sizes]) -> Verdict:
+    if not is_uniform(layers):
+        how = "from_pretrained with trust_remote_code=True: a small modeling file travels in the folder"
+        return Verdict("hf", True, how, "a stock class: --uniform, or export --to padded")
+    stock = stock_config(config, layers[0])
+    if stock is None:
+        how = "from_pretrained with trust_remote_code=True: no stock class takes this head count"
+        return Verdict("hf", True, how, "a head count that divides hidden_size")
+    relabelled = "" if stock.model_type == config.model_type else f", relabelled as {stock.model_type}"
+    return Verdict("hf", True, f"stock class, no flag{relabelled}")
+
+
+def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> Verdict:
+    if is_uniform(layers):
+        stock = stock_config(config, layers[0])
+        width = layers[0]["intermediate_size"]
+        change = "" if width % 64 == 0 else f"full speed: --round-to 64 (the FFN has {width} channels)"
+        ordinary = layers[0]["num_attention_heads"] * head_dim(config) == config.hidden_size
+        if stock is not None and (stock.model_type in VLLM_NATIVE or ordinary):
+            return Verdict("vllm", True, "its own class", change)
+        return Verdict("vllm", True, "Transformers backend (--model-impl transformers)", change)
+    if nemotron_problem(config, layers) is None:
+        return Verdict("vllm", True, "its own class: export --to nemotron-nas")
+    how = "Transformers backend: --model-impl transformers --trust-remote-code"
+    return Verdict("vllm", True, how, "its own class: --uniform --round-to 64, or export --to padded")
+
+
+def _llama_cpp(config: PreTrainedConfig, layers: Sequence[Sizes]) -> Verdict:
+    try:
+        arch = gguf_architecture(config, layers)
+    except PlanError as error:
+        return Verdict("llama.cpp", False, str(error).split(";")[0], str(error).partition(";")[2].strip())
+    odd = any(layer["intermediate_size"] % 256 for layer in layers)
+    change = "smaller K-quants: --round-to 256 (other rows fall back to larger types)" if odd else ""
+    return Verdict("llama.cpp", True, f"export --to gguf (architecture {arch})", change)
+
+
+def _stock_only(engine: str, nemotron: bool) -> Callable[[PreTrainedConfig, Sequence[Sizes]], Verdict]:
+    def verdict(config: PreTrainedConfig, layers: Sequence[Sizes]) -> Verdict:
+        if is_uniform(layers) and stock_config(config, layers[0]) is not None:
+            return Verdict(engine, True, "the folder as it is (stock class)")
+        if nemotron and nemotron_problem(config, layers) is None:
+            return Verdict(engine, True, "export --to nemotron-nas")
+        return Verdict(engine, False, "its layers must have equal widths", "--uniform, or export --to padded")
+
+    return verdict
+
+
+ENGINES: dict[str, Callable[[PreTrainedConfig, Sequence[Sizes]], Verdict]] = {
+    "hf": _hf,
+    "vllm": _vllm,
+    "llama.cpp": _llama_cpp,
+    "sglang": _stock_only("sglang", nemotron=True),
+    "mlx": _stock_only("mlx", nemotron=True),
+    "onnx": _stock_only("onnx", nemotron=False),
+}
+"""By the names that ``--for`` takes."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What ``--for`` asks of a plan: a step of FFN widths, and equal layers or not."""
+
+    round_to: int
+    uniform: bool
+
+
+PROFILES: dict[str, Profile] = {
+    "hf": Profile(1, False),
+    "vllm": Profile(64, True),
+    "llama.cpp": Profile(32, False),
+    "sglang": Profile(64, True),
+    "mlx": Profile(32, True),
+    "onnx": Profile(1, True),
+}
+"""Rows of a multiple of 32 numbers can be quantised to Q8_0, and those of 64 run at full speed on tensor cores."""
+
+
+def profile_for(engines: Sequence[str]) -> Profile:
+    """The profile that suits all of these engines.
+
+    Raises:
+        PlanError: an unknown engine.
+    """
+    for name in engines:
+        if name not in PROFILES:
+            raise PlanError(f"engine '{name}' is unknown; choose {', '.join(PROFILES)}")
+    chosen = [PROFILES[name] for name in engines] or [PROFILES["hf"]]
+    return Profile(max(profile.round_to for profile in chosen), any(profile.uniform for profile in chosen))

@@ -1,0 +1,117 @@
+"""What a user may ask a plan for besides a ratio: parameters, bytes, or bytes of KV cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from slimgpt.errors import PlanError
+from slimgpt.models.heterogeneous import head_dim
+from slimgpt.models.shape import ModelShape
+
+_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_BYTES |= {f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)}
+
+CACHE_BYTES = 2
+"""Bytes of a number in the KV cache: engines keep it in 16 bits."""
+
+HEADER_BYTES = 256
+"""What a safetensors header takes for one tensor, generously."""
+
+
+@dataclass(frozen=True)
+class CacheTarget:
+    """At most so many bytes of KV cache for a context of so many tokens."""
+
+    bytes: int
+    context: int
+
+
+def parse_count(text: str | int) -> int:
+    """A number of parameters from ``1.0B``, ``350M``, ``1_000_000`` or a plain number.
+
+    Raises:
+        PlanError: anything else, or not above zero.
+    """
+    return _parse(str(text), r"([kmbt]?)", _DECIMAL, "number of parameters", "1.0B, 350M or 1000000")
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from ``800MB``, ``1.5GiB`` or a plain number.
+
+    Raises:
+        PlanError: anything else, or not above zero.
+    """
+    return _parse(str(text), r"([kmgt]i?)?b?", _BYTES, "size in bytes", "800MB, 1.5GiB or 1000000")
+
+
+def parse_cache(text: str) -> CacheTarget:
+    """A limit of the KV cache from ``1GB@32k``: bytes at a context of tokens.
+
+    Raises:
+        PlanError: anything else.
+    """
+    size, at, context = text.partition("@")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)(k?)\s*", context.lower())
+    if not at or not match or float(match[1]) <= 0:
+        raise PlanError(f"'{text}' is no limit of a KV cache; give bytes and context, for example 1GB@32k")
+    return CacheTarget(parse_size(size), int(float(match[1]) * (1024 if match[2] else 1)))
+
+
+def _parse(text: str, suffix: str, units: dict[str, int], what: str, examples: str) -> int:
+    match = re.fullmatch(rf"\s*([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*{suffix}\s*", text.lower())
+    value = float(match[1].replace("_", "")) * units[match[2] or ""] if match else 0.0
+    if value < 1:
+        raise PlanError(f"'{text}' is no {what}; give for example {examples}")
+    return int(value)
+
+
+def parameters_for(size: int, itemsize: int, tensors: int) -> int:
+    """How many parameters fit into so many bytes of safetensors files with so many tensors."""
+    return (size - HEADER_BYTES * (tensors + 2)) // itemsize
+
+
+def cache_bytes(config: PreTrainedConfig, kv_heads: Sequence[int], context: int) -> int:
+    """Bytes of the KV cache for a context of so many tokens; sliding windows keep no more than their width.
+
+    Args:
+        kv_heads: KV heads of every layer.
+    """
+    return sum(heads * cost for heads, cost in zip(kv_heads, _cost_per_head(config, len(kv_heads), context)))
+
+
+def kv_heads_for(config: PreTrainedConfig, shape: ModelShape, target: CacheTarget, uniform: bool) -> list[int]:
+    """The most KV heads per layer that fit, taken from where most are left, later layers first.
+
+    Raises:
+        PlanError: one head per layer is too much already, or the target asks for nothing.
+    """
+    heads = [layer.sizes["num_key_value_heads"] for layer in shape.layers]
+    dense = list(heads)
+    if cache_bytes(config, heads, target.context) <= target.bytes:
+        return heads
+    if cache_bytes(config, [1] * len(heads), target.context) > target.bytes:
+        raise PlanError(
+            f"one KV head per layer at {target.context:,} tokens takes "
+            f"{cache_bytes(config, [1] * len(heads), target.context):,} bytes, more than the {target.bytes:,} asked for"
+        )
+    while cache_bytes(config, heads, target.context) > target.bytes:
+        if uniform:
+            heads = [max(count - 1, 1) for count in heads]
+            continue
+        left = [(count / full if count > 1 else 0.0, index) for index, (count, full) in enumerate(zip(heads, dense))]
+        heads[max(left)[1]] -= 1
+    return heads
+
+
+def _cost_per_head(config: PreTrainedConfig, layers: int, context: int) -> list[int]:
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    window = getattr(config, "sliding_window", None)
+    if window and "layer_types" not in config.to_dict():  # Mistral: a window in every layer
+        kinds = ["sliding_attention"] * layers
+    tokens = [min(context, window) if window and kind == "sliding_attention" else context for kind in kinds]
+    return [2 * head_dim(config) * CACHE_BYTES * count for count in tokens]
