@@ -9,7 +9,7 @@
 from slimgpt.api import evaluate, prune
 from slimgpt.checkpoint import inspect, save
 from slimgpt.errors import SlimGPTError
-from slimgpt.export import export, verify
+from slimgpt.exporting import export, verify
 from slimgpt.folders import prune_folder
 from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load
 from slimgpt.planning import Plan, make_plan

@@ -12,7 +12,7 @@ from slimgpt.cli.console import app, friendly, out, quiet
 from slimgpt.errors import OutputError
 
 if TYPE_CHECKING:
-    from slimgpt.export import ExportReport, Verification
+    from slimgpt.exporting import ExportReport, Verification
 
 SlimArgument = Annotated[Path, typer.Argument(metavar="SLIM", help="The folder that `slimgpt prune` wrote.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")]
@@ -38,7 +38,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Write SLIM in a form that other engines read, and compare the two."""
-    from slimgpt.export import export as run
+    from slimgpt.exporting import export as run
 
     quiet()
     _check_json(json_file, overwrite)
@@ -65,7 +65,7 @@ def verify(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
 ) -> None:
     """Run EXPORT in its engine and SLIM in transformers on the same tokens, and compare logits and perplexity."""
-    from slimgpt.export import verify as run
+    from slimgpt.exporting import verify as run
 
     quiet()
     _check_json(json_file, overwrite)

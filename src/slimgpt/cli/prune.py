@@ -141,7 +141,7 @@ def prune(
             model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory
         )
     if export_to is not None:
-        from slimgpt.export import check_format
+        from slimgpt.exporting import check_format
 
         check_format(export_to, prepared.model_config, prepared.plan.layers)
         exported = export_path(output, export_to)
@@ -160,7 +160,7 @@ def prune(
     _print_report(report, weight_bytes(prepared.output), prepared.output)
     if export_to is not None and os.environ.get("RANK", "0") == "0":
         from slimgpt.cli.export import print_export
-        from slimgpt.export import export
+        from slimgpt.exporting import export
 
         with out.status(f"exporting to {export_to}"):
             written = export(prepared.output, export_path(prepared.output, export_to), export_to, overwrite=overwrite)

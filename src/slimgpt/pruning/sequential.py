@@ -235,10 +235,14 @@ class _Layer:
         return cast(Tensor, linear.weight).detach(), cast(Tensor | None, linear.bias)
 
     def _gram(self, n: int) -> Gram:
-        if self.run.placement.gram != FILE or self.run.scratch is None:
-            return Gram(n, self.run.device, solver_dtype(n, self.run.device))
-        dtype = solver_dtype(n, self.run.device)
-        return Gram(n, dtype=dtype, storage=mapped(self.run.scratch / "gram", (n, n), dtype))
+        """The sum to be; in a file where memory is short, and for wide layers on a CPU, where it is read only a few
+        times and the system can write it out meanwhile."""
+        device, scratch = self.run.device, self.run.scratch
+        dtype = solver_dtype(n, device)
+        wide = n > EXACT_SIZE and device.type == "cpu"
+        if scratch is None or not (wide or self.run.placement.gram == FILE):
+            return Gram(n, device, dtype)
+        return Gram(n, dtype=dtype, storage=mapped(scratch / "gram", (n, n), dtype))
 
     def _decide(
         self, name: str, structure: Structure, running: Tensor, gram: Gram | None, sizes: Sizes, target: Sizes

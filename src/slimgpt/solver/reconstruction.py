@@ -22,7 +22,8 @@ def reconstruct(G: Tensor, H: Tensor, columns: Tensor) -> Tensor:
         torch.linalg.LinAlgError: ``H_KK`` is not positive definite.
     """
     columns = columns.to(H.device)
-    factor = torch.linalg.cholesky(H[columns][:, columns])
+    block = H[columns.unsqueeze(1), columns]  # in one step: the kept rows alone may be as large as H
+    factor = torch.linalg.cholesky(block, out=block)
     return torch.cholesky_solve(G[:, columns].T.contiguous(), factor).T.contiguous()
 
 
@@ -38,7 +39,7 @@ def relative_error(W: Tensor, W_kept: Tensor, H: Tensor, columns: Tensor, G: Ten
     G = W @ H if G is None else G
     W_kept = W_kept.to(G)
     total = _inner(G, W)
-    error = total - 2 * _inner(G[:, columns], W_kept) + _inner(W_kept @ H[columns][:, columns], W_kept)
+    error = total - 2 * _inner(G[:, columns], W_kept) + _inner(W_kept @ H[columns.unsqueeze(1), columns], W_kept)
     # Rounding can leave a tiny negative number where the error is zero.
     return max(error / total, 0.0) if total > 0 else 0.0
 

@@ -121,7 +121,7 @@ def verify(
         raise ExportError(f"{exported} cannot be verified here: {problem}")
     tokenizer = load_tokenizer(locate(str(slim)))
     ids = tokenizer(_text(text), add_special_tokens=False).input_ids[:max_tokens]
-    window = min(window, len(ids))
+    window = min(window, len(ids) // 16 * 16 or len(ids))
     if window < 2:
         raise UsageError("the text has fewer than two tokens")
     reference = _transformers(str(slim))

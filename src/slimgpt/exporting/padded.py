@@ -1,4 +1,8 @@
-"""Every layer as wide as the widest, with zeros: any engine runs it, and it computes the same function."""
+"""Every layer as wide as the widest, with zeros: any engine runs it, and it computes the same function.
+
+Zeros add nothing, so results are equal to the bit as long as the engine treats the numbers that are not padding alike:
+activation functions may differ in the last bit between whole vectors and what is left over at the end of a row.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,8 @@ import torch
 from torch import Tensor
 
 from slimgpt.errors import ExportError
-from slimgpt.export.folders import write_stock_folder
-from slimgpt.export.source import Exported
+from slimgpt.exporting.folders import write_stock_folder
+from slimgpt.exporting.source import Exported
 from slimgpt.models.architectures import Fused, Sizes, Structure
 from slimgpt.models.heterogeneous import with_sizes
 from slimgpt.models.stock import stock_config

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from slimgpt.checkpoint.shards import write_shards
 from slimgpt.errors import ExportError
-from slimgpt.export.source import Exported
+from slimgpt.exporting.source import Exported
 from slimgpt.models.heterogeneous import head_dim, stock_class
 from slimgpt.models.stock import stock_config
 from slimgpt.planning.engines import NEMOTRON_STEP, is_uniform, nemotron_problem

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slimgpt.errors import ExportError
-from slimgpt.export.folders import check_uniform, write_uniform
-from slimgpt.export.source import Exported
+from slimgpt.exporting.folders import check_uniform, write_uniform
+from slimgpt.exporting.source import Exported
 
 PACKAGES = {
     "onnx": ("optimum.exporters.onnx", "optimum-onnx"),

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slimgpt.errors import ExportError, PlanError
-from slimgpt.export.gguf_tokenizer import add_tokenizer
-from slimgpt.export.source import Exported
+from slimgpt.exporting.gguf_tokenizer import add_tokenizer
+from slimgpt.exporting.source import Exported
 from slimgpt.models.heterogeneous import head_dim
 from slimgpt.planning.engines import gguf_architecture, is_uniform
 
@@ -66,7 +66,7 @@ def write(exported: Exported, file: Path, quantize: str, pre: str | None = None)
     Args:
         file: what to write; the caller gives it its final name.
         quantize: ``F32``, ``F16``, ``BF16``, ``Q8_0``, or a type of llama.cpp's quantiser.
-        pre: see :func:`slimgpt.export.gguf_tokenizer.add_tokenizer`.
+        pre: see :func:`slimgpt.exporting.gguf_tokenizer.add_tokenizer`.
 
     Returns:
         Notes for the user, such as rows that could not take the type.

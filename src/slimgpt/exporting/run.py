@@ -15,9 +15,9 @@ from transformers import PreTrainedConfig
 from slimgpt.checkpoint.folder import check_output, new_folder
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
-from slimgpt.export import folders, gguf_format, onnx, padded
-from slimgpt.export.source import Exported, open_folder
-from slimgpt.export.verifying import Verification, engine_problem, verify
+from slimgpt.exporting import folders, gguf_format, onnx, padded
+from slimgpt.exporting.source import Exported, open_folder
+from slimgpt.exporting.verifying import Verification, engine_problem, verify
 from slimgpt.models.architectures import Sizes
 from slimgpt.models.stock import stock_config
 from slimgpt.planning.engines import gguf_architecture, is_uniform, nemotron_problem
