@@ -34,7 +34,8 @@ PUBLISHED = {
     ),
     "qwen3-8b": (
         {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
-         "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936, "max_position_embeddings": 40960,
+         "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
+         "max_position_embeddings": 40960,
          "tie_word_embeddings": False, "dtype": "bfloat16"},
         8_190_735_360,
     ),

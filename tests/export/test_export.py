@@ -367,6 +367,9 @@ def test_commands_export_and_verify(slim, tmp_path):
     assert result.exit_code == 0, result.output
     assert "equal to the bit" in result.output
     assert json.loads((tmp_path / "e.json").read_text())["verification"]["identical"] is True
+    for card in (folder / "README.md", tmp_path / "padded" / "README.md"):
+        assert card.read_text().count("- `padded` (padded, ") == 1
+        assert "logits equal to the bit" in card.read_text()
     result = CliRunner().invoke(
         app, ["verify", str(tmp_path / "padded"), "--against", str(folder), "--json", str(tmp_path / "v.json")]
     )

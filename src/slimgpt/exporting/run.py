@@ -21,6 +21,7 @@ from slimgpt.exporting.verifying import Verification, engine_problem, verify
 from slimgpt.models.architectures import Sizes
 from slimgpt.models.stock import stock_config
 from slimgpt.planning.engines import gguf_architecture, is_uniform, nemotron_problem
+from slimgpt.pruning.journal import write_text
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,38 @@ def export(
     if check:
         unverified = engine_problem(path) or ""
     found = verify(path, slim) if not unverified else None
-    return ExportReport(path, to, size, tuple(notes), found, unverified)
+    report = ExportReport(path, to, size, tuple(notes), found, unverified)
+    record(report, exported.folder)
+    return report
+
+
+HEADING = "## Exports"
+
+
+def record(report: ExportReport, slim: Path) -> None:
+    """Add a line on the export to the slim folder's model card, in place of an older one of the same name; an exported
+    folder gets a copy of the card."""
+    card = slim / "README.md"
+    if not card.is_file():
+        return
+    text = card.read_text(encoding="utf-8")
+    start = f"- `{report.path.name}` ({report.to}"
+    lines = [line for line in text.rstrip().splitlines() if not line.startswith(start)]
+    if HEADING not in lines:
+        lines += ["", HEADING, ""]
+    found = report.verification
+    if found is None:
+        said = f"not verified: {report.unverified}"
+    else:
+        bits = "equal to the bit" if found.identical else f"at most {found.largest:.2g} apart"
+        said = (
+            f"{found.engine}: perplexity {found.perplexity:.4f} against {found.reference:.4f} of this folder on "
+            f"{found.tokens:,} tokens, logits {bits}, {found.continuations[0]} of {found.continuations[1]} greedy "
+            "continuations the same"
+        )
+    write_text(card, "\n".join([*lines, f"{start}, {report.bytes:,} bytes): {said}", ""]))
+    if report.path.is_dir():
+        shutil.copyfile(card, report.path / "README.md")
 
 
 def _format(to: str) -> Format:
