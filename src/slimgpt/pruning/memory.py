@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import re
+import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +62,19 @@ def free_bytes(device: torch.device) -> int:
 def used_bytes(device: torch.device) -> int:
     """Memory in use by this process where the work is done."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else anonymous_bytes()
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    name = ctypes.util.find_library("c") if sys.platform == "linux" else None
+    libc = ctypes.CDLL(name) if name else None
+    return libc if libc is not None and hasattr(libc, "malloc_trim") else None
+
+
+def trim() -> None:
+    """Give freed memory back to the system: glibc keeps it, scattered among what is in use."""
+    if (libc := _libc()) is not None:
+        libc.malloc_trim(0)
 
 
 @dataclass(frozen=True)

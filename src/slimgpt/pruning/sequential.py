@@ -28,7 +28,7 @@ from slimgpt.models.shape import count
 from slimgpt.models.slicing import State, slice_state, unit_rows
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.capture import Part, Stream, capture, run_with
-from slimgpt.pruning.memory import FILE, RECOMPUTE, Placement, Shelf, mapped
+from slimgpt.pruning.memory import FILE, RECOMPUTE, Placement, Shelf, mapped, trim
 from slimgpt.pruning.ranks import Ranks
 from slimgpt.pruning.report import LayerReport
 from slimgpt.solver import CRITERIA, Gram, damp, reconstruct, relative_error
@@ -121,7 +121,11 @@ def prune_layers(
             sum(tensor.numel() for name, tensor in state.items() if name in work.parameters),
             work.seconds,
         )
-        yield Finished(report, {name: tensor.to("cpu") for name, tensor in state.items()})
+        finished = Finished(report, {name: tensor.to("cpu") for name, tensor in state.items()})
+        del work, dense, state  # the next layer is not to be worked on beside this one
+        yield finished
+        del finished
+        trim()
 
 
 class _Layer:
@@ -283,6 +287,7 @@ class _Layer:
         where = f"layer {self.index}, {structure.output}"
         n = stored.shape[1]
         dtype = solver_dtype(n, stored.device)
+        trim()
         H = gram.mean()
         if not bool(torch.isfinite(H.sum())):
             raise NumericalError(f"{where}: its inputs hold NaN or infinity on the calibration text")
@@ -295,6 +300,7 @@ class _Layer:
             else:
                 kept = self.criterion.channels(W, H, keep, self.generator)
             columns = unit_rows(n, units, kept).to(W.device)
+            trim()
             G = W @ H
             W_kept = reconstruct(G, H, columns) if self.repair else W[:, columns]
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]

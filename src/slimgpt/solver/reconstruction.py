@@ -22,9 +22,11 @@ def reconstruct(G: Tensor, H: Tensor, columns: Tensor) -> Tensor:
         torch.linalg.LinAlgError: ``H_KK`` is not positive definite.
     """
     columns = columns.to(H.device)
-    block = H[columns.unsqueeze(1), columns]  # in one step: the kept rows alone may be as large as H
-    factor = torch.linalg.cholesky(block, out=block)
-    return torch.cholesky_solve(G[:, columns].T.contiguous(), factor).T.contiguous()
+    # The block is symmetric: its transpose is the column order in which LAPACK works in place, without a copy.
+    L = H[columns.unsqueeze(1), columns].mT
+    torch.linalg.cholesky(L, out=L)
+    half = torch.linalg.solve_triangular(L.mT, G[:, columns], upper=True, left=False)  # half L^T = G_K
+    return torch.linalg.solve_triangular(L, half, upper=False, left=False, out=half)  # W' L = half
 
 
 def relative_error(W: Tensor, W_kept: Tensor, H: Tensor, columns: Tensor, G: Tensor | None = None) -> float:
