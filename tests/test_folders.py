@@ -130,6 +130,32 @@ def test_every_placement_gives_the_same_weights(placement, dense, text_file, tmp
     assert all(torch.equal(plain[name], placed[name]) for name in plain)
 
 
+def test_running_out_of_memory_is_answered_with_a_smaller_budget(dense, text_file, tmp_path, monkeypatch):
+    """The device fails once in the middle; the run goes on with less, and the result is the same."""
+    from slimgpt.pruning import sequential
+
+    folder = str(dense("llama"))
+    slimgpt.prune_folder(folder, tmp_path / "plain", calibration=str(text_file), **OPTIONS)
+    solve, budgets, calls = sequential._Layer._solve, [], []
+
+    def fail_once(self, *arguments):
+        calls.append(self.index)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("out of memory")
+        return solve(self, *arguments)
+
+    def remember(need, device, budget=None):
+        budgets.append(budget)
+        return place(need, device)
+
+    monkeypatch.setattr(sequential._Layer, "_solve", fail_once)
+    monkeypatch.setattr("slimgpt.folders.place", remember)
+    slimgpt.prune_folder(folder, tmp_path / "failed", calibration=str(text_file), memory="8GB", **OPTIONS)
+    assert budgets == [8 * 10**9, 6 * 10**9]
+    assert files_of(tmp_path / "plain") == files_of(tmp_path / "failed")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "llama") == ["failed", "plain"]
+
+
 def test_places_follow_the_budget(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("slimgpt.pruning.memory.used_bytes", lambda _: 100)

@@ -30,7 +30,7 @@ from slimgpt.api import (
 from slimgpt.checkpoint import assemble, check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
-from slimgpt.errors import NumericalError
+from slimgpt.errors import NumericalError, RankError
 from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
 from slimgpt.models.loading import (
     DTYPES,
@@ -58,6 +58,7 @@ from slimgpt.pruning import (
     place,
     prune_layers,
 )
+from slimgpt.pruning.memory import free_bytes
 from slimgpt.pruning.ranks import Ranks, join, local_device, rank_of_environment
 
 OnStart = Callable[[Placement, int], None]
@@ -233,8 +234,15 @@ def run_to_folder(prepared: Prepared, on_layer: OnLayer | None = None, on_start:
                 raise SystemExit(0)
             return before
         done = journal.open(p.resume, p.overwrite) if ranks.main else 0
+        done = ranks.agree(done)
+        budget = p.budget
         try:
-            return _run(p, ranks, windows, dtype, journal, request_digest, ranks.agree(done), on_layer, on_start)
+            while True:
+                try:
+                    return _run(p, ranks, windows, dtype, journal, request_digest, done, on_layer, on_start, budget)
+                except torch.OutOfMemoryError as error:
+                    budget = _smaller(p, budget, ranks, error)
+                    done = journal.open(resume=True)
         except BaseException as error:
             if ranks.main and isinstance(error, NumericalError):
                 journal.discard()  # the same command would fail in the same layer again
@@ -242,6 +250,23 @@ def run_to_folder(prepared: Prepared, on_layer: OnLayer | None = None, on_start:
             if kept and isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"finished layers are kept in {journal.folder}; go on with --resume") from None
             raise
+
+
+def _smaller(p: Prepared, budget: int | None, ranks: Ranks, error: torch.OutOfMemoryError) -> int:
+    """The next budget to try when the estimate was too low and the device ran out of memory.
+
+    Raises:
+        RankError: several processes would have to agree; the run is to be started again.
+    """
+    if ranks.world > 1:
+        raise RankError(
+            f"the device of process {ranks.rank} ran out of memory; start the same command with --resume and a smaller "
+            "--memory"
+        ) from error
+    if p.device.type == "cuda":
+        torch.cuda.empty_cache()
+    before = budget if budget is not None else free_bytes(p.device)
+    return int(0.75 * before)
 
 
 def finished_before(p: Prepared, journal: Journal, digest: str) -> PruneReport | None:
@@ -292,6 +317,7 @@ def _run(
     done: int,
     on_layer: OnLayer | None,
     on_start: OnStart | None,
+    budget: int | None,
 ) -> PruneReport:
     start = time.perf_counter()
     layers = open_model(p)
@@ -299,7 +325,7 @@ def _run(
     model = layers.model
     copied = dtype is not None or p.device.type != "cpu"
     need = memory_need(model, windows, p.plan, p.config, dtype, copied)
-    placement = place(need, p.device, p.budget)
+    placement = place(need, p.device, budget)
     if p.device.type == "cuda" and p.budget is not None:
         total = torch.cuda.get_device_properties(p.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(p.budget / total, 1.0), p.device)
