@@ -27,8 +27,10 @@ from slimgpt.api import versions
 from slimgpt.calibration import sample_windows
 from slimgpt.config import PruneConfig
 from slimgpt.models.architectures import ARCHITECTURES
+from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.models.loading import DTYPES, as_device
 from slimgpt.planning import make_plan
+from slimgpt.planning.cost import pruning_flops
 from slimgpt.pruning import PruneReport, Run, memory_need, parse_bytes, place, prune_layers, total_seconds
 from slimgpt.pruning.capture import capture, run_layer
 from slimgpt.pruning.memory import Shelf
@@ -84,31 +86,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def floor(model: PreTrainedModel, report: PruneReport, tokens: int, seq_len: int) -> dict[str, float]:
-    """Floating-point operations of each part."""
-    hidden = model.config.hidden_size
-    d = getattr(model.config, "head_dim", None) or hidden // model.config.num_attention_heads
-    flops = {"dense forward": 0.0, "forward": 0.0, "hessian": 0.0, "solver": 0.0}
-    for before, layer in zip(report.dense_sizes, report.layers):
-        heads, kv, ffn = (before[k] for k in ("num_attention_heads", "num_key_value_heads", "intermediate_size"))
-        attention = 2.0 * seq_len * heads * d  # causal: half of QK^T and of the product with V
-        shared = hidden * d * (heads + 2 * kv) + 2 * hidden * ffn  # run at dense widths: the choice is not made yet
-        flops["dense forward"] += tokens * (2.0 * (shared + heads * d * hidden + ffn * hidden) + attention)
-        narrow = layer.sizes["num_attention_heads"] * d * hidden + layer.sizes["intermediate_size"] * hidden
-        flops["forward"] += tokens * (2.0 * (shared + narrow) + attention)
-        for n, keep in ((heads * d, layer.sizes["num_attention_heads"] * d), (ffn, layer.sizes["intermediate_size"])):
-            if keep < n:
-                flops["hessian"] += 2.0 * tokens * n * n
-                flops["solver"] += n**3 + keep**3 / 3 + 2.0 * hidden * n * n + 2.0 * hidden * keep * keep
-    return flops
-
-
 def passes(
     model: PreTrainedModel, ids: torch.Tensor, config: PruneConfig, run: Run, rounds: int
 ) -> Iterator[tuple[PruneReport, float, float]]:
     """Rounds of one dense pass and one pruning loop, in turn."""
     plan = make_plan(model.config, config.ratio, config.schedule)
-    dense = tuple(slimgpt.models.heterogeneous.layer_sizes(model.config))
+    dense = tuple(layer_sizes(model.config))
     layers = model.get_submodule(ARCHITECTURES[model.config.model_type].layers)
     for _ in range(rounds):
         dense_seconds = dense_pass(model, ids, config.batch_size, run.device, run.dtype)
@@ -160,7 +143,8 @@ def main(
         report, dense_seconds, seconds = min(
             passes(model, ids, config, Run(target, placement, forward), rounds), key=lambda found: found[2] / found[1]
         )
-        flops = floor(model, report, ids.numel(), seq_len)
+        slim = [layer.sizes for layer in report.layers]
+        flops = pruning_flops(model.config, report.dense_sizes, slim, ids.numel(), seq_len)
         by_part = total_seconds(report.layers)
         results.append(
             {

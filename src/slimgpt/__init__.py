@@ -6,16 +6,41 @@
 >>> slimgpt.save(model, tokenizer, report, "slim/")
 """
 
-from slimgpt.api import evaluate, prune
-from slimgpt.checkpoint import inspect, save
-from slimgpt.errors import SlimGPTError
-from slimgpt.exporting import export, verify
-from slimgpt.folders import prune_folder
-from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load
-from slimgpt.planning import Plan, make_plan
-from slimgpt.pruning import PruneReport
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from slimgpt.api import evaluate, prune
+    from slimgpt.checkpoint import inspect, save
+    from slimgpt.errors import SlimGPTError
+    from slimgpt.exporting import export, verify
+    from slimgpt.folders import prune_folder
+    from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load
+    from slimgpt.planning import Plan, make_plan
+    from slimgpt.pruning import PruneReport
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "ARCHITECTURES": "models",
+    "Architecture": "models",
+    "Fused": "models",
+    "Plan": "planning",
+    "PruneReport": "pruning",
+    "SlimGPTError": "errors",
+    "Structure": "models",
+    "evaluate": "api",
+    "export": "exporting",
+    "inspect": "checkpoint",
+    "load": "models",
+    "make_plan": "planning",
+    "prune": "api",
+    "prune_folder": "folders",
+    "save": "checkpoint",
+    "verify": "exporting",
+}
 
 __all__ = [
     "ARCHITECTURES",
@@ -36,3 +61,16 @@ __all__ = [
     "save",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when they are used: torch and transformers take seconds, and `--help` needs neither."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'slimgpt' has no attribute '{name}'")
+    value = getattr(import_module(f"slimgpt.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -15,8 +15,9 @@ from slimgpt import assets
 from slimgpt.api import OnLayer, evaluate, make_config, with_evaluation
 from slimgpt.checkpoint import save, weight_bytes
 from slimgpt.evaluation import measure_speed, peak_memory
-from slimgpt.folders import execute, prepare
+from slimgpt.folders import execute
 from slimgpt.models.loading import load, load_model
+from slimgpt.preparing import prepare
 from slimgpt.pruning import PruneReport
 
 PROMPT = "The greatest challenge that our country faces is"

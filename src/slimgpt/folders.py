@@ -13,156 +13,43 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from slimgpt import assets
 from slimgpt.api import (
     OnLayer,
-    calibration_windows,
-    check_context,
     described,
     execution,
     make_config,
-    plan_for,
     run_plan,
     versions,
 )
 from slimgpt.checkpoint import assemble, check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
-from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError, RankError
 from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
 from slimgpt.models.loading import (
     DTYPES,
-    Source,
-    as_device,
-    as_dtype,
-    check_files,
     forward_dtype,
-    load_config,
     load_model,
-    load_tokenizer,
-    locate,
     weights_folder,
 )
-from slimgpt.models.shape import ModelShape, describe
 from slimgpt.models.weights import StreamedModel, WeightFiles, check_finite, fingerprint, misfit
-from slimgpt.planning import Plan
+from slimgpt.preparing import Prepared, prepare
 from slimgpt.pruning import (
     Journal,
     Placement,
     PruneReport,
     Run,
     memory_need,
-    parse_bytes,
     place,
     prune_layers,
 )
 from slimgpt.pruning.memory import free_bytes
-from slimgpt.pruning.ranks import Ranks, join, local_device, rank_of_environment
+from slimgpt.pruning.ranks import Ranks, join
 
 OnStart = Callable[[Placement, int], None]
 """Called before the first layer, with where activations are kept and the number of layers that are finished."""
-
-SIDE_FILES = 64 << 20
-"""Bytes that tokenizer, card and report may take beside the weights, generously."""
-
-
-@dataclass
-class Prepared:
-    """Everything about a run that could be checked without loading weights."""
-
-    source: Source
-    output: Path
-    model_config: Any
-    tokenizer: PreTrainedTokenizerBase
-    config: PruneConfig
-    shape: ModelShape
-    plan: Plan
-    windows: Tensor
-    calibration: str
-    device: torch.device
-    dtype: str
-    trust_remote_code: bool
-    overwrite: bool
-    resume: bool
-    budget: int | None
-
-    @property
-    def stored(self) -> torch.dtype:
-        """The type of the weights, as they are saved."""
-        return stored_dtype(self.source, self.model_config, self.dtype)
-
-
-def stored_dtype(source: Source, model_config: Any, dtype: str) -> torch.dtype:
-    """The type that weights are saved in: the one asked for, or their own."""
-    if dtype != "auto":
-        return DTYPES[dtype]
-    if source.gguf_file:
-        return torch.float32
-    if model_config.dtype is not None:
-        return model_config.dtype
-    folder = weights_folder(source)
-    return WeightFiles(folder).dtype if folder is not None else torch.float32
-
-
-def prepare(
-    model: str,
-    output: str | Path,
-    config: PruneConfig,
-    calibration: str = assets.DEMO,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-    overwrite: bool = False,
-    resume: bool = False,
-    memory: str | None = None,
-) -> Prepared:
-    """Check a run from folder to folder before anything long begins: model, plan, output, disk, text.
-
-    Raises:
-        SlimGPTError: whatever is wrong with the request.
-    """
-    target = local_device(as_device(device))
-    as_dtype(dtype)
-    as_dtype(config.forward_dtype)
-    budget = parse_bytes(memory) if memory else None
-    # Only rank 0 writes; an output that a killed run had finished is looked at by `finished_before`.
-    writes = rank_of_environment() == 0
-    path = Path(output).expanduser().absolute()
-    there = resume and (path / REPORT_FILE).is_file()
-    if writes and not there:
-        check_output(path, overwrite)
-    source = locate(model)
-    model_config = load_config(source, trust_remote_code)
-    shape = describe(model_config)
-    plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
-    prepared = Prepared(
-        source=source,
-        output=path,
-        model_config=model_config,
-        tokenizer=None,  # type: ignore[arg-type]  # set below, once the disk is known to have room
-        config=config,
-        shape=shape,
-        plan=plan,
-        windows=torch.empty(0),
-        calibration=calibration,
-        device=target,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        overwrite=overwrite,
-        resume=resume,
-        budget=budget,
-    )
-    if writes and not there:
-        check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDE_FILES)
-    check_files(source)
-    prepared.tokenizer = load_tokenizer(source, trust_remote_code)
-    prepared.windows, prepared.calibration = calibration_windows(
-        calibration, prepared.tokenizer, config, model_config.vocab_size
-    )
-    check_context(model_config, prepared.windows)
-    return prepared
 
 
 def execute(

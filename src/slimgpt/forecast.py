@@ -10,13 +10,13 @@ import torch
 
 from slimgpt.api import plan_for
 from slimgpt.config import PruneConfig
-from slimgpt.folders import stored_dtype
 from slimgpt.models.heterogeneous import empty_model
 from slimgpt.models.loading import as_device, as_dtype, load_config, locate
 from slimgpt.models.shape import describe
 from slimgpt.planning import Plan, Verdict, verdicts
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
 from slimgpt.planning.targets import cache_bytes
+from slimgpt.preparing import stored_dtype
 from slimgpt.pruning import memory_need
 
 

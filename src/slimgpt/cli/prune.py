@@ -113,7 +113,8 @@ def prune(
     """Prune MODEL and save the smaller model as the folder OUT."""
     from slimgpt.api import make_config
     from slimgpt.checkpoint import weight_bytes
-    from slimgpt.folders import prepare, run_to_folder
+    from slimgpt.folders import run_to_folder
+    from slimgpt.preparing import prepare
 
     quiet()
     round_to, uniform = suit(engines, round_to, uniform)

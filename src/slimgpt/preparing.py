@@ -1,0 +1,139 @@
+"""Everything about a run from folder to folder that can be checked before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slimgpt import assets
+from slimgpt.api import (
+    calibration_windows,
+    check_context,
+    plan_for,
+)
+from slimgpt.checkpoint import check_output
+from slimgpt.checkpoint.saving import REPORT_FILE
+from slimgpt.config import PruneConfig
+from slimgpt.models.loading import (
+    DTYPES,
+    Source,
+    as_device,
+    as_dtype,
+    check_files,
+    load_config,
+    load_tokenizer,
+    locate,
+    weights_folder,
+)
+from slimgpt.models.shape import ModelShape, describe
+from slimgpt.models.weights import WeightFiles
+from slimgpt.planning import Plan
+from slimgpt.pruning import (
+    parse_bytes,
+)
+from slimgpt.pruning.ranks import local_device, rank_of_environment
+
+SIDE_FILES = 64 << 20
+"""Bytes that tokenizer, card and report may take beside the weights, generously."""
+
+
+@dataclass
+class Prepared:
+    """Everything about a run that could be checked without loading weights."""
+
+    source: Source
+    output: Path
+    model_config: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: PruneConfig
+    shape: ModelShape
+    plan: Plan
+    windows: Tensor
+    calibration: str
+    device: torch.device
+    dtype: str
+    trust_remote_code: bool
+    overwrite: bool
+    resume: bool
+    budget: int | None
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of the weights, as they are saved."""
+        return stored_dtype(self.source, self.model_config, self.dtype)
+
+
+def stored_dtype(source: Source, model_config: Any, dtype: str) -> torch.dtype:
+    """The type that weights are saved in: the one asked for, or their own."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if source.gguf_file:
+        return torch.float32
+    if model_config.dtype is not None:
+        return model_config.dtype
+    folder = weights_folder(source)
+    return WeightFiles(folder).dtype if folder is not None else torch.float32
+
+
+def prepare(
+    model: str,
+    output: str | Path,
+    config: PruneConfig,
+    calibration: str = assets.DEMO,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    memory: str | None = None,
+) -> Prepared:
+    """Check a run from folder to folder before anything long begins: model, plan, output, disk, text.
+
+    Raises:
+        SlimGPTError: whatever is wrong with the request.
+    """
+    target = local_device(as_device(device))
+    as_dtype(dtype)
+    as_dtype(config.forward_dtype)
+    budget = parse_bytes(memory) if memory else None
+    # Only rank 0 writes; an output that a killed run had finished is looked at by `finished_before`.
+    writes = rank_of_environment() == 0
+    path = Path(output).expanduser().absolute()
+    there = resume and (path / REPORT_FILE).is_file()
+    if writes and not there:
+        check_output(path, overwrite)
+    source = locate(model)
+    model_config = load_config(source, trust_remote_code)
+    shape = describe(model_config)
+    plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
+    prepared = Prepared(
+        source=source,
+        output=path,
+        model_config=model_config,
+        tokenizer=None,  # type: ignore[arg-type]  # set below, once the disk is known to have room
+        config=config,
+        shape=shape,
+        plan=plan,
+        windows=torch.empty(0),
+        calibration=calibration,
+        device=target,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        resume=resume,
+        budget=budget,
+    )
+    if writes and not there:
+        check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDE_FILES)
+    check_files(source)
+    prepared.tokenizer = load_tokenizer(source, trust_remote_code)
+    prepared.windows, prepared.calibration = calibration_windows(
+        calibration, prepared.tokenizer, config, model_config.vocab_size
+    )
+    check_context(model_config, prepared.windows)
+    return prepared
