@@ -273,7 +273,7 @@ def weights_folder(source: Source) -> Path | None:
     if source.folder is not None:
         return source.folder
     try:
-        return Path(snapshot_download(source.location, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(source.location, allow_patterns=["*.json", "model*.safetensors"]))
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot fetch the weights of '{source.name}': {_first_line(error)}") from error
 

@@ -37,6 +37,8 @@ class WeightFiles:
         try:
             if index.is_file():
                 listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            elif (folder / "model.safetensors").is_file():  # beside it may lie the same weights in another order
+                listed = ["model.safetensors"]
             else:
                 listed = sorted(file.name for file in folder.glob("*.safetensors"))
             self.files = [folder / name for name in listed]
