@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from slimgpt import assets
 from slimgpt.errors import CalibrationError
 
@@ -59,6 +57,8 @@ def _read_file(path: Path) -> Iterator[Document]:
                     if line.strip():
                         yield _document(json.loads(line), f"{path}, line {number}")
         elif path.suffix == ".parquet":
+            import pyarrow.parquet as pq  # heavy, and seldom needed
+
             for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
                 for number, row in enumerate(batch.to_pylist(), 1):
                     yield _document(row, f"{path}, row {number}")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from slimgpt.models.architectures import Sizes
 
 DENSE, HEADS, CHANNELS = "#d0d5dd", "#b54708", "#175cd3"
@@ -14,6 +12,8 @@ DENSE, HEADS, CHANNELS = "#d0d5dd", "#b54708", "#175cd3"
 
 def plot_widths(dense: Sequence[Sizes], slim: Sequence[Sizes], file: Path) -> None:
     """Draw query heads and FFN channels per layer, before (grey) and after, as a PNG or SVG by the file's suffix."""
+    from matplotlib.figure import Figure  # takes a while to import, and most commands draw nothing
+
     figure = Figure(figsize=(9, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     layers = range(len(slim))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -121,7 +122,9 @@ def _describe(report: LayerReport) -> str:
 
 
 def quiet() -> None:
-    """Keep the libraries' own progress bars and warnings out of ours."""
+    """What every command does after its imports: collect garbage again, and keep the libraries' own progress bars and
+    warnings out of ours."""
+    gc.enable()
     from transformers.utils import logging
 
     logging.set_verbosity_error()
