@@ -69,7 +69,8 @@ def prune(
             LongTensor of token ids ``(num_samples, seq_len)``.
         schedule: how the ratio is spread over the layers: a strategy by name (``log_increase`` if not given), or one
             ratio per layer.
-        method: ``slimgpt``, ``paper``, or a baseline: ``magnitude``, ``wanda``, ``random``.
+        method: ``slimgpt``, ``paper``, one of its ablations ``paper-no-gcd`` and ``paper-no-dgs``, or a baseline:
+            ``magnitude``, ``wanda``, ``random``.
         num_samples: calibration windows to cut from the text.
         seq_len: tokens per window.
         damping: share of the mean diagonal added to the Hessian's diagonal.
@@ -160,7 +161,7 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
     """
     if config.plan is not None:
         return read_plan(config.plan, model_config, shape)
-    head_unit = "kv" if config.head_unit == "auto" and config.method == "paper" else config.head_unit
+    head_unit = "kv" if config.head_unit == "auto" and config.method.startswith("paper") else config.head_unit
     limit = parse_count(config.params) if config.params is not None else None
     if config.bytes is not None:
         itemsize = (dtype or model_config.dtype or torch.float32).itemsize

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from slimgpt.solver import CRITERIA, select_heads
+from slimgpt.solver import CRITERIA, select_channels, select_heads
+from slimgpt.solver.obs import constant_group_sizes
 
 
 @pytest.fixture
@@ -49,8 +50,16 @@ def test_random_follows_the_seed(problem):
 def test_paper_and_ours_differ_only_in_the_head_score(problem):
     W, H = problem
     assert CRITERIA["paper"].channels(W, H, 12, generator()).equal(CRITERIA["slimgpt"].channels(W, H, 12, generator()))
-    for name, score in (("paper", "grouped_cholesky"), ("slimgpt", "exact")):
+    for name, score in (("paper", "grouped_cholesky"), ("slimgpt", "exact"), ("paper-no-gcd", "diagonal")):
         assert CRITERIA[name].heads(W, H, 6, 3, 1, generator()).equal(select_heads(W, H, 6, 3, 1, score))
-    assert {name: c.repair for name, c in CRITERIA.items()} == {
-        "slimgpt": True, "paper": True, "magnitude": False, "wanda": False, "random": False
-    }  # fmt: skip
+    repaired = {name for name, criterion in CRITERIA.items() if criterion.repair}
+    assert repaired == {"slimgpt", "paper", "paper-no-gcd", "paper-no-dgs"}
+
+
+def test_ablation_of_dynamic_groups_takes_groups_of_128_and_the_rest():
+    assert constant_group_sizes(300) == [128, 128, 44]
+    generator_, W = torch.Generator().manual_seed(3), torch.randn(4, 160, dtype=torch.float64)
+    x = torch.randn(400, 160, generator=generator_, dtype=torch.float64)
+    H = x.T @ x / 400
+    kept = CRITERIA["paper-no-dgs"].channels(W, H, 10, generator())
+    assert kept.equal(select_channels(W, H, 10, [128, 22]))

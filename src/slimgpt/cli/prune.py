@@ -64,7 +64,9 @@ def prune(
             show_default="log_increase",
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="slimgpt, paper, magnitude, wanda or random.")] = DEFAULTS.method,
+    method: Annotated[
+        str, typer.Option(help="slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda or random.")
+    ] = DEFAULTS.method,
     calibration: Annotated[
         str,
         typer.Option(

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from slimgpt.solver.obs import select_channels, select_heads
+from slimgpt.solver.obs import constant_group_sizes, select_channels, select_heads
 
 
 class SelectHeads(Protocol):
@@ -82,6 +82,10 @@ def _obs_channels(W, H, keep, generator):
     return select_channels(W, H, keep)
 
 
+def _constant_groups(W, H, keep, generator):
+    return select_channels(W, H, keep, constant_group_sizes(W.shape[1] - keep))
+
+
 def _baseline(score: Score, source: str) -> Criterion:
     return Criterion(partial(_top_heads, score), partial(_top_channels, score), False, source)
 
@@ -90,6 +94,12 @@ CRITERIA: dict[str, Criterion] = {
     "slimgpt": Criterion(partial(_obs_heads, "exact"), _obs_channels, True, "SlimGPT with the exact cost of a head"),
     "paper": Criterion(
         partial(_obs_heads, "grouped_cholesky"), _obs_channels, True, "SlimGPT as published, arXiv 2412.18110"
+    ),
+    "paper-no-gcd": Criterion(
+        partial(_obs_heads, "diagonal"), _obs_channels, True, "ablation: heads scored without the grouped Cholesky"
+    ),
+    "paper-no-dgs": Criterion(
+        partial(_obs_heads, "grouped_cholesky"), _constant_groups, True, "ablation: groups of one constant size"
     ),
     "magnitude": _baseline(magnitude, "norm of the output matrix's columns"),
     "wanda": _baseline(wanda, "Wanda, arXiv 2306.11695, summed over structures"),

@@ -75,6 +75,8 @@ class Gram:
         size = H.shape[0]
         for start in range(0, size, BLOCK):  # what is above the diagonal blocks goes below them
             stop = min(start + BLOCK, size)
+            block = H[start:stop, start:stop].triu()  # not every processor's products are symmetric to the last bit
+            H[start:stop, start:stop] = block + block.triu(1).T
             H[stop:, start:stop] = H[start:stop, stop:].T
         return H
 

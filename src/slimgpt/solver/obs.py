@@ -162,6 +162,11 @@ def group_sizes(remove: int, largest: int = 1024, smallest: int | None = None) -
     return sizes
 
 
+def constant_group_sizes(remove: int, size: int = 128) -> list[int]:
+    """The paper's ablation "-DGS": every step removes ``size`` channels, the last one the rest."""
+    return [min(size, remove - start) for start in range(0, remove, size)]
+
+
 def select_channels(W: Tensor, H: Tensor, keep: int, sizes: Sequence[int] | None = None) -> Tensor:
     """Greedy choice of the channels that stay, a group at a time, by ``sum_rows W_j^2 / (H^-1)_jj``.
 
