@@ -53,6 +53,9 @@ class Finished:
 Finder = Callable[[int], Finished | None]
 """Gives a layer that an earlier run has finished."""
 
+Choice = Callable[[int, str], Tensor]
+"""Gives the kept units of a layer's ``heads`` or ``channels``, sorted, where something else has chosen them."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -65,6 +68,7 @@ class Run:
         ranks: the processes that share the windows.
         scratch: a folder for activations that memory has no room for.
         finished: the layers that are done.
+        choice: takes the criterion's place; what it chooses is repaired as the settings say.
     """
 
     device: torch.device
@@ -73,6 +77,7 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
     scratch: Path | None = None
     finished: Finder = lambda _: None
+    choice: Choice | None = None
 
 
 @torch.no_grad()
@@ -295,7 +300,9 @@ class _Layer:
         undamped = H.diagonal().clone()
         damp(H, self.config.damping)
         try:
-            if name == "heads":
+            if self.run.choice is not None:
+                kept = self.run.choice(self.index, name)
+            elif name == "heads":
                 kept = self.criterion.heads(W, H, units, keep, structure.group_count(sizes), self.generator)
             else:
                 kept = self.criterion.channels(W, H, keep, self.generator)

@@ -1,0 +1,54 @@
+"""What people use instead, written anew after each paper: the METHODS table.
+
+A method changes a model in place: ``apply(model, job)``. Baselines have no repair but where their own paper has
+one; ``repairable`` ones can be followed by ours, which is a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedModel
+
+from peers.package import pruned
+from peers.units import Job
+from slimgpt.solver import CRITERIA
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to make a model smaller.
+
+    Args:
+        apply: changes the model in place.
+        title: as the table calls it.
+        repairable: leaves weights as they were, so that a row with our repair says something.
+        ours: takes the arguments of ``slimgpt.prune``.
+    """
+
+    apply: Callable[[PreTrainedModel, Job], None]
+    title: str
+    repairable: bool = False
+    ours: bool = False
+
+
+METHODS: dict[str, Method] = {
+    name: Method(partial(pruned, method=name), criterion.source, ours=True) for name, criterion in CRITERIA.items()
+}
+METHODS |= {
+    "slimgpt": Method(partial(pruned, method="slimgpt"), "SlimGPT, our default", ours=True),
+    "paper": Method(partial(pruned, method="paper"), "SlimGPT as published (arXiv 2412.18110)", ours=True),
+    # As FLAP's authors run both: the same share of every layer.
+    "magnitude": Method(
+        partial(pruned, method="magnitude", schedule="uniform"), "magnitude of the output columns", repairable=True
+    ),
+    "wanda": Method(
+        partial(pruned, method="wanda", schedule="uniform"), "Wanda, structured (arXiv 2306.11695)", repairable=True
+    ),
+}
+"""Methods by name; every criterion of the package is one, so that a variant in research is a row too."""
+
+COMPARED = ("paper", "slimgpt", "magnitude", "wanda")
+"""The methods of the main table, in its order."""

@@ -1,0 +1,136 @@
+"""What every peer needs: the units of a model, and a model cut down to the units that it chose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.config import PruneConfig
+from slimgpt.models.architectures import Structure
+from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer, with_sizes
+from slimgpt.models.shape import count, describe
+from slimgpt.models.slicing import slice_state, unit_rows
+from slimgpt.models.stock import apply_sizes
+from slimgpt.planning.plan import plan_of_widths
+from slimgpt.pruning import Placement, Run, prune_model
+from slimgpt.pruning.capture import capture, run_layer
+from slimgpt.pruning.memory import Shelf
+
+HEADS, CHANNELS = "heads", "channels"
+Kept = list[dict[str, Tensor]]
+"""For every layer the kept ``heads`` and ``channels``, sorted."""
+
+
+def quiet(*_: Any) -> None:
+    """Shows no progress."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every method is given.
+
+    Args:
+        windows: ``(num_samples, seq_len)`` long, the calibration tokens; the same for every method.
+        ratio: the share of the decoder's parameters to remove.
+        repair: solve for the weights that stay; ``None`` leaves the method as published.
+        seed: for what is drawn.
+        batch_size: windows that go through a layer together.
+        dtype: of the forward passes over the calibration tokens: ``float32`` or ``bfloat16``.
+        arguments: of ``slimgpt.prune``, for the methods that it has.
+        on_step: called with steps done and steps in all.
+    """
+
+    windows: Tensor
+    ratio: float
+    repair: bool | None = None
+    seed: int = 0
+    batch_size: int = 4
+    dtype: str = "float32"
+    arguments: tuple[tuple[str, Any], ...] = ()
+    on_step: Callable[[int, int], None] = quiet
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model."""
+    return cast(nn.ModuleList, model.get_submodule(architecture_of(model.config, model).layers))
+
+
+def decoder_parameters(model: PreTrainedModel) -> int:
+    """Parameters of all decoder layers, counted on the model itself."""
+    return sum(count(layer) for layer in decoder_layers(model))
+
+
+def structures_of(model: PreTrainedModel, head_unit: str) -> dict[str, Structure]:
+    """What is removed, in forward order."""
+    architecture = architecture_of(model.config, model)
+    return {HEADS: architecture.heads(head_unit), CHANNELS: architecture.ffn}
+
+
+@torch.no_grad()
+def output_inputs(
+    model: PreTrainedModel, job: Job, see: Callable[[int, str, Tensor], None], head_unit: str = "kv"
+) -> Iterator[int]:
+    """Run the dense model over the calibration tokens layer by layer and show every output matrix's inputs.
+
+    Args:
+        see: called with the layer, ``heads`` or ``channels``, and the inputs ``(batch, seq_len, n)`` in fp32.
+
+    Yields:
+        Every layer's index once it has seen all batches.
+    """
+    layers, structures = decoder_layers(model), structures_of(model, head_unit)
+    dtype = getattr(torch, job.dtype)
+    stream = capture(model, layers, job.windows, job.batch_size, Shelf("device", torch.device("cpu")), dtype)
+    for index, layer in enumerate(layers):
+        state = {name: tensor.to(dtype) for name, tensor in layer.state_dict().items()}
+        running = rebuild_layer(layer, model.config.per_layer_config[index], index, state)
+        for name, structure in structures.items():
+            running.get_submodule(structure.output).register_forward_pre_hook(
+                lambda _, inputs, name=name, index=index: see(index, name, inputs[0].float())
+            )
+        for number in range(len(stream)):
+            stream.hidden.put(number, run_layer(running, stream.hidden.get(number), stream.arguments[number][index]))
+        job.on_step(index + 1, len(layers))
+        yield index
+
+
+def cut(model: PreTrainedModel, kept: Kept, head_unit: str, job: Job) -> None:
+    """Remove all other units, in place; the weights that stay are repaired if the job asks for it, else left."""
+    if job.repair:
+        _cut_and_repair(model, kept, head_unit, job)
+        return
+    architecture, layers = architecture_of(model.config, model), decoder_layers(model)
+    structures, sizes = structures_of(model, head_unit), layer_sizes(model.config)
+    configs = list(model.config.per_layer_config)
+    for index, layer in enumerate(layers):
+        state, widths = layer.state_dict(), sizes[index]
+        for name, structure in structures.items():
+            W, units = state[f"{structure.output}.weight"], structure.units(widths)
+            columns = unit_rows(W.shape[1], units, kept[index][name])
+            state = slice_state(state, structure, widths, kept[index][name], W[:, columns].contiguous())
+            widths = structure.shrink(widths, len(kept[index][name]))
+        layers[index] = rebuild_layer(layer, with_sizes(configs[index], widths), index, state)
+        sizes[index] = widths
+    apply_sizes(model, architecture, sizes)
+
+
+def _cut_and_repair(model: PreTrainedModel, kept: Kept, head_unit: str, job: Job) -> None:
+    """Our loop with the choice given."""
+    structures, widths = structures_of(model, head_unit), []
+    for sizes, units in zip(layer_sizes(model.config), kept, strict=True):
+        for name, structure in structures.items():
+            sizes = structure.shrink(sizes, len(units[name]))
+        widths.append(sizes)
+    plan = plan_of_widths(describe(model.config, model), widths, head_unit)
+    config = PruneConfig(repair=True, seed=job.seed, batch_size=job.batch_size)
+    dtype = None if job.dtype == "float32" else getattr(torch, job.dtype)
+    run = Run(
+        torch.device("cpu"), Placement(0, "device", "device"), dtype, choice=lambda index, name: kept[index][name]
+    )
+    for report in prune_model(model, job.windows, plan, config, run):
+        job.on_step(report.layer + 1, len(widths))

@@ -1,0 +1,159 @@
+"""The yardstick: our method, the paper's and what people use instead, at the same number of parameters.
+
+    python benchmarks/quality.py --data ../shared/data --keep runs/quality --out docs/quality
+    python benchmarks/quality.py --data ../shared/data --keep runs/quality --validation --methods paper,slimgpt \
+        --ratios 0.2 --models smollm2                       # to choose settings; prints the table only
+    python benchmarks/quality.py ... --list                 # what is done and what is to be done
+    python benchmarks/quality.py ... --rows 'smollm2/flap*' # some rows alone
+    python benchmarks/quality.py ... --set damping=0.001    # an argument of slimgpt.prune, for our methods
+
+Every finished row is kept in a file of its own under --keep, so that an interrupted run goes on and several
+processes can divide the rows. --out writes the page, a JSON file and two plots of all rows that are finished.
+The folder of --data holds what `benchmarks/yardstick/texts.py` names, and the zero-shot tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from peers import COMPARED, METHODS
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers.utils import logging
+from yardstick.ablations import ablation_rows
+from yardstick.models import MODELS
+from yardstick.report import table, write
+from yardstick.rows import DENSE, Row, Store
+from yardstick.run import Bench, Settings
+from yardstick.texts import SOURCES, Texts
+
+from slimgpt.errors import SlimGPTError, UsageError
+
+console = Console()
+
+
+def main_rows(models: list[str], methods: list[str], ratios: list[float], changes: tuple[tuple[str, Any], ...]):
+    """The rows of the main table: dense, then every method, then the peers with our repair."""
+    for model in models:
+        yield Row(model, DENSE, 0.0)
+        for ratio in ratios:
+            for method in methods:
+                entry = METHODS[method]
+                yield Row(model, method, ratio, changes=changes if entry.ours else ())
+                if entry.repairable:
+                    yield Row(model, method, ratio, repair=True)
+
+
+def chosen(text: str, known: Any, what: str) -> list[str]:
+    """Names from a list with commas.
+
+    Raises:
+        UsageError: one is unknown.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{what} '{name}' is unknown; choose {', '.join(known)}")
+    return names
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """``name=value``; the value is read as JSON where it is JSON, else as text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--set {text} is no name=value")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of texts and tasks.")] = Path("../shared/data"),
+    keep: Annotated[Path, typer.Option(help="Folder of finished rows.")] = Path("runs/quality"),
+    out: Annotated[Path | None, typer.Option(help="Write page, JSON and plots there; without a suffix.")] = None,
+    models: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}.")] = "smollm2,smollm2-mha",
+    methods: Annotated[str, typer.Option(help=f"Of {', '.join(METHODS)}.")] = ",".join(COMPARED),
+    ratios: str = "0.2,0.33,0.5",
+    rows: Annotated[list[str] | None, typer.Option(help="Only rows whose name has or fits this; repeatable.")] = None,
+    ablations: Annotated[bool, typer.Option(help="Also the paper's ablations.")] = False,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="name=value for our methods; repeatable.")] = None,
+    gemma: Annotated[str | None, typer.Option(help="Where Gemma-3-270M is; adds model gemma3.")] = None,
+    source: Annotated[str, typer.Option(help=f"Calibration text: {', '.join(SOURCES)}.")] = "c4",
+    num_samples: int = 128,
+    seq_len: int = 512,
+    seed: int = 0,
+    max_tokens: Annotated[int, typer.Option(help="Of each held-out text; 0 takes all.")] = 32_768,
+    tasks: Annotated[int, typer.Option(help="Examples of each zero-shot task; 0 leaves them out.")] = 0,
+    dtype: Annotated[str, typer.Option(help="Of forward passes: float32, or bfloat16 where it is faster.")] = "float32",
+    validation: Annotated[bool, typer.Option(help="Measure on the validation texts, to choose settings.")] = False,
+    show: Annotated[bool, typer.Option("--list", help="Show the rows and do nothing.")] = False,
+    anew: Annotated[bool, typer.Option(help="Measure the chosen rows again.")] = False,
+) -> None:
+    """Measure what is missing, then show and write all that is known."""
+    logging.disable_progress_bar()
+    try:
+        wanted = chosen(models, MODELS, "model") + (["gemma3"] if gemma and "gemma3" not in models else [])
+        if "gemma3" in wanted and not gemma:
+            raise UsageError("model gemma3 is nowhere; give its folder or hub id as --gemma")
+        shares = [float(ratio) for ratio in ratios.split(",")]
+        changed = tuple(parse_change(text) for text in changes or [])
+        settings = Settings(
+            source, num_samples, seq_len, seed, dtype, max_tokens or None, validation, tasks, {"gemma3": gemma or ""}
+        )
+        compared = list(main_rows(wanted, chosen(methods, METHODS, "method"), shares, changed))
+        ablated = list(ablation_rows(wanted, shares[0])) if ablations else []
+        bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings)
+        selected = [r for r in [*compared, *ablated] if not rows or any(r.matches(pattern) for pattern in rows)]
+        todo = [row for row in dict.fromkeys(selected) if anew or bench.missing(row)]
+    except SlimGPTError as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(2) from None
+    if show:
+        for row in dict.fromkeys(selected):
+            missing = bench.missing(row)
+            console.print(f"{row.name:60} {'to do: ' + ', '.join(missing) if missing else 'done'}", highlight=False)
+        return
+    failed = work(bench, todo, anew)
+    main_results = [(row, bench.result(row)) for row in compared]
+    ablation_results = [(row, bench.result(row)) for row in ablated]
+    for model in wanted:
+        console.print(Markdown("\n".join(table([*main_results, *ablation_results], settings, model))))
+    if out is not None:
+        for file in write(main_results, ablation_results, settings, out):
+            console.print(f"wrote {file}")
+    for name, reason in failed.items():
+        console.print(f"[red]{name}: {reason}[/red]")
+    if failed:
+        raise typer.Exit(1)
+
+
+def work(bench: Bench, todo: list[Row], anew: bool) -> dict[str, str]:
+    """Work rows out one after another; a row that fails is named and the others go on."""
+    failed: dict[str, str] = {}
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        whole = progress.add_task("rows", total=len(todo))
+        step = progress.add_task("", total=None)
+        bench.say = lambda what, done, total: progress.update(step, description=what, completed=done, total=total)
+        for row in todo:
+            progress.update(step, description=row.name, completed=0, total=None)
+            try:
+                result = bench.work_out(row, anew)
+            except SlimGPTError as error:
+                failed[row.name] = str(error)
+                continue
+            finally:
+                progress.advance(whole)
+            found = {name: round(measure["value"], 3) for name, measure in result.measures.items()}
+            seconds = result.found.get("seconds", 0.0)
+            progress.print(f"{row.name}: achieved {result.found['achieved']:.4f}, {found}, {seconds:.0f} s")
+    return failed
+
+
+if __name__ == "__main__":
+    typer.run(main)

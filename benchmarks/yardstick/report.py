@@ -1,0 +1,200 @@
+"""Finished rows as Markdown, JSON and two plots."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peers import METHODS
+
+from yardstick.models import MODELS
+from yardstick.rows import DENSE, Result, Row
+from yardstick.run import TASKS, TEXTS, VALIDATION, Settings
+
+Rows = Sequence[tuple[Row, Result]]
+EXACT = 0.002
+"""How far the achieved share may be from the ratio."""
+
+
+def measure_names(validation: bool) -> list[str]:
+    """The perplexities of the table."""
+    return [f"{name}{VALIDATION if validation else ''}@{window}" for name, window in TEXTS]
+
+
+def increase(result: Result, dense: Result, measure: str) -> float | None:
+    """How much log-perplexity is above the dense model's."""
+    value, base = result.value(measure), dense.value(measure)
+    return None if value is None or base is None else math.log(value / base)
+
+
+def _find(rows: Rows, model: str, title: str, ratio: float) -> Result | None:
+    for row, result in rows:
+        if (row.model, row.title, row.ratio) == (model, title, ratio) and result.measures:
+            return result
+    return None
+
+
+def share_of_paper(rows: Rows, row: Row, result: Result, measure: str) -> float | None:
+    """The increase in log-perplexity over dense, as a share of what `paper` costs at the same model and ratio."""
+    dense, paper = _find(rows, row.model, DENSE, 0.0), _find(rows, row.model, "paper", row.ratio)
+    if dense is None or paper is None or row.method == DENSE:
+        return None
+    own, theirs = increase(result, dense, measure), increase(paper, dense, measure)
+    return None if own is None or not theirs else own / theirs
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def table(rows: Rows, settings: Settings, model: str) -> list[str]:
+    """The Markdown table of one model."""
+    measures = measure_names(settings.validation)
+    tasks = any(result.value(TASKS) is not None for _, result in rows)
+    heads = ["removed", "method", "achieved", *(name.replace("@", ", ") for name in measures)]
+    heads += [f"share of `paper`'s increase, {measures[1]}", f"{measures[2]}"] + (["zero-shot mean"] if tasks else [])
+    heads += ["seconds", "core-seconds"]
+    heads += [f"with our repair: {measures[1]}", measures[2]]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for row, result in rows:
+        if row.model != model or row.repair or not result.measures:
+            continue
+        found = result.found
+        achieved = found["achieved"]
+        off = row.method != DENSE and abs(achieved - row.ratio) > EXACT
+        repaired = _find(rows, model, Row(model, row.method, row.ratio, True, row.changes).title, row.ratio)
+        cells = [
+            f"{row.ratio:.0%}",
+            row.title,
+            f"{achieved:.2%}" + (" (!)" if off else ""),
+            *(_number(result.value(name)) for name in measures),
+            *(_number(share_of_paper(rows, row, result, name)) for name in measures[1:]),
+            *([_number(result.value(TASKS), ".4f")] if tasks else []),
+            _number(found.get("seconds"), ".0f"),
+            _number(found.get("core_seconds"), ".0f"),
+            *(_number(repaired.value(name) if repaired else None) for name in measures[1:]),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Path]) -> str:
+    """The whole page."""
+    extent = f"the first {settings.max_tokens:,} tokens of each text" if settings.max_tokens else "whole texts"
+    known = [result for _, result in [*rows, *ablations] if result.measures]
+    commits = sorted({result.found["commit"] for result in known})
+    used = {json.dumps(result.found["versions"]): result.found["versions"] for result in known}
+    lines = [
+        "# Quality at the same size",
+        "",
+        f"Perplexity after removing a share of the decoder layers' parameters, no retraining. Every method had the "
+        f"same {settings.num_samples} x {settings.seq_len} tokens of `{settings.source}` (seed {settings.seed}); "
+        f"{extent}, windows of 128 or 512 tokens without overlap; {settings.dtype} forward passes"
+        + (f"; zero-shot mean of seven tasks, {settings.tasks} examples each" if settings.tasks else "")
+        + ". C4 documents that are measured on are none that are calibrated on. `(!)` marks a share that is more than "
+        "0.2 points off. *Share of `paper`'s increase*: how much log-perplexity rises over dense, `paper` being 1. "
+        "Core-seconds are processor time, which a busy machine changes less than seconds.",
+        "",
+        "Written by `benchmarks/quality.py`"
+        + (" on the validation texts." if settings.validation else ".")
+        + " The JSON file beside it has the widths, protocols and every setting.",
+        "",
+    ]
+    lines += [line for plot in plots for line in (f"![{plot.stem}]({plot.name})", "")]
+    for model in dict.fromkeys(row.model for row, _ in rows):
+        lines += [f"## {MODELS[model].title}", "", *table(rows, settings, model), ""]
+    methods = dict.fromkeys(row.method for row, result in rows if row.method != DENSE and result.measures)
+    lines += [f"- `{name}`: {METHODS[name].title}" for name in methods]
+    lines += [""]
+    for model in dict.fromkeys(row.model for row, _ in ablations):
+        lines += [f"## Ablations, {MODELS[model].title}", "", *table([*rows, *ablations], settings, model), ""]
+    for found in used.values():
+        lines += [
+            "Made with " + ", ".join(f"{k} {v}" for k, v in found.items()) + f"; commit {', '.join(commits)}.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def plot_ratio(rows: Rows, settings: Settings, file: Path) -> None:
+    """Perplexity against the share removed, one panel per model and text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models = list(dict.fromkeys(row.model for row, result in rows if result.measures))
+    measures = measure_names(settings.validation)[1:]
+    figure, axes = plt.subplots(len(measures), len(models), figsize=(5 * len(models), 7), squeeze=False)
+    for column, model in enumerate(models):
+        for line, measure in enumerate(measures):
+            axis = axes[line][column]
+            series: dict[str, list[tuple[float, float]]] = {}
+            for row, result in rows:
+                value = result.value(measure)
+                if row.model == model and not row.repair and value is not None:
+                    series.setdefault(row.method, []).append((result.found["achieved"], value))
+            dense = series.pop(DENSE, [])
+            for number, (method, points) in enumerate(series.items()):
+                x, y = zip(*sorted(dense + points))
+                axis.plot(x, y, marker="o", markersize=4, color=f"C{number % 10}", label=method, **_weight(method))
+            axis.set(yscale="log", xlabel="share of the decoder removed", ylabel=f"perplexity, {measure}")
+            axis.set_title(model, fontsize=10)
+            axis.grid(alpha=0.3, which="both")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
+    """Perplexity against core-seconds, one panel per model and ratio."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    measure = measure_names(settings.validation)[1]
+    pruned = [(row, result) for row, result in rows if row.method != DENSE and not row.repair and result.measures]
+    models, ratios = (list(dict.fromkeys(items)) for items in zip(*((row.model, row.ratio) for row, _ in pruned)))
+    colours = {name: f"C{n % 10}" for n, name in enumerate(dict.fromkeys(row.method for row, _ in pruned))}
+    figure, axes = plt.subplots(len(ratios), len(models), figsize=(5 * len(models), 3.4 * len(ratios)), squeeze=False)
+    for row, result in pruned:
+        value = result.value(measure)
+        if value is None:
+            continue
+        axis = axes[ratios.index(row.ratio)][models.index(row.model)]
+        x = result.found["core_seconds"]
+        axis.scatter([x], [value], color=colours[row.method])
+        axis.annotate(row.method, (x, value), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axis.set(xscale="log", yscale="log", xlabel="core-seconds of pruning", ylabel=f"perplexity, {measure}")
+        axis.set_title(f"{row.model}, {row.ratio:.0%} removed", fontsize=10)
+        axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _weight(method: str) -> dict[str, Any]:
+    return {"linewidth": 2.5} if method == "slimgpt" else {"linewidth": 1.2, "linestyle": "--"}
+
+
+def write(rows: Rows, ablations: Rows, settings: Settings, out: Path) -> list[Path]:
+    """Write the page, the JSON file and the plots; `out` has no suffix."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plots = [out.with_name(f"{out.name}-{kind}.png") for kind in ("ratio", "seconds")]
+    if any(row.method != DENSE and result.measures for row, result in rows):
+        plot_ratio(rows, settings, plots[0])
+        plot_seconds(rows, settings, plots[1])
+    else:
+        plots = []
+    page, data = out.with_suffix(".md"), out.with_suffix(".json")
+    page.write_text(markdown(rows, ablations, settings, plots), encoding="utf-8")
+    shown = {key: value for key, value in asdict(settings).items() if key != "paths"}
+    content = {"settings": shown, "rows": [asdict(result) for _, result in [*rows, *ablations] if result.measures]}
+    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return [page, data, *plots]

@@ -1,0 +1,239 @@
+"""Work out rows: bring the model, prune it by the row's method, measure what is missing, keep it."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import METHODS
+from peers.units import Job, decoder_parameters, quiet
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt.api import versions
+from slimgpt.calibration import digest
+from slimgpt.evaluation import perplexity
+from slimgpt.models.heterogeneous import layer_sizes
+from yardstick.models import bring, run_in
+from yardstick.rows import DENSE, Result, Row, Store
+from yardstick.texts import Texts, own_words, sha256
+
+TEXTS = (("wikitext2", 128), ("wikitext2", 512), ("c4", 512))
+"""Held-out texts and windows of the table."""
+
+TASKS = "tasks"
+VALIDATION = "-validation"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The run's settings; a row may change those of the calibration.
+
+    Args:
+        source: what to calibrate on, a key of ``SOURCES``.
+        num_samples: calibration windows.
+        seq_len: tokens per window.
+        seed: of the calibration text and of what methods draw.
+        dtype: of the forward passes, in calibration and in evaluation.
+        max_tokens: of each text; ``None`` takes all.
+        validation: measure on the validation texts.
+        tasks: examples of each zero-shot task; 0 leaves them out.
+        paths: where models are that have no place of their own.
+    """
+
+    source: str = "c4"
+    num_samples: int = 128
+    seq_len: int = 512
+    seed: int = 0
+    dtype: str = "float32"
+    max_tokens: int | None = 32_768
+    validation: bool = False
+    tasks: int = 0
+    paths: dict[str, str] = field(default_factory=dict)
+
+
+CALIBRATION = ("source", "num_samples", "seq_len", "seed")
+"""The settings that a row may change; other changes are arguments of ``slimgpt.prune``."""
+
+Say = Callable[[str, int, int], None]
+"""``(what, done, total)``."""
+
+
+class Bench:
+    """Works rows out; models and windows are brought once."""
+
+    def __init__(self, texts: Texts, store: Store, settings: Settings, say: Say = quiet):
+        self.texts, self.store, self.settings, self.say = texts, store, settings, say
+        self._model: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self._windows: dict[tuple[Any, ...], Tensor] = {}
+
+    def decisive(self, row: Row) -> dict[str, Any]:
+        """Everything that decides the slim model of a row; nothing long is done to find out."""
+        if row.method == DENSE:
+            return {"dtype": self.settings.dtype, **self._path(row)}
+        calibration = self._calibration(row)
+        files = {"c4": "c4", "alpaca": "alpaca", "wikitext2": "wikitext2-train"}
+        source = calibration["source"]
+        if source in files:
+            calibration["text_sha256"] = _file_sha256(self.texts.file(files[source]))
+        return {"calibration": calibration, "dtype": self.settings.dtype, **self._path(row)}
+
+    def measures(self) -> dict[str, dict[str, Any]]:
+        """What is measured, and the settings each depends on."""
+        suffix = VALIDATION if self.settings.validation else ""
+        wanted: dict[str, dict[str, Any]] = {}
+        for name, window in TEXTS:
+            text = self.texts.held_out(name, self.settings.validation)
+            wanted[f"{name}{suffix}@{window}"] = {
+                "window": window,
+                "max_tokens": self.settings.max_tokens,
+                "text_sha256": sha256(text),
+            }
+        if self.settings.tasks:
+            wanted[TASKS] = {"limit": self.settings.tasks}
+        return wanted
+
+    def missing(self, row: Row) -> list[str]:
+        """The measures of a row that are still to be taken."""
+        result = self.store.get(row, self.decisive(row))
+        return [name for name, settings in self.measures().items() if not result.has(name, settings)]
+
+    def result(self, row: Row) -> Result:
+        """What is known of a row."""
+        return self.store.get(row, self.decisive(row))
+
+    def work_out(self, row: Row, anew: bool = False) -> Result:
+        """Take the missing measures of a row, and keep each as it is taken.
+
+        Args:
+            anew: forget what is known of the row.
+
+        Raises:
+            SlimGPTError: what the method refuses, such as too little text.
+        """
+        result = Result(self.result(row).row, self.decisive(row)) if anew else self.result(row)
+        wanted = self.measures()
+        missing = [name for name, settings in wanted.items() if not result.has(name, settings)]
+        if not missing:
+            return result
+        model, tokenizer, result.found = self._slim(row)
+        run_in(model, getattr(torch, self.settings.dtype))
+        for name in missing:
+            result.measures[name] = self._measure(model, tokenizer, name, wanted[name])
+            self.store.put(row, result)
+        return result
+
+    def _slim(self, row: Row) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+        dense, tokenizer = self._bring(row.model)
+        model = copy.deepcopy(dense)
+        before = decoder_parameters(model)
+        about = {"commit": _commit(), "versions": versions(torch.device("cpu")), "threads": torch.get_num_threads()}
+        if row.method == DENSE:
+            return model, tokenizer, {"decoder_parameters": before, "achieved": 0.0, **about}
+        windows = self.windows(row)
+        arguments = tuple((name, value) for name, value in row.changes if name not in CALIBRATION)
+        job = Job(
+            windows,
+            row.ratio,
+            repair=True if row.repair else None,
+            seed=int(self._calibration(row)["seed"]),
+            # Windows of all lengths go through a layer with as many tokens.
+            batch_size=max(1, 2048 // windows.shape[1]),
+            dtype=self.settings.dtype,
+            arguments=arguments,
+            on_step=lambda done, total: self.say("prune", done, total),
+        )
+        start, busy = time.perf_counter(), time.process_time()
+        METHODS[row.method].apply(model, job)
+        seconds, core_seconds = time.perf_counter() - start, time.process_time() - busy
+        after = decoder_parameters(model)
+        found = {
+            "decoder_parameters": after,
+            "achieved": 1 - after / before,
+            "seconds": seconds,
+            "core_seconds": core_seconds,
+            "calibration_sha256": digest(windows),
+            "widths": layer_sizes(model.config),
+        }
+        return model, tokenizer, {**found, **about}
+
+    def windows(self, row: Row) -> Tensor:
+        """The calibration windows of a row, ``(num_samples, seq_len)``."""
+        wanted = self._calibration(row)
+        key = (row.model, *wanted.values())
+        if key not in self._windows:
+            model, tokenizer = self._bring(row.model)
+            if wanted["source"] == "self":
+                name = "-".join(str(part) for part in key)
+                source = wanted.pop("source")
+                self._windows[key] = own_words(
+                    model, tokenizer, **wanted, file=self.store.folder / f"windows-{name}-{source}.safetensors"
+                )
+            else:
+                self._windows[key] = self.texts.windows(tokenizer, **wanted)
+        return self._windows[key]
+
+    def _measure(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        settings: dict[str, Any],
+    ) -> dict[str, Any]:
+        start = time.perf_counter()
+        if name == TASKS:
+            detail = self._tasks(model, tokenizer, settings["limit"])
+            value = detail.pop("mean")
+        else:
+            text = self.texts.held_out(name.partition("@")[0].removesuffix(VALIDATION), self.settings.validation)
+            found = perplexity(
+                model,
+                tokenizer,
+                text,
+                settings["window"],
+                settings["max_tokens"],
+                progress=lambda done, total: self.say(name, done, total),
+            )
+            value, detail = found.perplexity, {"predicted": found.predicted, "protocol": found.protocol}
+        return {"value": value, "settings": settings, "seconds": time.perf_counter() - start, **detail}
+
+    def _tasks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _calibration(self, row: Row) -> dict[str, Any]:
+        known = {name: getattr(self.settings, name) for name in CALIBRATION}
+        return {**known, **{name: value for name, value in row.changes if name in CALIBRATION}}
+
+    def _path(self, row: Row) -> dict[str, str]:
+        path = self.settings.paths.get(row.model)
+        return {"path": Path(path).name} if path else {}
+
+    def _bring(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        if self._model is None or self._model[0] != name:
+            self._model = None  # the one before leaves memory first
+            self._model = (name, *bring(name, self.settings.paths.get(name)))
+        return self._model[1], self._model[2]
+
+
+@cache
+def _file_sha256(path: Path) -> str:
+    return sha256(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _commit() -> str:
+    """The commit that measured a row, with a mark if something in the package was not committed."""
+    here = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

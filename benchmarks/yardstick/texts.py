@@ -1,0 +1,188 @@
+"""The texts of the comparison, from a folder that the user has: what is calibrated on and what is measured on.
+
+C4 and WikiText-2 are divided once and for all, whatever the calibration's seed and size, so that no text is used
+twice: C4 documents into calibration, validation and test; the raw train text of WikiText-2 into calibration and
+validation. WikiText-2's test text and C4's test documents are read for the final table only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt.calibration import Document, cut_windows, leading_ids, read_documents, shuffled
+from slimgpt.errors import CalibrationError
+
+FILES = {
+    "c4": "c4/c4_train_shard0_first1000.jsonl",
+    "alpaca": "alpaca/alpaca_data_cleaned.json",
+    "wikitext2-train": "wikitext2/wiki.train.raw.first1MB.txt",
+    "wikitext2-test": "wikitext2/wiki.test.raw",
+}
+SOURCES = ("c4", "alpaca", "wikitext2", "self")
+"""What can be calibrated on; ``self`` is text that the dense model writes."""
+
+C4_CALIBRATION, C4_VALIDATION = 700, 100
+"""Shares of the 1,000 documents; what is left is the test share."""
+
+WIKITEXT_CALIBRATION = 2 / 3
+"""The share of the train text that may be calibrated on; what is left is validation text."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The folder of texts; see :data:`FILES` for what it holds."""
+
+    folder: Path
+
+    def file(self, name: str) -> Path:
+        """The file of a text.
+
+        Raises:
+            CalibrationError: it is not there.
+        """
+        path = self.folder / FILES[name]
+        if not path.is_file():
+            raise CalibrationError(
+                f"no such text: {path}; give the folder that holds {FILES[name]} as --data, or leave out what needs it"
+            )
+        return path
+
+    def documents(self, source: str) -> list[Document]:
+        """What may be calibrated on, in the order of the file.
+
+        Raises:
+            CalibrationError: an unknown source, or no such file.
+        """
+        if source == "c4":
+            return self._c4()[:C4_CALIBRATION]
+        if source == "wikitext2":
+            text = self._wikitext_train()
+            return _articles(text[: _line_end(text, WIKITEXT_CALIBRATION)])
+        if source == "alpaca":
+            rows = json.loads(self.file("alpaca").read_text(encoding="utf-8"))
+            return ["\n\n".join(part for part in (r["instruction"], r["input"], r["output"]) if part) for r in rows]
+        raise CalibrationError(f"calibration source '{source}' is unknown; choose {', '.join(SOURCES)}")
+
+    def held_out(self, name: str, validation: bool) -> str:
+        """The text that perplexity is measured on: ``wikitext2`` or ``c4``.
+
+        Args:
+            validation: the text for choosing settings, rather than the one of the final table.
+        """
+        if name == "c4":
+            first = C4_CALIBRATION + (0 if validation else C4_VALIDATION)
+            chosen = self._c4()[first : C4_CALIBRATION + C4_VALIDATION if validation else None]
+            return "\n\n".join(str(document) for document in chosen)
+        if not validation:
+            return _read(self.file("wikitext2-test"))
+        text = self._wikitext_train()
+        return text[_line_end(text, WIKITEXT_CALIBRATION) :]
+
+    def windows(
+        self, tokenizer: PreTrainedTokenizerBase, source: str, num_samples: int, seq_len: int, seed: int
+    ) -> Tensor:
+        """Calibration windows ``(num_samples, seq_len)`` of a source that is text.
+
+        Raises:
+            CalibrationError: no such file, or too little text in it.
+        """
+        documents = shuffled(iter(self.documents(source)), seed)
+        return cut_windows(tokenizer, documents, num_samples, seq_len, source)
+
+    def _c4(self) -> list[Document]:
+        return _divided(self.file("c4"))
+
+    def _wikitext_train(self) -> str:
+        return _read(self.file("wikitext2-train"))
+
+
+@cache
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+@cache
+def _divided(path: Path) -> list[Document]:
+    """Documents in an order that is the same whatever the calibration's seed."""
+    documents = list(read_documents(str(path)))
+    random.Random(0).shuffle(documents)
+    return documents
+
+
+def _line_end(text: str, share: float) -> int:
+    return text.find("\n", int(len(text) * share)) + 1
+
+
+def _articles(text: str) -> list[Document]:
+    """WikiText's articles; each begins with a line `` = Title = ``."""
+    articles: list[Document] = []
+    lines: list[str] = []
+    for line in text.splitlines(keepends=True):
+        if line.startswith(" = ") and not line.startswith(" = =") and lines:
+            articles.append("".join(lines))
+            lines = []
+        lines.append(line)
+    return [*articles, "".join(lines)]
+
+
+@cache
+def sha256(text: str) -> str:
+    """Names a text exactly."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@torch.no_grad()
+def own_words(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    file: Path,
+    batch_size: int = 64,
+) -> Tensor:
+    """Windows ``(num_samples, seq_len)`` that the model writes itself: plain sampling at temperature 1.
+
+    Writing starts from the token that every text starts with, else from the tokenizer's end token, which separates
+    documents. The tokens are kept in ``file``, since they take minutes.
+    """
+    if file.is_file():
+        return load_file(file)["windows"]
+    prefix = leading_ids(tokenizer) or [tokenizer.eos_token_id]
+    torch.manual_seed(seed)
+    parts = []
+    starts = range(0, num_samples, batch_size)
+    for start in track(starts, "the model writes its calibration text", transient=True):
+        count = min(batch_size, num_samples - start)
+        ids = torch.tensor(prefix, device=model.device).expand(count, -1)
+        parts.append(
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                min_new_tokens=seq_len - len(prefix),
+                max_new_tokens=seq_len - len(prefix),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                repetition_penalty=1.0,
+                pad_token_id=tokenizer.eos_token_id,
+            ).cpu()
+        )
+    windows = torch.cat(parts)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    save_file({"windows": windows.contiguous()}, unfinished)
+    unfinished.rename(file)
+    return windows
