@@ -63,10 +63,10 @@ def test_replaying_the_layers_is_the_models_own_forward(family):
                 kwargs = stream.arguments[number][index]
                 whole = run_layer(layer, hidden, kwargs)
                 results = {}
-                for structure in (ARCHITECTURES[family].attention, ARCHITECTURES[family].ffn):
+                for structure in ARCHITECTURES[family].chosen("kv"):
                     linear = layer.get_submodule(structure.output)
                     part = run_with(layer, results, hidden, kwargs, until=structure.output)
-                    results[structure.container] = part.rebuild(linear(part.inputs))
+                    results[part.place] = part.rebuild(linear(part.inputs))
                 assert torch.equal(run_with(layer, results, hidden, kwargs), whole)
                 hidden = whole
             torch.testing.assert_close(model.model.norm(hidden)[0], expected[number], rtol=1e-5, atol=1e-5)
@@ -80,7 +80,8 @@ def test_slim_model_is_the_dense_one_with_pruned_columns_zeroed(family, unit):
     assert [dict(s) for s in report.plan.layers] == layer_sizes(model.config)
     architecture = ARCHITECTURES[family]
     for layer, dense, slim in zip(report.layers, masked.model.layers, model.model.layers):
-        for name, structure in (("heads", architecture.heads(unit)), ("channels", architecture.ffn)):
+        for structure in architecture.chosen(unit):
+            name = structure.name
             W = dense.get_submodule(structure.output).weight.data
             units = structure.units(report.dense_sizes[layer.layer])
             columns = unit_rows(W.shape[1], units, torch.tensor(layer.kept[name]))

@@ -89,7 +89,7 @@ def target_form(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrain
     cls = type(model)
     target = copy.deepcopy(config)
     target.auto_map = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{cls.__name__}"}
-    return cls, target, modeling_source(base, architecture_of(config, model).layers)
+    return cls, target, modeling_source(base, config, architecture_of(config, model))
 
 
 def saved_form(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:

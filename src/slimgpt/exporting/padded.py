@@ -14,7 +14,7 @@ from torch import Tensor
 from slimgpt.errors import ExportError
 from slimgpt.exporting.folders import write_stock_folder
 from slimgpt.exporting.source import Exported
-from slimgpt.models.architectures import Fused, Sizes, Structure
+from slimgpt.models.architectures import Sizes
 from slimgpt.models.heterogeneous import with_sizes
 from slimgpt.models.stock import stock_config
 
@@ -36,6 +36,12 @@ def check(exported: Exported) -> None:
     Raises:
         ExportError: no stock class takes the widths.
     """
+    structures = exported.architecture.structures
+    if exported.architecture.resized or any(s.transposed for s in structures):
+        raise ExportError(
+            f"'{exported.config.model_type}' cannot be padded: its config does not say the widths, or its matrices are "
+            "transposed; load it with its own modeling file instead"
+        )
     if stock_config(exported.config, padded_sizes(exported.sizes)) is None:
         raise ExportError(
             f"no stock class of transformers holds {exported.source.name} padded to {padded_sizes(exported.sizes)}; "
@@ -49,10 +55,7 @@ def write(exported: Exported, folder: Path) -> list[str]:
     config = stock_config(with_sizes(exported.config, target), target)
     assert config is not None
     architecture = exported.architecture
-    kinds = row_kinds(architecture.attention, architecture.queries) | {
-        (item if isinstance(item, str) else item.module): (("intermediate_size",) * _parts(item))
-        for item in architecture.ffn.inputs
-    }
+    kinds, columns = architecture.rows(), architecture.columns()
 
     def layer(index: int) -> dict[str, Tensor]:
         sizes, state = exported.sizes[index], exported.layer(index)
@@ -60,31 +63,14 @@ def write(exported: Exported, folder: Path) -> list[str]:
             for leaf in ("weight", "bias"):
                 if (name := f"{module}.{leaf}") in state:
                     state[name] = _pad_rows(state[name], fields, sizes, target)
-        for structure in (architecture.attention, architecture.ffn):
-            name = f"{structure.output}.weight"
-            field = "num_attention_heads" if structure is architecture.attention else "intermediate_size"
+        for module, field in columns.items():
+            name = f"{module}.weight"
             state[name] = _pad(state[name].T, field, sizes, target).T.contiguous()
         return state
 
     write_stock_folder(exported, folder, config, layer)
     before, after = _count(exported.sizes), _count([target] * len(exported.sizes))
     return [f"padding is zeros: {after / before:.2f} times the widths of the slim model, so it saves less"]
-
-
-def row_kinds(attention: Structure, queries: Structure) -> dict[str, tuple[str, ...]]:
-    """For every input module of attention, the fields that its output rows are proportional to, in order."""
-    query_modules = {item if isinstance(item, str) else item.module for item in queries.inputs}
-    kinds: dict[str, tuple[str, ...]] = {}
-    for item in attention.inputs:
-        if isinstance(item, Fused):
-            kinds[item.module] = item.parts
-        else:
-            kinds[item] = ("num_attention_heads" if item in query_modules else "num_key_value_heads",)
-    return kinds
-
-
-def _parts(item: str | Fused) -> int:
-    return 1 if isinstance(item, str) else len(item.parts)
 
 
 def _pad_rows(tensor: Tensor, fields: tuple[str, ...], sizes: Sizes, target: Sizes) -> Tensor:

@@ -1,15 +1,24 @@
 """What can be removed from each family, as data.
 
+Sizes have one name here whatever a family's config calls them: ``num_attention_heads``, ``num_key_value_heads`` and
+``intermediate_size``; :attr:`Architecture.fields` says what the config calls them.
+
 One rule reads the descriptions: with ``n`` units, unit ``u`` owns rows ``[u * len / n, (u + 1) * len / n)`` of every
 tied axis of length ``len``. It gives the query rows of a KV head, key and value rows, biases and FFN rows alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 Sizes = Mapping[str, int]
+
+HEADS, KV_HEADS, CHANNELS = "num_attention_heads", "num_key_value_heads", "intermediate_size"
+
+SIZE_FIELDS = (HEADS, KV_HEADS, CHANNELS)
+"""The names of the sizes that say how wide a layer is."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +27,20 @@ class Fused:
 
     Args:
         module: its name in the layer, such as ``self_attn.qkv_proj``.
-        parts: for each projection, in row order, the config field its row count is proportional to.
+        parts: for each projection, in row order, the size its row count is proportional to.
         sliced: positions of the parts whose rows go with the removed units.
+        blocks: a size (or a number): the rows are that many equal blocks, and each of them stacks the parts; GPT-NeoX
+            has one block per head, Falcon one per KV head.
     """
 
     module: str
     parts: tuple[str, ...]
     sliced: tuple[int, ...]
+    blocks: str | int = 1
+
+    def block_count(self, sizes: Sizes) -> int:
+        """Into how many blocks the rows of a layer of these sizes fall."""
+        return sizes[self.blocks] if isinstance(self.blocks, str) else self.blocks
 
 
 @dataclass(frozen=True)
@@ -32,22 +48,38 @@ class Structure:
     """Weights that are removed together.
 
     Args:
+        unit: what is counted: ``kv`` (KV heads with all their query heads; in multi-head attention: heads), ``query``
+            (query heads, the same number from every KV group) or ``ffn`` (intermediate channels). A layer's structures
+            with the same :attr:`name` are alternatives.
         output: the linear module whose input columns are scored and repaired.
         inputs: the modules whose output rows (weight and bias) go with those columns.
-        sizes: the config fields that shrink with it; the first one counts the units.
-        groups: a config field that counts groups of neighbouring units, all of which lose the same number;
-            ``None`` leaves the choice free.
+        sizes: the sizes that shrink with it; the first one counts the units.
+        groups: a size that counts groups of neighbouring units, all of which lose the same number; ``None`` leaves the
+            choice free.
+        transposed: whether the modules hold ``(in, out)`` weights, as GPT-2's Conv1D does.
     """
 
+    unit: str
     output: str
     inputs: tuple[str | Fused, ...]
     sizes: tuple[str, ...]
     groups: str | None = None
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """What reports call it: ``heads`` or ``channels``."""
+        return {"kv": "heads", "query": "heads", "ffn": "channels"}.get(self.unit, self.unit)
 
     @property
     def container(self) -> str:
-        """The module whose output is the output matrix's output, such as ``self_attn``."""
+        """The module that holds the output matrix, such as ``self_attn``; empty where it lies in the layer itself."""
         return self.output.rpartition(".")[0]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The output module and the input modules."""
+        return (self.output, *(item if isinstance(item, str) else item.module for item in self.inputs))
 
     def units(self, sizes: Sizes) -> int:
         """How many units a layer of these sizes has."""
@@ -60,7 +92,7 @@ class Structure:
     def shrink(self, sizes: Sizes, keep: int) -> dict[str, int]:
         """The sizes of the layer once ``keep`` units are left."""
         units = self.units(sizes)
-        return {**sizes, **{field: sizes[field] * keep // units for field in self.sizes}}
+        return {**sizes, **{name: sizes[name] * keep // units for name in self.sizes}}
 
 
 @dataclass(frozen=True)
@@ -76,53 +108,111 @@ class Architecture:
     """A decoder family: where its layers are and what can be removed from one.
 
     Args:
-        attention: whole KV heads with all their query heads (in multi-head attention: heads).
-        queries: single query heads, the same number from every KV group.
-        ffn: intermediate channels.
+        structures: what can be removed, in forward order; those of one name are alternatives. A layer that lacks the
+            modules of one (a layer without attention, a dense layer among layers of experts) keeps what it has.
         layers: the module list that holds the decoder layers.
+        fields: what the config calls a size, where it is not the name used here.
+        defaults: a size that the config does not write down; by default KV heads are the heads, and the FFN has four
+            times the hidden size.
+        resized: the layer's constructor takes its head size as ``hidden_size / heads`` or no FFN width at all. Layers
+            are then built at full width and get matrices of other shapes, and attention is built as if the hidden
+            size were heads times head size.
         relabel: see :class:`Relabel`.
+        refused: why something cannot be removed, by the name of what it is: ``heads``.
     """
 
-    attention: Structure
-    queries: Structure
-    ffn: Structure
+    structures: tuple[Structure, ...]
     layers: str = "model.layers"
+    fields: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, int] = field(default_factory=dict)
+    resized: bool = False
     relabel: Relabel | None = None
+    refused: Mapping[str, str] = field(default_factory=dict)
 
-    def heads(self, head_unit: str) -> Structure:
-        """The structure that ``head_unit`` (``kv`` or ``query``) removes heads by."""
-        return self.queries if head_unit == "query" else self.attention
+    def find(self, unit: str) -> Structure | None:
+        """The structure that is removed by this unit, if there is one."""
+        return next((structure for structure in self.structures if structure.unit == unit), None)
+
+    def chosen(self, head_unit: str) -> tuple[Structure, ...]:
+        """The structures of a plan: of the two that remove heads, the one by ``head_unit`` (``kv`` or ``query``)."""
+        return tuple(s for s in self.structures if s.name != "heads" or s.unit == head_unit)
+
+    def rows(self) -> dict[str, tuple[str, ...]]:
+        """For every input module, the sizes that its output rows are proportional to, in order (within a block)."""
+        queries = self.find("query")
+        found: dict[str, tuple[str, ...]] = {}
+        for structure in self.structures:
+            for item in structure.inputs:
+                if isinstance(item, Fused):
+                    found[item.module] = item.parts
+                elif structure.name != "heads":
+                    found[item] = (structure.sizes[0],)
+                else:
+                    found[item] = (HEADS,) if queries is None or item in queries.inputs else (KV_HEADS,)
+        return found
+
+    def columns(self) -> dict[str, str]:
+        """For every output module, the size that its input columns are proportional to."""
+        return {s.output: HEADS if s.name == "heads" else s.sizes[0] for s in self.structures}
+
+    def read(self, config: Any) -> dict[str, int]:
+        """The sizes of a layer from its config."""
+        sizes = {}
+        for name in SIZE_FIELDS:
+            value = getattr(config, self.fields.get(name, name), None)
+            if value is None:
+                value = self.defaults.get(name)
+            if value is None:
+                value = sizes[HEADS] if name == KV_HEADS else 4 * config.hidden_size
+            sizes[name] = int(value)
+        return sizes
+
+    def write(self, sizes: Sizes) -> dict[str, int]:
+        """The config fields that say these sizes."""
+        return {self.fields.get(name, name): value for name, value in sizes.items()}
 
 
-_KV_UNIT = ("num_key_value_heads", "num_attention_heads")
-_QUERY_UNIT = ("num_attention_heads",)
-_QKV = ("num_attention_heads", "num_key_value_heads", "num_key_value_heads")
+def grouped(output: str, *inputs: str | Fused) -> tuple[Structure, Structure]:
+    """The two ways to remove heads of grouped-query attention.
 
-_SEPARATE = Architecture(
-    attention=Structure("self_attn.o_proj", tuple(f"self_attn.{p}_proj" for p in "qkv"), _KV_UNIT),
-    queries=Structure("self_attn.o_proj", ("self_attn.q_proj",), _QUERY_UNIT, "num_key_value_heads"),
-    ffn=Structure("mlp.down_proj", ("mlp.gate_proj", "mlp.up_proj"), ("intermediate_size",)),
-)
+    Args:
+        inputs: the query, key and value modules, or one :class:`Fused` of all three.
+    """
+    queries = tuple(replace(item, sliced=(0,)) if isinstance(item, Fused) else item for item in inputs[:1])
+    return (
+        Structure("kv", output, inputs, (KV_HEADS, HEADS)),
+        Structure("query", output, queries, (HEADS,), KV_HEADS),
+    )
 
-_LLAMA = Architecture(
-    _SEPARATE.attention,
-    _SEPARATE.queries,
-    _SEPARATE.ffn,
-    relabel=Relabel("mistral", (("sliding_window", None),)),
-)
 
+def heads(output: str, *inputs: str | Fused, transposed: bool = False) -> Structure:
+    """Multi-head attention: every head has a key and a value of its own."""
+    return Structure("kv", output, inputs, (KV_HEADS, HEADS), transposed=transposed)
+
+
+def ffn(output: str, *inputs: str | Fused, transposed: bool = False) -> Structure:
+    """A feed-forward network whose input modules have one row per channel."""
+    return Structure("ffn", output, inputs, (CHANNELS,), transposed=transposed)
+
+
+_QKV = (HEADS, KV_HEADS, KV_HEADS)
+_GATE_UP = Fused("mlp.gate_up_proj", (CHANNELS, CHANNELS), (0, 1))
+_SEPARATE_HEADS = grouped("self_attn.o_proj", *(f"self_attn.{p}_proj" for p in "qkv"))
+_GATED = ffn("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
+
+_SEPARATE = Architecture((*_SEPARATE_HEADS, _GATED))
+LLAMA = replace(_SEPARATE, relabel=Relabel("mistral", (("sliding_window", None),)))
 _PHI3 = Architecture(
-    attention=Structure("self_attn.o_proj", (Fused("self_attn.qkv_proj", _QKV, (0, 1, 2)),), _KV_UNIT),
-    queries=Structure(
-        "self_attn.o_proj", (Fused("self_attn.qkv_proj", _QKV, (0,)),), _QUERY_UNIT, "num_key_value_heads"
-    ),
-    ffn=Structure(
-        "mlp.down_proj", (Fused("mlp.gate_up_proj", ("intermediate_size",) * 2, (0, 1)),), ("intermediate_size",)
-    ),
+    (
+        *grouped("self_attn.o_proj", Fused("self_attn.qkv_proj", _QKV, (0, 1, 2))),
+        ffn("mlp.down_proj", _GATE_UP),
+    )
 )
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
+Entry = Architecture | Callable[[Any], Architecture]
+
+ARCHITECTURES: dict[str, Entry] = {
+    "llama": LLAMA,
     "mistral": _SEPARATE,
     "qwen2": _SEPARATE,
     "qwen3": _SEPARATE,
@@ -132,7 +222,4 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": _SEPARATE,
     "phi3": _PHI3,
 }
-"""Supported families by ``config.model_type``."""
-
-SIZE_FIELDS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-"""The config fields that say how wide a layer is."""
+"""Supported families by ``config.model_type``; a function of the config where flags of it change the layout."""

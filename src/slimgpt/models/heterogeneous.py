@@ -17,25 +17,57 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import UnsupportedFamilyError
 from slimgpt.models import modeling_slim
-from slimgpt.models.architectures import ARCHITECTURES, SIZE_FIELDS, Architecture, Sizes
-from slimgpt.models.modeling_slim import SlimMixin
+from slimgpt.models.architectures import ARCHITECTURES, HEADS, KV_HEADS, LLAMA, Architecture, Sizes
+from slimgpt.models.modeling_slim import SlimMixin, build_layer
 from slimgpt.models.slicing import State
+
+Resizing = tuple[str, int, tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]]
+"""The attention module, the head size, and the axes of matrices with the sizes along them."""
+
+
+def lookup(config: PreTrainedConfig) -> Architecture | None:
+    """The description of a config's family, unchecked; ``None`` if the table has none."""
+    entry = ARCHITECTURES.get(config.model_type)
+    return entry(config) if callable(entry) else entry
+
+
+def resizing(config: PreTrainedConfig, architecture: Architecture) -> Resizing | None:
+    """How layers get their widths where the family's constructor does not take them; see ``modeling_slim.py``."""
+    if not architecture.resized:
+        return None
+    each = {HEADS: head_dim(config), KV_HEADS: head_dim(config)}
+    attention = next((s.container for s in architecture.structures if s.name == "heads"), "")
+
+    def numbers(parts: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+        return tuple((architecture.fields.get(part, part), each.get(part, 1)) for part in parts)
+
+    rows = ((module, "out", numbers(parts)) for module, parts in architecture.rows().items())
+    columns = ((module, "in", numbers((size,))) for module, size in architecture.columns().items())
+    return attention, head_dim(config), (*rows, *columns)
 
 
 @cache
-def slim_class(base: type[PreTrainedModel], layers: str) -> type[PreTrainedModel]:
+def _slim_class(base: type[PreTrainedModel], layers: str, resizing: Resizing | None) -> type[PreTrainedModel]:
+    values = {"_slim_layers": layers, "_slim_resizing": resizing, "__module__": __name__}
+    return type(f"Slim{base.__name__}", (SlimMixin, base), values)
+
+
+def slim_class(
+    base: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture
+) -> type[PreTrainedModel]:
     """The subclass of a stock causal LM that builds every layer from its own config."""
-    return type(f"Slim{base.__name__}", (SlimMixin, base), {"_slim_layers": layers, "__module__": __name__})
+    return _slim_class(base, architecture.layers, resizing(config, architecture))
 
 
-def modeling_source(base: type[PreTrainedModel], layers: str) -> str:
+def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture) -> str:
     """The text of the modeling file that travels with a checkpoint: the mixin and one class."""
-    name = f"Slim{base.__name__}"
+    name, how = f"Slim{base.__name__}", resizing(config, architecture)
     return (
         inspect.getsource(modeling_slim).replace(
             "from transformers import PreTrainedConfig", f"from transformers import {base.__name__}, PreTrainedConfig"
         )
-        + f'\n\nclass {name}(SlimMixin, {base.__name__}):\n    _slim_layers = "{layers}"\n'
+        + f'\n\nclass {name}(SlimMixin, {base.__name__}):\n    _slim_layers = "{architecture.layers}"\n'
+        + (f"    _slim_resizing = {how!r}\n" if how is not None else "")
     )
 
 
@@ -57,9 +89,9 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config on the meta device: every shape, no storage."""
     base = stock_class(config)
-    architecture = ARCHITECTURES.get(config.model_type)
+    architecture = lookup(config)
     if config.is_heterogeneous and architecture is not None:
-        base = slim_class(base, architecture.layers)
+        base = slim_class(base, config, architecture)
     with torch.device("meta"):
         return base(copy.deepcopy(config))
 
@@ -74,8 +106,8 @@ def architecture_of(config: PreTrainedConfig, model: nn.Module | None = None) ->
         UnsupportedFamilyError: the family is not in the table, or a module of its description is not there.
     """
     model = model or empty_model(config)
-    known = ARCHITECTURES.get(config.model_type)
-    missing = missing_module(model, known or ARCHITECTURES["llama"])
+    known = lookup(config)
+    missing = missing_module(model, known or LLAMA)
     supported = f"supported: {', '.join(ARCHITECTURES)}"
     if known is None:
         found = (
@@ -92,48 +124,74 @@ def architecture_of(config: PreTrainedConfig, model: nn.Module | None = None) ->
 
 
 def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
-    """The first module of a description that a model does not have."""
+    """The first module of a description that no layer of a model has, or that one has only in part."""
     try:
         layers = model.get_submodule(architecture.layers)
     except AttributeError:
         return architecture.layers
-    for index, layer in enumerate(layers.children()):
-        names = dict(layer.named_modules())
-        for structure in (architecture.attention, architecture.ffn):
-            for item in (structure.output, *structure.inputs):
-                module = item if isinstance(item, str) else item.module
-                if module not in names:
+    names = [dict(layer.named_modules()) for layer in layers.children()]
+    for structure in architecture.structures:
+        if not any(structure.output in there for there in names):
+            return f"{architecture.layers}.*.{structure.output}"
+        for index, there in enumerate(names):
+            for module in structure.modules if structure.output in there else ():
+                if module not in there:
                     return f"{architecture.layers}.{index}.{module}"
     return None
 
 
 def layer_sizes(config: PreTrainedConfig) -> list[dict[str, int]]:
     """The widths of every layer, from the config."""
-    return [{field: int(getattr(layer, field)) for field in SIZE_FIELDS} for layer in config.per_layer_config]
+    architecture = lookup(config) or LLAMA
+    return [architecture.read(layer) for layer in config.per_layer_config]
 
 
 def head_dim(config: PreTrainedConfig) -> int:
     """The size of one head; the same in every layer."""
+    architecture = lookup(config)
+    if architecture is not None and architecture.resized:  # the model's config keeps the dense head count
+        return config._getattr_without_heterogeneous_validation("hidden_size") // (
+            config._getattr_without_heterogeneous_validation("num_attention_heads")
+        )
     layer = config.per_layer_config[0]
     return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
 
 
 def with_sizes(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
     """A copy of a (layer's) config with other widths; ``head_dim`` is written so that it no longer follows them."""
-    d = head_dim(config)
     narrow = copy.copy(config)
-    for field, value in {**sizes, "head_dim": d}.items():
+    for field, value in size_fields(config, sizes).items():
         setattr(narrow, field, value)
     return narrow
 
 
-def rebuild_layer(layer: nn.Module, config: PreTrainedConfig, index: int, state: State) -> nn.Module:
-    """A decoder layer like ``layer`` from its own constructor, a config of other widths and a state dict.
+def size_fields(config: PreTrainedConfig, sizes: Sizes) -> dict[str, int]:
+    """The config fields that say these widths, ``head_dim`` among them where the family takes it."""
+    architecture = lookup(config) or LLAMA
+    values = {config.attribute_map.get(name, name): value for name, value in architecture.write(sizes).items()}
+    return values if architecture.resized else {**values, "head_dim": head_dim(config)}
+
+
+def rebuild_layer(
+    layer: nn.Module, config: PreTrainedConfig, index: int, state: State, sizes: Sizes | None = None
+) -> nn.Module:
+    """A decoder layer like ``layer`` from its own constructor, a config of its own and a state dict.
 
     No weight is copied. Buffers that the state dict does not carry come from ``layer``.
+
+    Args:
+        config: the model's config.
+        sizes: the widths of the new layer; by default what the config says.
     """
+    own = config.per_layer_config[index]
+    architecture = lookup(config) or LLAMA
+    how = resizing(config, architecture)
+    if sizes is None and how is not None:
+        sizes = architecture.read(own)  # a dense config need not write all of them
+    if sizes is not None:
+        own = with_sizes(own, sizes)
     with torch.device("meta"):
-        new = type(layer)(config, index)  # type: ignore[call-arg]
+        new = build_layer(type(layer), config, own, index, how)
     new.load_state_dict(state, strict=True, assign=True)
     for name, buffer in list(new.named_buffers()):
         if buffer.is_meta:

@@ -156,7 +156,7 @@ def load_model(
     check_files(source)
     base = stock_class(config)
     if config.is_heterogeneous:
-        base = slim_class(base, architecture.layers)
+        base = slim_class(base, config, architecture)
     arguments = dict(source.arguments) if source.gguf_file else {"config": config, "use_safetensors": True}
     try:
         model, info = base.from_pretrained(

@@ -2,18 +2,59 @@
 # transformers can load it where slimgpt is not installed. It needs nothing but transformers and torch.
 """A Hugging Face causal LM whose decoder layers have different widths, built from ``config.per_layer_config``."""
 
+import copy
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
     raise ImportError("this checkpoint needs a transformers release with PreTrainedConfig.per_layer_config (5.20+)")
 
 
+def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = None) -> Any:
+    """A decoder layer of the widths in ``own``, its own config.
+
+    Args:
+        config: the model's config.
+        resizing: ``None`` where the constructor of the family takes every width. Else the attention module, the head
+            size, and for every matrix that shrinks its axis (``in`` or ``out``) and how many numbers each size stands
+            for on it: the layer is built at full width, its attention as if the hidden size were heads times head
+            size, and its matrices get their shapes afterwards.
+    """
+    if resizing is None:
+        return cls(own, index)
+    attention, head_size, axes = resizing
+    full = copy.copy(config)
+    full.per_layer_config = None
+    layer = cls(full, index)
+    matrices = {name: layer.get_submodule(name) for name, _, _ in axes}
+    if attention:
+        narrow = copy.copy(own)
+        narrow.hidden_size = own.num_attention_heads * head_size
+        layer.set_submodule(attention, cls(narrow, index).get_submodule(attention))
+    for name, axis, numbers in axes:
+        resize(matrices[name], axis, sum(getattr(own, size) * each for size, each in numbers))
+        layer.set_submodule(name, matrices[name])
+    return layer
+
+
+def resize(matrix: Any, axis: str, length: int) -> None:
+    """Give a Linear (or a Conv1D, which holds its transpose) another number of inputs or outputs."""
+    conv = hasattr(matrix, "nf")
+    shape = list(matrix.weight.shape)
+    shape[(axis == "in") != conv] = length
+    matrix.weight = nn.Parameter(matrix.weight.new_empty(shape), requires_grad=matrix.weight.requires_grad)
+    if axis == "out" and matrix.bias is not None:
+        matrix.bias = nn.Parameter(matrix.bias.new_empty(length), requires_grad=matrix.bias.requires_grad)
+    setattr(matrix, {"in": "nx", "out": "nf"}[axis] if conv else f"{axis}_features", length)
+
+
 class SlimMixin:
     """Comes before a causal LM class: builds every decoder layer from its own config."""
 
     _slim_layers = "model.layers"
+    _slim_resizing: Any = None
 
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         # The model around the layers reads the global fields, such as the base class's dense layers here;
@@ -22,7 +63,8 @@ class SlimMixin:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         layers = self.get_submodule(self._slim_layers)
         for index in range(len(layers)):
-            layers[index] = type(layers[index])(config.per_layer_config[index], index)
+            own = config.per_layer_config[index]
+            layers[index] = build_layer(type(layers[index]), config, own, index, self._slim_resizing)
         self.post_init()
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.models.architectures import Structure
 from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
-from slimgpt.models.slicing import slice_state
+from slimgpt.models.slicing import output_matrix, slice_state
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LayerShape:
 
     sizes: dict[str, int]
     parameters: int
-    unit_parameters: dict[str, int]  # by "kv", "query", "ffn"
+    unit_parameters: dict[str, int]  # by "kv", "query", "ffn"; what the layer has not, or must keep, is not there
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ def describe(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> 
     for layer, sizes in zip(layers.children(), layer_sizes(config), strict=True):
         state = {name: tensor.to("meta") for name, tensor in layer.state_dict().items()}
         units = {
-            "kv": _unit_parameters(state, architecture.attention, sizes),
-            "query": _unit_parameters(state, architecture.queries, sizes),
-            "ffn": _unit_parameters(state, architecture.ffn, sizes),
+            structure.unit: _unit_parameters(state, structure, sizes)
+            for structure in architecture.structures
+            if f"{structure.output}.weight" in state
         }
         shapes.append(LayerShape(sizes, count(layer), units))
     return ModelShape(tuple(shapes), count_tied(model) - sum(shape.parameters for shape in shapes))
@@ -86,7 +86,7 @@ def _numel(tensors: Iterable[Tensor]) -> int:
 def _unit_parameters(state: dict[str, Tensor], structure: Structure, sizes: dict[str, int]) -> int:
     """What the layer loses with one unit (one from every group), measured by cutting its empty state dict."""
     units, groups = structure.units(sizes), structure.group_count(sizes)
-    W = state[f"{structure.output}.weight"]
+    W = output_matrix(state, structure)
     keep = units - groups
     kept = torch.arange(keep)
     W_kept = W[:, : W.shape[1] * keep // units]

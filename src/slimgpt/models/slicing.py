@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimgpt.models.architectures import Sizes, Structure
+from slimgpt.models.architectures import Fused, Sizes, Structure
 
 State = dict[str, Tensor]
 
@@ -22,6 +22,12 @@ def unit_rows(length: int, units: int, kept: Tensor) -> Tensor:
     return (kept.unsqueeze(1) * d + torch.arange(d, device=kept.device)).flatten()
 
 
+def output_matrix(state: State, structure: Structure) -> Tensor:
+    """The output matrix ``(out, n)`` of a structure."""
+    W = state[f"{structure.output}.weight"]
+    return W.T if structure.transposed else W
+
+
 def slice_state(state: State, structure: Structure, sizes: Sizes, kept: Tensor, W_kept: Tensor) -> State:
     """The state dict of the layer with only the kept units of ``structure``.
 
@@ -32,19 +38,29 @@ def slice_state(state: State, structure: Structure, sizes: Sizes, kept: Tensor, 
         kept: ``(keep,)`` long, sorted unit ids.
         W_kept: ``(out, kept columns)``, the repaired output matrix.
     """
-    units = structure.units(sizes)
-    sliced = {**state, f"{structure.output}.weight": W_kept}
+    units, after = structure.units(sizes), structure.shrink(sizes, len(kept))
+    W = W_kept.T.contiguous() if structure.transposed else W_kept
+    sliced = {**state, f"{structure.output}.weight": W}
     for item in structure.inputs:
-        module, parts, chosen = (
-            (item, (structure.sizes[0],), (0,)) if isinstance(item, str) else (item.module, item.parts, item.sliced)
-        )
-        total = sum(sizes[field] for field in parts)
-        for name in (f"{module}.weight", f"{module}.bias"):
+        fused = Fused(item, (structure.sizes[0],), (0,)) if isinstance(item, str) else item
+        for leaf in ("weight", "bias"):
+            name = f"{fused.module}.{leaf}"
             if name not in state:
                 continue
-            tensor = state[name]
-            pieces = list(tensor.split([tensor.shape[0] * sizes[field] // total for field in parts]))
-            for i in chosen:
-                pieces[i] = pieces[i][unit_rows(len(pieces[i]), units, kept.to(tensor.device))]
-            sliced[name] = pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
+            turn = structure.transposed and leaf == "weight"
+            rows = state[name].T if turn else state[name]
+            rows = _slice_rows(rows, fused, sizes, after, units, kept.to(rows.device))
+            sliced[name] = (rows.T if turn else rows).contiguous()
     return sliced
+
+
+def _slice_rows(rows: Tensor, fused: Fused, sizes: Sizes, after: Sizes, units: int, kept: Tensor) -> Tensor:
+    """The rows of a module with those of the kept units in the parts that are sliced."""
+    rest, total = rows.shape[1:], sum(sizes[part] for part in fused.parts)
+    blocks = rows.reshape(fused.block_count(sizes), -1, *rest)
+    pieces = list(blocks.split([blocks.shape[1] * sizes[part] // total for part in fused.parts], dim=1))
+    for i in fused.sliced:
+        flat = pieces[i].flatten(0, 1)  # in the order of the units
+        pieces[i] = flat[unit_rows(len(flat), units, kept)]
+    left = fused.block_count(after)
+    return torch.cat([piece.reshape(left, -1, *rest) for piece in pieces], dim=1).flatten(0, 1)

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slimgpt.models.architectures import ARCHITECTURES, Architecture, Sizes
-from slimgpt.models.heterogeneous import empty_model, head_dim, slim_class
+from slimgpt.models.architectures import HEADS, KV_HEADS, Architecture, Sizes
+from slimgpt.models.heterogeneous import empty_model, lookup, size_fields, slim_class
 from slimgpt.models.modeling_slim import SlimMixin
 
 
@@ -25,7 +25,8 @@ def stock_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | N
     """
     if (own := _own_config(config, sizes)) is not None:
         return own
-    relabel = ARCHITECTURES[config.model_type].relabel
+    architecture = lookup(config)
+    relabel = architecture.relabel if architecture is not None else None
     if relabel is None:
         return None
     target = type(AutoConfig.for_model(relabel.model_type))
@@ -45,27 +46,38 @@ def apply_sizes(model: PreTrainedModel, architecture: Architecture, sizes: list[
     ``per_layer_config``; the model then becomes an instance of the subclass that builds its layers from that.
     """
     config = model.config
-    d = head_dim(config)
+    layers = [size_fields(config, layer) for layer in sizes]
     config.per_layer_config = None  # type: ignore[assignment]
-    config.head_dim = d  # type: ignore[attr-defined]
     if all(layer == sizes[0] for layer in sizes) and _own_config(config, sizes[0]) is not None:
-        for field, value in sizes[0].items():
+        for field, value in layers[0].items():
             setattr(config, field, value)
         return
-    config.per_layer_config = {index: dict(layer) for index, layer in enumerate(sizes)}  # type: ignore[assignment]
+    if "head_dim" in layers[0]:
+        config.head_dim = layers[0]["head_dim"]  # type: ignore[attr-defined]
+    config.per_layer_config = dict(enumerate(layers))  # type: ignore[assignment]
     config.allow_global_per_layer_attribute_access = True
     if not isinstance(model, SlimMixin):
-        model.__class__ = slim_class(type(model), architecture.layers)
+        model.__class__ = slim_class(type(model), config, architecture)
 
 
 def _values(config: PreTrainedConfig, sizes: Sizes) -> dict[str, Any]:
     """The fields of a config with these widths in place of its own."""
     drop = ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "architectures", "model_type")
     values = {key: value for key, value in config.to_dict().items() if key not in drop}
-    return {**values, **sizes, "head_dim": head_dim(config)}
+    return {**values, **size_fields(config, sizes)}
 
 
 def _own_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | None:
+    """The family's own config with these widths; ``None`` where it cannot say them, or its validator refuses them."""
+    if (architecture := lookup(config)) is not None:
+        dense = architecture.read(config)
+        if architecture.resized and sizes[HEADS] != dense[HEADS]:
+            return None
+        known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)  # type: ignore[arg-type]
+        for name, value in sizes.items():
+            follows = name == KV_HEADS and value == sizes[HEADS]
+            if value != dense[name] and architecture.fields.get(name, name) not in known and not follows:
+                return None
     return _validated(config.model_type, _values(config, sizes))
 
 

@@ -113,7 +113,7 @@ class StreamedModel:
         empty = self.model.get_submodule(f"{self.prefix}.{index}")
         names = {name: f"{self.prefix}.{index}.{name}" for name in empty.state_dict()}
         state = {name: self._read(full) for name, full in names.items()}
-        return rebuild_layer(empty, self.model.config.per_layer_config[index], index, state)
+        return rebuild_layer(empty, self.model.config, index, state)
 
     def check_finite(self, part: int = 0, parts: int = 1) -> None:
         """Look for NaN and infinity in the stored weights, one tensor at a time.

@@ -9,6 +9,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
+from slimgpt.models.architectures import CHANNELS, HEADS, KV_HEADS
+from slimgpt.models.heterogeneous import lookup
 from slimgpt.models.shape import LayerShape, ModelShape, describe
 from slimgpt.models.stock import stock_config
 from slimgpt.planning.ratios import DEFAULT_RATIO, layer_ratios
@@ -93,6 +95,7 @@ def make_plan(
     if uniform and schedule not in (None, "uniform"):
         raise PlanError(f"a uniform model cannot follow the schedule {schedule}; leave out one of the two")
     shape = shape or describe(config)
+    check_heads(config, shape, head_unit, cache)
     total = shape.layer_parameters
     if limit is not None:
         ratio = _ratio_for(shape, limit, ratio)
@@ -112,8 +115,7 @@ def make_plan(
         ratios = [r * wanted / target for r in ratios]
         target = wanted
     if head_unit == "auto":
-        grouped = all(layer.sizes["num_attention_heads"] > layer.sizes["num_key_value_heads"] for layer in shape.layers)
-        head_unit = "query" if grouped else "kv"
+        head_unit = _natural_unit(shape)
     if uniform:
         layers = _uniform(config, shape, target, head_unit, round_to, kv_heads)
     else:
@@ -149,13 +151,15 @@ def plan_of_widths(
         for field, value in sizes.items():
             if not 1 <= value <= layer.sizes[field]:
                 raise PlanError(f"layer {index}: {field} = {value} is outside 1..{layer.sizes[field]}")
-        kept = "num_key_value_heads" if head_unit == "query" else None
-        group = layer.sizes["num_attention_heads"] // layer.sizes["num_key_value_heads"]
+        if sizes[HEADS] != layer.sizes[HEADS] and head_unit not in layer.unit_parameters:
+            raise PlanError(f"layer {index}: heads of this family cannot be removed by '{head_unit}'")
+        kept = KV_HEADS if head_unit == "query" else None
+        group = layer.sizes[HEADS] // layer.sizes[KV_HEADS]
         if kept and sizes[kept] != layer.sizes[kept]:
             raise PlanError(f"layer {index}: head_unit 'query' keeps all KV heads, and {sizes[kept]} are left")
-        if kept and sizes["num_attention_heads"] % sizes[kept]:
+        if kept and sizes[HEADS] % sizes[kept]:
             raise PlanError(f"layer {index}: its query heads do not divide among {sizes[kept]} KV heads")
-        if not kept and sizes["num_attention_heads"] != group * sizes["num_key_value_heads"]:
+        if not kept and sizes[HEADS] != group * sizes[KV_HEADS]:
             raise PlanError(f"layer {index}: head_unit 'kv' keeps {group} query heads on each of its KV heads")
     losses = [removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers)]
     achieved = sum(losses) / shape.layer_parameters
@@ -195,13 +199,13 @@ def _trim(
 
     everything = range(len(layers))
     while (over := parameters() - limit) > 0:
-        widest = max(everything, key=lambda i: (layers[i]["intermediate_size"], i))
+        widest = max(everything, key=lambda i: (layers[i][CHANNELS], i))
         chosen = list(everything) if uniform else [widest]
         step = round_to * sum(shape.layers[i].unit_parameters["ffn"] for i in chosen)
         steps = -(-over // step) if uniform else 1
         for i in chosen:
-            layers[i]["intermediate_size"] -= steps * round_to
-            if layers[i]["intermediate_size"] < round_to:
+            layers[i][CHANNELS] -= steps * round_to
+            if layers[i][CHANNELS] < round_to:
                 raise PlanError(f"{limit:,} parameters cannot be reached with heads and FFN widths of these units")
     room = True
     while room:
@@ -209,12 +213,10 @@ def _trim(
         groups = [list(everything)] if uniform else [[i] for i in reversed(everything)]
         for chosen in groups:
             cost = round_to * sum(shape.layers[i].unit_parameters["ffn"] for i in chosen)
-            fits = all(
-                layers[i]["intermediate_size"] + round_to <= shape.layers[i].sizes["intermediate_size"] for i in chosen
-            )
+            fits = all(layers[i][CHANNELS] + round_to <= shape.layers[i].sizes[CHANNELS] for i in chosen)
             if fits and parameters() + cost <= limit:
                 for i in chosen:
-                    layers[i]["intermediate_size"] += round_to
+                    layers[i][CHANNELS] += round_to
                 room = True
                 break
     return layers
@@ -224,7 +226,7 @@ def _finish(config: PreTrainedConfig, shape: ModelShape, kv_heads: list[int], ro
     """A plan that removes KV heads and nothing else but what ``round_to`` asks for."""
     layers = []
     for layer, heads in zip(shape.layers, kv_heads):
-        width = layer.sizes["intermediate_size"] // round_to * round_to
+        width = layer.sizes[CHANNELS] // round_to * round_to
         layers.append(_with_heads(layer, "kv", heads, width))
     if all(sizes == layer.sizes for layer, sizes in zip(shape.layers, layers)):
         raise PlanError("the KV cache of the model as it is fits already; there is nothing to remove")
@@ -233,33 +235,64 @@ def _finish(config: PreTrainedConfig, shape: ModelShape, kv_heads: list[int], ro
     return plan_of_widths(shape, layers, "kv")
 
 
+def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cache: CacheTarget | None = None) -> None:
+    """Refuse a unit of heads that the family has not.
+
+    Raises:
+        PlanError: with the reason.
+    """
+    wanted = "kv" if cache is not None else head_unit
+    if wanted == "auto" or any(wanted in layer.unit_parameters for layer in shape.layers):
+        return
+    architecture = lookup(config)
+    there = sorted({unit for layer in shape.layers for unit in layer.unit_parameters if unit in ("kv", "query")})
+    reason = architecture.refused.get("heads") if architecture is not None else None
+    if reason is not None:
+        raise PlanError(f"heads of '{config.model_type}' cannot be removed: {reason}")
+    raise PlanError(
+        f"heads of '{config.model_type}' cannot be removed by '{wanted}'; choose {', '.join(there) or 'no head unit'}"
+    )
+
+
+def _natural_unit(shape: ModelShape) -> str:
+    """Query heads where several share a KV head in every layer that has heads, else whole heads."""
+    with_heads = [layer for layer in shape.layers if {"kv", "query"} & set(layer.unit_parameters)]
+    grouped = all(
+        layer.sizes[HEADS] > layer.sizes[KV_HEADS] and "query" in layer.unit_parameters for layer in with_heads
+    )
+    return "query" if grouped and with_heads else "kv"
+
+
+def _removable(layer: LayerShape, head_unit: str) -> int:
+    """How many units of heads a layer has; 1, which stays, where it has none that can go."""
+    return head_units(layer.sizes, head_unit) if head_unit in layer.unit_parameters else 1
+
+
 def head_units(sizes: dict[str, int], head_unit: str) -> int:
     """How many removable units of heads a layer has: KV heads, or query heads per KV head."""
     if head_unit == "kv":
-        return sizes["num_key_value_heads"]
-    return sizes["num_attention_heads"] // sizes["num_key_value_heads"]
+        return sizes[KV_HEADS]
+    return sizes[HEADS] // sizes[KV_HEADS]
 
 
 def removed_parameters(layer: LayerShape, sizes: dict[str, int]) -> int:
     """The parameters that a layer loses when it gets these widths."""
     lost = {field: layer.sizes[field] - sizes[field] for field in sizes}
-    kv = layer.sizes["num_key_value_heads"]
+    kv = layer.sizes[KV_HEADS]
     # A `query` unit is one query head on every KV head, a `kv` unit a KV head with all its query heads.
-    per_query = layer.unit_parameters["query"] // kv
-    per_kv = layer.unit_parameters["kv"] - per_query * (layer.sizes["num_attention_heads"] // kv)
-    return (
-        lost["num_attention_heads"] * per_query
-        + lost["num_key_value_heads"] * per_kv
-        + lost["intermediate_size"] * layer.unit_parameters["ffn"]
-    )
+    per_query = layer.unit_parameters.get("query", 0) // kv
+    per_kv = layer.unit_parameters.get("kv", 0) - per_query * (layer.sizes[HEADS] // kv)
+    return lost[HEADS] * per_query + lost[KV_HEADS] * per_kv + lost[CHANNELS] * layer.unit_parameters["ffn"]
 
 
 def _with_heads(layer: LayerShape, head_unit: str, heads: int, channels: int) -> dict[str, int]:
     sizes = layer.sizes
-    group = sizes["num_attention_heads"] // sizes["num_key_value_heads"]
-    kv = heads if head_unit == "kv" else sizes["num_key_value_heads"]
+    if head_unit not in layer.unit_parameters:
+        return {**sizes, CHANNELS: channels}
+    group = sizes[HEADS] // sizes[KV_HEADS]
+    kv = heads if head_unit == "kv" else sizes[KV_HEADS]
     queries = heads * (group if head_unit == "kv" else kv)
-    return {"num_attention_heads": queries, "num_key_value_heads": kv, "intermediate_size": channels}
+    return {**sizes, HEADS: queries, KV_HEADS: kv, CHANNELS: channels}
 
 
 def _widths(size: int, round_to: int) -> range:
@@ -282,8 +315,8 @@ def _per_layer(
             layers.append(dict(layer.sizes))
             continue
         target = r * layer.parameters
-        units, size = head_units(layer.sizes, head_unit), layer.sizes["intermediate_size"]
-        per_head, per_channel = layer.unit_parameters[head_unit], layer.unit_parameters["ffn"]
+        units, size = _removable(layer, head_unit), layer.sizes[CHANNELS]
+        per_head, per_channel = layer.unit_parameters.get(head_unit, 1), layer.unit_parameters["ffn"]
         widths = _widths(size, round_to)
         if not widths:
             raise PlanError(f"layer {i} has {size} FFN channels, fewer than --round-to {round_to}")
@@ -325,7 +358,7 @@ def _uniform(
     first = shape.layers[0]
     if any(layer.sizes != first.sizes for layer in shape.layers):
         raise PlanError("the layers of this model differ in width already; prune the dense model with --uniform")
-    units, size = head_units(first.sizes, head_unit), first.sizes["intermediate_size"]
+    units, size = _removable(first, head_unit), first.sizes[CHANNELS]
     widths = _widths(size, round_to)
     if not widths:
         raise PlanError(f"the FFN has {size} channels, fewer than --round-to {round_to}")
@@ -333,7 +366,7 @@ def _uniform(
     per_layer = target / len(shape.layers)
     candidates = []
     for heads in range(1, units + 1) if kv_heads is None else [kv_heads[0]]:
-        rest = per_layer - (units - heads) * first.unit_parameters[head_unit]
+        rest = per_layer - (units - heads) * first.unit_parameters.get(head_unit, 0)
         width = _nearest(widths, size - rest / first.unit_parameters["ffn"])
         sizes = _with_heads(first, head_unit, heads, width)
         error = abs(removed_parameters(first, sizes) - per_layer) / first.parameters

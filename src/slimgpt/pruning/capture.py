@@ -7,9 +7,11 @@ hidden states on, which costs an embedding. Afterwards each layer is run by itse
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,15 +84,16 @@ def capture(
     embedding_device = next(model.get_input_embeddings().parameters()).device
     calls: list[tuple[Tensor, Arguments]] = []
 
-    def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args:
-            raise ModelError(f"{type(originals[0]).__name__} is called with positional arguments: not supported")
-        calls.append((hidden_states, kwargs))
-        return hidden_states
+    def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        # Where the model takes the first item of what a layer returns, the next layer is called with a part of the
+        # hidden states; only the first layer's are wanted.
+        hidden_states, named = _named(layer, args, kwargs)
+        calls.append((calls[0][0] if calls else hidden_states, named))
+        return calls[0][0]
 
     try:
         for index, layer in enumerate(originals):
-            layers[index] = StandIn(layer, record)
+            layers[index] = StandIn(layer, partial(record, layer))
         for number, batch in enumerate(windows.split(batch_size)):
             calls.clear()
             model.base_model(input_ids=batch.to(embedding_device), use_cache=False)
@@ -105,6 +108,16 @@ def capture(
         for index, layer in enumerate(originals):
             layers[index] = layer
     return Stream(hidden, arguments)
+
+
+def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Tensor, Arguments]:
+    """The hidden states of a call, which come first, and its other arguments by name."""
+    signature = inspect.signature(layer.forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named.pop(next(iter(signature.parameters))), named
 
 
 class _Mover:
@@ -152,16 +165,21 @@ class Part:
 
     Args:
         inputs: ``(batch, seq_len, n)``, the input of the output matrix.
-        rebuild: turns the matrix's output into what the container module returns.
+        place: the module that can be stood in for with the matrix's output given: its container, or, where that goes
+            on computing with the output, the matrix itself.
+        rebuild: turns the matrix's output into what the module at ``place`` returns.
     """
 
     inputs: Tensor
+    place: str
     rebuild: Callable[[Tensor], Any]
 
 
 def run_to(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) -> Part:
     """Run a layer up to the input of its matrix ``output``; nothing behind its container is computed."""
     container_name = output.rpartition(".")[0]
+    if not container_name:
+        return _run_to_matrix(layer, output, hidden, arguments)
     container = layer.get_submodule(container_name)
     linear = layer.get_submodule(output)
     kept: list[Tensor] = []
@@ -185,12 +203,24 @@ def run_to(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) 
     if len(kept) != 1:
         raise ModelError(f"module '{output}' was called {len(kept)} times in one pass through the layer")
     if result is marker[0]:
-        return Part(kept[0], lambda tensor: tensor)
+        return Part(kept[0], container_name, lambda tensor: tensor)
     if isinstance(result, tuple) and sum(item is marker[0] for item in result) == 1:
         position = next(i for i, item in enumerate(result) if item is marker[0])
         rest = tuple(None if isinstance(item, Tensor) else item for item in result)
-        return Part(kept[0], lambda tensor: (*rest[:position], tensor, *rest[position + 1 :]))
-    raise ModelError(f"module '{container_name}' does not return the output of '{output}' unchanged")
+        return Part(kept[0], container_name, lambda tensor: (*rest[:position], tensor, *rest[position + 1 :]))
+    return Part(kept[0], output, lambda tensor: tensor)
+
+
+def _run_to_matrix(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) -> Part:
+    def output_stub(inputs: Tensor) -> Tensor:
+        raise _Stop(inputs)
+
+    with _replaced(layer, output, output_stub):
+        try:
+            run_layer(layer, hidden, arguments)
+        except _Stop as stop:
+            return Part(stop.result, output, lambda tensor: tensor)
+    raise ModelError(f"the layer never called its module '{output}'")
 
 
 def run_with(
@@ -222,4 +252,4 @@ def _replaced(layer: nn.Module, name: str, function: Callable[..., Any]) -> Iter
 
 
 def _out_features(linear: nn.Module) -> int:
-    return linear.weight.shape[0]  # type: ignore[union-attr]
+    return linear.nf if hasattr(linear, "nf") else linear.weight.shape[0]  # type: ignore[union-attr,return-value]

@@ -9,7 +9,7 @@ solver. A layer that was pruned by an earlier run goes through the same code wit
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from slimgpt.errors import NumericalError
 from slimgpt.models.architectures import Sizes, Structure
 from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
 from slimgpt.models.shape import count
-from slimgpt.models.slicing import State, slice_state, unit_rows
+from slimgpt.models.slicing import State, output_matrix, slice_state, unit_rows
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.capture import Part, Stream, capture, run_with
 from slimgpt.pruning.memory import FILE, RECOMPUTE, Placement, Shelf, mapped, trim
@@ -101,14 +101,14 @@ def prune_layers(
         NumericalError: NaN or infinity in activations, or a Hessian that is not positive definite.
     """
     architecture = architecture_of(model.config, model)
-    structures = {"heads": architecture.heads(plan.head_unit), "channels": architecture.ffn}
+    structures = architecture.chosen(plan.head_unit)
     layers = model.get_submodule(architecture.layers)
     assert isinstance(layers, nn.ModuleList)
     hidden = Shelf(run.placement.stream, run.device, run.scratch)
     stream = capture(model, layers, windows, config.batch_size, hidden, run.dtype)
     for index, (sizes, target) in enumerate(zip(layer_sizes(model.config), plan.layers, strict=True)):
         dense = take(index)
-        work = _Layer(index, dense, model.config.per_layer_config[index], config, run)
+        work = _Layer(index, dense, model.config, config, run)
         # All processes go the same way, though only rank 0 sees the journal.
         earlier = run.finished(index) if run.ranks.main else None
         work.earlier = earlier
@@ -136,7 +136,7 @@ def prune_layers(
 class _Layer:
     """One layer while it is pruned; notes what it kept, the errors and the seconds."""
 
-    def __init__(self, index: int, dense: nn.Module, layer_config: Any, config: PruneConfig, run: Run):
+    def __init__(self, index: int, dense: nn.Module, model_config: Any, config: PruneConfig, run: Run):
         self.index, self.config, self.run = index, config, run
         self.criterion = CRITERIA[config.method]
         self.repair = self.criterion.repair if config.repair is None else config.repair
@@ -146,29 +146,35 @@ class _Layer:
         self.kept: dict[str, list[int]] = {}
         self.error: dict[str, float] = {}
         self.seconds: dict[str, float] = {"load": 0.0, "forward": 0.0, "hessian": 0.0, "solver": 0.0}
-        self.results: dict[str, Shelf] = {}  # what the finished containers' matrices returned, by container
-        self.rebuild: dict[tuple[str, int], Callable[[Tensor], Any]] = {}  # by container and batch
+        self.results: dict[str, Shelf] = {}  # what the finished matrices returned, by the place it is given at
+        self.rebuild: dict[tuple[str, int], Callable[[Tensor], Any]] = {}  # by place and batch
         self.parameters = {name for name, _ in dense.named_parameters()}
         self.state: State = dense.state_dict()
         with self.timed("load"):
             running = {name: tensor.to(run.device, self._dtype(tensor)) for name, tensor in self.state.items()}
-            self.layer = rebuild_layer(dense, layer_config, index, running).to(run.device)
+            self.layer = rebuild_layer(dense, model_config, index, running).to(run.device)
 
     def prune(
-        self, structures: dict[str, Structure], sizes: Sizes, target: Sizes, stream: Stream, replay: bool
+        self, structures: Sequence[Structure], sizes: Sizes, target: Sizes, stream: Stream, replay: bool
     ) -> State:
         """The state dict of the narrower layer in its stored type; the stream is moved on behind the layer."""
         self.stream = stream
-        for name, structure in structures.items():
+        structures = [structure for structure in structures if f"{structure.output}.weight" in self.state]
+        if not structures:
+            with self.timed("forward"):
+                for number in range(len(stream)):
+                    self._leave(number)
+        for structure in structures:
+            name = structure.name
             W, bias = self._matrix(structure)
-            last = name == list(structures)[-1]
+            last = structure is structures[-1]
             results = cast(Shelf, self._shelf(self.run.placement.stream))
             out = None if last else results
             if replay or structure.units(target) == structure.units(sizes):
                 columns, W = self._decide(name, structure, W, None, sizes, target)
                 with self.timed("forward"):
                     for number in range(len(stream)):
-                        self._finish(number, structure, self._inputs(number, structure), columns, W, bias, out)
+                        self._finish(number, self._inputs(number, structure), columns, W, bias, out)
             else:
                 gram, kept = self._gram(W.shape[1]), self._shelf(self.run.placement.kept)
                 for number in range(len(stream)):
@@ -187,21 +193,21 @@ class _Layer:
                 with self.timed("forward"):
                     for number in range(len(stream)):
                         inputs = kept.take(number) if kept is not None else self._inputs(number, structure)
-                        self._finish(number, structure, inputs, columns, W, bias, out)
-            self.results[structure.container] = results
+                        self._finish(number, inputs, columns, W, bias, out)
+            self.results[self.place] = results
             sizes = structure.shrink(sizes, structure.units(target))
         return self.state
 
     def _inputs(self, number: int, structure: Structure) -> Tensor:
         """The input of the output matrix for one batch, ``(batch, seq_len, n)``."""
         part = cast(Part, self._run(number, until=structure.output))
-        self.rebuild[structure.container, number] = part.rebuild
+        self.place = part.place
+        self.rebuild[part.place, number] = part.rebuild
         return part.inputs
 
     def _finish(
         self,
         number: int,
-        structure: Structure,
         inputs: Tensor,
         columns: Tensor | None,
         W: Tensor,
@@ -213,13 +219,17 @@ class _Layer:
         if results is not None:
             results.put(number, result)
             return
-        after = self._run(number, {structure.container: self.rebuild.pop((structure.container, number))(result)})
+        self._leave(number, {self.place: self.rebuild.pop((self.place, number))(result)})
+
+    def _leave(self, number: int, result: dict[str, Any] | None = None) -> None:
+        """Let one batch leave the layer."""
+        after = self._run(number, result)
         if not bool(torch.isfinite(after).all()):
             raise NumericalError(f"layer {self.index}: its output holds NaN or infinity on the calibration text")
         self.stream.hidden.put(number, after)
 
     def _run(self, number: int, result: dict[str, Any] | None = None, until: str | None = None) -> Any:
-        """Run one batch through the layer with the results of the finished containers given."""
+        """Run one batch through the layer with the results of the finished matrices given."""
         given = {name: self.rebuild[name, number](shelf.get(number)) for name, shelf in self.results.items()}
         arguments = self.stream.arguments[number][self.index]
         return run_with(self.layer, {**given, **(result or {})}, self.stream.hidden.get(number), arguments, until)
@@ -241,7 +251,8 @@ class _Layer:
 
     def _matrix(self, structure: Structure) -> tuple[Tensor, Tensor | None]:
         linear = self.layer.get_submodule(structure.output)
-        return cast(Tensor, linear.weight).detach(), cast(Tensor | None, linear.bias)
+        W = cast(Tensor, linear.weight).detach()
+        return W.T if structure.transposed else W, cast(Tensor | None, linear.bias)
 
     def _gram(self, n: int) -> Gram:
         """The sum to be; in a file where memory is short, and for wide layers on a CPU, where it is read only a few
@@ -264,8 +275,7 @@ class _Layer:
         if keep == units:
             self.kept[name], self.error[name] = list(range(units)), 0.0
             return None, running
-        weight = f"{structure.output}.weight"
-        stored = self.state[weight]
+        stored = output_matrix(self.state, structure)
         out, n = stored.shape
         ranks, device = self.run.ranks, self.run.device
         if not ranks.main:
@@ -274,7 +284,7 @@ class _Layer:
         elif self.earlier is not None:
             kept = torch.tensor(self.earlier.report.kept[name])
             # Copied: products may differ in the last bit with where in memory their factors begin.
-            W_kept = self.earlier.state[weight].to(device, copy=True)
+            W_kept = output_matrix(self.earlier.state, structure).to(device, copy=True)
         else:
             assert gram is not None
             kept, W_kept = self._solve(name, structure, stored.to(device), gram, sizes, target)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
-from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer, with_sizes
+from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
+from slimgpt.models.slicing import output_matrix
 from slimgpt.models.stock import apply_sizes
 from slimgpt.models.weights import check_finite
 from slimgpt.planning.plan import Plan
@@ -33,14 +34,13 @@ def prune_model(
     layers = model.get_submodule(architecture.layers)
     assert isinstance(layers, nn.ModuleList)
     sizes = layer_sizes(model.config)
-    configs = list(model.config.per_layer_config)
     check_finite(model.state_dict().items())
     try:
         for finished in prune_layers(model, layers.__getitem__, windows, plan, config, run):
             index = finished.report.layer
             home = next(layers[index].parameters()).device
-            narrow = with_sizes(configs[index], finished.report.sizes)
-            layers[index] = rebuild_layer(layers[index], narrow, index, finished.state).to(home)
+            new = rebuild_layer(layers[index], model.config, index, finished.state, finished.report.sizes)
+            layers[index] = new.to(home)
             sizes[index] = finished.report.sizes
             yield finished.report
     finally:
@@ -60,7 +60,6 @@ def memory_need(
     """
     architecture = architecture_of(model.config, model)
     layers = model.get_submodule(architecture.layers)
-    structures = (architecture.heads(plan.head_unit), architecture.ffn)
     tokens, batch = windows.numel(), min(config.batch_size, len(windows)) * windows.shape[1]
     layer_bytes = solver_bytes = widest = item = out = 0
     for layer, sizes, target in zip(layers.children(), layer_sizes(model.config), plan.layers, strict=True):
@@ -69,8 +68,10 @@ def memory_need(
         numbers = sum(tensor.numel() for tensor in state.values())
         item = torch.empty((), dtype=dtype or next(layer.parameters()).dtype).element_size()
         layer_bytes = max(layer_bytes, stored + (numbers * item if copied else 0))
-        for structure in structures:
-            out, n = state[f"{structure.output}.weight"].shape
+        for structure in architecture.chosen(plan.head_unit):
+            if f"{structure.output}.weight" not in state:
+                continue
+            out, n = output_matrix(state, structure).shape
             widest = max(widest, n)
             each = solver_dtype(n, torch.device("cpu")).itemsize
             removed = n - n * structure.units(target) // structure.units(sizes)
