@@ -26,7 +26,7 @@ import slimgpt
 from slimgpt.api import versions
 from slimgpt.calibration import sample_windows
 from slimgpt.config import PruneConfig
-from slimgpt.models.architectures import ARCHITECTURES
+from slimgpt.models.families import ARCHITECTURES
 from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.models.loading import DTYPES, as_device
 from slimgpt.planning import make_plan

@@ -26,6 +26,9 @@ COMMON: dict[str, Any] = {
 }
 ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
+FILLED: dict[str, Any] = {"head_dim": None, "num_key_value_heads": None}
+"""For families whose heads fill the hidden size."""
+
 OWN: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 5, "tie_word_embeddings": False},
@@ -36,13 +39,46 @@ OWN: dict[str, dict[str, Any]] = {
     "granite": {"attention_bias": True, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "head_dim": None},
     "smollm3": {"no_rope_layers": [1, 0, 1, 1], "head_dim": None},
     "phi3": {"head_dim": None, "sliding_window": 7, "num_attention_heads": 6, "tie_word_embeddings": False},
+    "ministral": {"sliding_window": 5, "layer_types": ALTERNATING},
+    "olmo2": {"attention_bias": True},
+    "olmo3": {"sliding_window": 5, "layer_types": ALTERNATING},
+    "exaone4": {"sliding_window": 5, "layer_types": ALTERNATING},
+    "seed_oss": {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+    "ernie4_5": {"use_bias": True},
+    "vaultgemma": {"sliding_window": 5, "layer_types": ALTERNATING, "query_pre_attn_scalar": 10},
+    "cwm": {"sliding_window": 5, "layer_types": ALTERNATING, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    "helium": {**FILLED, "num_key_value_heads": 3},
+    "cohere": {"use_qk_norm": True, "attention_bias": True},
+    "cohere2": {"sliding_window": 5, "layer_types": ALTERNATING},
+    "arcee": {"attention_bias": True, "mlp_bias": True},
+    "apertus": {"attention_bias": True},
+    "starcoder2": {"use_bias": True, "sliding_window": 6},
+    "granite_swa": {"sliding_window": 5, "layer_types": ALTERNATING},
+    "phi": {"qk_layernorm": True},
+    "stablelm": {**FILLED, "num_key_value_heads": 3, "use_qkv_bias": True, "use_parallel_residual": True},
+    "persimmon": FILLED,
+    "gpt_neox": {**FILLED, "rotary_pct": 0.5},
+    "gptj": {**FILLED, "n_inner": 52, "rotary_dim": 4},
+    "codegen": {**FILLED, "num_attention_heads": 8, "n_inner": 52, "rotary_dim": 4},
+    "gpt_neo": {**FILLED, "attention_types": [[["global", "local"], 2]], "window_size": 5, "num_layers": 4},
+    "gpt2": {**FILLED, "n_inner": 52, "scale_attn_by_inverse_layer_idx": True},
+    "gpt_bigcode": {**FILLED, "n_inner": 52},
+    "falcon": {**FILLED, "ffn_hidden_size": 52, "new_decoder_architecture": True, "num_kv_heads": 3, "bias": True},
+    "bloom": FILLED,
+    "mpt": {**FILLED, "expansion_ratio": 2, "max_seq_len": 64},
+    "opt": {**FILLED, "ffn_dim": 52, "word_embed_proj_dim": 40},
+    "xglm": {**FILLED, "ffn_dim": 52},
+    "biogpt": FILLED,
 }
+"""What differs from :data:`COMMON` in a family's tiny model; ``None`` leaves a field out."""
 
 
 def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
     """A random model in fp32, every parameter drawn, norms and biases too."""
-    values = {key: value for key, value in {**COMMON, **OWN[model_type], **changes}.items() if value is not None}
-    values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    values = {
+        key: value for key, value in {**COMMON, **OWN.get(model_type, {}), **changes}.items() if value is not None
+    }
+    values = {**dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")), **values}
     config = AutoConfig.for_model(model_type, **values)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()

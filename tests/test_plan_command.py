@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from slimgpt.cli import app
-from slimgpt.models.architectures import ARCHITECTURES
+from slimgpt.models.families import ARCHITECTURES
 from slimgpt.models.heterogeneous import empty_model
 from slimgpt.models.loading import load_config, locate
 from slimgpt.models.shape import count_tied

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimgpt
 from slimgpt.errors import PlanError, UsageError
-from slimgpt.models.architectures import ARCHITECTURES
+from slimgpt.models.families import ARCHITECTURES
 from slimgpt.models.heterogeneous import empty_model
 from slimgpt.models.shape import count_tied, describe
 from slimgpt.models.stock import apply_sizes

@@ -62,7 +62,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
         lines.append(
             f"| {layer.layer} | {s['num_attention_heads']} | {s['num_key_value_heads']} | {s['intermediate_size']} "
             f"| {1 - layer.parameters / layer.parameters_before:.1%} "
-            f"| {layer.error['heads']:.2%} | {layer.error['channels']:.2%} |"
+            f"| {layer.percent('heads')} | {layer.percent('channels')} |"
         )
     calibration = report.calibration
     lines += [

@@ -117,7 +117,7 @@ def _describe(report: LayerReport) -> str:
     s = report.sizes
     return (
         f"layer {report.layer}: {s['num_attention_heads']}/{s['num_key_value_heads']} heads, "
-        f"{s['intermediate_size']} channels, error {report.error['heads']:.1%} / {report.error['channels']:.1%}"
+        f"{s['intermediate_size']} channels, error {report.percent('heads', 1)} / {report.percent('channels', 1)}"
     )
 
 

@@ -219,8 +219,8 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
             str(s["num_key_value_heads"]),
             str(s["intermediate_size"]),
             f"{1 - layer.parameters / layer.parameters_before:.1%}",
-            f"{layer.error['heads']:.2%}",
-            f"{layer.error['channels']:.2%}",
+            layer.percent("heads"),
+            layer.percent("channels"),
             f"{sum(layer.seconds.values()):.1f}",
         )
     out.print(table)

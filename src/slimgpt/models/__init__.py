@@ -1,6 +1,7 @@
 """What a decoder is, described as data, and how to make one narrower."""
 
-from slimgpt.models.architectures import ARCHITECTURES, SIZE_FIELDS, Architecture, Fused, Relabel, Structure
+from slimgpt.models.architectures import SIZE_FIELDS, Architecture, Fused, Relabel, Structure
+from slimgpt.models.families import ARCHITECTURES
 from slimgpt.models.loading import load
 from slimgpt.models.shape import LayerShape, ModelShape, describe
 

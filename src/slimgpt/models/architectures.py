@@ -1,4 +1,4 @@
-"""What can be removed from each family, as data.
+"""What a decoder is, as data: the pieces of which :mod:`slimgpt.models.families` makes its table.
 
 Sizes have one name here whatever a family's config calls them: ``num_attention_heads``, ``num_key_value_heads`` and
 ``intermediate_size``; :attr:`Architecture.fields` says what the config calls them.
@@ -10,7 +10,7 @@ tied axis of length ``len``. It gives the query rows of a KV head, key and value
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 Sizes = Mapping[str, int]
@@ -172,54 +172,5 @@ class Architecture:
         return {self.fields.get(name, name): value for name, value in sizes.items()}
 
 
-def grouped(output: str, *inputs: str | Fused) -> tuple[Structure, Structure]:
-    """The two ways to remove heads of grouped-query attention.
-
-    Args:
-        inputs: the query, key and value modules, or one :class:`Fused` of all three.
-    """
-    queries = tuple(replace(item, sliced=(0,)) if isinstance(item, Fused) else item for item in inputs[:1])
-    return (
-        Structure("kv", output, inputs, (KV_HEADS, HEADS)),
-        Structure("query", output, queries, (HEADS,), KV_HEADS),
-    )
-
-
-def heads(output: str, *inputs: str | Fused, transposed: bool = False) -> Structure:
-    """Multi-head attention: every head has a key and a value of its own."""
-    return Structure("kv", output, inputs, (KV_HEADS, HEADS), transposed=transposed)
-
-
-def ffn(output: str, *inputs: str | Fused, transposed: bool = False) -> Structure:
-    """A feed-forward network whose input modules have one row per channel."""
-    return Structure("ffn", output, inputs, (CHANNELS,), transposed=transposed)
-
-
-_QKV = (HEADS, KV_HEADS, KV_HEADS)
-_GATE_UP = Fused("mlp.gate_up_proj", (CHANNELS, CHANNELS), (0, 1))
-_SEPARATE_HEADS = grouped("self_attn.o_proj", *(f"self_attn.{p}_proj" for p in "qkv"))
-_GATED = ffn("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
-
-_SEPARATE = Architecture((*_SEPARATE_HEADS, _GATED))
-LLAMA = replace(_SEPARATE, relabel=Relabel("mistral", (("sliding_window", None),)))
-_PHI3 = Architecture(
-    (
-        *grouped("self_attn.o_proj", Fused("self_attn.qkv_proj", _QKV, (0, 1, 2))),
-        ffn("mlp.down_proj", _GATE_UP),
-    )
-)
-
 Entry = Architecture | Callable[[Any], Architecture]
-
-ARCHITECTURES: dict[str, Entry] = {
-    "llama": LLAMA,
-    "mistral": _SEPARATE,
-    "qwen2": _SEPARATE,
-    "qwen3": _SEPARATE,
-    "gemma2": _SEPARATE,
-    "gemma3_text": _SEPARATE,
-    "granite": _SEPARATE,
-    "smollm3": _SEPARATE,
-    "phi3": _PHI3,
-}
-"""Supported families by ``config.model_type``; a function of the config where flags of it change the layout."""
+"""What a table of families holds: a description, or a function of the config where flags of it change the layout."""

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import UnsupportedFamilyError
 from slimgpt.models import modeling_slim
-from slimgpt.models.architectures import ARCHITECTURES, HEADS, KV_HEADS, LLAMA, Architecture, Sizes
+from slimgpt.models.architectures import HEADS, KV_HEADS, Architecture, Sizes
+from slimgpt.models.families import ARCHITECTURES, LLAMA
 from slimgpt.models.modeling_slim import SlimMixin, build_layer
 from slimgpt.models.slicing import State
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from slimgpt import assets
 from slimgpt.errors import ModelError, UnsupportedFamilyError, UsageError
-from slimgpt.models.architectures import ARCHITECTURES
+from slimgpt.models.families import ARCHITECTURES
 from slimgpt.models.heterogeneous import architecture_of, slim_class, stock_class
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -322,9 +322,10 @@ def _per_layer(
             raise PlanError(f"layer {i} has {size} FFN channels, fewer than --round-to {round_to}")
         largest = (units - 1) * per_head + (size - widths[0]) * per_channel
         if target > largest + TOLERANCE * layer.parameters:
+            left = "" if head_unit not in layer.unit_parameters else f"1 of {units} head units and "
             raise PlanError(
-                f"layer {i} cannot lose {r:.1%} of its parameters: that would leave it without a head or without an "
-                f"FFN; with 1 of {units} head units and {widths[0]} of {size} channels left it loses "
+                f"layer {i} cannot lose {r:.1%} of its parameters: that would leave it without "
+                f"{'a head or without ' if left else ''}an FFN; with {left}{widths[0]} of {size} channels left it loses "
                 f"{largest / layer.parameters:.1%}. Ask for a smaller ratio or a flatter schedule"
             )
         if kv_heads is not None:  # given by the KV cache; the FFN makes up the rest

@@ -37,6 +37,10 @@ class LayerReport:
         """Plain dicts and lists."""
         return asdict(self)
 
+    def percent(self, name: str, digits: int = 2) -> str:
+        """The error of a structure for people; a dash where the layer has none that can be removed."""
+        return f"{self.error[name]:.{digits}%}" if name in self.error else "-"
+
 
 @dataclass(frozen=True)
 class PruneReport:

@@ -1,0 +1,214 @@
+"""The decoder families of transformers: what can be removed from each, and why not where something cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from slimgpt.models.architectures import CHANNELS, HEADS, KV_HEADS, Architecture, Entry, Fused, Relabel, Structure
+
+
+def grouped(output: str, *inputs: str | Fused, along: tuple[str, ...] = ()) -> tuple[Structure, Structure]:
+    """The two ways to remove heads of grouped-query attention.
+
+    Args:
+        inputs: the query, key and value modules, or one :class:`Fused` of all three.
+        along: further modules or parameters with rows per query head, such as sinks or output gates.
+    """
+    queries = tuple(replace(item, sliced=(0,)) if isinstance(item, Fused) else item for item in inputs[:1])
+    return (
+        Structure("kv", output, (*inputs, *along), (KV_HEADS, HEADS)),
+        Structure("query", output, (*queries, *along), (HEADS,), KV_HEADS),
+    )
+
+
+def heads(output: str, *inputs: str | Fused, transposed: bool = False) -> Structure:
+    """Multi-head attention: every head has a key and a value of its own."""
+    return Structure("kv", output, inputs, (KV_HEADS, HEADS), transposed=transposed)
+
+
+def ffn(output: str, *inputs: str | Fused, transposed: bool = False) -> Structure:
+    """A feed-forward network whose input modules have one row per channel."""
+    return Structure("ffn", output, inputs, (CHANNELS,), transposed=transposed)
+
+
+def in_module(name: str, *leaves: str) -> tuple[str, ...]:
+    """The names of modules in a module."""
+    return tuple(f"{name}.{leaf}" for leaf in leaves)
+
+
+# Pieces that many families share.
+_QKV = in_module("self_attn", "q_proj", "k_proj", "v_proj")
+_GQA = grouped("self_attn.o_proj", *_QKV)
+_GATED = ffn("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
+_PLAIN = ffn("mlp.down_proj", "mlp.up_proj")
+_GATE_UP = ffn("mlp.down_proj", Fused("mlp.gate_up_proj", (CHANNELS, CHANNELS), (0, 1)))
+_STACKED = (HEADS, KV_HEADS, KV_HEADS)
+_FC = ffn("fc2", "fc1")
+
+
+def _per_head(module: str) -> Fused:
+    """Rows of queries, keys and values by head."""
+    return Fused(module, _STACKED, (0, 1, 2), HEADS)
+
+
+_SEPARATE = Architecture((*_GQA, _GATED))
+LLAMA = replace(_SEPARATE, relabel=Relabel("mistral", (("sliding_window", None),)))
+_UNGATED = Architecture((*_GQA, _PLAIN))
+_GLM = Architecture((*_GQA, _GATE_UP))
+_PHI3 = Architecture((*grouped("self_attn.o_proj", Fused("self_attn.qkv_proj", _STACKED, (0, 1, 2))), _GATE_UP))
+_GPT2 = Architecture(
+    (
+        heads("attn.c_proj", Fused("attn.c_attn", (HEADS,) * 3, (0, 1, 2)), transposed=True),
+        ffn("mlp.c_proj", "mlp.c_fc", transposed=True),
+    ),
+    layers="transformer.h",
+    fields={CHANNELS: "n_inner"},
+    resized=True,
+)
+_BART_LIKE = (heads("self_attn.out_proj", *_QKV), _FC)
+_NORM = "its norm of queries and keys runs over all heads at once, so no head is independent of the others"
+_ALIBI = "its ALiBi slopes belong to the places of the heads in the dense model"
+_FFN_ONLY = replace(_SEPARATE, structures=(_GATED,), refused={"heads": _NORM})
+
+
+def _cohere(config: Any) -> Architecture:
+    if not getattr(config, "use_qk_norm", False):
+        return _SEPARATE
+    kv, query = grouped("self_attn.o_proj", *_QKV, along=("self_attn.q_norm",))
+    return Architecture((replace(kv, inputs=(*kv.inputs, "self_attn.k_norm")), query, _GATED))
+
+
+def _falcon(config: Any) -> Architecture:
+    blocks = Fused("self_attention.query_key_value", _STACKED, (0, 1, 2), KV_HEADS)
+    kv, query = grouped("self_attention.dense", blocks)
+    feed = ffn("mlp.dense_4h_to_h", "mlp.dense_h_to_4h")
+    base = Architecture((feed,), "transformer.h", {CHANNELS: "ffn_hidden_size", KV_HEADS: "num_kv_heads"}, resized=True)
+    if config.alibi:
+        return replace(base, refused={"heads": _ALIBI})
+    if config.new_decoder_architecture:
+        return replace(base, structures=(kv, query, feed))
+    if config.multi_query:
+        return replace(base, structures=(query, feed), fields={CHANNELS: "ffn_hidden_size"}, defaults={KV_HEADS: 1})
+    return replace(base, structures=(kv, feed))
+
+
+def _gpt_bigcode(config: Any) -> Architecture:
+    blocks = Fused("attn.c_attn", _STACKED, (0, 1, 2), KV_HEADS)
+    kv, query = grouped("attn.c_proj", blocks)
+    base = Architecture((kv, ffn("mlp.c_proj", "mlp.c_fc")), "transformer.h", {CHANNELS: "n_inner"}, resized=True)
+    if config.multi_query:
+        return replace(base, structures=(query, base.structures[1]), defaults={KV_HEADS: 1})
+    return base
+
+
+def _stablelm(config: Any) -> Architecture:
+    if config.qk_layernorm:
+        reason = "its norms of queries and keys are a list with one module per head"
+        return replace(_FFN_ONLY, refused={"heads": reason})
+    return replace(_SEPARATE, resized=True)
+
+
+def _mpt(config: Any) -> Architecture:
+    return Architecture(
+        (ffn("ffn.down_proj", "ffn.up_proj"),),
+        layers="transformer.blocks",
+        defaults={CHANNELS: config.expansion_ratio * config.hidden_size},
+        resized=True,
+        refused={"heads": _ALIBI},
+    )
+
+
+ARCHITECTURES: dict[str, Entry] = {
+    "llama": LLAMA,
+    "mistral": _SEPARATE,
+    "qwen2": _SEPARATE,
+    "qwen3": _SEPARATE,
+    "gemma2": _SEPARATE,
+    "gemma3_text": _SEPARATE,
+    "granite": _SEPARATE,
+    "smollm3": _SEPARATE,
+    "phi3": _PHI3,
+    "ministral": _SEPARATE,
+    "ministral3": _SEPARATE,
+    "gemma": _SEPARATE,
+    "olmo": _SEPARATE,
+    "olmo2": _FFN_ONLY,
+    "olmo3": _FFN_ONLY,
+    "exaone4": _SEPARATE,
+    "seed_oss": _SEPARATE,
+    "ernie4_5": _SEPARATE,
+    "hunyuan_v1_dense": _SEPARATE,
+    "hyperclovax": _SEPARATE,
+    "vaultgemma": _SEPARATE,
+    "cwm": _SEPARATE,
+    "helium": replace(_SEPARATE, resized=True),
+    "cohere": _cohere,
+    "cohere2": _SEPARATE,
+    "glm": _GLM,
+    "glm4": _GLM,
+    "arcee": _UNGATED,
+    "apertus": _UNGATED,
+    "jais2": _UNGATED,
+    "nemotron": _UNGATED,
+    "nanochat": Architecture((*_GQA, ffn("mlp.fc2", "mlp.fc1"))),
+    "starcoder2": Architecture((*_GQA, ffn("mlp.c_proj", "mlp.c_fc"))),
+    "granite_swa": Architecture((*grouped("self_attn.o_proj", *_QKV, along=("self_attn.sinks",)), _GATED)),
+    "phi": Architecture((*grouped("self_attn.dense", *_QKV), ffn("mlp.fc2", "mlp.fc1"))),
+    "stablelm": _stablelm,
+    "persimmon": Architecture(
+        (
+            heads("self_attn.dense", _per_head("self_attn.query_key_value")),
+            ffn("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),
+        ),
+        resized=True,
+    ),
+    "gpt_neox": Architecture(
+        (
+            heads("attention.dense", _per_head("attention.query_key_value")),
+            ffn("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),
+        ),
+        layers="gpt_neox.layers",
+        resized=True,
+    ),
+    "gptj": Architecture(
+        (heads("attn.out_proj", *in_module("attn", "q_proj", "k_proj", "v_proj")), ffn("mlp.fc_out", "mlp.fc_in")),
+        layers="transformer.h",
+        fields={CHANNELS: "n_inner"},
+        resized=True,
+    ),
+    "codegen": Architecture(
+        (ffn("mlp.fc_out", "mlp.fc_in"),),
+        layers="transformer.h",
+        fields={CHANNELS: "n_inner"},
+        resized=True,
+        refused={"heads": "its queries, keys and values lie in four blocks that must stay equal"},
+    ),
+    "gpt_neo": Architecture(
+        (
+            heads("attn.attention.out_proj", *in_module("attn.attention", "q_proj", "k_proj", "v_proj")),
+            ffn("mlp.c_proj", "mlp.c_fc"),
+        ),
+        layers="transformer.h",
+        resized=True,
+    ),
+    "gpt2": _GPT2,
+    "gpt_bigcode": _gpt_bigcode,
+    "falcon": _falcon,
+    "bloom": Architecture(
+        (ffn("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),),
+        layers="transformer.h",
+        resized=True,
+        refused={"heads": _ALIBI},
+    ),
+    "mpt": _mpt,
+    "opt": Architecture(_BART_LIKE, "model.decoder.layers", {CHANNELS: "ffn_dim"}, resized=True),
+    "xglm": Architecture(_BART_LIKE, "model.layers", {CHANNELS: "ffn_dim"}, resized=True),
+    "biogpt": Architecture(_BART_LIKE, "biogpt.layers", resized=True),
+}
+"""Supported families by ``config.model_type``."""
+
+
+def _all(reason: str, families: str) -> Iterable[tuple[str, str]]:
+    return ((family, reason) for family in families.split())
