@@ -325,8 +325,8 @@ def _per_layer(
             left = "" if head_unit not in layer.unit_parameters else f"1 of {units} head units and "
             raise PlanError(
                 f"layer {i} cannot lose {r:.1%} of its parameters: that would leave it without "
-                f"{'a head or without ' if left else ''}an FFN; with {left}{widths[0]} of {size} channels left it loses "
-                f"{largest / layer.parameters:.1%}. Ask for a smaller ratio or a flatter schedule"
+                f"{'a head or without ' if left else ''}an FFN; with {left}{widths[0]} of {size} channels left it "
+                f"loses {largest / layer.parameters:.1%}. Ask for a smaller ratio or a flatter schedule"
             )
         if kv_heads is not None:  # given by the KV cache; the FFN makes up the rest
             heads = units - kv_heads[i]
