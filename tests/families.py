@@ -47,7 +47,7 @@ OWN: dict[str, dict[str, Any]] = {
     "ernie4_5": {"use_bias": True},
     "vaultgemma": {"sliding_window": 5, "layer_types": ALTERNATING, "query_pre_attn_scalar": 10},
     "cwm": {"sliding_window": 5, "layer_types": ALTERNATING, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-    "helium": {**FILLED, "num_key_value_heads": 3},
+    "helium": {"head_dim": 8},
     "cohere": {"use_qk_norm": True, "attention_bias": True},
     "cohere2": {"sliding_window": 5, "layer_types": ALTERNATING},
     "arcee": {"attention_bias": True, "mlp_bias": True},
@@ -75,9 +75,8 @@ OWN: dict[str, dict[str, Any]] = {
 
 def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
     """A random model in fp32, every parameter drawn, norms and biases too."""
-    values = {
-        key: value for key, value in {**COMMON, **OWN.get(model_type, {}), **changes}.items() if value is not None
-    }
+    wanted = {**COMMON, **OWN.get(model_type, {}), **changes}
+    values = {key: value for key, value in wanted.items() if value is not None}
     values = {**dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")), **values}
     config = AutoConfig.for_model(model_type, **values)
     torch.manual_seed(0)

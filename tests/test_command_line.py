@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import slimgpt
 from slimgpt.cli import app
+from slimgpt.models import ARCHITECTURES
 from tests.families import LAYERS, tiny_model
 
 
@@ -207,13 +208,23 @@ def test_unknown_models(refused, tmp_path, monkeypatch):
     refused("cannot read the model", model="nobody/no-such-model")
 
 
-def test_unsupported_family_lists_the_others_and_names_the_module(refused, tmp_path):
+def test_a_family_that_is_refused_says_why(refused, tmp_path):
+    folder = tmp_path / "mamba"
+    config = AutoConfig.for_model("mamba", num_hidden_layers=2, hidden_size=16, vocab_size=50)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    text = refused("model_type 'mamba' is not supported", model=folder)
+    assert "neither attention nor a feed-forward network" in text
+
+
+def test_a_family_that_nobody_has_described_shows_what_is_in_it(refused, tmp_path, monkeypatch):
     folder = tmp_path / "gpt2"
     config = AutoConfig.for_model("gpt2", n_layer=2, n_embd=16, n_head=2, vocab_size=50, n_positions=32)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    monkeypatch.delitem(ARCHITECTURES, "gpt2")
     text = refused("model_type 'gpt2' is not supported", model=folder)
-    assert "module 'model.layers' was not found in GPT2LMHeadModel" in text
-    assert "llama, mistral, qwen2" in text
+    assert "docs/adding-a-family.md" in text
+    assert "transformer.h.0..1 (2 layers): GPT2Block" in text
+    assert "attn.c_attn: Conv1D weight (16, 48), bias (48,)" in text
 
 
 def test_output_that_exists(refused, tmp_path):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from slimgpt.errors import SlimGPTError
     from slimgpt.exporting import export, verify
     from slimgpt.folders import prune_folder
-    from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load
+    from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load, register
     from slimgpt.planning import Plan, make_plan
     from slimgpt.pruning import PruneReport
 
@@ -38,6 +38,7 @@ _HOME = {
     "make_plan": "planning",
     "prune": "api",
     "prune_folder": "folders",
+    "register": "models",
     "save": "checkpoint",
     "verify": "exporting",
 }
@@ -58,6 +59,7 @@ __all__ = [
     "make_plan",
     "prune",
     "prune_folder",
+    "register",
     "save",
     "verify",
 ]

@@ -1,12 +1,13 @@
 """What a decoder is, described as data, and how to make one narrower."""
 
 from slimgpt.models.architectures import SIZE_FIELDS, Architecture, Fused, Relabel, Structure
-from slimgpt.models.families import ARCHITECTURES
+from slimgpt.models.families import ARCHITECTURES, REFUSED, register
 from slimgpt.models.loading import load
 from slimgpt.models.shape import LayerShape, ModelShape, describe
 
 __all__ = [
     "ARCHITECTURES",
+    "REFUSED",
     "SIZE_FIELDS",
     "Architecture",
     "Fused",
@@ -16,4 +17,5 @@ __all__ = [
     "Structure",
     "describe",
     "load",
+    "register",
 ]

@@ -52,7 +52,8 @@ class Structure:
             (query heads, the same number from every KV group) or ``ffn`` (intermediate channels). A layer's structures
             with the same :attr:`name` are alternatives.
         output: the linear module whose input columns are scored and repaired.
-        inputs: the modules whose output rows (weight and bias) go with those columns.
+        inputs: the modules whose output rows (weight and bias) go with those columns, and single parameters that have
+            one row per unit.
         sizes: the sizes that shrink with it; the first one counts the units.
         groups: a size that counts groups of neighbouring units, all of which lose the same number; ``None`` leaves the
             choice free.

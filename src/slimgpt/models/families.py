@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+from slimgpt.errors import UsageError
 from slimgpt.models.architectures import CHANNELS, HEADS, KV_HEADS, Architecture, Entry, Fused, Relabel, Structure
 
 
@@ -210,5 +210,36 @@ ARCHITECTURES: dict[str, Entry] = {
 """Supported families by ``config.model_type``."""
 
 
-def _all(reason: str, families: str) -> Iterable[tuple[str, str]]:
-    return ((family, reason) for family in families.split())
+def register(model_type: str, architecture: Entry) -> None:
+    """Describe a family of your own; everything then works for it as for those of the table.
+
+    Args:
+        model_type: what its config calls itself; ``transformers`` must have a causal LM class for the config.
+        architecture: see ``docs/adding-a-family.md``.
+
+    Raises:
+        UsageError: the family is in the table already.
+    """
+    if model_type in ARCHITECTURES:
+        raise UsageError(f"model_type '{model_type}' is described already: slimgpt.ARCHITECTURES['{model_type}']")
+    ARCHITECTURES[model_type] = architecture
+
+
+_REASONS = {
+    "it is an encoder with a causal mask, with norms after each layer; nobody prunes it as a decoder": """
+        bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
+        roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod xlm xlnet reformer""",
+    "it is the decoder of an encoder-decoder model, with attention to an encoder": """
+        bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr whisper""",
+    "it has neither attention nor a feed-forward network, or both are one recurrent block": """
+        mamba mamba2 falcon_mamba rwkv xlstm nemotron_h""",
+    "several of its layers share weights, or it runs its layers several times": """
+        zamba zamba2 hrm_text blt gemma3n gemma3n_text gemma4_assistant gemma4_unified_assistant""",
+    "it makes sound or reads images with parts of its own in the decoder": """
+        git moshi musicgen musicgen_melody mllama fuyu phi4_multimodal moss_transcribe_diarize emu3""",
+    "a norm inside its feed-forward network runs over all channels, so none is independent of the others": "bitnet",
+    "its layers are built in a way of their own": "openai-gpt cpmant ctrl",
+}
+
+REFUSED: dict[str, str] = {family: reason for reason, families in _REASONS.items() for family in families.split()}
+"""Families that are refused, and why. What is in neither table, nobody has looked at."""

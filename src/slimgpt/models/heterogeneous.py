@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from slimgpt.errors import UnsupportedFamilyError
 from slimgpt.models import modeling_slim
 from slimgpt.models.architectures import HEADS, KV_HEADS, Architecture, Sizes
-from slimgpt.models.families import ARCHITECTURES, LLAMA
+from slimgpt.models.families import ARCHITECTURES, LLAMA, REFUSED
 from slimgpt.models.modeling_slim import SlimMixin, build_layer
 from slimgpt.models.slicing import State
+from slimgpt.models.unknown import HELP, found_in
 
 Resizing = tuple[str, int, tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]]
 """The attention module, the head size, and the axes of matrices with the sizes along them."""
@@ -109,19 +110,24 @@ def architecture_of(config: PreTrainedConfig, model: nn.Module | None = None) ->
     model = model or empty_model(config)
     known = lookup(config)
     missing = missing_module(model, known or LLAMA)
-    supported = f"supported: {', '.join(ARCHITECTURES)}"
-    if known is None:
+    if known is not None and missing is None:
+        return known
+    what = f"model_type '{config.model_type}'"
+    if config.model_type in REFUSED:
+        raise UnsupportedFamilyError(f"{what} is not supported: {REFUSED[config.model_type]}; see `slimgpt families`")
+    if known is not None:
+        found = f"{what} is described otherwise: module '{missing}' was not found in {type(model).__name__}"
+    elif missing is None:
         found = (
-            f"module '{missing}' was not found in {type(model).__name__}"
-            if missing
-            else "its modules are named like llama's, but nobody has verified that they can be cut like them"
+            f"{what} is not supported: its modules are named like llama's, and nobody has verified that they can be "
         )
-        raise UnsupportedFamilyError(f"model_type '{config.model_type}' is not supported: {found}; {supported}")
-    if missing:
-        raise UnsupportedFamilyError(
-            f"model_type '{config.model_type}': module '{missing}' was not found in {type(model).__name__}; {supported}"
-        )
-    return known
+        found += "cut like them"
+    else:
+        found = f"{what} is not supported: nobody has described it"
+    raise UnsupportedFamilyError(
+        f"{found}. {HELP} says how to describe it; `slimgpt families` lists what is supported. "
+        f"In {type(model).__name__} there is\n{found_in(model)}"
+    )
 
 
 def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
@@ -130,7 +136,7 @@ def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
         layers = model.get_submodule(architecture.layers)
     except AttributeError:
         return architecture.layers
-    names = [dict(layer.named_modules()) for layer in layers.children()]
+    names = [{**dict(layer.named_modules()), **dict(layer.named_parameters())} for layer in layers.children()]
     for structure in architecture.structures:
         if not any(structure.output in there for there in names):
             return f"{architecture.layers}.*.{structure.output}"

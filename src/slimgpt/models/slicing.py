@@ -43,11 +43,10 @@ def slice_state(state: State, structure: Structure, sizes: Sizes, kept: Tensor, 
     sliced = {**state, f"{structure.output}.weight": W}
     for item in structure.inputs:
         fused = Fused(item, (structure.sizes[0],), (0,)) if isinstance(item, str) else item
-        for leaf in ("weight", "bias"):
-            name = f"{fused.module}.{leaf}"
+        for name in (fused.module, f"{fused.module}.weight", f"{fused.module}.bias"):  # a parameter, or a module's
             if name not in state:
                 continue
-            turn = structure.transposed and leaf == "weight"
+            turn = structure.transposed and name.endswith(".weight")
             rows = state[name].T if turn else state[name]
             rows = _slice_rows(rows, fused, sizes, after, units, kept.to(rows.device))
             sliced[name] = (rows.T if turn else rows).contiguous()
