@@ -1,0 +1,85 @@
+"""Rows of tasks from local files, in the schema that they have on the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from slimgpt.errors import UsageError
+
+Row = dict[str, Any]
+
+
+def _boolq(row: Row) -> Row:
+    """``google/boolq`` says ``answer: true`` where SuperGLUE, which the harness reads, says ``label: 1``."""
+    return row if "label" in row else {**row, "label": int(row["answer"])}
+
+
+ADAPTERS: dict[str, Callable[[Row], Row]] = {"boolq": _boolq}
+"""Tasks whose rows are published in two schemas."""
+
+
+def read_rows(
+    data_dir: Path, task: str, dataset: str | None, config: str | None, splits: Mapping[str, str]
+) -> dict[str, Any]:
+    """The splits of a task as ``datasets``; those that are not there and not needed are empty.
+
+    They are looked for in ``data_dir/task`` and in ``data_dir/dataset/config`` (``mmlu/anatomy``), as
+    ``split.jsonl``, ``split.json`` (a list of rows) or ``split.parquet``.
+
+    Args:
+        splits: by name, what the task needs them for; nothing if it can do without.
+
+    Raises:
+        UsageError: a split is missing or cannot be read.
+    """
+    from datasets import Dataset
+
+    places = [data_dir / task]
+    if dataset:
+        places += [data_dir / dataset.rsplit("/", 1)[-1] / (config or ""), data_dir / dataset.rsplit("/", 1)[-1]]
+    found: dict[str, list[Row]] = {}
+    for split, purpose in splits.items():
+        files = [place / f"{split}{suffix}" for place in places for suffix in _READERS]
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None:
+            found[split] = [ADAPTERS.get(task, dict)(row) for row in _read(file)]
+        elif purpose:
+            raise UsageError(
+                f"{data_dir} has no {split} rows of task '{task}' for its {purpose}: "
+                f"no {places[0] / split}{{{','.join(_READERS)}}}; "
+                "`slimgpt data fetch commonsense` makes a folder with the seven commonsense tasks"
+            )
+    columns = next(iter(found.values()))[0] if found else {}
+    empty = {name: [] for name in columns}
+    return {split: Dataset.from_list(found[split]) if split in found else Dataset.from_dict(empty) for split in splits}
+
+
+def _read(file: Path) -> list[Row]:
+    try:
+        rows = _READERS[file.suffix](file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read the rows in {file}: {error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UsageError(f"{file} holds no rows: it must list at least one object with the fields of the task")
+    return rows
+
+
+def _jsonl(file: Path) -> list[Row]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def _json(file: Path) -> list[Row]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _parquet(file: Path) -> list[Row]:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(file).to_pylist()
+
+
+_READERS: dict[str, Callable[[Path], list[Row]]] = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}

@@ -1,0 +1,129 @@
+"""Accuracy on the tasks of lm-evaluation-harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt.errors import UsageError
+
+COMMONSENSE = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+ALIASES = {"commonsense": COMMONSENSE}
+"""Names for several tasks. ``commonsense``: the seven zero-shot tasks of the pruning literature."""
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of tasks, and how they were taken.
+
+    Args:
+        scores: by task or group: its metrics (``acc``, ``acc_norm``, ...), their ``_stderr``, and ``rows``.
+        mean: over the tasks asked for, of ``acc_norm`` where a task has it, else ``acc``, as the literature has it;
+            ``None`` where a task has neither.
+        mean_acc: the same of ``acc`` alone.
+        samples: by task, what the harness logs of every row; left out of :meth:`to_json`.
+        protocol: everything that changes the numbers.
+    """
+
+    scores: dict[str, dict[str, float]]
+    mean: float | None
+    mean_acc: float | None
+    protocol: dict[str, Any]
+    samples: dict[str, list[dict[str, Any]]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists, without the samples."""
+        return {key: value for key, value in asdict(self).items() if key != "samples"}
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: str | Sequence[str] = "commonsense",
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    data_dir: str | Path | None = None,
+    on_start: Callable[[int], Callable[[int], None]] | None = None,
+) -> TaskScores:
+    """Scores of a model in memory on tasks of lm-evaluation-harness.
+
+    Args:
+        tasks: names of tasks, groups or tags of the harness, or of :data:`ALIASES`; a string may list several.
+        limit: only the first so many rows of every task.
+        num_fewshot: examples before every question; by default what the task says.
+        data_dir: take the rows from files here instead of the hub; see :func:`slimgpt.evaluation.rows.read_rows`.
+        on_start: told how many requests there are; gives what is called with the number answered since.
+
+    Raises:
+        UsageError: the harness is not installed, a task is unknown, or its rows cannot be had.
+    """
+    names = task_names(tasks)
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit {limit} leaves no rows; it must be at least 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UsageError(f"num_fewshot {num_fewshot} must be 0 or more")
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"the data folder {folder} does not exist")
+    try:
+        from slimgpt.evaluation.harness import run_harness
+    except ImportError as error:
+        raise UsageError(
+            f"tasks need lm-evaluation-harness ({error.name} is missing): pip install 'slimgpt[eval]'"
+        ) from error
+    found = run_harness(model, tokenizer, names, limit, num_fewshot, folder, on_start)
+    scores = {name: _metrics(found, name) for name in {**found["results"], **(found.get("groups") or {})}}
+    asked = [scores[name] for name in names if name in scores]
+    return TaskScores(
+        scores=scores,
+        mean=_mean(asked, ("acc_norm", "acc")),
+        mean_acc=_mean(asked, ("acc",)),
+        samples=found["samples"],
+        protocol={
+            "harness": f"lm_eval {found['lm_eval_version']}",
+            "tasks": names,
+            "versions": found["versions"],
+            "num_fewshot": found["n-shot"],
+            "limit": limit,
+            "rows_from": "the hub" if folder is None else "local files",
+            "chat_template": False,
+            "bos": bool(getattr(tokenizer, "add_bos_token", False)),
+            "mean_of": "acc_norm where the task has it, else acc",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+        },
+    )
+
+
+def task_names(tasks: str | Sequence[str]) -> list[str]:
+    """Task names, aliases replaced, each once.
+
+    Raises:
+        UsageError: none is given.
+    """
+    words = tasks.split(",") if isinstance(tasks, str) else tasks
+    names = [name for word in words for name in ALIASES.get(word.strip(), (word.strip(),)) if name]
+    if not names:
+        raise UsageError("no task is named; give for example --tasks commonsense, or boolq,piqa")
+    return list(dict.fromkeys(names))
+
+
+def _metrics(found: dict[str, Any], name: str) -> dict[str, float]:
+    """The numbers of a task, without the names of the harness's filters where there is one."""
+    values = found["results"].get(name) or found["groups"][name]
+    metrics: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, int | float) and "," in key:
+            metrics.setdefault(key.split(",")[0], float(value))
+    rows = found["n-samples"].get(name)
+    return {**metrics, **({"rows": rows["effective"]} if rows else {})}
+
+
+def _mean(scores: list[dict[str, float]], metrics: tuple[str, ...]) -> float | None:
+    values = [next((score[metric] for metric in metrics if metric in score), None) for score in scores]
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

@@ -1,0 +1,150 @@
+"""Scores of tasks from local files against plain lm-evaluation-harness on the same rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import datasets
+import lm_eval
+import pytest
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from slimgpt.errors import UsageError
+from slimgpt.evaluation import harness
+from slimgpt.evaluation.harness import FOLDERS, run_harness, task_manager
+from slimgpt.evaluation.tasks import COMMONSENSE, evaluate_tasks
+from tests.families import tiny_model
+
+SPLIT = {name: "test" if name.startswith(("arc", "open")) else "validation" for name in COMMONSENSE}
+
+
+HUB = {
+    "aps/super_glue": "boolq",
+    "baber/piqa": "piqa",
+    "Rowan/hellaswag": "hellaswag",
+    "allenai/winogrande": "winogrande",
+    "allenai/ai2_arc": {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge"},
+    "allenai/openbookqa": "openbookqa",
+}
+"""Where the harness's tasks look for their rows."""
+
+
+ROOT = Path(lm_eval.__file__).parent / "tasks"
+
+
+def plain_harness(model, tokenizer, data_dir, limit):
+    """The harness as it is, its own tasks and its own model class; only what comes from the hub is local."""
+
+    def load_dataset(path, name=None, **_):
+        task = HUB[path] if isinstance(HUB[path], str) else HUB[path][name]
+        rows = [json.loads(line) for line in (data_dir / task / f"{SPLIT[task]}.jsonl").read_text().splitlines()]
+        if task == "boolq":
+            rows = [{**row, "label": int(row["answer"])} for row in rows]
+        split = datasets.Dataset.from_list(rows[:limit])
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), split))
+
+    manager = TaskManager(include_defaults=False, include_path=[ROOT / FOLDERS[name] for name in COMMONSENSE])
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    with mock.patch("datasets.load_dataset", load_dataset):
+        return lm_eval.simple_evaluate(model=lm, tasks=list(COMMONSENSE), task_manager=manager)
+
+
+def assert_equal_question_by_question(model, tokenizer, data_dir, limit):
+    expected = plain_harness(model, tokenizer, data_dir, limit)
+    found = evaluate_tasks(model, tokenizer, "commonsense", limit=limit, data_dir=data_dir)
+    for task in COMMONSENSE:
+        assert len(found.samples[task]) == len(expected["samples"][task]) <= limit
+        for ours, theirs in zip(found.samples[task], expected["samples"][task]):
+            assert ours["arguments"] == theirs["arguments"]
+            assert ours["target"] == theirs["target"]
+            for (a,), (b,) in zip(ours["resps"], theirs["resps"]):
+                assert a[0] == pytest.approx(b[0], abs=2e-3)
+                assert a[1] == b[1]
+            for metric in ours["metrics"]:
+                assert ours[metric] == theirs[metric]
+        for metric in ("acc", "acc_norm"):
+            assert found.scores[task].get(metric) == expected["results"][task].get(f"{metric},none")
+    return found
+
+
+def test_seven_tasks_equal_the_plain_harness(tokenizer, data_dir):
+    model = tiny_model("llama", max_position_embeddings=256)
+    found = assert_equal_question_by_question(model, tokenizer, data_dir, limit=3)
+    scores = found.scores
+    assert found.mean == pytest.approx(sum(s.get("acc_norm", s["acc"]) for s in scores.values()) / 7)
+    assert found.mean_acc == pytest.approx(sum(s["acc"] for s in scores.values()) / 7)
+    assert scores["boolq"]["rows"] == 3
+    json.dumps(found.to_json())
+
+
+@pytest.mark.parametrize("limit", [2, pytest.param(100, marks=pytest.mark.slow)])  # slow: about 4 minutes
+def test_smollm2_equals_the_plain_harness(limit, smollm2, shared):
+    assert_equal_question_by_question(*smollm2, shared, limit)
+
+
+def test_few_shot_examples_come_from_the_training_rows(tokenizer, data_dir, tmp_path):
+    model = tiny_model("llama", max_position_embeddings=256)
+    with pytest.raises(UsageError, match=r"no train rows .* few-shot"):
+        evaluate_tasks(model, tokenizer, "piqa", num_fewshot=1, data_dir=data_dir)
+    for split in ("validation", "train"):
+        (tmp_path / "piqa").mkdir(exist_ok=True)
+        (tmp_path / "piqa" / f"{split}.jsonl").write_text((data_dir / "piqa" / "validation.jsonl").read_text())
+    found = evaluate_tasks(model, tokenizer, "piqa", num_fewshot=1, data_dir=tmp_path)
+    prompt = found.samples["piqa"][0]["arguments"][0][0]
+    assert prompt.count("Question: ") == 2
+    assert found.protocol["num_fewshot"] == {"piqa": 1}
+
+
+def test_mmlu_from_local_files(tokenizer, tmp_path):
+    """A group of many tasks, each with its own folder, five examples before each question."""
+    model = tiny_model("llama", max_position_embeddings=512)
+    row = {"question": "What runs?", "choices": ["river", "mill", "sea", "head"], "answer": 0, "subject": "anatomy"}
+    for split, count in (("test", 2), ("dev", 5)):
+        (tmp_path / "mmlu" / "anatomy").mkdir(parents=True, exist_ok=True)
+        text = "".join(json.dumps({**row, "answer": i % 4}) + "\n" for i in range(count))
+        (tmp_path / "mmlu" / "anatomy" / f"{split}.jsonl").write_text(text)
+    found = evaluate_tasks(model, tokenizer, ["mmlu_anatomy"], num_fewshot=5, data_dir=tmp_path)
+    assert found.samples["mmlu_anatomy"][0]["arguments"][0][0].count("Answer:") == 6
+    with pytest.raises(UsageError, match="mmlu"):
+        evaluate_tasks(model, tokenizer, ["mmlu"], num_fewshot=5, data_dir=tmp_path)
+
+
+def test_the_known_places_hold_the_tasks():
+    names = [*COMMONSENSE, "mmlu", "mmlu_stem", "longbench", "longbench_single"]
+    assert set(names) <= set(task_manager(names).all_tasks)
+
+
+@pytest.mark.parametrize(
+    ("message", "arguments"),
+    [
+        ("no task is named", {"tasks": ""}),
+        ("limit 0", {"tasks": "piqa", "limit": 0}),
+        ("must be 0 or more", {"tasks": "piqa", "num_fewshot": -1}),
+        ("does not exist", {"tasks": "piqa", "data_dir": "/no/such/folder"}),
+    ],
+)
+def test_what_cannot_be_run(message, arguments, tokenizer, data_dir):
+    with pytest.raises(UsageError, match=message):
+        evaluate_tasks(tiny_model("llama"), tokenizer, **{"data_dir": data_dir, **arguments})
+
+
+def test_an_unknown_task_names_its_neighbours(monkeypatch):
+    monkeypatch.setattr(
+        harness, "TaskManager", lambda **_: TaskManager(include_defaults=False, include_path=ROOT / "arc")
+    )  # all tasks take half a minute
+    with pytest.raises(UsageError, match="did you mean arc_easy"):
+        task_manager(["arc_eazy"])
+
+
+def test_missing_and_broken_rows(tokenizer, tmp_path):
+    model = tiny_model("llama")
+    with pytest.raises(UsageError, match="no validation rows of task 'piqa'"):
+        evaluate_tasks(model, tokenizer, "piqa", data_dir=tmp_path)
+    (tmp_path / "piqa").mkdir()
+    for text, message in (("{'", "cannot read"), ("", "no rows"), ('{"goal": "x"}\n', "do not have the fields")):
+        (tmp_path / "piqa" / "validation.jsonl").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            run_harness(model, tokenizer, ["piqa"], data_dir=tmp_path)
