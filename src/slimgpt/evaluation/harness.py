@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import lm_eval
@@ -42,6 +42,9 @@ class Scorer(HFLM):
     """The harness's own model class, except that the context of a question goes through the model once."""
 
     on_start: OnStart | None = None
+    if TYPE_CHECKING:  # the harness registers its class with a decorator that hides them
+        model: PreTrainedModel
+        max_length: int
 
     def _loglikelihood_tokens(
         self,
@@ -87,7 +90,7 @@ def run_harness(
             limit=limit,
         )
     assert results is not None  # only the other processes of a distributed run get nothing
-    return results
+    return dict(results)
 
 
 def task_manager(tasks: Sequence[str]) -> TaskManager:
