@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.checkpoint.folder import settle
 from slimgpt.checkpoint.saving import target_form, write_sidecars
-from slimgpt.checkpoint.shards import METADATA, SHARD_BYTES, shard_name, write_index
+from slimgpt.checkpoint.shards import SHARD_BYTES, shard_name, write_index
 from slimgpt.errors import OutputError
+from slimgpt.models.alignment import write_tensors
 from slimgpt.models.heterogeneous import architecture_of
 from slimgpt.models.stock import apply_sizes
 from slimgpt.pruning.journal import Journal
@@ -71,18 +71,17 @@ def assemble(
 
 def _write_weights(work: Path, around: dict[str, Tensor], layers: list[Path]) -> None:
     sizes = [file.stat().st_size for file in layers]
-    around = {name: tensor.contiguous() for name, tensor in around.items()}
-    rest = sum(tensor.numel() * tensor.element_size() for tensor in around.values())
+    rest = sum(tensor.nbytes for tensor in around.values())
     if sum(sizes) + rest <= SHARD_BYTES:
         handles = [safe_open(file, framework="pt") for file in layers]
         tensors = {name: handle.get_tensor(name) for handle in handles for name in handle.keys()}  # noqa: SIM118
-        save_file({**around, **tensors}, work / "model.safetensors", metadata=METADATA)
+        write_tensors({**around, **tensors}, work / "model.safetensors")
         return
     count = len(layers) + 1
     where: dict[str, str] = {}
     total = rest
     first = shard_name(1, count)
-    save_file(around, work / first, metadata=METADATA)
+    write_tensors(around, work / first)
     where |= dict.fromkeys(around, first)
     for number, file in enumerate(layers, start=2):
         shard = shard_name(number, count)

@@ -8,12 +8,14 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from slimgpt.checkpoint.card import model_card
 from slimgpt.checkpoint.folder import new_folder
 from slimgpt.checkpoint.plot import plot_widths
-from slimgpt.checkpoint.shards import SHARD_BYTES
+from slimgpt.checkpoint.shards import write_shards
 from slimgpt.models.heterogeneous import architecture_of, layer_sizes, modeling_source, stock_class
 from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.stock import stock_config
@@ -49,8 +51,9 @@ def save(
     """
     path = Path(folder).expanduser().absolute()
     with new_folder(path, overwrite) as work:
-        shell, source = saved_form(model)
-        shell.save_pretrained(work, max_shard_size=SHARD_BYTES)
+        config, state, source = saved_form(model)
+        config.save_pretrained(work)
+        write_shards(work, ({name: tensor} for name, tensor in state.items()))
         write_sidecars(work, model, tokenizer, report, source)
     return path
 
@@ -92,18 +95,21 @@ def target_form(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrain
     return cls, target, modeling_source(base, config, architecture_of(config, model))
 
 
-def saved_form(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
-    """The model as the class that will be named in config.json, and the text of its modeling file if it needs one.
+def saved_form(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, Tensor], str | None]:
+    """The config and tensors that a folder holds, and the text of its modeling file if it needs one.
 
-    Weights are shared with ``model``, not copied.
+    Tied weights appear once, and names are those of the family's checkpoints. Nothing is copied.
     """
     cls, target, source = target_form(model)
     with torch.device("meta"):
         shell = cls(target)
     shell.load_state_dict(model.state_dict(), strict=True, assign=True)
     shell.tie_weights()
-    shell.generation_config = GenerationConfig()
-    return shell, source
+    target.architectures = [cls.__name__]
+    target.dtype = model.dtype
+    tied = set(shell.all_tied_weights_keys or ())
+    state = {name: tensor for name, tensor in shell.state_dict().items() if name not in tied}
+    return target, revert_weight_conversion(shell, state), source
 
 
 def report_text(report: PruneReport) -> str:

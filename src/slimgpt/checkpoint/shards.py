@@ -6,13 +6,12 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from slimgpt.models.alignment import write_tensors
 from slimgpt.models.weights import INDEX_FILE
 
 SHARD_BYTES = 5 * 10**9
-METADATA = {"format": "pt"}
 
 
 def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int = SHARD_BYTES) -> None:
@@ -26,12 +25,11 @@ def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int =
         nonlocal pending, size
         drafts.append(folder / f"shard-{len(drafts)}.tmp")
         names.append(list(pending))
-        save_file(pending, drafts[-1], metadata=METADATA)
+        write_tensors(pending, drafts[-1])
         pending, size = {}, 0
 
     for group in groups:
-        group = {name: tensor.contiguous() for name, tensor in group.items()}
-        more = sum(tensor.numel() * tensor.element_size() for tensor in group.values())
+        more = sum(tensor.nbytes for tensor in group.values())
         if pending and size + more > limit:
             flush()
         pending |= group

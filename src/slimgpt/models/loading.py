@@ -22,6 +22,7 @@ from transformers import (
 
 from slimgpt import assets
 from slimgpt.errors import ModelError, UnsupportedFamilyError, UsageError
+from slimgpt.models.alignment import align
 from slimgpt.models.families import ARCHITECTURES
 from slimgpt.models.heterogeneous import architecture_of, slim_class, stock_class
 
@@ -179,6 +180,8 @@ def load_model(
     for holder in (model.config, model):
         for mark in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):
             holder.__dict__.pop(mark, None)
+    if source.gguf_file:  # NumPy's memory, which begins elsewhere in every process
+        align(model)
     return model.to(device).eval()
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from slimgpt.errors import OutputError, ResumeError
+from slimgpt.models.alignment import write_tensors
 from slimgpt.pruning.report import LayerReport
 from slimgpt.pruning.sequential import Finished
 
@@ -109,10 +109,9 @@ class Journal:
         try:
             write_text(report, json.dumps(finished.report.to_json()))
             draft = weights.with_suffix(".tmp")
-            state = {start + name: tensor.contiguous() for name, tensor in finished.state.items()}
-            save_file(state, draft, metadata={"format": "pt"})
+            write_tensors({start + name: tensor for name, tensor in finished.state.items()}, draft)
             publish(draft, weights)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise OutputError(
                 f"writing {weights} failed: {error}; free some space, then go on with --resume"
                 if finished.report.layer

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
+from slimgpt.models.alignment import align
 from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
 from slimgpt.models.slicing import output_matrix
 from slimgpt.models.stock import apply_sizes
@@ -45,6 +46,7 @@ def prune_model(
             yield finished.report
     finally:
         apply_sizes(model, architecture, sizes)
+        align(model)
 
 
 def memory_need(
