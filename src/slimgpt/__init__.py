@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load, register
     from slimgpt.planning import Plan, make_plan
     from slimgpt.pruning import PruneReport
+    from slimgpt.recovery import recover
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ _HOME = {
     "make_plan": "planning",
     "prune": "api",
     "prune_folder": "folders",
+    "recover": "recovery",
     "register": "models",
     "save": "checkpoint",
     "verify": "exporting",
@@ -59,6 +61,7 @@ __all__ = [
     "make_plan",
     "prune",
     "prune_folder",
+    "recover",
     "register",
     "save",
     "verify",

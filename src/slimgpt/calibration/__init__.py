@@ -1,6 +1,16 @@
 """Text to token ids ``(num_samples, seq_len)``."""
 
-from slimgpt.calibration.corpus import Document, read_documents, shuffled
-from slimgpt.calibration.sampling import cut_windows, digest, leading_ids, sample_windows
+from slimgpt.calibration.corpus import Document, Instruction, read_documents, shuffled
+from slimgpt.calibration.sampling import cut_windows, digest, leading_ids, render, sample_windows
 
-__all__ = ["Document", "cut_windows", "digest", "leading_ids", "read_documents", "sample_windows", "shuffled"]
+__all__ = [
+    "Document",
+    "Instruction",
+    "cut_windows",
+    "digest",
+    "leading_ids",
+    "read_documents",
+    "render",
+    "sample_windows",
+    "shuffled",
+]

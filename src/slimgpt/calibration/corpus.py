@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slimgpt import assets
 from slimgpt.errors import CalibrationError
 
-Document = str | list[dict[str, Any]]
-"""Plain text, or chat messages (``role`` and ``content``)."""
+
+@dataclass(frozen=True)
+class Instruction:
+    """A task as Alpaca writes it: everything before the answer, and the answer."""
+
+    prompt: str
+    response: str
+
+
+Document = str | list[dict[str, Any]] | Instruction
+"""Plain text, chat messages (``role`` and ``content``), or an instruction with its answer."""
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 SEGMENT = 1 << 16
@@ -23,8 +33,9 @@ def read_documents(source: str) -> Iterator[Document]:
     """The documents of a source, in its own order.
 
     Args:
-        source: a ``.txt``, ``.jsonl`` or ``.parquet`` file (fields ``text`` or ``messages``), a folder of these,
-            ``demo``, or a ``datasets`` id, optionally as ``id:config`` or ``id:config:split``.
+        source: a ``.txt``, ``.jsonl`` or ``.parquet`` file (fields ``text``, ``messages``, or ``instruction`` and
+            ``output``), a folder of these, a ``.json`` file with a list of such rows, ``demo``, or a ``datasets`` id,
+            optionally as ``id:config`` or ``id:config:split``.
 
     Raises:
         CalibrationError: nothing is there, or a file cannot be read.
@@ -41,7 +52,7 @@ def read_documents(source: str) -> Iterator[Document]:
             yield from _read_file(file)
     elif path.is_file():
         yield from _read_file(path)
-    elif path.suffix in SUFFIXES or path.is_absolute() or source.startswith((".", "~")):
+    elif path.suffix in (*SUFFIXES, ".json") or path.is_absolute() or source.startswith((".", "~")):
         raise CalibrationError(f"no such text: {path}")
     else:
         yield from _read_hub(source)
@@ -56,6 +67,12 @@ def _read_file(path: Path) -> Iterator[Document]:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield _document(json.loads(line), f"{path}, line {number}")
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(rows, list):
+                raise CalibrationError(f"{path} holds no list of rows; give JSON lines as .jsonl")
+            for number, row in enumerate(rows, 1):
+                yield _document(row, f"{path}, row {number}")
         elif path.suffix == ".parquet":
             import pyarrow.parquet as pq  # heavy, and seldom needed
 
@@ -63,7 +80,7 @@ def _read_file(path: Path) -> Iterator[Document]:
                 for number, row in enumerate(batch.to_pylist(), 1):
                     yield _document(row, f"{path}, row {number}")
         else:
-            raise CalibrationError(f"{path} is none of {', '.join(SUFFIXES)}")
+            raise CalibrationError(f"{path} is none of {', '.join(SUFFIXES)}, .json")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         if isinstance(error, CalibrationError):
             raise
@@ -84,8 +101,23 @@ def _document(row: object, where: str) -> Document:
             return row["messages"]
         if isinstance(row.get("text"), str):
             return row["text"]
+        if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+            return Instruction(alpaca_prompt(row["instruction"], row.get("input") or ""), row["output"])
     fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise CalibrationError(f"{where} has neither a `text` nor a `messages` field; it has {fields}")
+    raise CalibrationError(f"{where} has no `text`, no `messages`, and no `instruction` with `output`; it has {fields}")
+
+
+def alpaca_prompt(instruction: str, context: str = "") -> str:
+    """A task in the form that Alpaca (Taori et al., 2023) made common, up to where the answer begins."""
+    given = ", paired with an input that provides further context" if context else ""
+    parts = [
+        f"Below is an instruction that describes a task{given}. Write a response that appropriately completes the "
+        "request.",
+        f"### Instruction:\n{instruction}",
+        *([f"### Input:\n{context}"] if context else []),
+        "### Response:\n",
+    ]
+    return "\n\n".join(parts)
 
 
 def _read_hub(source: str) -> Iterator[Document]:

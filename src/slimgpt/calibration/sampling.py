@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimgpt.calibration.corpus import Document, read_documents, shuffled
+from slimgpt.calibration.corpus import Document, Instruction, read_documents, shuffled
 from slimgpt.errors import CalibrationError
 
 
@@ -44,7 +44,7 @@ def cut_windows(
     needed = num_samples * body
     ids: list[int] = []
     for document in documents:
-        ids += tokenizer(_text(tokenizer, document), add_special_tokens=False, verbose=False)["input_ids"]
+        ids += tokenizer(render(tokenizer, document), add_special_tokens=False, verbose=False)["input_ids"]
         ids += end
         if len(ids) >= needed:
             break
@@ -72,14 +72,24 @@ def digest(windows: Tensor) -> str:
     return hashlib.sha256(windows.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, document: Document) -> str:
+def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answered: bool = False) -> str:
+    """A document as text: chat messages through the tokenizer's template, an instruction followed by its answer.
+
+    Args:
+        to_be_answered: end chat messages where the template lets the assistant begin.
+
+    Raises:
+        CalibrationError: messages, and a tokenizer without a template or with one that refuses them.
+    """
     if isinstance(document, str):
         return document
+    if isinstance(document, Instruction):
+        return document.prompt + document.response
     if not tokenizer.chat_template:
         raise CalibrationError(
             "the text has chat `messages`, but the tokenizer has no chat template; give plain `text` instead"
         )
     try:
-        return str(tokenizer.apply_chat_template(document, tokenize=False))
+        return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=to_be_answered))
     except Exception as error:
         raise CalibrationError(f"the tokenizer's chat template refuses a conversation: {error}") from error

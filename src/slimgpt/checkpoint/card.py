@@ -32,7 +32,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
         "",
         f"{plan.achieved:.2%} of the decoder layers' parameters of `{base}` were removed by "
         "[SlimGPT](https://arxiv.org/abs/2412.18110) structured pruning: whole attention heads and FFN channels. "
-        "It is not retrained. The licence of the base model applies.",
+        f"{_training(report)} The licence of the base model applies.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -82,6 +82,27 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _training(report: PruneReport) -> str:
+    """Whether and how the model was trained after pruning."""
+    if not report.recovery:
+        return "It is not retrained."
+    runs = []
+    for run in report.recovery:
+        settings, data, curve = run["settings"], run["data"], run["curve"]
+        losses = [loss for _, loss in curve["held_out"]]
+        held_out = f"; held-out loss {losses[0]:.3f} before, {min(losses):.3f} after" if losses else ""
+        teacher = f" with {run['execution']['teacher']} as teacher" if run["execution"]["teacher"] else ""
+        runs.append(
+            f"`{settings['method']}`{teacher}, {curve['kept']} of {curve['steps']} steps of {settings['batch_size']} "
+            f"examples of {', '.join(f'`{source}`' for source in data['sources'])} at learning rate "
+            f"{settings['learning_rate']:g}{held_out}"
+        )
+    return (
+        f"Afterwards it was trained ({'; then '.join(runs)}): see `recovery.json` and `recovery.png`; the errors by "
+        "layer below are those of pruning."
+    )
 
 
 def _command(report: PruneReport) -> str:

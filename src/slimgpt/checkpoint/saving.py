@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ def save(
     report: PruneReport | None,
     folder: str | Path,
     overwrite: bool = False,
+    also: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a model as a folder that ``from_pretrained`` loads; it appears whole or not at all.
 
@@ -42,6 +44,7 @@ def save(
         tokenizer: saved with it, if given.
         report: what :func:`slimgpt.prune` returned; adds ``slimgpt.json``, the model card and a plot.
         overwrite: replace a model folder of that name.
+        also: writes further files into the folder before it takes its name.
 
     Returns:
         The folder.
@@ -55,6 +58,8 @@ def save(
         config.save_pretrained(work)
         write_shards(work, ({name: tensor} for name, tensor in state.items()))
         write_sidecars(work, model, tokenizer, report, source)
+        if also is not None:
+            also(work)
     return path
 
 

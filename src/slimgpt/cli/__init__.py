@@ -8,10 +8,18 @@ from typing import Annotated
 
 import typer
 
-from slimgpt.cli import demo, evaluate, export, inspect, plan, prune  # importing a module registers its commands
+from slimgpt.cli import (  # importing a module registers its commands
+    demo,
+    evaluate,
+    export,
+    inspect,
+    plan,
+    prune,
+    recover,
+)
 from slimgpt.cli.console import app
 
-__all__ = ["app", "demo", "evaluate", "export", "inspect", "main", "plan", "prune"]
+__all__ = ["app", "demo", "evaluate", "export", "inspect", "main", "plan", "prune", "recover"]
 
 
 def _version(wanted: bool) -> None:

@@ -69,10 +69,10 @@ class Journal:
         if not self.folder.exists():
             self.layers.mkdir(parents=True)
             write_text(file, json.dumps(self.request, indent=1))
-        differences = _differences(json.loads(file.read_text(encoding="utf-8")), self.request)
-        if differences:
+        found = differences(json.loads(file.read_text(encoding="utf-8")), self.request)
+        if found:
             raise ResumeError(
-                f"the unfinished run in {self.folder} is another one: {'; '.join(differences)}. Give the same options "
+                f"the unfinished run in {self.folder} is another one: {'; '.join(found)}. Give the same options "
                 "again, or --overwrite without --resume to start anew"
             )
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -157,11 +157,11 @@ def publish(draft: Path, file: Path) -> None:
     draft.rename(file)
 
 
-def _differences(before: Any, now: Any, where: str = "") -> list[str]:
+def differences(before: Any, now: Any, where: str = "") -> list[str]:
     """What two requests differ in, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
-        return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{where}{key} ".lstrip())]
+        return [text for key in keys for text in differences(before.get(key), now.get(key), f"{where}{key} ".lstrip())]
     if before == now:
         return []
     if isinstance(before, (list, dict)) or isinstance(now, (list, dict)) or len(str(before)) + len(str(now)) > 100:

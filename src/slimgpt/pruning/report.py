@@ -58,6 +58,7 @@ class PruneReport:
         evaluation: figures added afterwards, shown in the model card.
         execution: how it ran: type of the forward passes, where activations were kept, processes.
         request: SHA-256 of everything that decides the result; empty for a model pruned in memory.
+        recovery: every training run after pruning: settings, data, losses by step.
     """
 
     base_model: str
@@ -72,6 +73,7 @@ class PruneReport:
     evaluation: dict[str, Any] = field(default_factory=dict)
     execution: dict[str, Any] = field(default_factory=dict)
     request: str = ""
+    recovery: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -97,6 +99,7 @@ class PruneReport:
                 "plan": Plan(**plan),
                 "dense_sizes": tuple(values["dense_sizes"]),
                 "layers": tuple(LayerReport(**layer) for layer in values["layers"]),
+                "recovery": tuple(values.get("recovery", ())),
             }
         )
 

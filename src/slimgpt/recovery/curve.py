@@ -1,0 +1,61 @@
+"""Losses by step: as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CURVE_FILE, CURVE_PICTURE = "recovery.json", "recovery.png"
+TRAINING, HELD_OUT = "#98a2b3", "#175cd3"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of a run.
+
+    Args:
+        training: ``(step, loss)``: what is minimised, mean per predicted token since the point before.
+        held_out: ``(step, loss)``: cross-entropy on the held-out examples.
+        learning_rate: ``(step, rate)``.
+        steps: steps that were planned.
+        kept: the step whose weights were kept.
+    """
+
+    training: tuple[tuple[int, float], ...]
+    held_out: tuple[tuple[int, float], ...]
+    learning_rate: tuple[tuple[int, float], ...]
+    steps: int
+    kept: int
+
+    @classmethod
+    def from_history(cls, history: Sequence[dict[str, Any]], steps: int, kept: int) -> Curve:
+        """From the log of a Trainer."""
+        series = {
+            name: tuple((entry["step"], float(entry[name])) for entry in history if name in entry)
+            for name in ("loss", "held_out_loss", "learning_rate")
+        }
+        return cls(series["loss"], series["held_out_loss"], series["learning_rate"], steps, kept)
+
+
+def write_curve(folder: Path, values: dict[str, Any]) -> None:
+    """Write ``recovery.json`` and ``recovery.png`` from what a recovery's ``to_json`` gave."""
+    from matplotlib.figure import Figure  # takes a while to import
+
+    curve = Curve(**values["curve"])
+    (folder / CURVE_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if curve.training:
+        axes.plot(*zip(*curve.training), color=TRAINING, linewidth=1, label="training")
+    if curve.held_out:
+        axes.plot(*zip(*curve.held_out), color=HELD_OUT, marker="o", markersize=4, label="held out (cross-entropy)")
+        axes.axvline(curve.kept, color=HELD_OUT, linewidth=0.8, linestyle=":", label="kept")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per token")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    figure.suptitle("Recovery")
+    figure.savefig(folder / CURVE_PICTURE, dpi=120)

@@ -1,0 +1,48 @@
+"""What recovery minimises, summed over predicted tokens; tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def predicted(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of ``values`` ``(batch, n, ...)`` that predict a learned token, ``(tokens, ...)``, and those tokens."""
+    wanted = labels[:, 1:] != -100
+    return values[:, :-1][wanted], labels[:, 1:][wanted]
+
+
+def text_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of ``logits`` ``(tokens, vocabulary)`` with what the text says, summed."""
+    return F.cross_entropy(logits.float(), tokens, reduction="sum")
+
+
+def divergence(logits: Tensor, ids: Tensor, log_p: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of the student from the teacher, summed over tokens.
+
+    The teacher is known by its ``k`` most likely tokens; all others are one event more, with what is left of the
+    probability. That is a divergence of the same two distributions seen more coarsely: never more than the exact
+    one, 0 where the models agree, and equal to it where ``k`` is the whole vocabulary.
+
+    Args:
+        logits: of the student, ``(tokens, vocabulary)``.
+        ids: the teacher's most likely tokens, ``(tokens, k)``.
+        log_p: their logarithmic probabilities, ``(tokens, k)``.
+    """
+    logits, log_p = logits.float(), log_p.float()
+    log_q = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+    p, q = log_p.exp(), log_q.exp()
+    total = (p * (log_p - log_q)).sum()
+    if ids.shape[-1] < logits.shape[-1]:
+        # Rounding can leave the rest a little below 0.
+        rest_p, rest_q = ((1 - mass.sum(-1)).clamp_min(1e-6) for mass in (p, q))
+        total = total + (rest_p * (rest_p.log() - rest_q.log())).sum()
+    return total
+
+
+def layer_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """``||s - t||^2 / ||t||^2`` of layer outputs ``(tokens, layers, hidden)``, mean over layers, summed over tokens."""
+    student, teacher = student.float(), teacher.float()
+    norm = teacher.square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((student - teacher).square().sum(-1) / norm).mean(-1).sum()

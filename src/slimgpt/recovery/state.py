@@ -1,0 +1,139 @@
+"""A training run's state as safetensors and JSON, so that nothing is pickled and a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.trainer_callback import TrainerState
+
+from slimgpt.errors import OutputError, ResumeError
+
+WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "trainer_state.json"
+SCALARS = "scalars.json"
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are being trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def write_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    scheduler: Any,
+    state: TrainerState,
+) -> Path:
+    """Keep the state after ``state.global_step`` steps as a folder that appears whole or not at all.
+
+    Raises:
+        OutputError: the disk is full; earlier states are kept.
+    """
+    target = folder / f"step-{state.global_step:08d}"
+    draft = folder / f".draft-{state.global_step:08d}"
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, draft / WEIGHTS)
+        tensors, scalars = _split(optimizer.state_dict() if optimizer is not None else {})
+        for device, numbers in _generators().items():
+            tensors[f"rng.{device}"] = numbers
+        save_file(tensors, draft / OPTIMIZER)
+        scalars["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
+        (draft / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
+        state.save_to_json(str(draft / STATE))
+        shutil.rmtree(target, ignore_errors=True)
+        draft.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OutputError(f"writing {target} failed: {error}; free some space, then go on with --resume") from error
+    return target
+
+
+def states(folder: Path) -> list[Path]:
+    """The states that are kept, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def keep_only(folder: Path, wanted: set[int]) -> None:
+    """Remove the states of other steps."""
+    for path in states(folder):
+        if int(path.name.removeprefix("step-")) not in wanted:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Put a state's weights into the parameters being trained.
+
+    Raises:
+        ResumeError: the files are damaged or of another model.
+    """
+    try:
+        found = load_file(path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ResumeError(f"{path / WEIGHTS} is damaged ({error}); start anew with --overwrite") from error
+    own = trainable(model)
+    if found.keys() != own.keys():
+        raise ResumeError(f"{path} holds other weights than this run trains; start anew with --overwrite")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
+
+
+def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any, learning_rate: float) -> None:
+    """Put a state into the optimizer and the scheduler; the learning rate may be another one than before."""
+    tensors = load_file(path / OPTIMIZER)
+    scalars = json.loads((path / SCALARS).read_text(encoding="utf-8"))
+    optimizer.load_state_dict(_joined(tensors, scalars))
+    scheduler.load_state_dict(scalars["scheduler"])
+    scheduler.base_lrs = [learning_rate for _ in scheduler.base_lrs]
+    for group, factor in zip(optimizer.param_groups, _factors(scheduler)):
+        group["initial_lr"], group["lr"] = learning_rate, learning_rate * factor
+
+
+def load_generators(path: Path) -> None:
+    """Set the random number generators to a state's."""
+    tensors = load_file(path / OPTIMIZER)
+    torch.set_rng_state(tensors["rng.cpu"])
+    if torch.cuda.is_available() and "rng.cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+def _generators() -> dict[str, Tensor]:
+    found = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _factors(scheduler: Any) -> list[float]:
+    """What the schedule multiplies the learning rate of every group with at its step."""
+    return [function(scheduler.last_epoch) for function in scheduler.lr_lambdas]
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors with flat names, and the rest as JSON values."""
+    tensors, rest = {}, {}
+    for number, values in state.get("state", {}).items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                rest[f"{number}.{name}"] = value
+    return tensors, {"state": rest, "groups": state.get("param_groups", [])}
+
+
+def _joined(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {}
+    numbers = {name: value for name, value in tensors.items() if not name.startswith("rng.")}
+    for key, value in {**numbers, **scalars["state"]}.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = value
+    return {"state": state, "param_groups": scalars["groups"]}

@@ -1,0 +1,292 @@
+"""The transformers Trainer with our losses, states without pickle, and a halt at the first NaN."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from slimgpt.errors import NumericalError
+from slimgpt.recovery import state as states
+from slimgpt.recovery.examples import Example, collate
+from slimgpt.recovery.losses import divergence, layer_distance, predicted, text_loss
+from slimgpt.recovery.settings import RecoverConfig
+from slimgpt.recovery.teacher import TeacherCache, layer_numbers
+
+MAX_GRADIENT_NORM = 1.0
+POINTS = 500
+"""Training losses that a long run's curve has, about."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a run is."""
+
+    step: int
+    steps: int
+    loss: float | None
+    held_out: float | None
+
+
+OnStep = Callable[[Step], None]
+
+
+class _Numbers(Dataset):
+    """The numbers of the examples; the collator looks them up."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class _Steps(TrainerCallback):
+    """Tells of every step, and has the last one measured and kept too."""
+
+    def __init__(self, measure: bool, on_step: OnStep | None):
+        self.measure, self.on_step = measure, on_step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        if state.global_step >= state.max_steps:
+            control.should_evaluate, control.should_save = self.measure, True
+        if self.on_step:
+            self.on_step(Step(state.global_step, state.max_steps, *latest(state.log_history)))
+
+
+def latest(history: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """The last training loss and the last held-out loss."""
+    return tuple(  # type: ignore[return-value]
+        next((entry[name] for entry in reversed(history) if name in entry), None) for name in ("loss", "held_out_loss")
+    )
+
+
+class RecoveryTrainer(Trainer):
+    """Trains a slim model on examples; see :class:`RecoverConfig` for what it minimises.
+
+    Args:
+        config: the settings.
+        training: examples to learn.
+        held_out: examples to measure on.
+        cache: the teacher's predictions for ``training``, if there is a teacher.
+        folder: where states are kept.
+        pad_id: any token id; padded positions are masked.
+        bf16: multiply in bfloat16.
+        device: where to train.
+        world: processes that train together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RecoverConfig,
+        training: Sequence[Example],
+        held_out: Sequence[Example],
+        cache: TeacherCache | None,
+        folder: Path,
+        pad_id: int,
+        bf16: bool,
+        device: torch.device,
+        world: int = 1,
+        on_step: OnStep | None = None,
+    ):
+        self.config, self.cache, self.folder = config, cache, folder
+        self.training, self.held_out, self.pad_id = training, held_out, pad_id
+        accumulate = config.batch_size // (config.micro_batch * world)
+        steps = total_steps(config, len(training))
+        evaluate_every = max(1, steps // config.evaluations)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=config.micro_batch,
+            gradient_accumulation_steps=accumulate,
+            num_train_epochs=config.epochs,
+            max_steps=steps,
+            learning_rate=config.peak_learning_rate,
+            lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+            warmup_steps=math.ceil(config.warmup * steps),
+            weight_decay=config.weight_decay,
+            adam_beta2=0.95,
+            max_grad_norm=MAX_GRADIENT_NORM,
+            bf16=bf16,
+            use_cpu=device.type == "cpu",
+            seed=config.seed,
+            logging_steps=max(1, steps // POINTS),
+            logging_nan_inf_filter=False,
+            eval_strategy="steps" if held_out else "no",
+            eval_steps=evaluate_every,
+            save_strategy="steps",
+            save_steps=evaluate_every,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to="none",
+            dataloader_pin_memory=device.type == "cuda",
+            ddp_find_unused_parameters=False,
+        )
+        super().__init__(
+            model=model,  # type: ignore[arg-type]
+            args=arguments,
+            train_dataset=_Numbers(len(training)),
+            eval_dataset=_Numbers(len(held_out)),
+            data_collator=self._collate,
+            callbacks=[_Steps(bool(held_out), on_step)],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = True  # so that tokens are counted over a whole batch, on all devices
+
+    def _collate(self, numbers: list[int]) -> dict[str, Any]:
+        batch = collate([self.training[number] for number in numbers], self.pad_id)
+        return batch | (self.cache.rows(numbers) if self.cache is not None else {})
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of a micro-batch, as its share of the mean over all predicted tokens of the batch."""
+        c, labels = self.config, inputs["labels"]
+        compare = "teacher_layers" in inputs
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+            output_hidden_states=compare,
+        )
+        logits, tokens = predicted(outputs.logits, labels)
+        logits = logits.float()
+        if self.cache is None:
+            total = text_loss(logits, tokens)
+        else:
+            total = logits.new_zeros(())
+            if c.text_weight:
+                total = total + c.text_weight * text_loss(logits, tokens)
+            if c.distill_weight:
+                total = total + c.distill_weight * divergence(logits, inputs["teacher_tokens"], inputs["teacher_log_p"])
+            if compare:
+                numbers = layer_numbers(inputs["teacher_layers"].shape[1], len(outputs.hidden_states) - 1)
+                own = torch.stack([predicted(outputs.hidden_states[number], labels)[0] for number in numbers], 1)
+                total = total + c.layer_weight * layer_distance(own, inputs["teacher_layers"])
+        count = num_items_in_batch if num_items_in_batch is not None else max(1, len(tokens))
+        loss = total / count * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean cross-entropy of the held-out tokens; every process takes a share of the examples."""
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        mine = self.held_out[self.args.process_index :: self.args.world_size]
+        with self.compute_loss_context_manager():
+            for start in range(0, len(mine), self.config.micro_batch):
+                batch = collate(mine[start : start + self.config.micro_batch], self.pad_id)
+                batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+                labels = batch.pop("labels")
+                logits, tokens = predicted(self.model(**batch, use_cache=False).logits, labels)
+                sums += torch.tensor([float(text_loss(logits, tokens)), len(tokens)], device=sums.device)
+        self.model.train()
+        total, count = self.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
+        metrics = {"held_out_loss": total / max(count, 1)}
+        if count:
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            if self.config.patience and self._since_best() >= self.config.patience:
+                self.control.should_training_stop = True
+        return metrics
+
+    def _since_best(self) -> int:
+        """Evaluations since the lowest held-out loss."""
+        losses = [entry["held_out_loss"] for entry in self.state.log_history if "held_out_loss" in entry]
+        return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__)
+
+    @property
+    def best_step(self) -> int:
+        """The step with the lowest held-out loss, whose state is kept; the last one where nothing is held out."""
+        losses = {e["step"]: e["held_out_loss"] for e in self.state.log_history if "held_out_loss" in e and e["step"]}
+        return min(losses, key=losses.__getitem__) if losses else self.state.global_step
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As in transformers; a gradient that is no number ends the run before it reaches the weights.
+
+        Gradients are summed over all processes before this, so all of them see it.
+        """
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(float(norm)):
+            self._save_checkpoint(model, None)
+            done = self.state.global_step
+            raise NumericalError(
+                f"the loss or its gradient is {float(norm)} at step {done + 1}; the state after step {done} is kept in "
+                f"{self.folder}. Go on from it with --resume and a lower --learning-rate"
+            )
+        return norm
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
+        if self.args.should_save:
+            states.write_state(self.folder, self.model, self.optimizer, self.lr_scheduler, self.state)
+            states.keep_only(self.folder, {self.state.global_step, self.best_step})
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        states.load_weights(Path(resume_from_checkpoint), model or self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            states.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler, self.config.peak_learning_rate)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            states.load_generators(Path(checkpoint))
+
+
+def total_steps(config: RecoverConfig, examples: int) -> int:
+    """Updates of a run: what the epochs give, at most ``max_steps``."""
+    steps = max(1, math.ceil(config.epochs * math.ceil(examples / config.batch_size) - 1e-9))
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def needed_examples(config: RecoverConfig) -> int | None:
+    """Examples that ``max_steps`` updates can use in the given epochs; ``None`` where all are used."""
+    if config.max_steps is None:
+        return None
+    return math.ceil(config.max_steps * config.batch_size / config.epochs)
+
+
+def prepared_model(model: PreTrainedModel, config: RecoverConfig) -> nn.Module:
+    """The model with what is to be trained marked: adapters put in, or the embeddings frozen.
+
+    The optional library peft is asked for by ``run.check_library`` before this.
+    """
+    if config.gradient_checkpointing:
+        turn_on = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        turn_on()
+        model.enable_input_require_grads()  # else nothing before the first adapter would have a gradient
+    if not config.adapters:
+        model.requires_grad_(True)
+        if not config.train_embeddings:
+            for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+                module.requires_grad_(False)  # type: ignore[union-attr]
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    rank = config.rank or 8
+    adapters = LoraConfig(
+        r=rank,
+        lora_alpha=config.alpha or 2 * rank,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, adapters)
+
+
+__all__ = ["OnStep", "RecoveryTrainer", "Step", "needed_examples", "prepared_model", "total_steps"]

@@ -1,0 +1,325 @@
+"""Recovery from folder to folder: what it learns, what it leaves, and how it goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import slimgpt
+from slimgpt.cli import app
+from slimgpt.errors import NumericalError, OutputError, ResumeError, UsageError
+from slimgpt.recovery.examples import collect
+from slimgpt.recovery.losses import predicted
+from slimgpt.recovery.teacher import TeacherCache, layer_numbers
+from tests.recovery.conftest import SMALL
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def command(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "distill"])
+def test_every_method_lowers_the_loss_and_leaves_an_ordinary_slim_folder(
+    method, recover, slim_folder, dense_folder, text_file, tmp_path
+):
+    extra = {"teacher": str(dense_folder), "layer_weight": 1.0} if method == "distill" else {}
+    recovery = recover(method=method, learning_rate=5e-3, max_steps=12, **extra)
+    losses = [loss for _, loss in recovery.curve.held_out]
+    assert min(losses) < losses[0] - 0.05
+    assert [step for step, _ in recovery.curve.held_out] == [0, 6, 12]
+    folder = recovery.folder
+    assert {"recovery.json", "recovery.png", "slimgpt.json", "modeling_slim.py", "README.md"} <= set(os.listdir(folder))
+    assert not (tmp_path / ".recovered.unfinished").exists()
+    before, after = (json.loads((f / "slimgpt.json").read_text()) for f in (slim_folder, folder))
+    assert before["recovery"] == []
+    assert after["recovery"][0]["settings"]["method"] == method
+    assert after["recovery"][0]["curve"]["held_out"] == [list(point) for point in recovery.curve.held_out]
+    assert {**after, "recovery": []} == before
+    assert f"it was trained (`{method}`" in (folder / "README.md").read_text()
+    assert {n: t.shape for n, t in weights(folder).items()} == {n: t.shape for n, t in weights(slim_folder).items()}
+    model, tokenizer = slimgpt.load(str(folder))
+    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+    slim, _ = slimgpt.load(str(slim_folder))
+    scores = [slimgpt.evaluate(m, tokenizer, str(text_file), window=24).perplexity for m in (slim, model)]
+    assert scores[1] < scores[0]
+
+
+def test_a_recovered_model_is_pruned_and_recovered_again_and_exported(recover, text_file, tmp_path):
+    first = recover("first").folder
+    small = ["--calibration", text_file, "--num-samples", 8, "--seq-len", 24, "--device", "cpu", "--ratio", 0.2]
+    assert command("prune", first, tmp_path / "smaller", *small).exit_code == 0
+    second = recover("second", slim=first).folder
+    assert len(json.loads((second / "slimgpt.json").read_text())["recovery"]) == 2
+    result = command("export", second, tmp_path / "padded", "--to", "padded", "--no-verify")
+    assert result.exit_code == 0, result.output
+
+
+def test_the_embeddings_stay_unless_asked_for(recover, slim_folder):
+    name = "model.embed_tokens.weight"
+    before = weights(slim_folder)
+    kept = weights(recover("kept", method="full").folder)
+    moved = weights(recover("moved", method="full", train_embeddings=True).folder)
+    assert torch.equal(kept[name], before[name])
+    assert not torch.equal(moved[name], before[name])
+    assert not torch.equal(kept["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_adapters_touch_every_linear_layer_and_nothing_else(recover, slim_folder):
+    before, after = weights(slim_folder), weights(recover(learning_rate=5e-3).folder)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "_proj.weight" in name}
+
+
+def test_accumulation_is_one_large_batch(recover):
+    whole = weights(recover("whole", method="full", micro_batch=8).folder)
+    parts = weights(recover("parts", method="full", micro_batch=2).folder)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(tensor, parts[name], rtol=0, atol=2e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(recover):
+    for settings in ({"method": "full"}, {"method": "lora"}):
+        plain = weights(recover(f"{settings['method']}-plain", max_steps=3, **settings).folder)
+        twice = weights(
+            recover(f"{settings['method']}-twice", max_steps=3, gradient_checkpointing=True, **settings).folder
+        )
+        for name, tensor in plain.items():
+            torch.testing.assert_close(tensor, twice[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"method": "lora", "dropout": 0.2}, {"method": "full"}])
+def test_a_killed_run_ends_with_the_same_weights(settings, recover, slim_folder, text_file, tmp_path):
+    """SIGKILL in the middle of an epoch and of the steps between two states; both runs see the data twice."""
+    settings = {**settings, "max_steps": 12, "evaluations": 4, "epochs": 2.0}
+    whole = recover("whole", **settings)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, **settings}.items() if name != "bf16"]
+    words = ["recover", slim_folder, tmp_path / "killed", "--data", text_file, "--no-bf16", *options]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "slimgpt", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        for line in process.stdout:
+            if line.startswith("step 8/12"):
+                process.send_signal(signal.SIGKILL)
+                break
+        _, stderr = process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL, stderr
+    assert not (tmp_path / "killed").exists()
+    refused = command(*words)
+    assert refused.exit_code == 2
+    assert "pass --resume" in " ".join(refused.stderr.split())
+    with pytest.raises(ResumeError, match="settings seed was 0, now 1"):
+        recover("killed", resume=True, seed=1, **settings)
+    resumed = recover("killed", resume=True, **settings)
+    assert (resumed.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert resumed.curve == whole.curve
+
+
+def test_a_run_killed_before_its_folder_was_written_only_writes_it(recover, monkeypatch):
+    whole = recover("whole")
+    monkeypatch.setattr("slimgpt.recovery.run.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        recover("killed")
+    monkeypatch.undo()
+    seen = []
+    resumed = recover("killed", resume=True, on_step=seen.append)
+    assert seen == []
+    assert (resumed.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+
+
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_last_good_state(recover, tmp_path, monkeypatch):
+    from slimgpt.recovery import trainer
+
+    whole = recover("whole", max_steps=6, evaluations=1)
+    real, calls = trainer.text_loss, []
+
+    def poisoned(logits, tokens):
+        calls.append(logits.requires_grad)
+        factor = float("nan") if sum(calls) > 2 * 3 else 1.0  # two micro-batches per step: from step 4 on
+        return real(logits, tokens) * factor
+
+    monkeypatch.setattr(trainer, "text_loss", poisoned)
+    with pytest.raises(NumericalError, match="at step 4; the state after step 3 is kept"):
+        recover("bad", max_steps=6, evaluations=1)
+    assert not (tmp_path / "bad").exists()
+    state = tmp_path / ".bad.unfinished" / "states" / "step-00000003"
+    assert all(tensor.isfinite().all() for tensor in load_file(state / "trainable.safetensors").values())
+    monkeypatch.undo()
+    gone_on = recover("bad", max_steps=6, evaluations=1, resume=True)
+    assert (gone_on.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(trainer, "text_loss", poisoned)
+    calls.clear()
+    with pytest.raises(NumericalError):
+        recover("lower", max_steps=6, evaluations=1)
+    monkeypatch.undo()
+    lower = recover("lower", max_steps=6, evaluations=1, resume=True, learning_rate=1e-6)
+    rates = dict(lower.curve.learning_rate)
+    assert rates[3] > 1e-5 > rates[4]
+
+
+def test_early_stop_keeps_the_best_weights(recover):
+    """A learning rate far too high: the loss rises, the run stops, and the least bad state is what is saved."""
+    recovery = recover(method="full", learning_rate=0.5, max_steps=40, evaluations=20, patience=2, warmup=0.5)
+    losses = dict(recovery.curve.held_out)
+    assert max(losses) < 40
+    after = {step: loss for step, loss in losses.items() if step}
+    assert recovery.curve.kept == min(after, key=after.get)
+    assert max(losses) > recovery.curve.kept
+    assert not any(tensor.isnan().any() for tensor in weights(recovery.folder).values())
+
+
+def test_teacher_cache_holds_what_the_dense_model_says(dense_folder, text_file, tmp_path):
+    dense, tokenizer = slimgpt.load(str(dense_folder))
+    training = collect(tokenizer, [str(text_file)], 24, 0, 10).training
+    cache = TeacherCache(tmp_path / "teacher", training, 8, (2, 48))
+    cache.create()
+    cache.fill(dense, 4)
+    cache.open("r")
+    rows = cache.rows([7, 2])
+    batch = torch.stack([training[7].ids, training[2].ids])
+    with torch.no_grad():
+        outputs = dense(batch, output_hidden_states=True)
+    logits, _ = predicted(outputs.logits, batch)
+    log_p, tokens = logits.log_softmax(-1).topk(8, -1)
+    assert torch.equal(rows["teacher_tokens"], tokens)
+    torch.testing.assert_close(rows["teacher_log_p"].float(), log_p, rtol=2e-3, atol=2e-3)
+    states = torch.stack([predicted(outputs.hidden_states[n], batch)[0] for n in layer_numbers(2, 4)], 1)
+    torch.testing.assert_close(rows["teacher_layers"].float(), states, rtol=1e-2, atol=1e-2)
+
+
+def test_teacher_cache_goes_on_where_it_was_killed(dense_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("slimgpt.recovery.teacher.FLUSH_EVERY", 1)
+    dense, tokenizer = slimgpt.load(str(dense_folder))
+    training = collect(tokenizer, [str(text_file)], 24, 0, 12).training
+
+    def stop(done, _total):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    whole, parts = (TeacherCache(tmp_path / name, training, 8) for name in ("whole", "parts"))
+    whole.create()
+    whole.fill(dense, 2)
+    parts.create()
+    with pytest.raises(KeyboardInterrupt):
+        parts.fill(dense, 2, progress=stop)
+    seen = []
+    parts.create()
+    parts.fill(dense, 2, progress=lambda done, _total: seen.append(done))
+    assert seen == [6, 8, 10, 12]
+    assert np.array_equal(whole.files["log_p"], parts.files["log_p"])
+
+
+def test_two_shares_of_the_teacher_are_the_whole(dense_folder, text_file, tmp_path):
+    dense, tokenizer = slimgpt.load(str(dense_folder))
+    training = collect(tokenizer, [str(text_file)], 24, 0, 9).training
+    one, two = (TeacherCache(tmp_path / name, training, 8) for name in ("one", "two"))
+    one.create()
+    one.fill(dense, 3)
+    two.create()
+    for rank in range(2):
+        two.fill(dense, 3, rank, 2)
+    torch.testing.assert_close(one.rows(range(9))["teacher_log_p"], two.rows(range(9))["teacher_log_p"])
+
+
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        ("method 'best' is unknown", {"method": "best"}),
+        ("schedule 'step' is unknown", {"schedule": "step"}),
+        ("max_steps is 0", {"max_steps": 0}),
+        ("no multiple of micro_batch", {"batch_size": 6}),
+        ("leave out rank", {"method": "full", "rank": 8}),
+        ("has no teacher", {"teacher": "demo"}),
+        ("longer than the model's context", {"max_length": 65}),
+        ("learning_rate is nan", {"learning_rate": float("nan")}),
+        ("dropout 1.5", {"dropout": 1.5}),
+        ("held_out is -1", {"held_out": -1}),
+        ("nothing would be learned", {"method": "distill", "text_weight": 0.0, "distill_weight": 0.0}),
+        ("has no setting 'rate'", {"rate": 3}),
+        ("top_k is 98", {"method": "distill", "top_k": 98}),
+        ("dtype 'int3' is unknown", {"dtype": "int3"}),
+    ],
+)
+def test_bad_settings_are_refused_before_the_work(message, settings, recover, dense_folder, tmp_path):
+    if settings.get("method") == "distill":
+        settings = {"teacher": str(dense_folder), **settings}
+    with pytest.raises(UsageError, match=message):
+        recover(**settings)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_cannot_be_found_or_does_not_fit(recover, tmp_path, monkeypatch):
+    from tests.families import tiny_model
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(slimgpt.SlimGPTError, match="name the dense model with --teacher"):
+        recover(method="distill")
+    tiny_model("llama", vocab_size=101).save_pretrained(tmp_path / "other")
+    with pytest.raises(UsageError, match="vocab_size 101, the slim model 97"):
+        recover(method="distill", teacher=str(tmp_path / "other"))
+
+
+def test_without_the_optional_library_the_extra_is_named(recover, monkeypatch):
+    monkeypatch.setattr("slimgpt.recovery.run.find_spec", lambda _: None)
+    with pytest.raises(UsageError, match=r"pip install 'slimgpt\[recover\]'"):
+        recover()
+
+
+def test_output_that_exists_and_a_full_disk(recover, tmp_path, monkeypatch):
+    (tmp_path / "recovered").mkdir()
+    (tmp_path / "recovered" / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputError, match="exists"):
+        recover()
+    with pytest.raises(OutputError, match="holds no model"):
+        recover(overwrite=True)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with pytest.raises(OutputError, match="GB free"):
+        recover("elsewhere")
+
+
+def test_the_command_prints_losses_and_where_it_wrote(slim_folder, text_file, tmp_path):
+    small = ["--max-length", 24, "--batch-size", 8, "--max-steps", 3, "--device", "cpu", "--evaluations", 1]
+    result = command("recover", slim_folder, tmp_path / "out", "--data", text_file, "--data", text_file, *small)
+    assert result.exit_code == 0, result.output
+    assert "held-out loss" in result.output
+    assert "step 3/3" in result.output
+    values = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    assert values["data"]["sources"] == [str(text_file)] * 2
+    assert (tmp_path / "out" / "recovery.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_two_processes_end_where_one_does(recover, slim_folder, dense_folder, text_file, tmp_path):
+    """About a minute: torchrun with Gloo; sums in another order, so equal only to rounding."""
+    one = recover("one", method="distill", teacher=str(dense_folder), micro_batch=4)
+    words = ["recover", slim_folder, tmp_path / "two", "--data", text_file, "--method", "distill", "--teacher",
+             dense_folder, "--max-steps", 6, "--max-length", 24, "--batch-size", 8, "--micro-batch", 4,
+             "--device", "cpu", "--no-bf16", "--evaluations", 2]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "slimgpt"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *map(str, words)], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    for name, tensor in weights(one.folder).items():
+        torch.testing.assert_close(tensor, weights(tmp_path / "two")[name], rtol=0, atol=1e-3)
