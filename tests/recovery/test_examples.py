@@ -107,16 +107,15 @@ def test_padding_is_masked_and_not_learned(tokenizer):
 
 
 def test_sources_give_equal_shares_and_the_seed_decides(tokenizer, text_file, tmp_path):
-    other = tmp_path / "other.jsonl"
-    other.write_text("".join(json.dumps({"instruction": "the ", "output": "heads" * 3}) + "\n" for _ in range(50)))
+    other = tmp_path / "other.txt"
+    other.write_text("the heads " * 500)
     sources = [str(text_file), str(other)]
     data = collect(tokenizer, sources, 24, held_out=4, needed=20)
-    full = sum(len(e.ids) == 24 and e.predicted == 23 for e in data.training)
-    assert (len(data.training), len(data.held_out), full) == (20, 2, 10)
+    from_other = sum("heads the heads the" in tokenizer.decode(e.ids) for e in data.training)
+    assert (len(data.training), len(data.held_out), from_other) == (20, 4, 10)
     assert collect(tokenizer, sources, 24, 4, 20).digest() == data.digest()
     assert collect(tokenizer, sources, 24, 4, 20, seed=1).digest() != data.digest()
-    held = {tuple(e.ids.tolist()) for e in data.held_out if len(e.ids) == 24 and e.predicted == 23}
-    assert not held & {tuple(e.ids.tolist()) for e in data.training}
+    assert tuple(data.held_out[0].ids.tolist()) not in {tuple(e.ids.tolist()) for e in data.training}
 
 
 def test_too_little_text_says_so(tokenizer, tmp_path):

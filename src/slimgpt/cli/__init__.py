@@ -19,7 +19,7 @@ from slimgpt.cli import (  # importing a module registers its commands
 )
 from slimgpt.cli.console import app
 
-__all__ = ["app", "demo", "evaluate", "export", "inspect", "main", "plan", "prune", "recover"]
+__all__ = ["app", "demo", "evaluate", "export", "inspect", "main", "plan", "prune", "recover", "reproduce"]
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,63 @@
+"""``slimgpt reproduce``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from slimgpt.cli.console import DeviceOption, app, bar, friendly, out, quiet
+
+DEFAULT_OUT = Path("slimgpt-reproduced")
+
+
+@app.command()
+@friendly
+def reproduce(
+    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of one in recipes/, such as llama-7b.")],
+    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="For tables and finished rows.")] = DEFAULT_OUT,
+    tiny: Annotated[bool, typer.Option("--tiny", help="The small variant, on SmolLM2: does it run here?")] = False,
+    model: Annotated[str | None, typer.Option(help="Another model for all rows, such as a local copy.")] = None,
+    device: DeviceOption = "auto",
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Files with the rows of the tasks, in place of the hub.")
+    ] = None,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the models below DIR.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished rows again.")] = False,
+) -> None:
+    """Measure a table of the paper, row by row, beside what the paper states.
+
+    A run that was stopped goes on where it was: the same command again.
+    """
+    from slimgpt.reproducing import reproduce as run
+    from slimgpt.reproducing.table import cells
+
+    quiet()
+    with bar("rows") as (progress, task):
+
+        def on_row(number: int, total: int, text: str) -> None:
+            progress.update(task, completed=number, total=total, description=text)
+            if not out.is_terminal:
+                out.print(f"{number + 1}/{total} {text}", soft_wrap=True, highlight=False)
+
+        done, results = run(
+            recipe,
+            output,
+            tiny=tiny,
+            model=model,
+            device=device,
+            data_dir=data_dir,
+            keep_models=keep_models,
+            overwrite=overwrite,
+            on_row=on_row,
+        )
+        progress.update(task, completed=len(done.rows), total=len(done.rows), description="")
+    head, body = cells(results)
+    shown = Table(*head, title=done.title)
+    for line in body:
+        shown.add_row(*line)
+    out.print(shown)
+    name = f"{done.name}-tiny" if done.tiny else done.name
+    out.print(f"wrote {output / name}.md and {output / name}.json", soft_wrap=True, highlight=False)

@@ -1,0 +1,6 @@
+"""The paper's tables, row by row."""
+
+from slimgpt.reproducing.recipe import Evaluation, Recipe, Row, read_recipe
+from slimgpt.reproducing.run import Result, reproduce
+
+__all__ = ["Evaluation", "Recipe", "Result", "Row", "read_recipe", "reproduce"]

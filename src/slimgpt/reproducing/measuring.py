@@ -1,0 +1,90 @@
+"""The figures of one model, and what pruning took."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimgpt.api import evaluate
+from slimgpt.checkpoint import weight_bytes
+from slimgpt.checkpoint.saving import REPORT_FILE
+from slimgpt.evaluation import measure_speed, peak_memory
+from slimgpt.models import load
+from slimgpt.models.loading import as_device, locate
+from slimgpt.reproducing.recipe import Evaluation
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def measure_model(
+    model: str, what: Evaluation, device: str, dtype: str, data_dir: Path | None
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The figures of a model by column, and what lies behind them."""
+    figures: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    loaded, tokenizer = load(model, dtype, device)
+    figures["parameters"] = sum(parameter.numel() for parameter in loaded.parameters())
+    if "perplexity" in what.measure:
+        for text in what.texts:
+            for window in what.windows:
+                found = evaluate(loaded, tokenizer, text, window=window, max_tokens=what.max_tokens)
+                figures[perplexity_column(text, window)] = found.perplexity
+                details[perplexity_column(text, window)] = found.to_json()
+    if "tasks" in what.measure:
+        from slimgpt.evaluation.tasks import evaluate_tasks
+
+        scores = evaluate_tasks(
+            loaded, tokenizer, what.tasks, limit=what.limit, num_fewshot=what.num_fewshot, data_dir=data_dir
+        )
+        if scores.mean is not None:
+            figures[f"{what.tasks} (mean, %)"] = 100 * scores.mean
+        details[what.tasks] = scores.to_json()
+    if "speed" in what.measure:
+        speed = measure_speed([loaded], what.prompt, what.new_tokens)[0]
+        figures["prefill tokens/s"], figures["decode tokens/s"] = speed.prefill, speed.decode
+        figures["seconds per token"] = 1 / speed.decode
+        source = locate(model)
+        target = as_device(device)
+        if source.folder is not None and not source.gguf_file:
+            del loaded
+            own_code = (source.folder / REPORT_FILE).is_file()
+            figures["peak memory, GB"] = peak_memory(str(source.folder), own_code, str(target)) / 1e9
+            figures["weights, GB"] = weight_bytes(source.folder) / 1e9
+    return figures, details
+
+
+def perplexity_column(text: str, window: int) -> str:
+    """The name of a column: a perplexity means nothing without its window."""
+    return f"{Path(text).name} perplexity @{window}"
+
+
+@dataclass
+class Peak:
+    """The most memory that was in use; ``None`` where the system does not say."""
+
+    bytes: int | None = None
+
+
+@contextmanager
+def peak_of(device: torch.device) -> Iterator[Peak]:
+    """Watch the memory of a block: of the GPU, or of this process on Linux."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device)
+        return
+    resettable = False
+    with suppress(OSError):
+        CLEAR.write_text("5")  # forget the peak so far
+        resettable = True
+    yield peak
+    if resettable:
+        found = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())
+        peak.bytes = 1024 * int(found[1]) if found else None

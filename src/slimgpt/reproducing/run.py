@@ -1,0 +1,202 @@
+"""Work through a recipe row by row; finished rows are kept, so that a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from slimgpt.api import make_config, versions
+from slimgpt.errors import OutputError, UsageError
+from slimgpt.folders import prune_folder
+from slimgpt.models.loading import as_device, load_config, locate
+from slimgpt.pruning.journal import write_text
+from slimgpt.recovery import recover
+from slimgpt.recovery.run import make_recovery_config
+from slimgpt.reproducing.measuring import measure_model, peak_of
+from slimgpt.reproducing.recipe import Evaluation, Recipe, Row, read_recipe
+from slimgpt.reproducing.table import table
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+"""Where the recipes are in a clone of the repository."""
+
+TUNED = ", tuned"
+"""What the name of a row gets that was trained after pruning."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the finished table.
+
+    Args:
+        name: the row's, with :data:`TUNED` after training.
+        figures: by column.
+        paper: what the paper states, by column.
+        details: protocols and reports behind the figures.
+    """
+
+    name: str
+    figures: dict[str, float]
+    paper: dict[str, float]
+    details: dict[str, Any]
+
+
+def reproduce(
+    recipe: str | Path,
+    out: str | Path,
+    *,
+    tiny: bool = False,
+    model: str | None = None,
+    device: str = "auto",
+    data_dir: str | Path | None = None,
+    keep_models: bool = False,
+    overwrite: bool = False,
+    on_row: Callable[[int, int, str], None] | None = None,
+) -> tuple[Recipe, list[Result]]:
+    """Work through a recipe; the table is in ``out/NAME.md`` and ``out/NAME.json`` and grows row by row.
+
+    Args:
+        recipe: a TOML file, or the name of one in ``recipes/`` of the repository.
+        out: a folder, made if need be; rows that an earlier run of the same recipe finished there are not done again.
+        tiny: the small variant on the demo model.
+        model: another model for all rows, such as a local copy.
+        data_dir: files with the rows of the tasks, as for ``slimgpt evaluate``.
+        keep_models: keep the pruned and trained models below ``out/models``.
+        overwrite: do finished rows again.
+        on_row: called before a row with its number, the number of rows, and what is done with it.
+
+    Raises:
+        UsageError: a recipe that cannot be read or a value in it that is refused, before any row is begun.
+        SlimGPTError: whatever pruning, training or measuring raises; finished rows are kept.
+    """
+    file = find_recipe(recipe)
+    loaded = read_recipe(file, model, tiny)
+    _check(loaded)
+    folder = Path(out).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; give a folder")
+    work = folder / f"{loaded.name}-tiny" if tiny else folder / loaded.name
+    (work / "rows").mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    for number, row in enumerate(loaded.rows):
+        request = _request(loaded, row, device)
+        kept = work / "rows" / f"{slug(row.name)}.json"
+        found = None if overwrite else _finished(kept, request)
+        if found is None:
+            say = (lambda text, n=number: on_row(n, len(loaded.rows), text)) if on_row else str
+            found = _run_row(loaded, row, work / "models", device, data_dir, keep_models, say)
+            write_text(kept, json.dumps({"request": request, "results": [asdict(r) for r in found]}, indent=1))
+        results += found
+        values = {
+            "recipe": asdict(loaded),
+            "results": [asdict(result) for result in results],
+            "versions": versions(as_device(device)),
+        }
+        write_text(folder / f"{work.name}.json", json.dumps(values, indent=1))
+        write_text(folder / f"{work.name}.md", table(loaded, results))
+    if not keep_models:
+        shutil.rmtree(work / "models", ignore_errors=True)
+    return loaded, results
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    for file in (Path(recipe).expanduser(), RECIPES / f"{recipe}.toml"):
+        if file.is_file():
+            return file
+    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml"))) or "none here; give a file"
+    raise UsageError(f"no recipe '{recipe}'; there are {names}")
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuse what a row would be refused for, before the first one is begun."""
+    for row in recipe.rows:
+        if row.prune is not None:
+            make_config(**{key: value for key, value in row.prune.items() if key not in ("calibration", "memory")})
+        if row.recover is not None:
+            make_recovery_config(**{key: value for key, value in row.recover.items() if key not in ("data", "teacher")})
+    for model in {row.model for row in recipe.rows}:
+        load_config(locate(model))
+
+
+def _run_row(
+    recipe: Recipe,
+    row: Row,
+    models: Path,
+    device: str,
+    data_dir: str | Path | None,
+    keep_models: bool,
+    say: Callable[[str], object],
+) -> list[Result]:
+    where = Path(data_dir).expanduser() if data_dir is not None else None
+
+    def measured(model: str, suffix: str, what: Evaluation, more: dict[str, float], details: dict[str, Any]) -> Result:
+        say(f"{row.name}{suffix}: measuring")
+        figures, behind = measure_model(model, what, device, recipe.dtype, where)
+        paper = {
+            column.removesuffix(TUNED): value
+            for column, value in row.paper.items()
+            if column.endswith(TUNED) == bool(suffix)
+        }
+        return Result(row.name + suffix, {**figures, **more}, paper, {**details, **behind})
+
+    if row.prune is None:
+        return [measured(row.model, "", recipe.evaluation, {}, {})]
+    slim, tuned = models / slug(row.name), models / f"{slug(row.name)}-tuned"
+    say(f"{row.name}: pruning")
+    with peak_of(as_device(device)) as peak:
+        report = prune_folder(
+            row.model, slim, device=device, dtype=recipe.dtype, resume=True, **{"seed": 0, **row.prune}
+        )
+    cost = {"removed, %": 100 * report.plan.achieved}
+    if "cost" in recipe.evaluation.measure:
+        cost["pruning, s"] = report.seconds
+        cost |= {"pruning, peak GB": peak.bytes / 1e9} if peak.bytes is not None else {}
+    made = {"plan": report.plan.to_json(), "settings": asdict(report.settings)}
+    results = [measured(str(slim), "", recipe.evaluation, cost, made)]
+    if row.recover is not None:
+        say(f"{row.name}: training")
+        if not tuned.is_dir():
+            options = dict(row.recover)
+            if options.get("method") == "distill":
+                options.setdefault("teacher", row.model)
+            outcome = recover(slim, tuned, options.pop("data"), device=device, resume=True, **options)
+            training = outcome.to_json()
+        else:
+            training = json.loads((tuned / "recovery.json").read_text(encoding="utf-8"))
+        what = replace(recipe.evaluation, measure=tuple(m for m in recipe.evaluation.measure if m != "cost"))
+        results.append(measured(str(tuned), TUNED, what, {"removed, %": cost["removed, %"]}, {"recovery": training}))
+    if not keep_models:
+        shutil.rmtree(slim, ignore_errors=True)
+        shutil.rmtree(tuned, ignore_errors=True)
+    return results
+
+
+def _finished(file: Path, request: str) -> list[Result] | None:
+    """What an earlier run found for a row, if it was asked for the same."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return [Result(**result) for result in values["results"]] if values["request"] == request else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _request(recipe: Recipe, row: Row, device: str) -> str:
+    """A digest of everything that decides a row's figures."""
+    found = versions(as_device(device))
+    values = [asdict(row), asdict(recipe.evaluation), recipe.dtype, found["slimgpt"], found["device"]]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def slug(name: str) -> str:
+    """A row's name as a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("%", "pct")).strip("-")
