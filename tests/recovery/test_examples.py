@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slimgpt.calibration import Instruction, read_documents, sample_windows
-from slimgpt.errors import CalibrationError
+from slimgpt.errors import CalibrationError, UsageError
 from slimgpt.recovery.examples import IGNORED, collate, collect, encode, make_examples
 
 TEMPLATE = (
@@ -116,6 +116,15 @@ def test_sources_give_equal_shares_and_the_seed_decides(tokenizer, text_file, tm
     assert collect(tokenizer, sources, 24, 4, 20).digest() == data.digest()
     assert collect(tokenizer, sources, 24, 4, 20, seed=1).digest() != data.digest()
     assert tuple(data.held_out[0].ids.tolist()) not in {tuple(e.ids.tolist()) for e in data.training}
+
+
+def test_shares_divide_the_examples(tokenizer, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("the heads " * 500)
+    data = collect(tokenizer, [str(text_file), str(other)], 24, held_out=0, needed=20, shares=(4, 1))
+    assert sum("heads the heads the" in tokenizer.decode(e.ids) for e in data.training) == 4
+    with pytest.raises(UsageError, match="one for each source"):
+        collect(tokenizer, [str(text_file)], 24, 0, shares=(4, 1))
 
 
 def test_too_little_text_says_so(tokenizer, tmp_path):

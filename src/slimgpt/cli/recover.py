@@ -9,6 +9,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from slimgpt.cli.console import DeviceOption, DtypeOption, TrustOption, app, friendly, out, quiet
+from slimgpt.errors import UsageError
 
 if TYPE_CHECKING:
     from slimgpt.recovery import Recovery, Step
@@ -36,6 +37,10 @@ def recover(
     ] = "lora",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     max_steps: Annotated[int | None, typer.Option(help="End after so many updates.")] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(help="Examples from each source then, in proportion: 4,1.", show_default="the same from each"),
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="At its highest.", show_default="1e-4 for adapters, 5e-4 for weights")
     ] = None,
@@ -131,6 +136,7 @@ def recover(
             method=method,
             epochs=epochs,
             max_steps=max_steps,
+            shares=_numbers(shares),
             learning_rate=learning_rate,
             schedule=schedule,
             warmup=warmup,
@@ -156,6 +162,13 @@ def recover(
             gradient_checkpointing=gradient_checkpointing,
         )
     _print(recovery)
+
+
+def _numbers(text: str | None) -> list[float] | None:
+    try:
+        return None if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"shares '{text}' is no list of numbers such as 4,1") from None
 
 
 def _losses(step: Step) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimgpt.calibration import Document, Instruction, leading_ids, read_documents, render, shuffled
-from slimgpt.errors import CalibrationError
+from slimgpt.errors import CalibrationError, UsageError
 
 IGNORED = -100
 """The label of a token that is not learned, as everywhere in transformers."""
@@ -66,17 +66,22 @@ def collect(
     needed: int | None = None,
     pack: bool = False,
     seed: int = 0,
+    shares: Sequence[float] | None = None,
 ) -> Data:
     """Examples from sources of text, shuffled by the seed.
 
     Args:
         held_out: examples to hold out, at most a tenth of all.
-        needed: training examples that will be used; ``None`` takes all there are. Where the sources have more, each
-            gives the same number.
+        needed: training examples that will be used; ``None`` takes all there are.
+        shares: how many of them the sources give, in proportion; by default each the same number. A source that has
+            fewer gives all it has.
 
     Raises:
+        UsageError: shares that do not fit the sources.
         CalibrationError: unreadable text, or none that gives an example.
     """
+    if shares is not None and (len(shares) != len(sources) or not all(share > 0 for share in shares)):
+        raise UsageError(f"shares {tuple(shares)} must be {len(sources)} numbers above 0, one for each source of data")
     limit = None if needed is None else needed + held_out
     per_source = []
     for source in sources:
@@ -85,7 +90,11 @@ def collect(
     for source, found in zip(sources, per_source):
         if not found:
             raise CalibrationError(f"'{source}' gives no example of {max_length} tokens: give more text")
-    in_turn = [example for row in zip_longest(*per_source) for example in row if example is not None]
+    weights = shares or [1.0] * len(sources)
+    # The n-th example of a source is due at n / its share; sorting merges the sources in proportion.
+    due = [((number + 1) / weight, place, e) for place, (weight, found) in enumerate(zip(weights, per_source))
+           for number, e in enumerate(found)]  # fmt: skip
+    in_turn = [example for *_, example in sorted(due, key=lambda item: item[:2])]
     if held_out and len(in_turn) < 2:
         raise CalibrationError(
             f"the data gives only one example of {max_length} tokens, so none can be held out: give more text, "

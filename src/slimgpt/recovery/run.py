@@ -149,6 +149,8 @@ def make_recovery_config(**settings: Any) -> RecoverConfig:
         raise UsageError(
             f"recover has no setting '{unknown[0]}'; it has {', '.join(RecoverConfig.__dataclass_fields__)}"
         )
+    if settings.get("shares") is not None:
+        settings["shares"] = tuple(settings["shares"])
     return RecoverConfig(**settings)
 
 
@@ -190,7 +192,9 @@ def _check(
         check_output(output, overwrite, parameters * ((model_config.dtype or torch.float32).itemsize + states_take))
     tokenizer = load_tokenizer(source, trust_remote_code)
     needed = needed_examples(config)
-    examples = collect(tokenizer, sources, config.max_length, config.held_out, needed, config.pack, config.seed)
+    examples = collect(
+        tokenizer, sources, config.max_length, config.held_out, needed, config.pack, config.seed, config.shares
+    )
     return _Checked(
         source, output, model_config, tokenizer, report, config, sources, examples, found, target, dtype,
         trust_remote_code,

@@ -32,8 +32,8 @@ class RecoverConfig:
     Args:
         method: a key of :data:`METHODS`.
         epochs: passes over the data.
-        max_steps: end after so many updates; no more of the data is read than they need, an equal number of examples
-            from every source.
+        max_steps: end after so many updates; no more of the data is read than they need.
+        shares: how many examples the sources give then, in proportion; ``None``: each the same number.
         learning_rate: at its highest; ``None`` means the method's own.
         schedule: how it falls: ``cosine``, ``linear`` or ``constant``.
         warmup: the share of the steps over which it rises.
@@ -65,6 +65,7 @@ class RecoverConfig:
     method: str = "lora"
     epochs: float = 1.0
     max_steps: int | None = None
+    shares: tuple[float, ...] | None = None
     learning_rate: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.05
