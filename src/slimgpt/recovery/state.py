@@ -96,6 +96,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any,
     scheduler.base_lrs = [learning_rate for _ in scheduler.base_lrs]
     for group, factor in zip(optimizer.param_groups, _factors(scheduler)):
         group["initial_lr"], group["lr"] = learning_rate, learning_rate * factor
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def load_generators(path: Path) -> None:
