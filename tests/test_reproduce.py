@@ -48,7 +48,7 @@ TINY = """
 title = "A table"
 model = "somewhere/far-away"
 prune = {{ method = "paper", calibration = "{text}", num_samples = 4, seq_len = 24 }}
-recover = {{ data = "{text}", max_steps = 2, batch_size = 2, micro_batch = 2, max_length = 24, held_out = 2 }}
+recover = {{ data = "{text}", max_steps = 4, batch_size = 2, micro_batch = 2, max_length = 24, learning_rate = 5e-3 }}
 [evaluation]
 measure = ["perplexity", "cost"]
 texts = ["{text}"]
@@ -122,7 +122,7 @@ def test_finished_rows_are_kept(recipe, dense_folder, tmp_path):
         ("ratio = 0.3", "rato = 0.3", "unknown key 'rato'"),
         ("ratio = 0.3", "ratio = 0.3, damping = -1.0", "must be 0 or more"),
         ('method = "paper"', 'method = "best"', "method 'best' is unknown"),
-        ("max_steps = 2", "max_steps = 0", "max_steps is 0"),
+        ("max_steps = 4", "max_steps = 0", "max_steps is 0"),
         ('"cost"', '"costs"', "measure 'costs' is unknown"),
         ('name = "30%"', 'name = "dense"', "two rows of the same name"),
         ("[evaluation]", "[evaluation", "cannot read the recipe"),

@@ -16,6 +16,7 @@ from slimgpt.cli import (  # importing a module registers its commands
     plan,
     prune,
     recover,
+    reproduce,
 )
 from slimgpt.cli.console import app
 

@@ -113,7 +113,7 @@ class RecoveryTrainer(Trainer):
             max_steps=steps,
             learning_rate=config.peak_learning_rate,
             lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
-            warmup_steps=math.ceil(config.warmup * steps),
+            warmup_steps=int(config.warmup * steps),
             weight_decay=config.weight_decay,
             adam_beta2=0.95,
             max_grad_norm=MAX_GRADIENT_NORM,
