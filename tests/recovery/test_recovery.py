@@ -194,6 +194,12 @@ def test_early_stop_keeps_the_best_weights(recover, monkeypatch):
     assert dict(stopped.curve.held_out) == {0: 5.0, 1: 4.0, 2: 3.0, 3: 6.0, 4: 3.5}
     assert (stopped.curve.kept, stopped.curve.steps) == (2, 6)
     script(5.0, 4.0, 3.0, 6.0, 3.5, 7.0, 7.0)
+    with monkeypatch.context() as killed:
+        killed.setattr("slimgpt.recovery.run.save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            recover("killed", patience=2, **settings)
+    assert recover("killed", patience=2, resume=True, **settings).curve == stopped.curve
+    script(5.0, 4.0, 3.0, 6.0, 3.5, 7.0, 7.0)
     patient = recover("patient", patience=0, **settings)
     assert len(patient.curve.held_out) == 7
     script(7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0)

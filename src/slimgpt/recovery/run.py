@@ -31,6 +31,7 @@ from slimgpt.models.loading import (
 )
 from slimgpt.models.shape import describe
 from slimgpt.models.weights import check_finite, fingerprint
+from slimgpt.preparing import stored_dtype
 from slimgpt.pruning import PruneReport
 from slimgpt.pruning.ranks import Ranks, join, local_device, rank_of_environment
 from slimgpt.recovery.curve import Curve, write_curve
@@ -38,7 +39,14 @@ from slimgpt.recovery.examples import Data, collect
 from slimgpt.recovery.settings import RecoverConfig
 from slimgpt.recovery.state import STATE, load_weights, states
 from slimgpt.recovery.teacher import TeacherCache
-from slimgpt.recovery.trainer import OnStep, RecoveryTrainer, needed_examples, prepared_model, total_steps
+from slimgpt.recovery.trainer import (
+    OnStep,
+    RecoveryTrainer,
+    hopeless,
+    needed_examples,
+    prepared_model,
+    total_steps,
+)
 from slimgpt.recovery.workspace import Workspace
 
 OnTeacher = Callable[[int, int], None]
@@ -187,9 +195,10 @@ def _check(
     report = read_report(source)
     found = _find_teacher(teacher, report, model_config, config, trust_remote_code) if config.teacher else None
     if rank_of_environment() == 0:
+        stored = stored_dtype(source, model_config, "auto")
         # The result, and two states of what is trained with two moments each in fp32.
         states_take = 0 if config.adapters else 2 * 3 * 4
-        check_output(output, overwrite, parameters * ((model_config.dtype or torch.float32).itemsize + states_take))
+        check_output(output, overwrite, parameters * (stored.itemsize + states_take))
     tokenizer = load_tokenizer(source, trust_remote_code)
     needed = needed_examples(config)
     examples = collect(
@@ -262,12 +271,13 @@ def _run(
     start = time.perf_counter()
     dtype = c.dtype if c.dtype != "auto" or config.adapters else "float32"
     model = load_model(c.source, c.model_config, dtype, c.device, c.trust_remote_code)
-    stored = c.model_config.dtype or torch.float32
+    stored = stored_dtype(c.source, c.model_config, "auto")
     set_seed(config.seed)  # adapters begin with random numbers
     trained = prepared_model(model, config)
+    pad_id: Any = c.tokenizer.pad_token_id or 0
     trainer = RecoveryTrainer(
         trained, config, c.data.training, c.data.held_out, cache, work.folder / "states",
-        c.tokenizer.pad_token_id or 0, bf16, c.device, ranks.world, on_step,
+        pad_id, bf16, c.device, ranks.world, on_step,
     )  # fmt: skip
     try:
         curve = _train(trainer)
@@ -303,17 +313,17 @@ def _train(trainer: RecoveryTrainer) -> Curve:
     finished = False
     if kept:
         before = trainer.state.load_from_json(str(kept[-1] / STATE))
-        stopped = before.stateful_callbacks.get("TrainerControl", {}).get("args", {}).get("should_training_stop")
-        finished = before.global_step >= trainer.args.max_steps or bool(stopped)
+        stopped = hopeless(before.log_history, trainer.config.patience)
+        finished = stopped or before.global_step >= trainer.args.max_steps
         if finished:
             trainer.state = before
-            load_weights(kept[-1], trainer.model)
+            load_weights(kept[-1], trainer.learner)
     if not finished:
         trainer.args.eval_on_start = not kept and bool(trainer.held_out)
         trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
     best = trainer.best_step
     if best != trainer.state.global_step:
-        load_weights(trainer.folder / f"step-{best:08d}", trainer.model)
+        load_weights(trainer.folder / f"step-{best:08d}", trainer.learner)
     return Curve.from_history(trainer.state.log_history, trainer.args.max_steps, best)
 
 

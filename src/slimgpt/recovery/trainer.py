@@ -71,6 +71,12 @@ def latest(history: Sequence[dict[str, Any]]) -> tuple[float | None, float | Non
     )
 
 
+def hopeless(history: Sequence[dict[str, Any]], patience: int) -> bool:
+    """Whether the held-out loss has not fallen for ``patience`` evaluations; never for a patience of 0."""
+    losses = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
+    return bool(losses and patience) and len(losses) - 1 - losses.index(min(losses)) >= patience
+
+
 class RecoveryTrainer(Trainer):
     """Trains a slim model on examples; see :class:`RecoverConfig` for what it minimises.
 
@@ -100,7 +106,7 @@ class RecoveryTrainer(Trainer):
         world: int = 1,
         on_step: OnStep | None = None,
     ):
-        self.config, self.cache, self.folder = config, cache, folder
+        self.learner, self.config, self.cache, self.folder = model, config, cache, folder
         self.training, self.held_out, self.pad_id = training, held_out, pad_id
         accumulate = config.batch_size // (config.micro_batch * world)
         steps = total_steps(config, len(training))
@@ -184,7 +190,7 @@ class RecoveryTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean cross-entropy of the held-out tokens; every process takes a share of the examples."""
-        self.model.eval()
+        self.learner.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         mine = self.held_out[self.args.process_index :: self.args.world_size]
         with self.compute_loss_context_manager():
@@ -192,27 +198,23 @@ class RecoveryTrainer(Trainer):
                 batch = collate(mine[start : start + self.config.micro_batch], self.pad_id)
                 batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
                 labels = batch.pop("labels")
-                logits, tokens = predicted(self.model(**batch, use_cache=False).logits, labels)
+                logits, tokens = predicted(self.learner(**batch, use_cache=False).logits, labels)
                 sums += torch.tensor([float(text_loss(logits, tokens)), len(tokens)], device=sums.device)
-        self.model.train()
+        self.learner.train()
         total, count = self.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
         metrics = {"held_out_loss": total / max(count, 1)}
         if count:
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            if self.config.patience and self._since_best() >= self.config.patience:
+            if hopeless(self.state.log_history, self.config.patience):
                 self.control.should_training_stop = True
         return metrics
-
-    def _since_best(self) -> int:
-        """Evaluations since the lowest held-out loss."""
-        losses = [entry["held_out_loss"] for entry in self.state.log_history if "held_out_loss" in entry]
-        return len(losses) - 1 - min(range(len(losses)), key=losses.__getitem__)
 
     @property
     def best_step(self) -> int:
         """The step with the lowest held-out loss, whose state is kept; the last one where nothing is held out."""
-        losses = {e["step"]: e["held_out_loss"] for e in self.state.log_history if "held_out_loss" in e and e["step"]}
+        history = self.state.log_history
+        losses = {int(e["step"]): e["held_out_loss"] for e in history if "held_out_loss" in e and e["step"]}
         return min(losses, key=losses.__getitem__) if losses else self.state.global_step
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -220,7 +222,7 @@ class RecoveryTrainer(Trainer):
 
         Gradients are summed over all processes before this, so all of them see it.
         """
-        norm = super()._clip_grad_norm(model)
+        norm: Any = super()._clip_grad_norm(model)
         if not math.isfinite(float(norm)):
             self._save_checkpoint(model, None)
             done = self.state.global_step
@@ -232,16 +234,18 @@ class RecoveryTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
         if self.args.should_save:
-            states.write_state(self.folder, self.model, self.optimizer, self.lr_scheduler, self.state)
+            optimizer: Any = self.optimizer
+            states.write_state(self.folder, self.learner, optimizer, self.lr_scheduler, self.state)
             states.keep_only(self.folder, {self.state.global_step, self.best_step})
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        states.load_weights(Path(resume_from_checkpoint), model or self.model)
+        states.load_weights(Path(resume_from_checkpoint), model or self.learner)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            states.load_optimizer(Path(checkpoint), self.optimizer, self.lr_scheduler, self.config.peak_learning_rate)
+            optimizer: Any = self.optimizer
+            states.load_optimizer(Path(checkpoint), optimizer, self.lr_scheduler, self.config.peak_learning_rate)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
