@@ -12,7 +12,12 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
+from peers.flap import flap
+from peers.llm_pruner import llm_pruner
+from peers.obs import NAME as OBS
+from peers.obs import obs_uniform
 from peers.package import pruned
+from peers.shortgpt import shortgpt
 from peers.units import Job
 from slimgpt.solver import CRITERIA
 
@@ -47,8 +52,14 @@ METHODS |= {
     "wanda": Method(
         partial(pruned, method="wanda", schedule="uniform"), "Wanda, structured (arXiv 2306.11695)", repairable=True
     ),
+    "flap": Method(flap, "FLAP, global ranking and bias (arXiv 2312.11983)", repairable=True),
+    "llm-pruner": Method(
+        llm_pruner, "LLM-Pruner, first-order Taylor, layers 4-29 of 32 (arXiv 2305.11627)", repairable=True
+    ),
+    OBS: Method(obs_uniform, "exact OBS in equal layers, after ZipLM and OSSCAR (arXiv 2302.04089, 2403.12983)"),
+    "shortgpt": Method(shortgpt, "ShortGPT, whole layers by Block Influence (arXiv 2403.03853)"),
 }
 """Methods by name; every criterion of the package is one, so that a variant in research is a row too."""
 
-COMPARED = ("paper", "slimgpt", "magnitude", "wanda")
+COMPARED = ("paper", "slimgpt", "magnitude", "wanda", "flap", "llm-pruner", OBS, "shortgpt")
 """The methods of the main table, in its order."""

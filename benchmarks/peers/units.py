@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -72,31 +72,30 @@ def structures_of(model: PreTrainedModel, head_unit: str) -> dict[str, Structure
 
 
 @torch.no_grad()
-def output_inputs(
-    model: PreTrainedModel, job: Job, see: Callable[[int, str, Tensor], None], head_unit: str = "kv"
-) -> Iterator[int]:
-    """Run the dense model over the calibration tokens layer by layer and show every output matrix's inputs.
+def walk(
+    model: PreTrainedModel,
+    job: Job,
+    watch: Callable[[int, nn.Module], None] = quiet,
+    moved: Callable[[int, Tensor, Tensor], None] = quiet,
+) -> None:
+    """Run the dense model over the calibration tokens layer by layer, in the job's type.
 
     Args:
-        see: called with the layer, ``heads`` or ``channels``, and the inputs ``(batch, seq_len, n)`` in fp32.
-
-    Yields:
-        Every layer's index once it has seen all batches.
+        watch: called with a layer's index and the layer, a copy that may be given hooks, before it is run.
+        moved: called with the index and the hidden states before and after it, ``(batch, seq_len, hidden_size)``.
     """
-    layers, structures = decoder_layers(model), structures_of(model, head_unit)
-    dtype = getattr(torch, job.dtype)
+    layers, dtype = decoder_layers(model), getattr(torch, job.dtype)
     stream = capture(model, layers, job.windows, job.batch_size, Shelf("device", torch.device("cpu")), dtype)
     for index, layer in enumerate(layers):
         state = {name: tensor.to(dtype) for name, tensor in layer.state_dict().items()}
         running = rebuild_layer(layer, model.config.per_layer_config[index], index, state)
-        for name, structure in structures.items():
-            running.get_submodule(structure.output).register_forward_pre_hook(
-                lambda _, inputs, name=name, index=index: see(index, name, inputs[0].float())
-            )
+        watch(index, running)
         for number in range(len(stream)):
-            stream.hidden.put(number, run_layer(running, stream.hidden.get(number), stream.arguments[number][index]))
+            before = stream.hidden.get(number)
+            after = run_layer(running, before, stream.arguments[number][index])
+            moved(index, before, after)
+            stream.hidden.put(number, after)
         job.on_step(index + 1, len(layers))
-        yield index
 
 
 def cut(model: PreTrainedModel, kept: Kept, head_unit: str, job: Job) -> None:
