@@ -20,7 +20,7 @@ from peers.units import CHANNELS, HEADS, Job, Kept, cut, decoder_layers, structu
 from slimgpt.models.architectures import Structure
 from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.models.shape import describe
-from slimgpt.models.slicing import unit_rows
+from slimgpt.models.slicing import output_matrix, unit_rows
 
 HEAD_UNIT = "kv"
 
@@ -54,7 +54,7 @@ def flap(model: PreTrainedModel, job: Job) -> None:
     moments = input_moments(model, job)
     structures, sizes = structures_of(model, HEAD_UNIT), layer_sizes(model.config)
     weights = [
-        {name: layer.state_dict()[f"{s.output}.weight"].double() for name, s in structures.items()}
+        {name: output_matrix(layer.state_dict(), s).double() for name, s in structures.items()}
         for layer in decoder_layers(model)
     ]
     scores = [

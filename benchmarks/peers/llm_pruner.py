@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peers.units import HEADS, Job, Kept, cut, decoder_layers, structures_of
-from slimgpt.models.architectures import Structure
+from slimgpt.models.architectures import Fused, Structure
 from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.models.shape import describe
+from slimgpt.models.slicing import output_matrix
 from slimgpt.planning.plan import make_plan
 
 HEAD_UNIT = "kv"
@@ -58,10 +59,13 @@ def weight_gradients(model: PreTrainedModel, samples: Tensor) -> list[dict[str, 
         samples: ``(samples, tokens)`` long.
     """
     layers = decoder_layers(model)
+    tied = {
+        f"{module}.weight" for structure in structures_of(model, HEAD_UNIT).values() for module in structure.modules
+    }
     model.requires_grad_(False)
     for layer in layers:
         for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(name.endswith("_proj.weight"))
+            parameter.requires_grad_(name in tied)
     with torch.enable_grad():
         model(input_ids=samples, labels=samples, use_cache=False).loss.backward()
     gradients = []
@@ -79,15 +83,13 @@ def unit_importance(salience: dict[str, Tensor], structure: Structure, units: in
     Args:
         salience: by parameter name of the layer, shaped as the parameter.
     """
-    total = salience[f"{structure.output}.weight"].sum(0).view(units, -1).sum(1)  # columns of the output matrix
+    total = output_matrix(salience, structure).sum(0).view(units, -1).sum(1)
     for item in structure.inputs:
-        if isinstance(item, str):
-            pieces = [salience[f"{item}.weight"]]
-        else:
-            weight = salience[f"{item.module}.weight"]
-            lengths = [sizes[field] for field in item.parts]
-            pieces = list(weight.split([len(weight) * length // sum(lengths) for length in lengths]))
-            pieces = [pieces[i] for i in item.sliced]
-        for piece in pieces:
-            total = total + piece.sum(1).view(units, -1).sum(1)
+        fused = Fused(item, (structure.sizes[0],), (0,)) if isinstance(item, str) else item
+        weight = salience[f"{fused.module}.weight"]
+        rows = weight.sum(0 if structure.transposed else 1).view(fused.block_count(sizes), -1)
+        shares = [sizes[part] for part in fused.parts]
+        pieces = rows.split([rows.shape[1] * share // sum(shares) for share in shares], dim=1)
+        for i in fused.sliced:
+            total = total + pieces[i].reshape(units, -1).sum(1)
     return total

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.models.architectures import Structure
-from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer, with_sizes
+from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
 from slimgpt.models.shape import count, describe
-from slimgpt.models.slicing import slice_state, unit_rows
+from slimgpt.models.slicing import output_matrix, slice_state, unit_rows
 from slimgpt.models.stock import apply_sizes
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.pruning import Placement, Run, prune_model
@@ -68,7 +68,7 @@ def decoder_parameters(model: PreTrainedModel) -> int:
 def structures_of(model: PreTrainedModel, head_unit: str) -> dict[str, Structure]:
     """What is removed, in forward order."""
     architecture = architecture_of(model.config, model)
-    return {HEADS: architecture.heads(head_unit), CHANNELS: architecture.ffn}
+    return {structure.name: structure for structure in architecture.chosen(head_unit)}
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def walk(
     stream = capture(model, layers, job.windows, job.batch_size, Shelf("device", torch.device("cpu")), dtype)
     for index, layer in enumerate(layers):
         state = {name: tensor.to(dtype) for name, tensor in layer.state_dict().items()}
-        running = rebuild_layer(layer, model.config.per_layer_config[index], index, state)
+        running = rebuild_layer(layer, model.config, index, state)
         watch(index, running)
         for number in range(len(stream)):
             before = stream.hidden.get(number)
@@ -105,15 +105,14 @@ def cut(model: PreTrainedModel, kept: Kept, head_unit: str, job: Job) -> None:
         return
     architecture, layers = architecture_of(model.config, model), decoder_layers(model)
     structures, sizes = structures_of(model, head_unit), layer_sizes(model.config)
-    configs = list(model.config.per_layer_config)
     for index, layer in enumerate(layers):
         state, widths = layer.state_dict(), sizes[index]
         for name, structure in structures.items():
-            W, units = state[f"{structure.output}.weight"], structure.units(widths)
-            columns = unit_rows(W.shape[1], units, kept[index][name])
+            W = output_matrix(state, structure)
+            columns = unit_rows(W.shape[1], structure.units(widths), kept[index][name])
             state = slice_state(state, structure, widths, kept[index][name], W[:, columns].contiguous())
             widths = structure.shrink(widths, len(kept[index][name]))
-        layers[index] = rebuild_layer(layer, with_sizes(configs[index], widths), index, state)
+        layers[index] = rebuild_layer(layer, model.config, index, state, widths)
         sizes[index] = widths
     apply_sizes(model, architecture, sizes)
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimgpt.api import versions
 from slimgpt.calibration import digest
 from slimgpt.evaluation import perplexity
+from slimgpt.evaluation.tasks import evaluate_tasks
 from slimgpt.models.heterogeneous import layer_sizes
 from yardstick.models import bring, run_in
 from yardstick.rows import DENSE, Result, Row, Store
@@ -205,7 +206,18 @@ class Bench:
         return {"value": value, "settings": settings, "seconds": time.perf_counter() - start, **detail}
 
     def _tasks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, Any]:
-        raise NotImplementedError
+        def on_start(requests: int) -> Callable[[int], None]:
+            done = 0
+
+            def answer(count: int) -> None:
+                nonlocal done
+                done += count
+                self.say(TASKS, done, requests)
+
+            return answer
+
+        found = evaluate_tasks(model, tokenizer, limit=limit, data_dir=self.texts.folder, on_start=on_start)
+        return found.to_json()
 
     def _calibration(self, row: Row) -> dict[str, Any]:
         known = {name: getattr(self.settings, name) for name in CALIBRATION}

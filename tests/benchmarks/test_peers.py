@@ -178,10 +178,10 @@ def test_llm_pruner_importance_is_the_first_order_change_of_the_loss():
     for structure, unit in ((structures_of(model, "kv")[HEADS], 1), (structures_of(model, "kv")[CHANNELS], 17)):
         found = unit_importance(signed, structure, structure.units(sizes), sizes)[unit]
         expected = central_difference(lambda s, t=structure, u=unit: loss_with_scaled_unit(model, ids, t, u, s))
-        assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-9)
+        assert float(found) == pytest.approx(expected, rel=1e-3)  # norms run in fp32
 
 
-def central_difference(function: Callable[[float], float], step: float = 1e-4) -> float:
+def central_difference(function: Callable[[float], float], step: float = 1e-3) -> float:
     return (function(1 + step) - function(1 - step)) / (2 * step)
 
 
@@ -199,7 +199,8 @@ def loss_with_scaled_unit(model: PreTrainedModel, ids: Tensor, structure, unit: 
             layer.self_attn.qkv_proj.weight[unit * 16 : unit * 16 + 16] *= scale
             for start in (48, 72):
                 layer.self_attn.qkv_proj.weight[start + unit * 8 : start + unit * 8 + 8] *= scale
-        return float(scaled(input_ids=ids, labels=ids, use_cache=False).loss)
+        logits = scaled(input_ids=ids, use_cache=False).logits  # transformers' own loss is rounded to fp32
+        return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
 
 def test_llm_pruner_leaves_the_first_and_last_layers_whole():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from yardstick.texts import Texts
 
 import slimgpt
 from slimgpt.errors import CalibrationError, PlanError
+from slimgpt.evaluation.tasks import TaskScores
 from tests.families import tiny_model, windows
 
 TINY = (("wikitext2", 8), ("wikitext2", 16), ("c4", 16))
@@ -113,7 +116,7 @@ def test_a_row_measures_what_the_package_measures(bench, data_folder, dense_fold
 def test_longer_texts_are_measured_again_and_other_calibration_is_another_row(bench):
     row = Row("gemma3", "magnitude", 0.3)
     bench.work_out(row)
-    longer = Bench(bench.texts, bench.store, Settings(**{**vars(bench.settings), "max_tokens": 320}))
+    longer = Bench(bench.texts, bench.store, replace(bench.settings, max_tokens=320))
     assert len(longer.missing(row)) == 3
     changed = Row("gemma3", "magnitude", 0.3, changes=(("num_samples", 3),))
     assert bench.store.file(row, bench.decisive(row)) != bench.store.file(changed, bench.decisive(changed))
@@ -124,7 +127,7 @@ def test_longer_texts_are_measured_again_and_other_calibration_is_another_row(be
 def test_validation_is_measured_beside_the_test_texts(bench):
     row = Row("gemma3", DENSE, 0.0)
     bench.work_out(row)
-    validation = Bench(bench.texts, bench.store, Settings(**{**vars(bench.settings), "validation": True}))
+    validation = Bench(bench.texts, bench.store, replace(bench.settings, validation=True))
     result = validation.work_out(row)
     assert set(result.measures) == {f"{t}{v}@{w}" for t, w in TINY for v in ("", "-validation")}
     assert result.value("wikitext2@16") != result.value("wikitext2-validation@16")
@@ -142,6 +145,25 @@ def test_the_model_writes_its_own_calibration_text_once(bench):
     again = Bench(bench.texts, bench.store, bench.settings)
     assert torch.equal(again.windows(row), first)
     assert len(set(map(tuple, first.tolist()))) == 5
+
+
+def test_the_mean_of_the_tasks_can_be_added_to_a_finished_row(bench, monkeypatch):
+    row = Row("gemma3", DENSE, 0.0)
+    before = bench.work_out(row).value("c4@16")
+    asked: dict[str, Any] = {}
+
+    def tasks(*_, limit, data_dir, on_start):
+        asked.update(limit=limit, data_dir=data_dir)
+        on_start(3)(3)
+        return TaskScores({"boolq": {"acc": 0.5}}, 0.5, 0.5, {"limit": limit}, {})
+
+    monkeypatch.setattr(yardstick_run, "evaluate_tasks", tasks)
+    more = Bench(bench.texts, bench.store, replace(bench.settings, tasks=7))
+    assert more.missing(row) == ["tasks"]
+    result = more.work_out(row)
+    assert (result.value("tasks"), result.value("c4@16")) == (0.5, before)
+    assert asked == {"limit": 7, "data_dir": bench.texts.folder}
+    assert more.missing(row) == []
 
 
 def known(model: str, method: str, ratio: float, value: float, repair: bool = False) -> tuple[Row, Result]:
