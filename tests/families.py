@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from slimgpt.models import ARCHITECTURES
 
 LAYERS, VOCABULARY = 4, 97
 
@@ -48,14 +50,17 @@ OWN: dict[str, dict[str, Any]] = {
     "vaultgemma": {"sliding_window": 5, "layer_types": ALTERNATING, "query_pre_attn_scalar": 10},
     "cwm": {"sliding_window": 5, "layer_types": ALTERNATING, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
     "helium": {"head_dim": 8},
-    "cohere": {"use_qk_norm": True, "attention_bias": True},
+    "cohere": {"attention_bias": True},
+    "cohere/qk-norm": {"use_qk_norm": True},
     "cohere2": {"sliding_window": 5, "layer_types": ALTERNATING},
     "arcee": {"attention_bias": True, "mlp_bias": True},
     "apertus": {"attention_bias": True},
     "starcoder2": {"use_bias": True, "sliding_window": 6},
     "granite_swa": {"sliding_window": 5, "layer_types": ALTERNATING},
-    "phi": {"qk_layernorm": True},
-    "stablelm": {**FILLED, "num_key_value_heads": 3, "use_qkv_bias": True, "use_parallel_residual": True},
+    "gptj/default-width": {**FILLED, "rotary_dim": 4, "tie_word_embeddings": False},
+    "phi/qk-norm": {"qk_layernorm": True, "head_dim": None},
+    "stablelm": {"head_dim": None, "use_qkv_bias": True, "use_parallel_residual": True},
+    "stablelm/qk-norm": {"head_dim": None, "qk_layernorm": True},
     "persimmon": FILLED,
     "gpt_neox": {**FILLED, "rotary_pct": 0.5},
     "gptj": {**FILLED, "n_inner": 52, "rotary_dim": 4},
@@ -63,7 +68,11 @@ OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {**FILLED, "attention_types": [[["global", "local"], 2]], "window_size": 5, "num_layers": 4},
     "gpt2": {**FILLED, "n_inner": 52, "scale_attn_by_inverse_layer_idx": True},
     "gpt_bigcode": {**FILLED, "n_inner": 52},
+    "gpt_bigcode/multi-head": {**FILLED, "n_inner": 52, "multi_query": False},
     "falcon": {**FILLED, "ffn_hidden_size": 52, "new_decoder_architecture": True, "num_kv_heads": 3, "bias": True},
+    "falcon/multi-query": {**FILLED, "ffn_hidden_size": 52, "multi_query": True},
+    "falcon/multi-head": {**FILLED, "ffn_hidden_size": 52, "multi_query": False, "parallel_attn": False},
+    "falcon/alibi": {**FILLED, "ffn_hidden_size": 52, "multi_query": False, "alibi": True},
     "bloom": FILLED,
     "mpt": {**FILLED, "expansion_ratio": 2, "max_seq_len": 64},
     "opt": {**FILLED, "ffn_dim": 52, "word_embed_proj_dim": 40},
@@ -73,12 +82,34 @@ OWN: dict[str, dict[str, Any]] = {
 """What differs from :data:`COMMON` in a family's tiny model; ``None`` leaves a field out."""
 
 
-def tiny_model(model_type: str, **changes: Any) -> PreTrainedModel:
-    """A random model in fp32, every parameter drawn, norms and biases too."""
-    wanted = {**COMMON, **OWN.get(model_type, {}), **changes}
+CORE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "smollm3", "phi3")
+"""Families that every format and engine is tried with."""
+
+REPRESENTATIVE = (
+    "llama", "qwen2", "gemma3_text", "phi3", "olmo2", "granite_swa", "gpt2", "opt", "gpt_neox", "falcon/multi-query",
+)  # fmt: skip
+"""One or two of every layout; the default run has these, `pytest -m families` all."""
+
+NAMES = [*ARCHITECTURES, *(name for name in OWN if "/" in name)]
+"""Every family, and the variants of layout that a flag of its config chooses."""
+
+
+def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:
+    """The config of a tiny model.
+
+    Args:
+        name: a family, or a key of :data:`OWN`: a family and a variant of its layout.
+        changes: fields that differ; ``None`` leaves one out.
+    """
+    wanted = {**COMMON, **OWN.get(name, {}), **changes}
     values = {key: value for key, value in wanted.items() if value is not None}
     values = {**dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")), **values}
-    config = AutoConfig.for_model(model_type, **values)
+    return AutoConfig.for_model(name.partition("/")[0], **values)
+
+
+def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
+    """A random model in fp32, every parameter drawn, norms and biases too; arguments as :func:`tiny_config`."""
+    config = tiny_config(name, **changes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(1)

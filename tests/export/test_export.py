@@ -23,7 +23,7 @@ from slimgpt.exporting.folders import ffn_mult
 from slimgpt.exporting.gguf_format import interleave, rope_factors
 from slimgpt.exporting.gguf_tokenizer import pre_tokenizer
 from slimgpt.exporting.source import open_folder
-from tests.families import OWN, tiny_model, windows
+from tests.families import CORE, tiny_model, windows
 
 IDS = windows(2, 32)  # 64 tokens: activation functions take whole vectors at any width, which keeps the last bit
 OPTIONS = {"ratio": 0.3, "device": "cpu", "calibration": windows()}
@@ -68,7 +68,7 @@ def logits(folder: Path, stock: bool = False) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("unit", ["kv", "query"])
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", CORE)
 def test_padded_is_equal_to_the_bit(family, unit, slim, tmp_path):
     # Phi-3 runs its activation row by row: only rows of whole pairs of vectors keep the last bit.
     wide = ({"intermediate_size": 160}, 32) if family == "phi3" else ({}, 1)
@@ -80,7 +80,7 @@ def test_padded_is_equal_to_the_bit(family, unit, slim, tmp_path):
     assert not list((tmp_path / "padded").glob("*.py"))
 
 
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", CORE)
 def test_uniform_is_a_stock_class_of_the_same_function(family, slim, tmp_path):
     folder = slim(family, uniform=True)
     report = slimgpt.export(folder, tmp_path / "stock", "hf-uniform")
@@ -289,7 +289,7 @@ def test_refused_before_any_work(family, changes, options, to, message, slim, tm
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("family", OWN)
+@pytest.mark.parametrize("family", CORE)
 def test_what_a_plan_says_of_a_form_is_what_export_does(family, uniform, slim, tmp_path):
     folder = slim(family, uniform=uniform)
     exported = open_folder(folder)

@@ -19,7 +19,7 @@ from slimgpt.models.stock import apply_sizes
 from slimgpt.planning import make_plan, parse_cache, parse_count, parse_size, profile_for, read_plan, to_toml, verdicts
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.planning.targets import CacheTarget, cache_bytes
-from tests.families import OWN, tiny_model, windows
+from tests.families import CORE, tiny_model, windows
 
 CONFIG = AutoConfig.for_model(
     "llama", hidden_size=96, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4, intermediate_size=256,
@@ -216,7 +216,7 @@ def test_a_plan_is_followed_to_the_letter(tmp_path):
 # Verdicts
 
 
-@pytest.mark.parametrize(("family", "uniform", "unit"), itertools.product(OWN, (False, True), ("kv", "query")))
+@pytest.mark.parametrize(("family", "uniform", "unit"), itertools.product(CORE, (False, True), ("kv", "query")))
 def test_a_verdict_on_transformers_is_what_loading_does(family, uniform, unit, tmp_path):
     model = tiny_model(family)
     try:

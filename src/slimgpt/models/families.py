@@ -110,6 +110,12 @@ def _stablelm(config: Any) -> Architecture:
     return replace(_SEPARATE, resized=True)
 
 
+def _phi(config: Any) -> Architecture:
+    # With norms of queries and keys it takes the head size as hidden_size / heads there.
+    structures = (*grouped("self_attn.dense", *_QKV), ffn("mlp.fc2", "mlp.fc1"))
+    return Architecture(structures, resized=config.qk_layernorm)
+
+
 def _mpt(config: Any) -> Architecture:
     return Architecture(
         (ffn("ffn.down_proj", "ffn.up_proj"),),
@@ -155,7 +161,7 @@ ARCHITECTURES: dict[str, Entry] = {
     "nanochat": Architecture((*_GQA, ffn("mlp.fc2", "mlp.fc1"))),
     "starcoder2": Architecture((*_GQA, ffn("mlp.c_proj", "mlp.c_fc"))),
     "granite_swa": Architecture((*grouped("self_attn.o_proj", *_QKV, along=("self_attn.sinks",)), _GATED)),
-    "phi": Architecture((*grouped("self_attn.dense", *_QKV), ffn("mlp.fc2", "mlp.fc1"))),
+    "phi": _phi,
     "stablelm": _stablelm,
     "persimmon": Architecture(
         (
