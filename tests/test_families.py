@@ -109,10 +109,17 @@ def test_replaying_the_layers_is_the_models_own_forward(name):
             torch.testing.assert_close(hidden[0], expected[number], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["float64", "float32"]
+)
 @pytest.mark.parametrize(("name", "unit"), UNITS)
 def test_slim_model_is_the_dense_one_with_pruned_columns_zeroed(name, unit, dtype, tolerance):
     model = tiny_model(name).to(dtype)
+    try:
+        model(IDS)
+    except RuntimeError as error:
+        assert dtype == torch.float64
+        pytest.skip(f"the class does not run in fp64: {error}")
     masked = copy.deepcopy(model)
     report = prune(model, head_unit=unit, ratio=ratio(name))
     assert [dict(s) for s in report.plan.layers] == layer_sizes(model.config)

@@ -27,6 +27,7 @@ from slimgpt.api import (
 from slimgpt.checkpoint import assemble, check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import NumericalError, RankError
+from slimgpt.models import adapters
 from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
 from slimgpt.models.loading import (
     DTYPES,
@@ -85,7 +86,7 @@ class _Layers:
 
 def open_model(p: Prepared) -> _Layers:
     """The model mapped from its files, or, where these need converting on the way in, loaded whole."""
-    folder = weights_folder(p.source)
+    folder = weights_folder(p.source) if p.source.adapter is None else None
     if folder is not None and (folder / "config.json").is_file():
         weights = WeightFiles(folder)
         if misfit(empty_model(p.model_config), weights) is None:
@@ -182,6 +183,8 @@ def _request(p: Prepared, dtype: torch.dtype) -> dict[str, Any]:
         files = [folder / "config.json", *WeightFiles(folder).files]
     else:
         files = [Path(p.source.location) / str(p.source.gguf_file)]
+    if p.source.adapter is not None:
+        files += [p.source.adapter / name for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)]
     found = versions(p.device)
     return {
         "model": {"name": p.source.name, "files": fingerprint(files)},

@@ -12,6 +12,7 @@ from slimgpt.cli import (  # importing a module registers its commands
     demo,
     evaluate,
     export,
+    families,
     inspect,
     plan,
     prune,
@@ -20,7 +21,7 @@ from slimgpt.cli import (  # importing a module registers its commands
 )
 from slimgpt.cli.console import app
 
-__all__ = ["app", "demo", "evaluate", "export", "inspect", "main", "plan", "prune", "recover", "reproduce"]
+__all__ = ["app", "demo", "evaluate", "export", "families", "inspect", "main", "plan", "prune", "recover", "reproduce"]
 
 
 def _version(wanted: bool) -> None:

@@ -53,7 +53,7 @@ def open_folder(name: str | Path) -> Exported:
         ModelError: its config cannot be read or its family is not supported.
     """
     source = locate(str(name))
-    if source.folder is None or source.gguf_file:
+    if source.folder is None or source.gguf_file or source.adapter is not None:
         raise ExportError(f"{name} is no model folder; give the folder that `slimgpt prune` or save_pretrained wrote")
     config = load_config(source)
     check_files(source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from transformers import (
 
 from slimgpt import assets
 from slimgpt.errors import ModelError, UnsupportedFamilyError, UsageError
+from slimgpt.models.adapters import base_of, is_adapter, merge
 from slimgpt.models.alignment import align
 from slimgpt.models.families import ARCHITECTURES
 from slimgpt.models.heterogeneous import architecture_of, slim_class, stock_class
@@ -31,11 +32,13 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: what ``from_pretrained`` is given, and the name of a GGUF file inside it if it is one."""
+    """Where a model is: what ``from_pretrained`` is given, the name of a GGUF file inside it if it is one, and the
+    folder of an adapter to be merged into it."""
 
     name: str
     location: str
     gguf_file: str | None = None
+    adapter: Path | None = None
 
     @property
     def folder(self) -> Path | None:
@@ -64,6 +67,8 @@ def locate(name: str) -> Source:
             raise ModelError(f"no such GGUF file: {path}")
         return Source(path.name, str(path.parent), path.name)
     if path.is_dir():
+        if is_adapter(path):
+            return replace(locate(base_of(path)), name=path.name, adapter=path)
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json; give the folder that save_pretrained wrote")
         return Source(path.name, str(path))
@@ -94,7 +99,8 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     if quantization is not None and not source.gguf_file:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelError(
-            f"{source.name} is quantised ({method}); prune the unquantised model, then quantise the slim one"
+            f"{source.name} is quantised ({method}): its numbers cannot be repaired. Prune the model that it was made "
+            "from, then quantise the slim one; a GGUF file is read too, and de-quantised"
         )
     return config
 
@@ -126,8 +132,11 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     Raises:
         ModelError: there is none or it cannot be read.
     """
+    location = source.location
+    if source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file():
+        location = str(source.adapter)
     try:
-        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.arguments)
+        return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:
         raise ModelError(f"cannot read the tokenizer of '{source.name}': {_first_line(error)}") from error
 
@@ -176,6 +185,8 @@ def load_model(
             "transformers would fill them with random numbers"
         )
     model.config.name_or_path = source.name  # what reports and cards say, rather than a path of this machine
+    if source.adapter is not None:
+        model = merge(model, source.adapter)
     # A GGUF file is de-quantised on the way in; with the mark left on, the model could not be saved.
     for holder in (model.config, model):
         for mark in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):
@@ -267,6 +278,8 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 
 def weights_folder(source: Source) -> Path | None:
     """The folder of a model's safetensors files, fetched from the hub if need be; ``None`` for a GGUF file.
+
+    An adapter's is that of its base model.
 
     Raises:
         ModelError: the hub cannot be reached, or has no safetensors files of it.

@@ -1,0 +1,134 @@
+"""Writes docs/families.md and docs/families.json: the table of families, and what the tests establish for each.
+
+python benchmarks/families.py            # all families, several minutes
+python benchmarks/families.py llama phi  # look at these again and keep the rest of docs/families.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from slimgpt.models.support import Support, families  # noqa: E402
+
+JSON, PAGE = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md"
+CHECKS = {
+    "test_replaying_the_layers_is_the_models_own_forward": "replay",
+    "test_slim_model_is_the_dense_one_with_pruned_columns_zeroed": "masked",
+    "test_folder_loads_without_slimgpt_to_the_bit": "reload",
+}
+
+
+TEXT = """
+**In a stock class**: with `--uniform` this is removed so that a class of transformers loads the folder as it is. Layers
+that differ, and the rest, load with `trust_remote_code=True`: a small modeling file travels in the folder.
+
+Checks on tiny random models of the family's own classes, with biases and windows shorter than the text. *Replay*: the
+layers run in parts are the model's own forward pass. *Masked*: the slim model equals the dense one with the removed
+columns set to zero, to 1e-12 in fp64 and 1e-5 in fp32. *Reload*: a process without slimgpt loads the folder (layers that
+differ; pruned twice; uniform) to the same bits and generates the same with and without a cache.
+"""
+
+
+class Outcomes:
+    """Notes the outcome of every check of every family while pytest runs."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, list[str]]] = {}
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = (yield).get_result()
+        check = CHECKS.get(item.originalname)
+        if check and (report.when == "call" or report.outcome != "passed"):
+            name = item.callspec.params["name"]
+            outcome = report.outcome if report.outcome != "skipped" else "no stock class"
+            self.found.setdefault(name, {}).setdefault(check, []).append(outcome)
+
+
+def said(outcomes: list[str]) -> str:
+    """A cell of the table."""
+    if not outcomes:
+        return "not run"
+    failed = sum(outcome == "failed" for outcome in outcomes)
+    return f"{failed} of {len(outcomes)} failed" if failed else f"{sum(o == 'passed' for o in outcomes)} passed"
+
+
+def row(family: Support, outcomes: dict[str, dict[str, list[str]]]) -> str:
+    """A line of the table of supported families."""
+    mine = [checks for name, checks in outcomes.items() if name.partition("/")[0] == family.model_type]
+    cells = [said([o for checks in mine for o in checks.get(check, [])]) for check in ("replay", "masked", "reload")]
+    stock = "all" if family.uniform == family.units else ", ".join(family.uniform) or "-"
+    variants = [name.partition("/")[2] for name in outcomes if name.startswith(f"{family.model_type}/")]
+    note = "; ".join(filter(None, [family.note, f"also tested: {', '.join(variants)}" if variants else ""]))
+    return f"| {family.model_type} | {', '.join(family.units)} | {stock} | {' | '.join(cells)} | {note} |"
+
+
+def page(record: dict) -> str:
+    """The whole page."""
+    found = families()
+    supported = [family for family in found if family.units]
+    levels = {level: sum(f.level == level for f in found) for level in ("supported", "FFN only", "refused")}
+    reasons: dict[str, list[str]] = {}
+    for family in found:
+        if not family.units:
+            reasons.setdefault(family.note, []).append(family.model_type)
+    lines = [
+        "# Families",
+        "",
+        f"Written by `benchmarks/families.py` on {record['date']} with transformers {record['transformers']}, torch "
+        f"{record['torch']}: {levels['supported']} families with heads and FFN, {levels['FFN only']} with the FFN "
+        f"only, {levels['refused']} refused.",
+        "",
+        *TEXT.strip().splitlines(),
+        "",
+        "| family | can be removed | in a stock class | replay | masked | reload | note |",
+        "|---|---|---|---|---|---|---|",
+        *(row(family, record["outcomes"]) for family in supported),
+        "",
+        "## Refused",
+        "",
+        *(f"- {', '.join(names)}: {reason}." for reason, names in reasons.items()),
+        "",
+        "Whatever is not on this page nobody has described: [adding-a-family.md](adding-a-family.md).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the tests of families and write both files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="only these, from the table of tests")
+    parser.add_argument("--page-only", action="store_true", help="write the page from docs/families.json")
+    options = parser.parse_args()
+    record = json.loads(JSON.read_text(encoding="utf-8")) if JSON.is_file() else {"outcomes": {}, "seconds": 0.0}
+    if not options.page_only:
+        outcomes, start = Outcomes(), time.perf_counter()
+        chosen = ["-k", " or ".join(f"{name}-" for name in options.families)] if options.families else []
+        arguments = [str(ROOT / "tests/test_families.py"), "-m", "families", "-q", "-p", "no:xdist", *chosen]
+        pytest.main(arguments, plugins=[outcomes])
+        before = record["outcomes"] if options.families else {}
+        record = {
+            "date": date.today().isoformat(),
+            "transformers": version("transformers"),
+            "torch": version("torch"),
+            "seconds": round(time.perf_counter() - start, 1),
+            "outcomes": {**before, **outcomes.found},
+        }
+        JSON.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(page(record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""``slimgpt families``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from slimgpt.cli.console import app, friendly, out, quiet
+
+
+@app.command()
+@friendly
+def families(
+    refused: Annotated[bool, typer.Option("--refused", help="Also those that are refused, and why.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What can be removed from every family, and what a stock class holds of it."""
+    from slimgpt.models.support import families as run
+
+    quiet()
+    found = [family for family in run() if refused or as_json or family.units]
+    if as_json:
+        typer.echo(json.dumps([{**asdict(family), "level": family.level} for family in found]))
+        return
+    table = Table(title_justify="left")
+    for column in ("family", "can be removed", "in a stock class (--uniform)", "note"):
+        table.add_column(column)
+    for family in found:
+        stock = "all" if family.uniform == family.units else ", ".join(family.uniform) or "-"
+        table.add_row(
+            family.model_type, ", ".join(family.units) or "nothing", stock if family.units else "", family.note
+        )
+    out.print(table)
+    out.print(
+        "Layers that differ, and what no stock class holds, load with trust_remote_code=True: a small modeling file "
+        "travels in the folder. Another family: docs/adding-a-family.md",
+        soft_wrap=True,
+    )
