@@ -47,7 +47,7 @@ class Outcomes:
         self.found: dict[str, dict[str, list[str]]] = {}
 
     @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_makereport(self, item, call):
+    def pytest_runtest_makereport(self, item, call):  # noqa: ARG002
         report = (yield).get_result()
         check = CHECKS.get(item.originalname)
         if check and (report.when == "call" or report.outcome != "passed"):

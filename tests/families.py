@@ -74,7 +74,7 @@ OWN: dict[str, dict[str, Any]] = {
     "falcon/multi-head": {**FILLED, "ffn_hidden_size": 52, "multi_query": False, "parallel_attn": False},
     "falcon/alibi": {**FILLED, "ffn_hidden_size": 52, "multi_query": False, "alibi": True},
     "bloom": {**FILLED, "intermediate_size": None},
-    "mpt": {**FILLED, "intermediate_size": None, "expansion_ratio": 2, "max_seq_len": 64},
+    "mpt": {**FILLED, "intermediate_size": None, "max_seq_len": 64},
     "opt": {**FILLED, "ffn_dim": 52, "word_embed_proj_dim": 40},
     "xglm": {**FILLED, "ffn_dim": 52},
     "biogpt": FILLED,

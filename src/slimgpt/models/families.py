@@ -116,16 +116,6 @@ def _phi(config: Any) -> Architecture:
     return Architecture(structures, resized=config.qk_layernorm)
 
 
-def _mpt(config: Any) -> Architecture:
-    return Architecture(
-        (ffn("ffn.down_proj", "ffn.up_proj"),),
-        layers="transformer.blocks",
-        defaults={CHANNELS: config.expansion_ratio * config.hidden_size},
-        resized=True,
-        refused={"heads": _ALIBI},
-    )
-
-
 ARCHITECTURES: dict[str, Entry] = {
     "llama": LLAMA,
     "mistral": _SEPARATE,
@@ -208,7 +198,12 @@ ARCHITECTURES: dict[str, Entry] = {
         resized=True,
         refused={"heads": _ALIBI},
     ),
-    "mpt": _mpt,
+    "mpt": Architecture(
+        (ffn("ffn.down_proj", "ffn.up_proj"),),
+        layers="transformer.blocks",
+        resized=True,
+        refused={"heads": _ALIBI},
+    ),
     "opt": Architecture(_BART_LIKE, "model.decoder.layers", {CHANNELS: "ffn_dim"}, resized=True),
     "xglm": Architecture(_BART_LIKE, "model.layers", {CHANNELS: "ffn_dim"}, resized=True),
     "biogpt": Architecture(_BART_LIKE, "biogpt.layers", resized=True),
