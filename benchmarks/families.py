@@ -35,8 +35,8 @@ that differ, and the rest, load with `trust_remote_code=True`: a small modeling 
 
 Checks on tiny random models of the family's own classes, with biases and windows shorter than the text. *Replay*: the
 layers run in parts are the model's own forward pass. *Masked*: the slim model equals the dense one with the removed
-columns set to zero, to 1e-12 in fp64 and 1e-5 in fp32. *Reload*: a process without slimgpt loads the folder (layers that
-differ; pruned twice; uniform) to the same bits and generates the same with and without a cache.
+columns set to zero, to 1e-12 in fp64 and 1e-5 in fp32. *Reload*: a process without slimgpt loads the folder (layers
+that differ; pruned twice; uniform) to the same bits and generates the same with and without a cache.
 """
 
 

@@ -58,6 +58,7 @@ OWN: dict[str, dict[str, Any]] = {
     "starcoder2": {"use_bias": True, "sliding_window": 6},
     "granite_swa": {"sliding_window": 5, "layer_types": ALTERNATING},
     "gptj/default-width": {**FILLED, "rotary_dim": 4, "tie_word_embeddings": False},
+    "phi": {"head_dim": 12},
     "phi/qk-norm": {"qk_layernorm": True, "head_dim": None},
     "stablelm": {"head_dim": None, "use_qkv_bias": True, "use_parallel_residual": True},
     "stablelm/qk-norm": {"head_dim": None, "qk_layernorm": True},

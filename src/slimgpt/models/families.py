@@ -100,7 +100,7 @@ def _gpt_bigcode(config: Any) -> Architecture:
     base = Architecture((kv, ffn("mlp.c_proj", "mlp.c_fc")), "transformer.h", {CHANNELS: "n_inner"}, resized=True)
     if config.multi_query:
         return replace(base, structures=(query, base.structures[1]), defaults={KV_HEADS: 1})
-    return base
+    return replace(base, fields={**base.fields, KV_HEADS: HEADS})
 
 
 def _stablelm(config: Any) -> Architecture:
