@@ -28,6 +28,12 @@ COMMON: dict[str, Any] = {
 }
 ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
+HYBRID = ["linear_attention", "full_attention"] * (LAYERS // 2)
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 8,
+}  # fmt: skip
+MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 96}
+
 FILLED: dict[str, Any] = {"head_dim": None, "num_key_value_heads": None}
 """For families whose heads fill the hidden size."""
 
@@ -79,12 +85,47 @@ OWN: dict[str, dict[str, Any]] = {
     "opt": {**FILLED, "ffn_dim": 52, "word_embed_proj_dim": 40},
     "xglm": {**FILLED, "ffn_dim": 52},
     "biogpt": FILLED,
+    "qwen3_5_text": {"layer_types": HYBRID, **LINEAR},
+    "falcon_h1": MAMBA,
+    "bamba": {**MAMBA, "attn_layer_indices": [1, 3], "head_dim": 8},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+        "head_dim": 8,
+        "pad_token_id": 0,
+    },
+    "olmo_hybrid": {"layer_types": HYBRID, "head_dim": 8, "pad_token_id": 0},
+    "granitemoehybrid": {
+        **MAMBA,
+        "layer_types": ["mamba", "attention"] * 2,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 52,
+        "head_dim": 8,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "head_dim": 8, "block_multiple_of": 7},
+    "lfm3": {"layer_types": ["conv", "full_attention"] * 2, "pad_token_id": 0},
+    "recurrent_gemma": {
+        "block_types": ["recurrent", "attention"],
+        "lru_width": 48,
+        "attention_window_size": 16,
+        "head_dim": 8,
+        "intermediate_size": 104,
+    },
 }
 """What differs from :data:`COMMON` in a family's tiny model; ``None`` leaves a field out."""
 
 
 CORE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "smollm3", "phi3")
 """Families that every format and engine is tried with."""
+
+HYBRIDS = (
+    "qwen3_5_text", "falcon_h1", "bamba", "jamba", "granitemoehybrid", "lfm2", "lfm3", "recurrent_gemma",
+)  # fmt: skip
+"""Families with parts that stay, so that less of a layer can go."""
 
 REPRESENTATIVE = (
     "llama", "qwen2", "gemma3_text", "phi3", "olmo2", "granite_swa", "gpt2", "opt", "gpt_neox", "falcon/multi-query",

@@ -22,7 +22,7 @@ from slimgpt.models.heterogeneous import layer_sizes, lookup
 from slimgpt.models.slicing import output_matrix, unit_rows
 from slimgpt.pruning.capture import capture, run_layer, run_to, run_with
 from slimgpt.pruning.memory import Shelf
-from tests.families import NAMES, REPRESENTATIVE, tiny_config, tiny_model, windows
+from tests.families import HYBRIDS, NAMES, REPRESENTATIVE, tiny_config, tiny_model, windows
 
 
 def architecture(name):
@@ -37,7 +37,7 @@ def units(name):
 
 def ratio(name):
     """What the FFN alone can give up, or a third."""
-    return 0.3 if units(name) != ["auto"] else 0.15
+    return 0.3 if units(name) != ["auto"] and name not in HYBRIDS else 0.12
 
 
 def cases(*rows):

@@ -38,14 +38,20 @@ def in_module(name: str, *leaves: str) -> tuple[str, ...]:
     return tuple(f"{name}.{leaf}" for leaf in leaves)
 
 
+def gated(name: str) -> Structure:
+    """The usual gated feed-forward network in a module of this name."""
+    return ffn(*in_module(name, "down_proj", "gate_proj", "up_proj"))
+
+
 # Pieces that many families share.
 _QKV = in_module("self_attn", "q_proj", "k_proj", "v_proj")
 _GQA = grouped("self_attn.o_proj", *_QKV)
-_GATED = ffn("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
+_GATED = gated("mlp")
 _PLAIN = ffn("mlp.down_proj", "mlp.up_proj")
 _GATE_UP = ffn("mlp.down_proj", Fused("mlp.gate_up_proj", (CHANNELS, CHANNELS), (0, 1)))
 _STACKED = (HEADS, KV_HEADS, KV_HEADS)
 _FC = ffn("fc2", "fc1")
+_LFM_FFN = ffn("feed_forward.w2", "feed_forward.w1", "feed_forward.w3")
 
 
 def _per_head(module: str) -> Fused:
@@ -108,6 +114,29 @@ def _stablelm(config: Any) -> Architecture:
         reason = "its norms of queries and keys are a list with one module per head"
         return replace(_FFN_ONLY, refused={"heads": reason})
     return replace(_SEPARATE, resized=True)
+
+
+def _lfm2(config: Any) -> Architecture:
+    width = config.intermediate_size
+    if config.block_auto_adjust_ff_dim:  # as its constructor computes it
+        width = int(config.block_ffn_dim_multiplier * int(2 * width / 3))
+        width = -(-width // config.block_multiple_of) * config.block_multiple_of
+    return Architecture(
+        (*grouped("self_attn.out_proj", *_QKV), _LFM_FFN),
+        fields={CHANNELS: "ffn_width"},
+        defaults={CHANNELS: width},
+        resized=True,
+    )
+
+
+def _recurrent_gemma(config: Any) -> Architecture:
+    qkv = in_module("temporal_block", "q_proj", "k_proj", "v_proj")
+    return Architecture(
+        (*grouped("temporal_block.o_proj", *qkv), gated("mlp_block")),
+        fields={CHANNELS: "ffn_width"},
+        defaults={CHANNELS: config.intermediate_size // 2},
+        resized=True,
+    )
 
 
 def _phi(config: Any) -> Architecture:
@@ -207,6 +236,19 @@ ARCHITECTURES: dict[str, Entry] = {
     "opt": Architecture(_BART_LIKE, "model.decoder.layers", {CHANNELS: "ffn_dim"}, resized=True),
     "xglm": Architecture(_BART_LIKE, "model.layers", {CHANNELS: "ffn_dim"}, resized=True),
     "biogpt": Architecture(_BART_LIKE, "biogpt.layers", resized=True),
+    # Hybrids: attention where a layer has it, and the feed-forward network; recurrent and convolutional parts stay.
+    "qwen3_5_text": _SEPARATE,
+    "falcon_h1": Architecture((*_GQA, gated("feed_forward"))),
+    "bamba": Architecture((*_GQA, gated("feed_forward"))),
+    "jamba": Architecture((*_GQA, gated("feed_forward"))),
+    "olmo_hybrid": _FFN_ONLY,
+    "granitemoehybrid": Architecture(
+        (*_GQA, ffn("shared_mlp.output_linear", Fused("shared_mlp.input_linear", (CHANNELS, CHANNELS), (0, 1)))),
+        fields={CHANNELS: "shared_intermediate_size"},
+    ),
+    "lfm2": _lfm2,
+    "lfm3": Architecture((*grouped("self_attn.o_proj", *_QKV, along=("self_attn.g_proj",)), _LFM_FFN)),
+    "recurrent_gemma": _recurrent_gemma,
 }
 """Supported families by ``config.model_type``."""
 

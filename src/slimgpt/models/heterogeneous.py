@@ -19,7 +19,7 @@ from slimgpt.errors import UnsupportedFamilyError
 from slimgpt.models import modeling_slim
 from slimgpt.models.architectures import HEADS, KV_HEADS, Architecture, Sizes
 from slimgpt.models.families import ARCHITECTURES, LLAMA, REFUSED
-from slimgpt.models.modeling_slim import SlimMixin, build_layer
+from slimgpt.models.modeling_slim import SlimMixin, build_layer, keep_buffers
 from slimgpt.models.slicing import State
 from slimgpt.models.unknown import HELP, found_in
 
@@ -199,6 +199,7 @@ def rebuild_layer(
         own = with_sizes(own, sizes)
     with torch.device("meta"):
         new = build_layer(type(layer), config, own, index, how)
+    keep_buffers(layer, new)
     new.load_state_dict(state, strict=True, assign=True)
     for name, buffer in list(new.named_buffers()):
         if buffer.is_meta:

@@ -186,14 +186,14 @@ def load_model(
         )
     model.config.name_or_path = source.name  # what reports and cards say, rather than a path of this machine
     if source.adapter is not None:
-        model = merge(model, source.adapter)
+        model = merge(model, source.adapter)  # type: ignore[assignment]
     # A GGUF file is de-quantised on the way in; with the mark left on, the model could not be saved.
     for holder in (model.config, model):
         for mark in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):
             holder.__dict__.pop(mark, None)
     if source.gguf_file:  # NumPy's memory, which begins elsewhere in every process
         align(model)
-    return model.to(device).eval()
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def load(

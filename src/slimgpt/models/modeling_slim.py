@@ -28,15 +28,26 @@ def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = Non
     full = copy.copy(config)
     full.per_layer_config = None
     layer = cls(full, index)
-    matrices = {name: layer.get_submodule(name) for name, _, _ in axes}
-    if attention:
+    there = dict(layer.named_modules())  # a layer without attention has not all of them
+    matrices = {name: there[name] for name, _, _ in axes if name in there}
+    if attention in there and attention:
         narrow = copy.copy(own)
         narrow.hidden_size = own.num_attention_heads * head_size
         layer.set_submodule(attention, cls(narrow, index).get_submodule(attention))
     for name, axis, numbers in axes:
-        resize(matrices[name], axis, sum(getattr(own, size) * each for size, each in numbers))
-        layer.set_submodule(name, matrices[name])
+        if name in matrices:
+            resize(matrices[name], axis, sum(getattr(own, size) * each for size, each in numbers))
+            layer.set_submodule(name, matrices[name])
     return layer
+
+
+def keep_buffers(old: Any, new: Any) -> None:
+    """Give a new layer the buffers that the model, and not the layer's constructor, gave the old one."""
+    there = dict(new.named_buffers())
+    for name, buffer in old.named_buffers():
+        if name not in there:
+            owner, _, leaf = name.rpartition(".")
+            new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
 
 
 def resize(matrix: Any, axis: str, length: int) -> None:
@@ -64,7 +75,9 @@ class SlimMixin:
         layers = self.get_submodule(self._slim_layers)
         for index in range(len(layers)):
             own = config.per_layer_config[index]
-            layers[index] = build_layer(type(layers[index]), config, own, index, self._slim_resizing)
+            layer = build_layer(type(layers[index]), config, own, index, self._slim_resizing)
+            keep_buffers(layers[index], layer)
+            layers[index] = layer
         self.post_init()
 
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -206,7 +206,10 @@ def run_to(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) 
         return Part(kept[0], container_name, lambda tensor: tensor)
     if isinstance(result, tuple) and sum(item is marker[0] for item in result) == 1:
         position = next(i for i, item in enumerate(result) if item is marker[0])
-        rest = tuple(None if isinstance(item, Tensor) else item for item in result)
+        # Attention weights are not wanted; a parameter, such as a bias to be added behind, is the same for every batch.
+        rest = tuple(
+            None if isinstance(item, Tensor) and not isinstance(item, nn.Parameter) else item for item in result
+        )
         return Part(kept[0], container_name, lambda tensor: (*rest[:position], tensor, *rest[position + 1 :]))
     return Part(kept[0], output, lambda tensor: tensor)
 
