@@ -4,8 +4,9 @@
         [--converter llama.cpp/convert_hf_to_gguf.py]
 
 prunes the demo model by 30%, once with widths by layer and once with equal ones, exports both, and compares
-perplexity, greedy continuations and the chat template. With llama.cpp's own converter at hand, the uniform folder
-goes through that as well. Needs llama-cpp-python.
+perplexity, greedy continuations and the chat template. With llama.cpp's own converter at hand (it comes in the sdist
+of llama-cpp-python), the uniform folder goes through that as well. Needs llama-cpp-python. `--only converter` makes one
+row again and keeps the others of the last run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,17 +36,27 @@ def main(
     seq_len: int = 512,
     max_tokens: int = 20_000,
     window: int = 512,
+    only: Annotated[str, typer.Option(help="Only rows with this in their name; others stay as they were.")] = "",
 ) -> None:
     """Prune, export, compare."""
-    rows: list[dict[str, Any]] = []
+    earlier = out.with_suffix(".json")
+    rows: list[dict[str, Any]] = json.loads(earlier.read_text(encoding="utf-8"))["rows"] if only else []
     options = {"num_samples": num_samples, "seq_len": seq_len, "calibration": calibration, "device": "cpu"}
 
-    def compare(name: str, path: Path, slim: Path, size: int) -> None:
+    def compare(name: str, slim: Path, make: Callable[[], Path]) -> None:
+        if only not in name:
+            return
+        path = make()
+        size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
         found = slimgpt.verify(path, slim, text=str(text), max_tokens=max_tokens, window=window)
+        rows[:] = [row for row in rows if row["name"] != name]
         rows.append({"name": name, "bytes": size, **found.to_json()})
         typer.echo(json.dumps(rows[-1]))
         out.with_suffix(".json").write_text(json.dumps(result(), indent=1) + "\n", encoding="utf-8")
         out.with_suffix(".md").write_text(table(result()), encoding="utf-8")
+
+    def exported(slim: Path, name: str, to: str, **more: Any) -> Path:
+        return slimgpt.export(slim, work / name, to, overwrite=True, check=False, **more).path
 
     def result() -> dict[str, Any]:
         return {
@@ -56,26 +68,29 @@ def main(
         }
 
     per_layer, uniform = work / "per-layer", work / "uniform"
-    if not per_layer.exists():
+    if not per_layer.exists() and (not only or only in "widths by layer"):
         slimgpt.prune_folder("demo", per_layer, ratio, **options)
     if not uniform.exists():
         slimgpt.prune_folder("demo", uniform, ratio, uniform=True, round_to=32, **options)
     for quantize in ("F32", "F16", "Q8_0"):
-        file = work / f"per-layer-{quantize}.gguf"
-        report = slimgpt.export(per_layer, file, "gguf", quantize=quantize, overwrite=True, check=False)
-        compare(f"widths by layer, GGUF {quantize}", file, per_layer, report.bytes)
-    file = work / "uniform-F32.gguf"
-    report = slimgpt.export(uniform, file, "gguf", quantize="F32", overwrite=True, check=False)
-    compare("equal widths, GGUF F32", file, uniform, report.bytes)
-    report = slimgpt.export(uniform, work / "uniform-stock", "hf-uniform", overwrite=True, check=False)
-    compare("equal widths, stock class, no flag", report.path, uniform, report.bytes)
-    report = slimgpt.export(per_layer, work / "padded", "padded", overwrite=True, check=False)
-    compare("widths by layer, padded, stock class", report.path, per_layer, report.bytes)
-    if converter is not None:
+        file = f"per-layer-{quantize}.gguf"
+        compare(
+            f"widths by layer, GGUF {quantize}",
+            per_layer,
+            lambda file=file, quantize=quantize: exported(per_layer, file, "gguf", quantize=quantize),
+        )
+    compare("equal widths, GGUF F32", uniform, lambda: exported(uniform, "uniform-F32.gguf", "gguf", quantize="F32"))
+    compare("equal widths, stock class, no flag", uniform, lambda: exported(uniform, "uniform-stock", "hf-uniform"))
+    compare("widths by layer, padded, stock class", per_layer, lambda: exported(per_layer, "padded", "padded"))
+
+    def convert() -> Path:
         file = work / "uniform-converted.gguf"
         words = [sys.executable, str(converter), str(uniform), "--outfile", str(file), "--outtype", "f32"]
         subprocess.run(words, check=True)
-        compare("equal widths, llama.cpp's own converter, F32", file, uniform, file.stat().st_size)
+        return file
+
+    if converter is not None:
+        compare("equal widths, llama.cpp's own converter, F32", uniform, convert)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -88,14 +103,15 @@ def table(result: dict[str, Any]) -> str:
         f"{rows[0]['window']}, the same token ids in both engines; five greedy continuations of 16 tokens. Written by "
         "`benchmarks/engines.py`.",
         "",
-        "| form | bytes | engine | perplexity | slim folder | difference | continuations | chat template |",
-        "|---|---|---|---|---|---|---|---|",
+        "| form | bytes | engine | perplexity | slim folder | difference | logits differ by | continuations "
+        "| chat template |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     template = {None: "none", True: "the same", False: "different"}
     for r in rows:
         lines.append(
             f"| {r['name']} | {r['bytes']:,} | {r['engine']} | {r['perplexity']:.4f} | {r['reference']:.4f} "
-            f"| {r['difference']:+.4%} | {r['continuations'][0]} of {r['continuations'][1]} "
+            f"| {r['difference']:+.4%} | {r['largest']:.2g} | {r['continuations'][0]} of {r['continuations'][1]} "
             f"| {template[r['chat_template']]} |"
         )
     lines += ["", "Made with " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".", ""]
