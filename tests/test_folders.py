@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 import slimgpt
 from slimgpt.errors import OutputError, ResumeError, UsageError
 from slimgpt.models.heterogeneous import layer_sizes
-from slimgpt.pruning.memory import Need, Placement, Shelf, parse_bytes, place
+from slimgpt.pruning.memory import Need, Placement, Shelf, hold_to, parse_bytes, place
 from tests.families import CORE, tiny_model, windows
 
 IDS = windows()
@@ -182,6 +183,19 @@ def test_amounts_of_memory(text, size):
 def test_what_is_no_amount_of_memory(text):
     with pytest.raises(UsageError, match="amount of memory"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_gpu_is_held_to_the_budget_whether_or_not_it_has_a_number(name, index, monkeypatch):
+    """torch's own checks run; only what needs a driver is replaced."""
+    calls = []
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: calls.append(given), raising=False)
+    for budget in (8 * 10**9, 800 * 10**9):
+        hold_to(torch.device(name), budget)
+    assert calls == [(0.1, index), (1.0, index)]
 
 
 def test_a_shelf_in_a_file_gives_back_what_was_put(tmp_path):

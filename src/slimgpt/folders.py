@@ -46,7 +46,7 @@ from slimgpt.pruning import (
     place,
     prune_layers,
 )
-from slimgpt.pruning.memory import free_bytes
+from slimgpt.pruning.memory import free_bytes, hold_to
 from slimgpt.pruning.ranks import Ranks, join
 
 OnStart = Callable[[Placement, int], None]
@@ -217,8 +217,7 @@ def _run(
     need = memory_need(model, windows, p.plan, p.config, dtype, copied)
     placement = place(need, p.device, budget)
     if p.device.type == "cuda" and p.budget is not None:
-        total = torch.cuda.get_device_properties(p.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(p.budget / total, 1.0), p.device)
+        hold_to(p.device, p.budget)
     if on_start is not None and ranks.main:
         on_start(placement, done)
     dense = tuple(layer_sizes(model.config))

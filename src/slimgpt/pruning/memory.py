@@ -64,6 +64,13 @@ def used_bytes(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else anonymous_bytes()
 
 
+def hold_to(gpu: torch.device, budget: int) -> None:
+    """Let this process have no more than ``budget`` bytes of a GPU's memory."""
+    total = torch.cuda.get_device_properties(gpu).total_memory
+    # Given by its number: a device without one (`cuda`) is refused here, though it is not elsewhere.
+    torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), gpu.index)
+
+
 @cache
 def _libc() -> ctypes.CDLL | None:
     name = ctypes.util.find_library("c") if sys.platform == "linux" else None
