@@ -57,6 +57,7 @@ def prune(
     bytes: str | int | None = None,
     kv_cache: str | None = None,
     plan: str | None = None,
+    whole_experts: float = 0.0,
     on_layer: OnLayer | None = None,
 ) -> PruneReport:
     """Prune a model in place.
@@ -88,6 +89,8 @@ def prune(
         bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``, never exceeded.
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``; whole KV heads go until it fits.
         plan: a file of widths that ``slimgpt plan --save`` wrote.
+        whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, from
+            0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
 
@@ -117,6 +120,7 @@ def prune(
         bytes=bytes,
         kv_cache=kv_cache,
         plan=plan,
+        whole_experts=whole_experts,
     )
     budget = parse_bytes(memory) if memory else None
     target, wanted = as_device(device), as_dtype(dtype)
@@ -169,7 +173,16 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
         limit = parameters_for(parse_size(config.bytes), itemsize, tensors)
     cache = parse_cache(config.kv_cache) if config.kv_cache is not None else None
     return make_plan(
-        model_config, config.ratio, config.schedule, head_unit, config.round_to, config.uniform, shape, limit, cache
+        model_config,
+        config.ratio,
+        config.schedule,
+        head_unit,
+        config.round_to,
+        config.uniform,
+        shape,
+        limit,
+        cache,
+        config.whole_experts,
     )
 
 

@@ -32,6 +32,8 @@ class PruneConfig:
         params: parameters that the whole model may have, such as ``1.0B``; in place of ``ratio``.
         bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``.
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``.
+        whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, in
+            [0, 1]; the rest is channels inside the experts that stay.
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
 
     Raises:
@@ -55,6 +57,7 @@ class PruneConfig:
     bytes: str | int | None = None
     kv_cache: str | None = None
     plan: str | None = None
+    whole_experts: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "seq_len", "batch_size", "round_to"):
@@ -62,11 +65,16 @@ class PruneConfig:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not (math.isfinite(self.damping) and self.damping >= 0):
             raise UsageError(f"damping is {self.damping}; it must be 0 or more (the paper uses 0 to 0.01)")
+        if not 0 <= self.whole_experts <= 1:
+            raise UsageError(f"whole_experts is {self.whole_experts}; it is a share between 0 and 1")
         sizes = [name for name in ("ratio", "params", "bytes", "plan") if getattr(self, name) is not None]
         if len(sizes) > 1:
             raise UsageError(f"{' and '.join(sizes)} were given; each says how small the model shall be: give one")
-        if self.plan is not None and (self.schedule or self.kv_cache or self.uniform or self.round_to != 1):
-            raise UsageError("a plan file says every width; leave out schedule, kv_cache, uniform and round_to")
+        free = (self.schedule, self.kv_cache, self.uniform, self.round_to != 1, self.whole_experts)
+        if self.plan is not None and any(free):
+            raise UsageError(
+                "a plan file says every width; leave out schedule, kv_cache, uniform, round_to and whole_experts"
+            )
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be 0 or more")
 

@@ -35,6 +35,7 @@ from slimgpt.models.loading import (
     load_model,
     weights_folder,
 )
+from slimgpt.models.naming import ConvertedFiles
 from slimgpt.models.weights import StreamedModel, WeightFiles, check_finite, fingerprint, misfit
 from slimgpt.preparing import Prepared, prepare
 from slimgpt.pruning import (
@@ -88,8 +89,9 @@ def open_model(p: Prepared) -> _Layers:
     """The model mapped from its files, or, where these need converting on the way in, loaded whole."""
     folder = weights_folder(p.source) if p.source.adapter is None else None
     if folder is not None and (folder / "config.json").is_file():
-        weights = WeightFiles(folder)
-        if misfit(empty_model(p.model_config), weights) is None:
+        empty = empty_model(p.model_config)
+        weights = ConvertedFiles(folder, empty)
+        if misfit(empty, weights) is None:
             streamed = StreamedModel(p.model_config, weights, p.stored)
             streamed.model.config.name_or_path = p.source.name
             streamed.model.config.dtype = p.stored

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from slimgpt.checkpoint.folder import settle
 from slimgpt.checkpoint.saving import target_form, write_sidecars
@@ -17,6 +20,7 @@ from slimgpt.checkpoint.shards import SHARD_BYTES, shard_name, write_index
 from slimgpt.errors import OutputError
 from slimgpt.models.alignment import write_tensors
 from slimgpt.models.heterogeneous import architecture_of
+from slimgpt.models.slicing import State
 from slimgpt.models.stock import apply_sizes
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.report import PruneReport
@@ -54,7 +58,10 @@ def assemble(
         cls, config, source = target_form(model)
         config.architectures = [cls.__name__]
         config.save_pretrained(work)
-        _write_weights(work, around, [journal.files(layer.layer)[0] for layer in report.layers])
+        with torch.device("meta"):
+            shell = cls(config)
+        files = [journal.files(layer.layer)[0] for layer in report.layers]
+        _write_weights(work, around, files, partial(revert_weight_conversion, shell))
         write_sidecars(work, model, tokenizer, report, source)
         settle(work)
         replaced = journal.folder / "replaced"
@@ -69,28 +76,33 @@ def assemble(
     return journal.output
 
 
-def _write_weights(work: Path, around: dict[str, Tensor], layers: list[Path]) -> None:
+def _write_weights(work: Path, around: State, layers: list[Path], convert: Callable[[State], State]) -> None:
+    """Write the tensors around the layers, and those of the layers from their files.
+
+    Args:
+        convert: from the model's names to those that files of its class have.
+    """
     sizes = [file.stat().st_size for file in layers]
+    around = convert(around)
     rest = sum(tensor.nbytes for tensor in around.values())
     if sum(sizes) + rest <= SHARD_BYTES:
-        handles = [safe_open(file, framework="pt") for file in layers]
-        tensors = {name: handle.get_tensor(name) for handle in handles for name in handle.keys()}  # noqa: SIM118
+        tensors = {name: tensor for file in layers for name, tensor in convert(load_file(file)).items()}
         write_tensors({**around, **tensors}, work / "model.safetensors")
         return
     count = len(layers) + 1
-    where: dict[str, str] = {}
-    total = rest
     first = shard_name(1, count)
     write_tensors(around, work / first)
-    where |= dict.fromkeys(around, first)
+    where, total = dict.fromkeys(around, first), rest
     for number, file in enumerate(layers, start=2):
         shard = shard_name(number, count)
-        _link(file, work / shard)
-        with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118
-                where[name] = shard
-                tensor = handle.get_slice(name)
-                total += torch.Size(tensor.get_shape()).numel() * _itemsize(tensor.get_dtype())
+        stored = load_file(file)  # mapped
+        tensors = convert(stored)
+        if tensors.keys() == stored.keys():
+            _link(file, work / shard)
+        else:
+            write_tensors(tensors, work / shard)
+        where |= dict.fromkeys(tensors, shard)
+        total += sum(tensor.nbytes for tensor in tensors.values())
     write_index(work, where, total)
 
 
@@ -99,8 +111,3 @@ def _link(file: Path, name: Path) -> None:
         os.link(file, name)
     except OSError:  # a file system without hard links
         shutil.copyfile(file, name)
-
-
-def _itemsize(dtype: str) -> int:
-    """Bytes of a number of a safetensors type such as ``BF16``."""
-    return int("".join(filter(str.isdigit, dtype))) // 8

@@ -3,15 +3,20 @@
 from slimgpt.models.architectures import SIZE_FIELDS, Architecture, Fused, Relabel, Structure
 from slimgpt.models.families import ARCHITECTURES, REFUSED, register
 from slimgpt.models.loading import load
+from slimgpt.models.mixtures import EXPERTS, SHARED, Experts, Mixture
 from slimgpt.models.shape import LayerShape, ModelShape, describe
 
 __all__ = [
     "ARCHITECTURES",
+    "EXPERTS",
     "REFUSED",
+    "SHARED",
     "SIZE_FIELDS",
     "Architecture",
+    "Experts",
     "Fused",
     "LayerShape",
+    "Mixture",
     "ModelShape",
     "Relabel",
     "Structure",

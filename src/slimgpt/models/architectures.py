@@ -78,6 +78,11 @@ class Structure:
         return self.output.rpartition(".")[0]
 
     @property
+    def key(self) -> str:
+        """The name of the output matrix in a layer's state dict."""
+        return f"{self.output}.weight"
+
+    @property
     def modules(self) -> tuple[str, ...]:
         """The output module and the input modules."""
         return (self.output, *(item if isinstance(item, str) else item.module for item in self.inputs))
@@ -156,8 +161,12 @@ class Architecture:
         """For every output module, the size that its input columns are proportional to."""
         return {s.output: HEADS if s.name == "heads" else s.sizes[0] for s in self.structures}
 
-    def read(self, config: Any) -> dict[str, int]:
-        """The sizes of a layer from its config."""
+    def read(self, config: Any, index: int = 0) -> dict[str, int]:  # noqa: ARG002
+        """The sizes of a layer from its config.
+
+        Args:
+            index: of the layer, where layers of a model are of different kinds.
+        """
         sizes = {}
         for name in SIZE_FIELDS:
             value = getattr(config, self.fields.get(name, name), None)

@@ -138,7 +138,9 @@ def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
         return architecture.layers
     names = [{**dict(layer.named_modules()), **dict(layer.named_parameters())} for layer in layers.children()]
     for structure in architecture.structures:
-        if not any(structure.output in there for there in names):
+        # Dense layers and layers of experts stand in for each other: a model need not have both.
+        alternatives = [other.output for other in architecture.structures if other.unit == structure.unit]
+        if not any(output in there for there in names for output in alternatives):
             return f"{architecture.layers}.*.{structure.output}"
         for index, there in enumerate(names):
             for module in structure.modules if structure.output in there else ():
@@ -150,7 +152,7 @@ def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
 def layer_sizes(config: PreTrainedConfig) -> list[dict[str, int]]:
     """The widths of every layer, from the config."""
     architecture = lookup(config) or LLAMA
-    return [architecture.read(layer) for layer in config.per_layer_config]
+    return [architecture.read(layer, index) for index, layer in enumerate(config.per_layer_config)]
 
 
 def head_dim(config: PreTrainedConfig) -> int:
@@ -194,7 +196,7 @@ def rebuild_layer(
     architecture = lookup(config) or LLAMA
     how = resizing(config, architecture)
     if sizes is None and how is not None:
-        sizes = architecture.read(own)  # a dense config need not write all of them
+        sizes = architecture.read(own, index)  # a dense config need not write all of them
     if sizes is not None:
         own = with_sizes(own, sizes)
     with torch.device("meta"):

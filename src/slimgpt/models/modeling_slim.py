@@ -80,10 +80,23 @@ class SlimMixin:
             layers[index] = layer
         self.post_init()
 
+    @classmethod
+    def _can_set_experts_implementation(cls: Any) -> bool:
+        # transformers looks for the experts in the file of the class, and they are in the stock class's.
+        return cls.__mro__[cls.__mro__.index(SlimMixin) + 1]._can_set_experts_implementation()
+
     def set_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and also for the layers, which hold configs of their own."""
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
+        self._tell_layers("_attn_implementation")
+
+    def set_experts_implementation(self: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, and also for the layers."""
+        super().set_experts_implementation(*args, **kwargs)  # type: ignore[misc]
+        self._tell_layers("_experts_implementation")
+
+    def _tell_layers(self: Any, choice: str) -> None:
         for layer in self.get_submodule(self._slim_layers):
             for module in layer.modules():
                 if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                    module.config._attn_implementation_internal = self.config._attn_implementation
+                    setattr(module.config, f"{choice}_internal", getattr(self.config, choice))

@@ -9,21 +9,61 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimgpt.models.architectures import Structure
+from slimgpt.models.architectures import CHANNELS, Sizes, Structure
 from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
+from slimgpt.models.mixtures import EXPERTS, SHARED, Experts, Mixture
 from slimgpt.models.slicing import output_matrix, slice_state
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """What bounds the experts of a layer.
+
+    Args:
+        least: how few may stay.
+        groups: groups of neighbouring experts, all of which lose the same number.
+        tied: channels that the shared expert loses with one channel of every other; 0 where its width is its own.
+    """
+
+    least: int
+    groups: int
+    tied: int
 
 
 @dataclass(frozen=True)
 class LayerShape:
     """One decoder layer: its widths, its parameters, and the parameters that go with one unit of a kind.
 
-    A unit of ``query`` is one query head from every KV group.
+    A unit of ``query`` is one query head from every KV group. In a layer of experts a unit of ``ffn`` is one channel of
+    every expert, with what the shared expert loses with it; ``channel`` is one channel of one expert, ``expert`` a
+    whole one with its row of the router, ``shared`` one channel of the shared expert.
     """
 
     sizes: dict[str, int]
     parameters: int
     unit_parameters: dict[str, int]  # by "kv", "query", "ffn"; what the layer has not, or must keep, is not there
+    experts: ExpertsShape | None = None
+
+    def channel_parameters(self, sizes: Sizes) -> int:
+        """The parameters of one FFN channel once the layer has these sizes: fewer, if experts are gone."""
+        if self.experts is None:
+            return self.unit_parameters["ffn"]
+        return sizes[EXPERTS] * self.unit_parameters["channel"] + self.experts.tied * self.unit_parameters.get(
+            "shared", 0
+        )
+
+    def removed_from_ffn(self, sizes: Sizes) -> int:
+        """The parameters that the FFN, or the experts, lose with these sizes."""
+        lost = self.sizes[CHANNELS] - sizes[CHANNELS]
+        if self.experts is None:
+            return lost * self.unit_parameters["ffn"]
+        experts = self.sizes[EXPERTS] - sizes[EXPERTS]
+        shared = self.sizes.get(SHARED, 0) - sizes.get(SHARED, 0)
+        return (
+            experts * self.unit_parameters["expert"]
+            + sizes[EXPERTS] * lost * self.unit_parameters["channel"]
+            + shared * self.unit_parameters.get("shared", 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -62,10 +102,31 @@ def describe(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> 
         units = {
             structure.unit: _unit_parameters(state, structure, sizes)
             for structure in architecture.structures
-            if f"{structure.output}.weight" in state
+            if structure.key in state and not isinstance(structure, Experts)
         }
-        shapes.append(LayerShape(sizes, count(layer), units))
+        experts = None
+        if EXPERTS in sizes and isinstance(architecture, Mixture):
+            experts = _experts_shape(config, architecture, sizes)
+            units |= _expert_parameters(layer, architecture.experts, sizes)
+            units["ffn"] = sizes[EXPERTS] * units["channel"] + experts.tied * units.get("shared", 0)
+        shapes.append(LayerShape(sizes, count(layer), units, experts))
     return ModelShape(tuple(shapes), count_tied(model) - sum(shape.parameters for shape in shapes))
+
+
+def _experts_shape(config: PreTrainedConfig, architecture: Mixture, sizes: Sizes) -> ExpertsShape:
+    tied = sizes[SHARED] // sizes[CHANNELS] if architecture.shared_count is not None else 0
+    return ExpertsShape(architecture.least_experts(config), architecture.groups_of_experts(config), tied)
+
+
+def _expert_parameters(layer: nn.Module, experts: Experts, sizes: Sizes) -> dict[str, int]:
+    """What goes with a whole expert, and with one channel of it: everything but its router's row and output bias."""
+    own = {name: tensor.numel() for name, tensor in layer.named_parameters() if name.startswith(f"{experts.module}.")}
+    rows = sum(t.numel() for name, t in layer.named_parameters() if name.startswith(f"{experts.router}."))
+    wide = sum(numel for name, numel in own.items() if not name.endswith("down_proj_bias"))
+    return {
+        "expert": (sum(own.values()) + rows) // sizes[EXPERTS],
+        "channel": wide // sizes[EXPERTS] // sizes[CHANNELS],
+    }
 
 
 def count(module: nn.Module) -> int:

@@ -24,7 +24,7 @@ def unit_rows(length: int, units: int, kept: Tensor) -> Tensor:
 
 def output_matrix(state: State, structure: Structure) -> Tensor:
     """The output matrix ``(out, n)`` of a structure."""
-    W = state[f"{structure.output}.weight"]
+    W = state[structure.key]
     return W.T if structure.transposed else W
 
 
@@ -40,7 +40,7 @@ def slice_state(state: State, structure: Structure, sizes: Sizes, kept: Tensor, 
     """
     units, after = structure.units(sizes), structure.shrink(sizes, len(kept))
     W = W_kept.T.contiguous() if structure.transposed else W_kept
-    sliced = {**state, f"{structure.output}.weight": W}
+    sliced = {**state, structure.key: W}
     for item in structure.inputs:
         fused = Fused(item, (structure.sizes[0],), (0,)) if isinstance(item, str) else item
         for name in (fused.module, f"{fused.module}.weight", f"{fused.module}.bias"):  # a parameter, or a module's

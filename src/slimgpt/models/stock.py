@@ -71,12 +71,13 @@ def _own_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | No
     """The family's own config with these widths; ``None`` where it cannot say them, or its validator refuses them."""
     if (architecture := lookup(config)) is not None:
         dense = architecture.read(config)
+        written = architecture.write(dense)
         if architecture.resized and sizes[HEADS] != dense[HEADS]:
             return None
         known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)  # type: ignore[arg-type]
-        for name, value in sizes.items():
-            follows = name == KV_HEADS and value == sizes[HEADS]
-            if value != dense[name] and architecture.fields.get(name, name) not in known and not follows:
+        for field, value in architecture.write(sizes).items():
+            follows = field == architecture.fields.get(KV_HEADS, KV_HEADS) and value == sizes[HEADS]
+            if value != written.get(field) and field not in known and not follows:
                 return None
     return _validated(config.model_type, _values(config, sizes))
 

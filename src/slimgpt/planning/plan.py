@@ -13,6 +13,7 @@ from slimgpt.models.architectures import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.heterogeneous import lookup
 from slimgpt.models.shape import LayerShape, ModelShape, describe
 from slimgpt.models.stock import stock_config
+from slimgpt.planning.feedforward import ffn_sizes, least_ffn, step_of, tied_to
 from slimgpt.planning.ratios import DEFAULT_RATIO, layer_ratios
 from slimgpt.planning.targets import CacheTarget, kv_heads_for
 
@@ -64,6 +65,7 @@ def make_plan(
     shape: ModelShape | None = None,
     limit: int | None = None,
     cache: CacheTarget | None = None,
+    whole_experts: float = 0.0,
 ) -> Plan:
     """Plan widths so that the share of removed decoder parameters is the one asked for.
 
@@ -83,6 +85,9 @@ def make_plan(
             never exceeded.
         cache: what the KV cache may take; whole KV heads go until it fits. Without a ratio or a limit nothing else
             is removed.
+        whole_experts: in a mixture, the share of what its experts lose that is taken as whole experts, in [0, 1]; the
+            rest is channels of the experts that stay. In whole experts not more than the share, so that channels make
+            up what is missing.
 
     Raises:
         PlanError: an argument outside its range, or a ratio that no widths can meet.
@@ -96,6 +101,8 @@ def make_plan(
         raise PlanError(f"a uniform model cannot follow the schedule {schedule}; leave out one of the two")
     shape = shape or describe(config)
     check_heads(config, shape, head_unit, cache)
+    if whole_experts and not any(layer.experts for layer in shape.layers):
+        raise PlanError(f"'{config.model_type}' has no experts to remove; leave out --whole-experts")
     total = shape.layer_parameters
     if limit is not None:
         ratio = _ratio_for(shape, limit, ratio)
@@ -117,9 +124,9 @@ def make_plan(
     if head_unit == "auto":
         head_unit = _natural_unit(shape)
     if uniform:
-        layers = _uniform(config, shape, target, head_unit, round_to, kv_heads)
+        layers = _uniform(config, shape, target, head_unit, round_to, kv_heads, whole_experts)
     else:
-        layers = _per_layer(shape, ratios, head_unit, round_to, kv_heads)
+        layers = _per_layer(shape, ratios, head_unit, round_to, kv_heads, whole_experts)
     if limit is not None:
         layers = _trim(shape, layers, limit, round_to, uniform)
     return plan_of_widths(shape, layers, head_unit, ratios, target / total)
@@ -198,25 +205,26 @@ def _trim(
         return shape.parameters - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
 
     everything = range(len(layers))
+    steps_of = [step_of(layer, round_to) for layer in shape.layers]
     while (over := parameters() - limit) > 0:
         widest = max(everything, key=lambda i: (layers[i][CHANNELS], i))
         chosen = list(everything) if uniform else [widest]
-        step = round_to * sum(shape.layers[i].unit_parameters["ffn"] for i in chosen)
+        step = sum(steps_of[i] * shape.layers[i].channel_parameters(layers[i]) for i in chosen)
         steps = -(-over // step) if uniform else 1
         for i in chosen:
-            layers[i][CHANNELS] -= steps * round_to
-            if layers[i][CHANNELS] < round_to:
+            layers[i] = tied_to(shape.layers[i], {**layers[i], CHANNELS: layers[i][CHANNELS] - steps * steps_of[i]})
+            if layers[i][CHANNELS] < steps_of[i]:
                 raise PlanError(f"{limit:,} parameters cannot be reached with heads and FFN widths of these units")
     room = True
     while room:
         room = False
         groups = [list(everything)] if uniform else [[i] for i in reversed(everything)]
         for chosen in groups:
-            cost = round_to * sum(shape.layers[i].unit_parameters["ffn"] for i in chosen)
-            fits = all(layers[i][CHANNELS] + round_to <= shape.layers[i].sizes[CHANNELS] for i in chosen)
+            cost = sum(steps_of[i] * shape.layers[i].channel_parameters(layers[i]) for i in chosen)
+            fits = all(layers[i][CHANNELS] + steps_of[i] <= shape.layers[i].sizes[CHANNELS] for i in chosen)
             if fits and parameters() + cost <= limit:
                 for i in chosen:
-                    layers[i][CHANNELS] += round_to
+                    layers[i] = tied_to(shape.layers[i], {**layers[i], CHANNELS: layers[i][CHANNELS] + steps_of[i]})
                 room = True
                 break
     return layers
@@ -226,8 +234,9 @@ def _finish(config: PreTrainedConfig, shape: ModelShape, kv_heads: list[int], ro
     """A plan that removes KV heads and nothing else but what ``round_to`` asks for."""
     layers = []
     for layer, heads in zip(shape.layers, kv_heads):
-        width = layer.sizes[CHANNELS] // round_to * round_to
-        layers.append(_with_heads(layer, "kv", heads, width))
+        step = step_of(layer, round_to)
+        width = layer.sizes[CHANNELS] // step * step
+        layers.append(_with_heads(layer, "kv", heads, tied_to(layer, {CHANNELS: width})))
     if all(sizes == layer.sizes for layer, sizes in zip(shape.layers, layers)):
         raise PlanError("the KV cache of the model as it is fits already; there is nothing to remove")
     if uniform and stock_config(config, layers[0]) is None:
@@ -282,31 +291,26 @@ def removed_parameters(layer: LayerShape, sizes: dict[str, int]) -> int:
     # A `query` unit is one query head on every KV head, a `kv` unit a KV head with all its query heads.
     per_query = layer.unit_parameters.get("query", 0) // kv
     per_kv = layer.unit_parameters.get("kv", 0) - per_query * (layer.sizes[HEADS] // kv)
-    return lost[HEADS] * per_query + lost[KV_HEADS] * per_kv + lost[CHANNELS] * layer.unit_parameters["ffn"]
+    return lost[HEADS] * per_query + lost[KV_HEADS] * per_kv + layer.removed_from_ffn(sizes)
 
 
-def _with_heads(layer: LayerShape, head_unit: str, heads: int, channels: int) -> dict[str, int]:
-    sizes = layer.sizes
+def _with_heads(layer: LayerShape, head_unit: str, heads: int, ffn: dict[str, int]) -> dict[str, int]:
+    sizes = {**layer.sizes, **ffn}
     if head_unit not in layer.unit_parameters:
-        return {**sizes, CHANNELS: channels}
+        return sizes
     group = sizes[HEADS] // sizes[KV_HEADS]
     kv = heads if head_unit == "kv" else sizes[KV_HEADS]
     queries = heads * (group if head_unit == "kv" else kv)
-    return {**sizes, HEADS: queries, KV_HEADS: kv, CHANNELS: channels}
-
-
-def _widths(size: int, round_to: int) -> range:
-    """The widths an FFN of this size may get: multiples of ``round_to``; itself only if it is one."""
-    return range(round_to, size + 1, round_to)
-
-
-def _nearest(widths: range, wanted: float) -> int:
-    steps = round((wanted - widths[0]) / widths.step)
-    return widths[min(max(steps, 0), len(widths) - 1)]
+    return {**sizes, HEADS: queries, KV_HEADS: kv}
 
 
 def _per_layer(
-    shape: ModelShape, ratios: Sequence[float], head_unit: str, round_to: int, kv_heads: list[int] | None
+    shape: ModelShape,
+    ratios: Sequence[float],
+    head_unit: str,
+    round_to: int,
+    kv_heads: list[int] | None,
+    whole_experts: float,
 ) -> list[dict[str, int]]:
     layers: list[dict[str, int]] = []
     carry = 0.0
@@ -316,34 +320,31 @@ def _per_layer(
             continue
         target = r * layer.parameters
         units, size = _removable(layer, head_unit), layer.sizes[CHANNELS]
-        per_head, per_channel = layer.unit_parameters.get(head_unit, 1), layer.unit_parameters["ffn"]
-        widths = _widths(size, round_to)
-        if not widths:
+        per_head = layer.unit_parameters.get(head_unit, 1)
+        if size < round_to:
             raise PlanError(f"layer {i} has {size} FFN channels, fewer than --round-to {round_to}")
-        largest = (units - 1) * per_head + (size - widths[0]) * per_channel
+        most = layer.removed_from_ffn({**layer.sizes, **least_ffn(layer, round_to, whole_experts)})
+        largest = (units - 1) * per_head + most
         if target > largest + TOLERANCE * layer.parameters:
             left = "" if head_unit not in layer.unit_parameters else f"1 of {units} head units and "
+            least = step_of(layer, round_to)
             raise PlanError(
                 f"layer {i} cannot lose {r:.1%} of its parameters: that would leave it without "
-                f"{'a head or without ' if left else ''}an FFN; with {left}{widths[0]} of {size} channels left it "
+                f"{'a head or without ' if left else ''}an FFN; with {left}{least} of {size} channels left it "
                 f"loses {largest / layer.parameters:.1%}. Ask for a smaller ratio or a flatter schedule"
             )
         if kv_heads is not None:  # given by the KV cache; the FFN makes up the rest
             heads = units - kv_heads[i]
-            wanted = size - (target + carry - heads * per_head) / per_channel
-            width = _nearest(widths, wanted)
-            carry = (width - wanted) * per_channel
-            layers.append(_with_heads(layer, head_unit, kv_heads[i], width))
-            continue
-        # As many heads as the ratio says, rounded; more where the FFN alone could not make up the rest.
-        heads = round(units * r)
-        enough = -(-(target - (size - widths[0]) * per_channel) // per_head)
-        heads = min(max(heads, int(enough), 0), units - 1)
-        heads = min(heads, int(target // per_head)) if heads * per_head > target else heads
-        wanted = size - (target + carry - heads * per_head) / per_channel
-        width = _nearest(widths, wanted)
-        carry = (width - wanted) * per_channel
-        layers.append(_with_heads(layer, head_unit, units - heads, width))
+        else:
+            # As many heads as the ratio says, rounded; more where the FFN alone could not make up the rest.
+            heads = round(units * r)
+            enough = -(-(target - most) // per_head)
+            heads = min(max(heads, int(enough), 0), units - 1)
+            heads = min(heads, int(target // per_head)) if heads * per_head > target else heads
+        rest = target + carry - heads * per_head
+        ffn = ffn_sizes(layer, rest, round_to, whole_experts)
+        carry = rest - layer.removed_from_ffn({**layer.sizes, **ffn})
+        layers.append(_with_heads(layer, head_unit, units - heads, ffn))
     return layers
 
 
@@ -354,22 +355,21 @@ def _uniform(
     head_unit: str,
     round_to: int,
     kv_heads: list[int] | None,
+    whole_experts: float,
 ) -> list[dict[str, int]]:
     """The best pair of widths for all layers: within the tolerance the most balanced one, else the nearest."""
     first = shape.layers[0]
     if any(layer.sizes != first.sizes for layer in shape.layers):
         raise PlanError("the layers of this model differ in width already; prune the dense model with --uniform")
     units, size = _removable(first, head_unit), first.sizes[CHANNELS]
-    widths = _widths(size, round_to)
-    if not widths:
+    if size < round_to:
         raise PlanError(f"the FFN has {size} channels, fewer than --round-to {round_to}")
     ratio = target / shape.layer_parameters
     per_layer = target / len(shape.layers)
     candidates = []
     for heads in range(1, units + 1) if kv_heads is None else [kv_heads[0]]:
         rest = per_layer - (units - heads) * first.unit_parameters.get(head_unit, 0)
-        width = _nearest(widths, size - rest / first.unit_parameters["ffn"])
-        sizes = _with_heads(first, head_unit, heads, width)
+        sizes = _with_heads(first, head_unit, heads, ffn_sizes(first, rest, round_to, whole_experts))
         error = abs(removed_parameters(first, sizes) - per_layer) / first.parameters
         imbalance = abs((units - heads) / units - ratio)
         candidates.append(((0.0, imbalance) if error <= TOLERANCE else (error, imbalance), sizes))

@@ -226,6 +226,20 @@ def _run_to_matrix(layer: nn.Module, output: str, hidden: Tensor, arguments: Arg
     raise ModelError(f"the layer never called its module '{output}'")
 
 
+def arguments_of(layer: nn.Module, module: str, go: Callable[[], Any]) -> tuple[Any, ...]:
+    """What a module of the layer is called with while ``go`` runs the layer, which stops there."""
+
+    def stub(*args: Any, **kwargs: Any) -> Any:
+        raise _Stop((*args, *kwargs.values()))
+
+    with _replaced(layer, module, stub):
+        try:
+            go()
+        except _Stop as stop:
+            return stop.result
+    raise ModelError(f"the layer never called its module '{module}'")
+
+
 def run_with(
     layer: nn.Module, results: dict[str, Any], hidden: Tensor, arguments: Arguments, until: str | None = None
 ) -> Any:

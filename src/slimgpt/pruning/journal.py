@@ -94,7 +94,7 @@ class Journal:
             start = len(f"{self.prefix}.{index}.")
             with safe_open(weights, framework="pt") as handle:
                 state = {name[start:]: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-            return Finished(LayerReport(**json.loads(report.read_text(encoding="utf-8"))), state)
+            return Finished(LayerReport.from_json(json.loads(report.read_text(encoding="utf-8"))), state)
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise ResumeError(f"{weights} is damaged ({error}); start anew with --overwrite") from error
 

@@ -93,12 +93,15 @@ class Need:
         solver: the matrices of the largest problem.
         stream: the hidden states between two layers.
         kept: the inputs of the widest output matrix over all tokens.
+        streams: how many things of the stream's size are kept while a layer is worked on: the hidden states and what
+            attention returned; with experts also what they read and what they return, and their dense output.
     """
 
     layer: int
     solver: int
     stream: int
     kept: int
+    streams: int = 2
 
 
 @dataclass(frozen=True)
@@ -125,8 +128,8 @@ class Placement:
 def place(need: Need, device: torch.device, budget: int | None = None) -> Placement:
     """The fastest places that the budget allows.
 
-    What is needed at once comes first (a layer, the solver), then the stream, of which there are two while a layer is
-    worked on, then the inputs of the output matrix, which can also be computed twice.
+    What is needed at once comes first (a layer, the solver), then the stream, of which there are two or more while
+    a layer is worked on, then the inputs of the output matrix, which can also be computed twice.
 
     Args:
         budget: bytes; on a GPU of its memory, on the CPU of the process's anonymous memory. ``None``: what is free.
@@ -149,16 +152,16 @@ def place(need: Need, device: torch.device, budget: int | None = None) -> Placem
             f"{least / 1e9:.2f} GB; raise --memory, or lower --batch-size"
         )
     stream = kept = DEVICE
-    if 2 * need.stream > room:
+    if need.streams * need.stream > room:
         stream = FILE if on_cpu else HOST
     else:
-        room -= 2 * need.stream
+        room -= need.streams * need.stream
     host = free_bytes(torch.device("cpu")) * RESERVE if not on_cpu else 0.0
     if stream == HOST:
-        if 2 * need.stream > host:
+        if need.streams * need.stream > host:
             stream = FILE
         else:
-            host -= 2 * need.stream
+            host -= need.streams * need.stream
     if need.kept > room:
         kept = HOST if need.kept < host else RECOMPUTE
     return Placement(limit, stream, kept, gram)
@@ -197,6 +200,20 @@ class Shelf:
         tensor = self.get(number)
         del self._tensors[number]
         return tensor
+
+    def rows(self, number: int, index: Tensor) -> Tensor:
+        """Some rows of a tensor, on the device."""
+        there = self._tensors[number]
+        return there[index.to(there.device)].to(self.device, non_blocking=True)
+
+    def add_rows(self, number: int, index: Tensor, values: Tensor) -> None:
+        """Add to some rows of a tensor, each of them named once."""
+        there = self._tensors[number]
+        there.index_add_(0, index.to(there.device), values.to(there))
+
+    def length(self, number: int) -> int:
+        """How many rows a tensor has."""
+        return len(self._tensors[number])
 
     def _room(self, number: int, like: Tensor) -> Tensor:
         if self._folder is not None:

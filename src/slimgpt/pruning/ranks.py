@@ -49,6 +49,12 @@ class Ranks:
         if self.main:
             gram.count = int(count)
 
+    def total(self, tensor: Tensor) -> None:
+        """Add all processes' ``tensor`` up in each of them."""
+        if self.world > 1:
+            with _contact():
+                dist.all_reduce(tensor)
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's ``tensor`` in all processes; the others give one of the same shape and type to be filled."""
         if self.world > 1:

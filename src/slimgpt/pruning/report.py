@@ -10,6 +10,38 @@ from slimgpt.config import PruneConfig
 from slimgpt.planning.plan import Plan
 
 
+def mask_of(kept: Sequence[int], units: int) -> str:
+    """Unit ids as a hexadecimal number whose bit ``j`` says that unit ``j`` stays; short where there are many."""
+    number = sum(1 << unit for unit in kept)
+    return f"{number:0{-(-units // 4)}x}"
+
+
+def units_of(mask: str) -> list[int]:
+    """The unit ids that :func:`mask_of` was given, ascending."""
+    number = int(mask, 16)
+    return [unit for unit in range(number.bit_length()) if number >> unit & 1]
+
+
+@dataclass(frozen=True)
+class ExpertsReport:
+    """The experts of one pruned layer.
+
+    Args:
+        kept: the experts that stay, by their number in the dense layer; all further lists are in this order.
+        tokens: calibration tokens that the router sent to each.
+        fallback: those (by their dense number) that saw fewer tokens than they have channels: their Hessian also has
+            tokens of the whole layer.
+        scales: what the output of each was multiplied by once other experts were gone; empty if none are.
+        channels: the channels that each keeps, as :func:`mask_of` writes them; empty if all stay.
+    """
+
+    kept: list[int]
+    tokens: list[int]
+    fallback: list[int]
+    scales: list[float]
+    channels: list[str]
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """One pruned layer.
@@ -23,6 +55,7 @@ class LayerReport:
         parameters_before: its parameters before.
         parameters: its parameters now.
         seconds: wall time by part: ``load``, ``forward``, ``hessian``, ``solver``.
+        experts: what was done to its experts; ``None`` for a layer without.
     """
 
     layer: int
@@ -32,6 +65,7 @@ class LayerReport:
     parameters_before: int
     parameters: int
     seconds: dict[str, float]
+    experts: ExpertsReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -40,6 +74,16 @@ class LayerReport:
     def percent(self, name: str, digits: int = 2) -> str:
         """The error of a structure for people; a dash where the layer has none that can be removed."""
         return f"{self.error[name]:.{digits}%}" if name in self.error else "-"
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> LayerReport:
+        """The report that :meth:`to_json` was made from.
+
+        Raises:
+            TypeError: a field that is not known, or one that lacks.
+        """
+        experts = values.get("experts")
+        return cls(**{**values, "experts": None if experts is None else ExpertsReport(**experts)})
 
 
 @dataclass(frozen=True)
@@ -98,7 +142,7 @@ class PruneReport:
                 "settings": PruneConfig(**settings),
                 "plan": Plan(**plan),
                 "dense_sizes": tuple(values["dense_sizes"]),
-                "layers": tuple(LayerReport(**layer) for layer in values["layers"]),
+                "layers": tuple(LayerReport.from_json(layer) for layer in values["layers"]),
                 "recovery": tuple(values.get("recovery", ())),
             }
         )

@@ -24,13 +24,15 @@ from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
 from slimgpt.models.architectures import Sizes, Structure
 from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
+from slimgpt.models.mixtures import Experts, Mixture
 from slimgpt.models.shape import count
 from slimgpt.models.slicing import State, output_matrix, slice_state, unit_rows
 from slimgpt.planning.plan import Plan
-from slimgpt.pruning.capture import Part, Stream, capture, run_with
+from slimgpt.pruning.capture import Part, Stream, arguments_of, capture, run_with
 from slimgpt.pruning.memory import FILE, RECOMPUTE, Placement, Shelf, mapped, trim
+from slimgpt.pruning.mixture import MixtureWork
 from slimgpt.pruning.ranks import Ranks
-from slimgpt.pruning.report import LayerReport
+from slimgpt.pruning.report import ExpertsReport, LayerReport
 from slimgpt.solver import CRITERIA, Gram, damp, reconstruct, relative_error
 
 EXACT_SIZE = 4096
@@ -49,6 +51,9 @@ class Finished:
     report: LayerReport
     state: State
 
+
+Chooser = Callable[[Tensor, Tensor], tuple[Tensor, int]]
+"""From ``W`` and its damped Hessian to the kept units and the number of units."""
 
 Finder = Callable[[int], Finished | None]
 """Gives a layer that an earlier run has finished."""
@@ -108,12 +113,13 @@ def prune_layers(
     stream = capture(model, layers, windows, config.batch_size, hidden, run.dtype)
     for index, (sizes, target) in enumerate(zip(layer_sizes(model.config), plan.layers, strict=True)):
         dense = take(index)
-        work = _Layer(index, dense, model.config, config, run)
+        work = Layer(index, dense, model.config, config, run)
         # All processes go the same way, though only rank 0 sees the journal.
         earlier = run.finished(index) if run.ranks.main else None
         work.earlier = earlier
-        replay = bool(run.ranks.agree(int(earlier is not None)))
-        state = work.prune(structures, sizes, target, stream, replay)
+        work.replay = bool(run.ranks.agree(int(earlier is not None)))
+        work.expert_groups = architecture.groups_of_experts(model.config) if isinstance(architecture, Mixture) else 1
+        state = work.prune(structures, sizes, target, stream)
         if earlier is not None:
             yield earlier
             continue
@@ -125,6 +131,7 @@ def prune_layers(
             count(dense),
             sum(tensor.numel() for name, tensor in state.items() if name in work.parameters),
             work.seconds,
+            work.experts,
         )
         finished = Finished(report, {name: tensor.to("cpu") for name, tensor in state.items()})
         del work, dense, state  # the next layer is not to be worked on beside this one
@@ -133,16 +140,19 @@ def prune_layers(
         trim()
 
 
-class _Layer:
+class Layer:
     """One layer while it is pruned; notes what it kept, the errors and the seconds."""
 
     def __init__(self, index: int, dense: nn.Module, model_config: Any, config: PruneConfig, run: Run):
-        self.index, self.config, self.run = index, config, run
+        self.index, self.config, self.run, self.model_config = index, config, run, model_config
         self.criterion = CRITERIA[config.method]
         self.repair = self.criterion.repair if config.repair is None else config.repair
         # One generator per layer: a run that goes on in the middle draws the same numbers.
         self.generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
         self.earlier: Finished | None = None
+        self.replay = False
+        self.expert_groups = 1
+        self.experts: ExpertsReport | None = None
         self.kept: dict[str, list[int]] = {}
         self.error: dict[str, float] = {}
         self.seconds: dict[str, float] = {"load": 0.0, "forward": 0.0, "hessian": 0.0, "solver": 0.0}
@@ -151,32 +161,33 @@ class _Layer:
         self.parameters = {name for name, _ in dense.named_parameters()}
         self.state: State = dense.state_dict()
         with self.timed("load"):
-            running = {name: tensor.to(run.device, self._dtype(tensor)) for name, tensor in self.state.items()}
+            running = {name: self.running(tensor) for name, tensor in self.state.items()}
             self.layer = rebuild_layer(dense, model_config, index, running).to(run.device)
 
-    def prune(
-        self, structures: Sequence[Structure], sizes: Sizes, target: Sizes, stream: Stream, replay: bool
-    ) -> State:
+    def prune(self, structures: Sequence[Structure], sizes: Sizes, target: Sizes, stream: Stream) -> State:
         """The state dict of the narrower layer in its stored type; the stream is moved on behind the layer."""
-        self.stream = stream
-        structures = [structure for structure in structures if f"{structure.output}.weight" in self.state]
+        self.stream, self.dense_sizes = stream, dict(sizes)
+        structures = [structure for structure in structures if structure.key in self.state]
         if not structures:
             with self.timed("forward"):
                 for number in range(len(stream)):
                     self._leave(number)
         for structure in structures:
+            last = structure is structures[-1]
+            if isinstance(structure, Experts):
+                self._prune_experts(structure, sizes, target, last)
+                continue
             name = structure.name
             W, bias = self._matrix(structure)
-            last = structure is structures[-1]
-            results = cast(Shelf, self._shelf(self.run.placement.stream))
+            results = cast(Shelf, self.shelf(self.run.placement.stream))
             out = None if last else results
-            if replay or structure.units(target) == structure.units(sizes):
+            if self.replay or structure.units(target) == structure.units(sizes):
                 columns, W = self._decide(name, structure, W, None, sizes, target)
                 with self.timed("forward"):
                     for number in range(len(stream)):
                         self._finish(number, self._inputs(number, structure), columns, W, bias, out)
             else:
-                gram, kept = self._gram(W.shape[1]), self._shelf(self.run.placement.kept)
+                gram, kept = self.gram(W.shape[1]), self.shelf(self.run.placement.kept)
                 for number in range(len(stream)):
                     with self.timed("forward"):
                         inputs = self._inputs(number, structure)
@@ -197,6 +208,20 @@ class _Layer:
             self.results[self.place] = results
             sizes = structure.shrink(sizes, structure.units(target))
         return self.state
+
+    def _prune_experts(self, experts: Experts, sizes: Sizes, target: Sizes, last: bool) -> None:
+        outputs = MixtureWork(self, experts, sizes, self.expert_groups).prune(target)
+        for number in range(len(self.stream)):
+            self.rebuild[experts.module, number] = lambda tensor: tensor
+            if last:
+                with self.timed("forward"):
+                    self._leave(number, {experts.module: outputs.take(number)})
+        if not last:
+            self.results[experts.module] = outputs
+
+    def called(self, number: int, module: str) -> tuple[Any, ...]:
+        """What a module of the layer is called with on one batch."""
+        return arguments_of(self.layer, module, lambda: self._run(number))
 
     def _inputs(self, number: int, structure: Structure) -> Tensor:
         """The input of the output matrix for one batch, ``(batch, seq_len, n)``."""
@@ -234,7 +259,7 @@ class _Layer:
         arguments = self.stream.arguments[number][self.index]
         return run_with(self.layer, {**given, **(result or {})}, self.stream.hidden.get(number), arguments, until)
 
-    def _shelf(self, place: str) -> Shelf | None:
+    def shelf(self, place: str) -> Shelf | None:
         return None if place == RECOMPUTE else Shelf(place, self.run.device, self.run.scratch)
 
     @contextmanager
@@ -246,15 +271,22 @@ class _Layer:
             torch.cuda.synchronize(self.run.device)
         self.seconds[part] += time.perf_counter() - start
 
-    def _dtype(self, tensor: Tensor) -> torch.dtype:
-        return self.run.dtype if self.run.dtype is not None and tensor.is_floating_point() else tensor.dtype
+    def running(self, tensor: Tensor) -> Tensor:
+        """A tensor where and as the forward passes need it."""
+        dtype = self.run.dtype if self.run.dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.to(self.run.device, dtype)
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """The type of small sums."""
+        return solver_dtype(1, self.run.device)
 
     def _matrix(self, structure: Structure) -> tuple[Tensor, Tensor | None]:
         linear = self.layer.get_submodule(structure.output)
         W = cast(Tensor, linear.weight).detach()
         return W.T if structure.transposed else W, cast(Tensor | None, linear.bias)
 
-    def _gram(self, n: int) -> Gram:
+    def gram(self, n: int) -> Gram:
         """The sum to be; in a file where memory is short, and for wide layers on a CPU, where it is read only a few
         times and the system can write it out meanwhile."""
         device, scratch = self.run.device, self.run.scratch
@@ -287,19 +319,34 @@ class _Layer:
             W_kept = output_matrix(self.earlier.state, structure).to(device, copy=True)
         else:
             assert gram is not None
-            kept, W_kept = self._solve(name, structure, stored.to(device), gram, sizes, target)
+            choose = self._choice(name, structure, sizes, keep)
+            kept, W_kept = self.solve(structure.output, stored.to(device), gram, choose)
+            self.error[name] = self.solved[0]
         kept = ranks.broadcast(kept.to(device)).cpu()
         W_kept = ranks.broadcast(W_kept)
         self.kept[name] = kept.tolist()
         self.state = slice_state(self.state, structure, sizes, kept, W_kept)
         return unit_rows(n, units, kept).to(device), W_kept.to(running.dtype)
 
-    def _solve(
-        self, name: str, structure: Structure, stored: Tensor, gram: Gram, sizes: Sizes, target: Sizes
-    ) -> tuple[Tensor, Tensor]:
-        """The kept units and the repaired matrix ``(out, columns)`` in the stored type."""
-        units, keep = structure.units(sizes), structure.units(target)
-        where = f"layer {self.index}, {structure.output}"
+    def channels(self, keep: int) -> Chooser:
+        """The method's choice of so many channels."""
+        return lambda W, H: (self.criterion.channels(W, H, keep, self.generator), W.shape[1])
+
+    def _choice(self, name: str, structure: Structure, sizes: Sizes, keep: int) -> Chooser:
+        """The units that the caller has chosen, or the method's choice."""
+        units, groups, chosen = structure.units(sizes), structure.group_count(sizes), self.run.choice
+        if chosen is not None:
+            return lambda *_: (chosen(self.index, name), units)
+        if name != "heads":
+            return self.channels(keep)
+        return lambda W, H: (self.criterion.heads(W, H, units, keep, groups, self.generator), units)
+
+    def solve(self, what: str, stored: Tensor, gram: Gram, choose: Chooser) -> tuple[Tensor, Tensor]:
+        """The kept units and the repaired matrix ``(out, columns)`` in the stored type.
+
+        Afterwards ``solved`` holds the relative error, and the mean energy of the dense output.
+        """
+        where = f"layer {self.index}, {what}"
         n = stored.shape[1]
         dtype = solver_dtype(n, stored.device)
         trim()
@@ -310,12 +357,7 @@ class _Layer:
         undamped = H.diagonal().clone()
         damp(H, self.config.damping)
         try:
-            if self.run.choice is not None:
-                kept = self.run.choice(self.index, name)
-            elif name == "heads":
-                kept = self.criterion.heads(W, H, units, keep, structure.group_count(sizes), self.generator)
-            else:
-                kept = self.criterion.channels(W, H, keep, self.generator)
+            kept, units = choose(W, H)
             columns = unit_rows(n, units, kept).to(W.device)
             trim()
             G = W @ H
@@ -327,5 +369,5 @@ class _Layer:
             ) from error
         G -= W * (H.diagonal() - undamped)
         H.diagonal().copy_(undamped)
-        self.error[name] = relative_error(W, W_kept, H, columns, G)
+        self.solved = (relative_error(W, W_kept, H, columns, G), float((G * W).sum()))
         return kept, W_kept.to(stored.dtype)

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.models.alignment import align
+from slimgpt.models.architectures import CHANNELS
 from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
+from slimgpt.models.mixtures import EXPERTS, Experts
 from slimgpt.models.slicing import output_matrix
 from slimgpt.models.stock import apply_sizes
 from slimgpt.models.weights import check_finite
@@ -64,6 +66,7 @@ def memory_need(
     layers = model.get_submodule(architecture.layers)
     tokens, batch = windows.numel(), min(config.batch_size, len(windows)) * windows.shape[1]
     layer_bytes = solver_bytes = widest = item = out = 0
+    streams = 2
     for layer, sizes, target in zip(layers.children(), layer_sizes(model.config), plan.layers, strict=True):
         state = layer.state_dict()
         stored = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -71,13 +74,17 @@ def memory_need(
         item = torch.empty((), dtype=dtype or next(layer.parameters()).dtype).element_size()
         layer_bytes = max(layer_bytes, stored + (numbers * item if copied else 0))
         for structure in architecture.chosen(plan.head_unit):
-            if f"{structure.output}.weight" not in state:
+            if structure.key not in state:
                 continue
-            out, n = output_matrix(state, structure).shape
+            if isinstance(structure, Experts):  # solved one at a time
+                out, n, keep = state[structure.key][0].numel() // sizes[CHANNELS], sizes[CHANNELS], target[CHANNELS]
+                streams = max(streams, 5 if target[EXPERTS] < sizes[EXPERTS] else 4)
+            else:
+                out, n = output_matrix(state, structure).shape
+                keep = n * structure.units(target) // structure.units(sizes)
             widest = max(widest, n)
             each = solver_dtype(n, torch.device("cpu")).itemsize
-            removed = n - n * structure.units(target) // structure.units(sizes)
             # The Gram matrix and its inverse; the factor of what was removed; W, its repaired form and W H.
-            solver_bytes = max(solver_bytes, (2 * n * n + removed * n + 3 * out * n) * each)
+            solver_bytes = max(solver_bytes, (2 * n * n + (n - keep) * n + 3 * out * n) * each)
     work = batch * (3 * widest + 6 * out) * item
-    return Need(layer_bytes + work, solver_bytes + layer_bytes, tokens * out * item, tokens * widest * item)
+    return Need(layer_bytes + work, solver_bytes + layer_bytes, tokens * out * item, tokens * widest * item, streams)

@@ -1,0 +1,243 @@
+"""What must hold for every mixture of experts: its arithmetic, pruning as zeroing and masking, and reloading."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import slimgpt
+from slimgpt.models import EXPERTS, Experts
+from slimgpt.models.experts import down_matrix, expert_output, intermediate
+from slimgpt.models.heterogeneous import layer_sizes, lookup
+from slimgpt.models.slicing import unit_rows
+from slimgpt.pruning.capture import arguments_of, capture, run_layer
+from slimgpt.pruning.memory import Shelf
+from slimgpt.pruning.report import mask_of, units_of
+from slimgpt.solver.experts import Routing, contributions
+from tests.families import windows
+from tests.mixtures import OWN_OF_MIXTURES, tiny_mixture
+from tests.test_families import RELOAD
+
+FAMILIES = list(OWN_OF_MIXTURES)
+WITH_DENSE_LAYERS = ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+SHARES = (0.0, 0.5, 1.0)
+IDS = windows(2, 24, seed=7)
+
+
+def prune(model, **options):
+    options = {"ratio": 0.3, "calibration": windows(), "batch_size": 5, "device": "cpu", **options}
+    return slimgpt.prune(model, None, **options)
+
+
+def double(family, **changes):
+    """A model in fp64; the routers compute in fp32 or fp64, as their families have it."""
+    model = tiny_mixture(family, **changes).double()
+    model.set_experts_implementation("eager")
+    return model
+
+
+def sparse_layers(model):
+    """The description of the experts, and the layers that have them."""
+    experts = lookup(model.config).experts
+    layers = [layer for layer in model.model.layers if experts.key in layer.state_dict()]
+    assert layers
+    return experts, layers
+
+
+def expert_calls(model, ids):
+    """Every layer with experts, and the tokens, experts and weights that these are called with."""
+    experts, _ = sparse_layers(model)
+    stream = capture(model, model.model.layers, ids, len(ids), Shelf("device", torch.device("cpu")))
+    hidden = stream.hidden.get(0)
+    for index, layer in enumerate(model.model.layers):
+        run = partial(run_layer, layer, hidden, stream.arguments[0][index])
+        if experts.key in layer.state_dict():
+            yield layer, *arguments_of(layer, experts.module, run)
+        hidden = run()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_one_by_one_are_the_modules_own_forward(family):
+    model = double(family)
+    experts, layers = sparse_layers(model)
+    with torch.no_grad():
+        for layer, tokens, chosen, weights in expert_calls(model, IDS):
+            module = layer.get_submodule(experts.module)
+            output = partial(expert_output, module, experts)
+            routing = Routing(chosen, weights, len(layer.state_dict()[experts.key]))
+            found = contributions(routing, tokens, chosen.shape[1], tokens.shape[1], output)
+            torch.testing.assert_close(found.sum(1), module(tokens, chosen, weights), rtol=1e-12, atol=1e-12)
+            layers.remove(layer)
+    assert not layers
+
+
+@pytest.fixture
+def silenced(monkeypatch):
+    """Makes the logits of some experts -inf, whatever the family's router does with its logits."""
+    routers: list[tuple[torch.Tensor, list[int]]] = []
+    linear = torch.nn.functional.linear
+
+    def masking(x, weight, bias=None):
+        logits = linear(x, weight, bias)
+        for router, gone in routers:
+            if weight.shape == router.shape and torch.equal(weight, router.to(weight)):
+                logits[..., gone] = -torch.inf
+        return logits
+
+    monkeypatch.setattr(torch.nn.functional, "linear", masking)
+    return routers
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(family, share, silenced):
+    model = double(family)
+    masked = copy.deepcopy(model)
+    experts, _ = sparse_layers(model)
+    report = prune(model, ratio=0.4 if share else 0.3, whole_experts=share)
+    assert [dict(s) for s in report.plan.layers] == layer_sizes(model.config)
+    assert report.plan.parameters == sum(p.numel() for p in model.parameters())
+    gone = 0
+    for layer, dense, slim in zip(report.layers, masked.model.layers, model.model.layers):
+        sizes = report.dense_sizes[layer.layer]
+        for structure in lookup(model.config).chosen(report.plan.head_unit):
+            if isinstance(structure, Experts) or structure.key not in dense.state_dict():
+                continue
+            W = dense.get_submodule(structure.output).weight.data
+            columns = unit_rows(W.shape[1], structure.units(sizes), torch.tensor(layer.kept[structure.name]))
+            W.zero_()
+            W[:, columns] = slim.get_submodule(structure.output).weight.data
+        if layer.experts is None:
+            assert EXPERTS not in sizes
+            continue
+        removed = sorted(set(range(sizes[EXPERTS])) - set(layer.experts.kept))
+        gone += len(removed)
+        router = next(iter(dense.get_submodule(experts.router).parameters()))
+        silenced.append((router, removed))
+        correction = getattr(dense.get_submodule(experts.router), "e_score_correction_bias", None)
+        if correction is not None:
+            correction[removed] = -torch.inf
+        there, here = dense.state_dict(), slim.state_dict()
+        for position, expert in enumerate(layer.experts.kept):
+            W, bias = down_matrix(there, experts, expert)
+            W_kept, bias_kept = down_matrix(here, experts, position)
+            masks = layer.experts.channels
+            channels = units_of(masks[position]) if masks else list(range(sizes["intermediate_size"]))
+            assert len(channels) == layer.sizes["intermediate_size"]
+            W.zero_()
+            W[:, channels] = W_kept
+            if bias is not None:
+                bias.copy_(bias_kept)
+    assert (gone > 0) == (share > 0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, masked(IDS).logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """Every family pruned and saved both ways, and what a process without slimgpt computes from the folders."""
+    root = tmp_path_factory.mktemp("mixtures")
+    expected, reports = {}, {}
+    for family in FAMILIES:
+        for form in ("layers",) if family in WITH_DENSE_LAYERS else ("layers", "uniform"):
+            model = tiny_mixture(family)
+            report = prune(model, uniform=form == "uniform", whole_experts=0.6)
+            name = f"{family}-{form}"
+            slimgpt.save(model, None, report, root / name)
+            with torch.no_grad():
+                expected[name] = model(IDS).logits
+            reports[name] = report
+    script = root / "reload.py"
+    script.write_text(RELOAD)
+    environment = {**os.environ, "HF_HOME": str(root / "hf"), "HF_MODULES_CACHE": str(root / "modules")}
+    command = [sys.executable, str(script), str(root / "out.safetensors"), json.dumps(IDS.tolist())]
+    folders = [str(root / name) for name in expected]
+    done = subprocess.run(command + folders, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root, expected, reports, load_file(root / "out.safetensors")
+
+
+@pytest.mark.parametrize("form", ["layers", "uniform"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_folder_loads_without_slimgpt_to_the_bit(family, form, reloaded):
+    root, expected, reports, found = reloaded
+    name = f"{family}-{form}"
+    if form == "uniform" and family in WITH_DENSE_LAYERS:
+        assert name not in expected
+        return
+    assert torch.equal(found[f"{name}.logits"], expected[name])
+    assert torch.equal(found[f"{name}.generate.True"], found[f"{name}.generate.False"])
+    assert bool(found[f"{name}.stock"]) == (form == "uniform")
+    weights = load_file(root / name / "model.safetensors")
+    buffers = sum(tensor.numel() for key, tensor in weights.items() if key.endswith("e_score_correction_bias"))
+    assert sum(tensor.numel() for tensor in weights.values()) - buffers == reports[name].plan.parameters
+    written = json.loads((root / name / "slimgpt.json").read_text())
+    sparse = [layer["experts"] for layer in written["layers"] if layer["experts"] is not None]
+    assert sparse
+    assert all(len(layer["tokens"]) == len(layer["kept"]) for layer in sparse)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_implementation_of_experts_reaches_the_layers(family):
+    model = tiny_mixture(family)
+    prune(model)
+    with torch.no_grad():
+        grouped = model(IDS).logits
+        model.set_experts_implementation("eager")
+        experts, layers = sparse_layers(model)
+        assert {layer.get_submodule(experts.module).config._experts_implementation for layer in layers} == {"eager"}
+        torch.testing.assert_close(model(IDS).logits, grouped, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_a_slim_mixture_can_be_pruned_again(family, tmp_path):
+    model = tiny_mixture(family)
+    first = prune(model, ratio=0.2, whole_experts=0.5)
+    second = prune(model, ratio=0.2, whole_experts=0.5)
+    assert second.plan.parameters < first.plan.parameters
+    assert abs(second.plan.achieved - 0.2) < 0.03  # steps are large in a model this small
+    slimgpt.save(model, None, second, tmp_path / "second")
+    from slimgpt.models.loading import load_config, load_model, locate
+
+    source = locate(str(tmp_path / "second"))
+    again = load_model(source, load_config(source))
+    again.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_an_expert_that_saw_too_few_tokens_is_repaired_on_tokens_of_the_whole_layer():
+    model = double("gpt_oss")
+    experts, layers = sparse_layers(model)
+    for layer in layers:
+        layer.get_submodule(experts.router).bias.data[2] = -50.0  # nobody goes there
+    dense = copy.deepcopy(model)
+    report = prune(model, ratio=0.3, schedule="uniform")
+    first = report.layers[0]
+    assert first.experts.tokens[2] == 0
+    width = report.dense_sizes[0]["intermediate_size"]
+    assert first.experts.fallback == [e for e, n in enumerate(first.experts.tokens) if n < width]
+    with torch.no_grad():
+        _, tokens, _, _ = next(expert_calls(dense, windows()))
+        there, here = (m.model.layers[0].get_submodule(experts.module) for m in (dense, model))
+        wanted = expert_output(there, experts, 2, tokens)
+        repaired = expert_output(here, experts, 2, tokens)
+        bias = dense.model.layers[0].state_dict()[f"{experts.key}_bias"][2]
+        channels = units_of(first.experts.channels[2])
+        W, _ = down_matrix(dense.model.layers[0].state_dict(), experts, 2)
+        sliced = intermediate(there, 2, tokens)[:, channels] @ W[:, channels].T + bias
+    assert (repaired - wanted).norm() < 0.95 * (sliced - wanted).norm()  # without a Hessian they are equal
+
+
+def test_masks_hold_the_units_they_were_made_from():
+    for units in ([], [0], [3, 4, 17], list(range(40))):
+        assert units_of(mask_of(units, 40)) == units
+        assert len(mask_of(units, 40)) == 10
