@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.models import ARCHITECTURES
+from slimgpt.models.mixtures import MIXTURES
 
 LAYERS, VOCABULARY = 4, 97
 
@@ -132,8 +133,8 @@ REPRESENTATIVE = (
 )  # fmt: skip
 """One or two of every layout; the default run has these, `pytest -m families` all."""
 
-NAMES = [*ARCHITECTURES, *(name for name in OWN if "/" in name)]
-"""Every family, and the variants of layout that a flag of its config chooses."""
+NAMES = [*(family for family in ARCHITECTURES if family not in MIXTURES), *(name for name in OWN if "/" in name)]
+"""Every family without experts, and the variants of layout that a flag of its config chooses; see mixtures.py too."""
 
 
 def tiny_config(name: str, **changes: Any) -> PreTrainedConfig:

@@ -26,7 +26,18 @@ from tests.families import windows
 from tests.mixtures import OWN_OF_MIXTURES, tiny_mixture
 from tests.test_families import RELOAD
 
-FAMILIES = list(OWN_OF_MIXTURES)
+NAMES = list(OWN_OF_MIXTURES)
+REPRESENTATIVE = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")
+"""One of every layout; the default run has these, `pytest -m families` all."""
+
+
+def cases(*rows):
+    """Cases of one family each, marked; those that are not in the default run are slow as well."""
+    marks = [pytest.mark.families] + ([] if rows[0] in REPRESENTATIVE else [pytest.mark.slow])
+    return pytest.param(*rows, marks=marks)
+
+
+FAMILIES = [cases(name) for name in NAMES]
 WITH_DENSE_LAYERS = ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 SHARES = (0.0, 0.5, 1.0)
 IDS = windows(2, 24, seed=7)
@@ -96,8 +107,7 @@ def silenced(monkeypatch):
     return routers
 
 
-@pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "share"), [cases(name, share) for name in NAMES for share in SHARES])
 def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(family, share, silenced):
     model = double(family)
     masked = copy.deepcopy(model)
@@ -141,13 +151,19 @@ def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(fam
         torch.testing.assert_close(model(IDS).logits, masked(IDS).logits, rtol=1e-6, atol=1e-6)
 
 
+def forms(family):
+    """Layers of different widths; equal ones too, where every layer has experts."""
+    return ("layers",) if family in WITH_DENSE_LAYERS else ("layers", "uniform")
+
+
 @pytest.fixture(scope="module")
-def reloaded(tmp_path_factory):
-    """Every family pruned and saved both ways, and what a process without slimgpt computes from the folders."""
+def reloaded(tmp_path_factory, request):
+    """The families asked for, pruned and saved both ways, and what a process without slimgpt makes of the folders."""
     root = tmp_path_factory.mktemp("mixtures")
     expected, reports = {}, {}
-    for family in FAMILIES:
-        for form in ("layers",) if family in WITH_DENSE_LAYERS else ("layers", "uniform"):
+    asked = {item.callspec.params["family"] for item in request.session.items if "reloaded" in item.fixturenames}
+    for family in sorted(asked):
+        for form in forms(family):
             model = tiny_mixture(family)
             report = prune(model, uniform=form == "uniform", whole_experts=0.6)
             name = f"{family}-{form}"
@@ -165,14 +181,10 @@ def reloaded(tmp_path_factory):
     return root, expected, reports, load_file(root / "out.safetensors")
 
 
-@pytest.mark.parametrize("form", ["layers", "uniform"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "form"), [cases(name, form) for name in NAMES for form in forms(name)])
 def test_folder_loads_without_slimgpt_to_the_bit(family, form, reloaded):
     root, expected, reports, found = reloaded
     name = f"{family}-{form}"
-    if form == "uniform" and family in WITH_DENSE_LAYERS:
-        assert name not in expected
-        return
     assert torch.equal(found[f"{name}.logits"], expected[name])
     assert torch.equal(found[f"{name}.generate.True"], found[f"{name}.generate.False"])
     assert bool(found[f"{name}.stock"]) == (form == "uniform")
