@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimgpt.api import evaluate, prune
     from slimgpt.checkpoint import inspect, save
+    from slimgpt.comparison import compare
     from slimgpt.errors import SlimGPTError
+    from slimgpt.evaluation import evaluate_tasks
     from slimgpt.exporting import export, verify
     from slimgpt.folders import prune_folder
     from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load, register
@@ -32,7 +34,9 @@ _HOME = {
     "PruneReport": "pruning",
     "SlimGPTError": "errors",
     "Structure": "models",
+    "compare": "comparison",
     "evaluate": "api",
+    "evaluate_tasks": "evaluation",
     "export": "exporting",
     "inspect": "checkpoint",
     "load": "models",
@@ -54,7 +58,9 @@ __all__ = [
     "SlimGPTError",
     "Structure",
     "__version__",
+    "compare",
     "evaluate",
+    "evaluate_tasks",
     "export",
     "inspect",
     "load",

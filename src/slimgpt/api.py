@@ -18,7 +18,7 @@ from slimgpt import assets
 from slimgpt.calibration import digest, sample_windows
 from slimgpt.config import PruneConfig, parse_schedule
 from slimgpt.errors import CalibrationError, UsageError
-from slimgpt.evaluation import Perplexity, perplexity
+from slimgpt.evaluation import Perplexity, Text, perplexity, read_text
 from slimgpt.models.heterogeneous import empty_model, layer_sizes
 from slimgpt.models.loading import as_device, as_dtype
 from slimgpt.models.loading import forward_dtype as choose_forward_dtype
@@ -295,33 +295,29 @@ def with_evaluation(report: PruneReport, **evaluation: Any) -> PruneReport:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str,
+    text: str | Text,
     *,
     window: int = 128,
+    stride: int | None = None,
     max_tokens: int | None = None,
     batch_size: int = 8,
+    data_dir: str | Path | None = None,
+    by_position: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
-    """Perplexity of a model on a text file; see :func:`slimgpt.evaluation.perplexity` for the protocol.
+    """Perplexity of a model on a text; see :func:`slimgpt.evaluation.perplexity` for the protocol.
 
     Args:
-        text: the path of a text file, or ``demo`` (the held-out speeches).
+        text: the path of a text file; ``wikitext2``, ``ptb`` or ``c4``; ``demo`` (the held-out speeches); or what
+            :func:`slimgpt.evaluation.read_text` gave.
+        data_dir: where the named corpora are files; from the hub if not given.
 
     Raises:
-        UsageError: the file cannot be read, or the window does not fit.
+        UsageError: the text cannot be read, or the window does not fit.
     """
-    return perplexity(model, tokenizer, read_text(text), window, max_tokens, batch_size, progress)
-
-
-def read_text(name: str) -> str:
-    """The text of a file, or of ``demo``: the held-out speeches.
-
-    Raises:
-        CalibrationError: the file cannot be read.
-    """
-    if name == assets.DEMO:
-        return "\n\n".join(assets.demo_documents()[1])
-    try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalibrationError(f"cannot read the text {name}: {error}") from error
+    found = read_text(text, data_dir) if isinstance(text, str) else text
+    limits = [n for n in (max_tokens, found.max_windows and found.max_windows * window) if n is not None]
+    limit = min(limits) if limits else None
+    return perplexity(
+        model, tokenizer, found.content, window, limit, batch_size, progress, stride, found.joining, by_position
+    )

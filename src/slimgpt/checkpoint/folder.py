@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from slimgpt.errors import OutputError
 
 
-def check_output(folder: str | Path, overwrite: bool = False, needed: int = 0) -> Path:
+def check_output(folder: str | Path, overwrite: bool = False, needed: int = 0, marker: str = "config.json") -> Path:
     """Refuse an output folder early: before the work that would fill it.
 
     Args:
-        overwrite: a model folder that is there may be replaced.
+        overwrite: a folder of the same kind that is there may be replaced.
         needed: bytes that will be written.
+        marker: the file that tells such a folder from others; ``config.json`` is in every model's.
 
     Raises:
         OutputError: the folder exists, is no folder, cannot be written to, or its disk is too full.
@@ -31,8 +32,9 @@ def check_output(folder: str | Path, overwrite: bool = False, needed: int = 0) -
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise OutputError(f"{path} exists; give another folder, or pass --overwrite to replace it")
-        if not (path / "config.json").is_file():
-            raise OutputError(f"{path} exists and holds no model; --overwrite replaces only model folders")
+        if not (path / marker).is_file():
+            kind = "model" if marker == "config.json" else marker
+            raise OutputError(f"{path} exists and holds no {kind}; --overwrite replaces only folders that do")
     ancestor = path.parent
     while not ancestor.exists():
         ancestor = ancestor.parent
@@ -47,7 +49,7 @@ def check_output(folder: str | Path, overwrite: bool = False, needed: int = 0) -
 
 
 @contextmanager
-def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(folder: str | Path, overwrite: bool = False, marker: str = "config.json") -> Iterator[Path]:
     """A temporary folder beside ``folder`` that takes its name once the block has ended well.
 
     On any error, Ctrl-C included, it is removed and what was at ``folder`` before is still there.
@@ -55,7 +57,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: as :func:`check_output`, or the disk ran full.
     """
-    path = check_output(folder, overwrite)
+    path = check_output(folder, overwrite, marker=marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from slimgpt.checkpoint.saving import REPORT_FILE, weight_bytes
@@ -57,11 +58,7 @@ def inspect(name: str, trust_remote_code: bool = False) -> Inspection:
         else:
             check_files(source)
             size = weight_bytes(source.folder)
-            if (source.folder / REPORT_FILE).is_file():
-                try:
-                    pruned = json.loads((source.folder / REPORT_FILE).read_text(encoding="utf-8"))
-                except ValueError as error:
-                    raise ModelError(f"{source.folder / REPORT_FILE} is damaged: {error}") from error
+            pruned = read_report(source.folder)
     return Inspection(
         model=source.name,
         model_type=config.model_type,
@@ -72,3 +69,18 @@ def inspect(name: str, trust_remote_code: bool = False) -> Inspection:
         uniform=all(layer.sizes == shape.layers[0].sizes for layer in shape.layers),
         pruned=pruned,
     )
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The content of ``slimgpt.json``; ``None`` for a folder that has none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    file = folder / REPORT_FILE
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is damaged: {error}") from error

@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from slimgpt.cli import (  # importing a module registers its commands
+    compare,
+    data,
     demo,
     evaluate,
     export,
@@ -18,10 +20,26 @@ from slimgpt.cli import (  # importing a module registers its commands
     prune,
     recover,
     reproduce,
+    speed,
 )
 from slimgpt.cli.console import app
 
-__all__ = ["app", "demo", "evaluate", "export", "families", "inspect", "main", "plan", "prune", "recover", "reproduce"]
+__all__ = [
+    "app",
+    "compare",
+    "data",
+    "demo",
+    "evaluate",
+    "export",
+    "families",
+    "inspect",
+    "main",
+    "plan",
+    "prune",
+    "recover",
+    "reproduce",
+    "speed",
+]
 
 
 def _version(wanted: bool) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from slimgpt.errors import NumericalError, RankError, SlimGPTError
+from slimgpt.errors import NumericalError, OutputError, RankError, SlimGPTError
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +73,18 @@ def bar(unit: str) -> Iterator[tuple[Progress, Any]]:
 
 
 @contextmanager
+def count_bar(unit: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A bar for work whose amount is known only once it starts."""
+    with bar(unit) as (progress, task):
+
+        def on_start(total: int) -> Callable[[int], None]:
+            progress.update(task, total=total)
+            return lambda done: progress.advance(task, done)
+
+        yield on_start
+
+
+@contextmanager
 def layer_progress(tokens: int, device: torch.device) -> Iterator[Callable[[LayerReport, Plan], None]]:
     """A bar; where the output is no terminal, a line per layer.
 
@@ -119,6 +133,24 @@ def _describe(report: LayerReport) -> str:
         f"layer {report.layer}: {s['num_attention_heads']}/{s['num_key_value_heads']} heads, "
         f"{s['intermediate_size']} channels, error {report.percent('heads', 1)} / {report.percent('channels', 1)}"
     )
+
+
+def check_json(file: Path | None, overwrite: bool) -> None:
+    """Refuse a file for results early.
+
+    Raises:
+        OutputError: it exists, or its folder does not.
+    """
+    if file is not None and file.exists() and not overwrite:
+        raise OutputError(f"{file} exists; give another file, or pass --overwrite to replace it")
+    if file is not None and not file.absolute().parent.is_dir():
+        raise OutputError(f"{file.absolute().parent} is no folder; make it first, or give another place for --json")
+
+
+def write_json(file: Path | None, values: Any) -> None:
+    """Write results, if a file was asked for."""
+    if file is not None:
+        file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def quiet() -> None:

@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-from slimgpt.cli.console import DeviceOption, DtypeOption, ModelArgument, TrustOption, app, bar, friendly, out, quiet
-from slimgpt.errors import OutputError, UsageError
+from slimgpt.cli.console import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    TrustOption,
+    app,
+    bar,
+    check_json,
+    count_bar,
+    friendly,
+    out,
+    quiet,
+    write_json,
+)
+from slimgpt.errors import UsageError
+
+if TYPE_CHECKING:
+    from slimgpt.evaluation import Passkey, Perplexity, TaskScores
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="DIR", help="Texts and rows of tasks from files here instead of the hub."),
+]
+LimitOption = Annotated[int | None, typer.Option(help="Only the first so many rows of every task.")]
+TasksHelp = "Tasks of lm-evaluation-harness by name, separated by commas; 'commonsense' is the usual seven."
 
 
 @app.command()
 @friendly
 def evaluate(
     model: ModelArgument,
-    text: Annotated[str, typer.Option(help="A text file, or 'demo' (held-out speeches).")],
+    text: Annotated[str | None, typer.Option(help="A text file, wikitext2, ptb, c4, or 'demo'.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window; 128 and 2048 are the literature's.")] = 128,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens from one window to the next.", show_default="window: no overlap")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.")] = None,
+    by_position: Annotated[
+        bool, typer.Option("--by-position", help="Also perplexity by position in the window, for long ones.")
+    ] = False,
+    tasks: Annotated[str | None, typer.Option(help=TasksHelp)] = None,
+    limit: LimitOption = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before every question.", show_default="as the task says")
+    ] = None,
+    data_dir: DataOption = None,
+    passkey: Annotated[
+        str | None, typer.Option(metavar="LENGTHS", help="Hide a number in texts of 512,1024,... tokens; ask for it.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -26,39 +64,120 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Perplexity of MODEL on a text, with the protocol that makes the number comparable."""
+    """Perplexity of MODEL on a text, its scores on tasks, its memory over long texts; each with its protocol."""
     from slimgpt.api import evaluate as run
-    from slimgpt.api import read_text
-    from slimgpt.models import load
+    from slimgpt.checkpoint import read_report
+    from slimgpt.evaluation import evaluate_tasks, leak_note, read_text, task_names
+    from slimgpt.evaluation import passkey as run_passkey
+    from slimgpt.models.loading import load, locate
 
     quiet()
-    if json_file is not None and json_file.exists() and not overwrite:
-        raise OutputError(f"{json_file} exists; give another file, or pass --overwrite to replace it")
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise OutputError(
-            f"{json_file.absolute().parent} is no folder; make it first, or give another place for --json"
-        )
+    check_json(json_file, overwrite)
+    if text is None and tasks is None and passkey is None:
+        raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
     if window < 2:
         raise UsageError(f"window {window} is too small: a window of n tokens predicts n - 1 of them")
-    read_text(text)
+    lengths = whole_numbers(passkey, "--passkey") if passkey else []
+    names = task_names(tasks) if tasks is not None else []
+    if data_dir is not None and not data_dir.is_dir():
+        raise UsageError(f"the data folder {data_dir} does not exist")
+    content = read_text(text, data_dir) if text is not None else None
+    folder = locate(model).folder
+    report = read_report(folder) if folder is not None else None
     with out.status(f"loading {model}"):
         loaded, tokenizer = load(model, dtype, device, trust_remote_code)
-    with bar("windows") as (progress, task):
-        result = run(
-            loaded,
-            tokenizer,
-            text,
-            window=window,
-            max_tokens=max_tokens,
-            batch_size=batch_size,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
-    values = {"model": model, "text": text, **result.to_json()}
-    if json_file is not None:
-        json_file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    values: dict[str, Any] = {"model": model}
+    if content is not None:
+        with bar("windows") as (progress, task):
+            result = run(
+                loaded,
+                tokenizer,
+                content,
+                window=window,
+                stride=stride,
+                max_tokens=max_tokens,
+                batch_size=batch_size,
+                by_position=by_position,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        leak = leak_note(report, content)
+        values |= {"text": text, **result.to_json(), "leak": leak}
+        print_perplexity(result, content.name, leak)
+    if names:
+        with count_bar("answers") as on_start:
+            scores = evaluate_tasks(loaded, tokenizer, names, limit, num_fewshot, data_dir, on_start)
+        values["tasks"] = scores.to_json()
+        print_scores(scores)
+    if lengths:
+        with count_bar("questions") as on_start:
+            found = run_passkey(loaded, tokenizer, lengths, on_start=on_start)
+        values["passkey"] = found.to_json()
+        print_passkey(found)
+    write_json(json_file, values)
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """Numbers from ``1,8``.
+
+    Raises:
+        UsageError: anything else.
+    """
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise UsageError(f"{option} '{text}' is no list of whole numbers above zero; give for example 512,1024")
+    return numbers
+
+
+def print_perplexity(result: Perplexity, text: str, leak: str | None) -> None:
+    """One line with all that the number depends on, the leak among it; positions below."""
+    protocol = result.protocol
+    stride = "" if protocol["stride"] == result.window else f", stride {protocol['stride']}"
     out.print(
-        f"perplexity [bold]{result.perplexity:.4f}[/] at window {result.window} over {result.tokens:,} tokens "
-        f"({result.predicted:,} predicted) of {text}, {result.protocol['dtype']}",
+        f"perplexity [bold]{result.perplexity:.4f}[/] at window {result.window}{stride} over {result.tokens:,} tokens "
+        f"({result.predicted:,} predicted) of {text}, {protocol['joining']}, {protocol['dtype']}; "
+        f"per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}"
+        + (f"  [bold yellow]{leak}[/]" if leak else ""),
         highlight=False,
         soft_wrap=True,
     )
+    if result.by_position:
+        table = Table("position", "perplexity")
+        for first, value in result.by_position.items():
+            table.add_row(f"{first}-{min(2 * first, result.window) - 1}", f"{value:.3f}")
+        out.print(table)
+
+
+def print_scores(scores: TaskScores) -> None:
+    """A row per task or group, and the mean."""
+    table = Table("task", "shots", "rows", "acc", "acc_norm", "other")
+    for name, values in scores.scores.items():
+        rest = {k: v for k, v in values.items() if k not in ("acc", "acc_norm", "rows") and not k.endswith("_stderr")}
+        table.add_row(
+            name,
+            str(scores.protocol["num_fewshot"].get(name, "")),
+            f"{values['rows']:,}" if "rows" in values else "",
+            *(
+                f"{values[m]:.2%} ± {values.get(m + '_stderr', 0):.2%}" if m in values else ""
+                for m in ("acc", "acc_norm")
+            ),
+            ", ".join(f"{key} {value:.4g}" for key, value in rest.items()),
+        )
+    out.print(table)
+    if scores.mean is not None and scores.mean_acc is not None:
+        out.print(
+            f"mean [bold]{scores.mean:.2%}[/] (acc_norm where a task has it), {scores.mean_acc:.2%} (acc); "
+            f"rows from {scores.protocol['rows_from']}, {scores.protocol['harness']}, {scores.protocol['dtype']}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+def print_passkey(found: Passkey) -> None:
+    """Shares by length and depth."""
+    table = Table("tokens", "found", "by depth, beginning to end")
+    for length, share in found.found.items():
+        table.add_row(f"{length:,}", f"{share:.0%}", "  ".join(f"{s:.0%}" for s in found.by_depth[length]))
+    out.print(table)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimgpt.cli.console import app, friendly, out, quiet
-from slimgpt.errors import OutputError
+from slimgpt.cli.console import app, check_json, friendly, out, quiet
 
 if TYPE_CHECKING:
     from slimgpt.exporting import ExportReport, Verification
@@ -41,7 +40,7 @@ def export(
     from slimgpt.exporting import export as run
 
     quiet()
-    _check_json(json_file, overwrite)
+    check_json(json_file, overwrite)
     with out.status(f"writing {output}"):
         report = run(
             slim, output, to, quantize=quantize, tokenizer_pre=tokenizer_pre, overwrite=overwrite, check=verify
@@ -68,7 +67,7 @@ def verify(
     from slimgpt.exporting import verify as run
 
     quiet()
-    _check_json(json_file, overwrite)
+    check_json(json_file, overwrite)
     with out.status("running both"):
         found = run(exported, against, text=text, max_tokens=max_tokens, window=window)
     if json_file is not None:
@@ -99,8 +98,3 @@ def print_verification(found: Verification) -> None:
         soft_wrap=True,
         highlight=False,
     )
-
-
-def _check_json(json_file: Path | None, overwrite: bool) -> None:
-    if json_file is not None and json_file.exists() and not overwrite:
-        raise OutputError(f"{json_file} exists; give another file, or pass --overwrite to replace it")

@@ -22,17 +22,24 @@ class Perplexity:
 
     Args:
         perplexity: the number.
+        word_perplexity: the same per word, for models of different tokenizers: ``exp`` of the mean per token times
+            the text's tokens per word (what stands between white space).
+        byte_perplexity: the same per byte of UTF-8.
         window: tokens per window; numbers at different windows do not compare.
-        tokens: tokens in all windows; each window predicts all of its tokens but the first.
-        predicted: tokens that were predicted.
+        tokens: tokens in all windows.
+        predicted: tokens that were predicted: all of a window but its first and those an earlier window predicted.
         protocol: everything else that changes the number.
+        by_position: by the first token position of a bucket, the perplexity of the tokens in it; only if asked for.
     """
 
     perplexity: float
+    word_perplexity: float
+    byte_perplexity: float
     window: int
     tokens: int
     predicted: int
     protocol: dict[str, Any]
+    by_position: dict[int, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -48,62 +55,98 @@ def perplexity(
     max_tokens: int | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    stride: int | None = None,
+    joining: str = "as in the file",
+    by_position: bool = False,
 ) -> Perplexity:
     """Perplexity of a text.
 
-    The text is tokenised as a whole, the way the tokenizer does it by default, and cut into windows that do not
-    overlap; what is left over at the end is not used. ``--window 128`` and ``2048`` are the two conventions of the
-    literature for WikiText-2.
+    The text is tokenised as a whole, the way the tokenizer does it by default, and cut into windows; what is left
+    over at the end is not used. Without ``stride`` the windows do not overlap: with ``window`` 128 and 2048 these are
+    the two conventions of the literature.
 
     Args:
         window: tokens per window, at least 2.
         max_tokens: use only the first so many tokens.
         progress: called with windows done and windows in all.
+        stride: tokens from one window to the next; only what the window before has not seen is predicted.
+        joining: how the rows of the corpus became one text; goes into the protocol.
+        by_position: also tell the perplexity by position in the window, in buckets that double.
 
     Raises:
         UsageError: the window does not fit the model or the text.
     """
     if window < 2:
         raise UsageError(f"window {window} is too small: a window of n tokens predicts n - 1 of them")
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    if max_tokens is not None:
-        ids = ids[:max_tokens]
-    count = len(ids) // window
-    if count == 0:
+    step = window if stride is None else stride
+    if not 1 <= step <= window:
+        raise UsageError(f"stride {step} must lie between 1 and the window of {window} tokens")
+    all_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    ids = all_ids if max_tokens is None else all_ids[:max_tokens]
+    if len(ids) < window:
         raise UsageError(f"the text gives {len(ids):,} tokens, fewer than one window of {window}")
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and window > longest:
         raise UsageError(f"window {window} is longer than the model's context of {longest} tokens")
-    windows = ids[: count * window].view(count, window)
+    windows = ids.unfold(0, window, step)  # (count, window)
+    count = len(windows)
     # Logits are the largest thing here: keep a batch's under about 2^25 numbers.
     size = max(1, min(batch_size, (1 << 25) // (window * model.config.vocab_size)))
-    total = 0.0
+    sums = torch.zeros(window - 1, dtype=torch.float64)
     for start in range(0, count, size):
-        batch = windows[start : start + size].to(model.device)
-        total += float(_loss(model, batch))
+        losses = _losses(model, windows[start : start + size].to(model.device)).double().cpu()
+        if step < window:
+            losses[int(start == 0) :, : window - 1 - step] = 0
+        sums += losses.sum(0)
         if progress:
             progress(min(start + size, count), count)
-    predicted = count * (window - 1)
+    counts = torch.full((window - 1,), float(count))
+    if step < window:
+        counts[: window - 1 - step] = 1
+    predicted = int(counts.sum())
+    mean = float(sums.sum()) / predicted
+    words, size_in_bytes = len(text.split()), len(text.encode())
     return Perplexity(
-        perplexity=math.exp(min(total / predicted, 700.0)),
+        perplexity=_exp(mean),
+        word_perplexity=_exp(mean * len(all_ids) / max(words, 1)),
+        byte_perplexity=_exp(mean * len(all_ids) / max(size_in_bytes, 1)),
         window=window,
-        tokens=count * window,
+        tokens=window + (count - 1) * step,
         predicted=predicted,
         protocol={
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "text_tokens": len(ids),
+            "text_tokens": len(all_ids),
+            "text_words": words,
+            "text_bytes": size_in_bytes,
+            "joining": joining,
             "tokenizer": type(tokenizer).__name__,
+            "vocabulary": len(tokenizer),
             "special_tokens": "as the tokenizer adds them, once for the whole text",
-            "stride": window,
+            "bos": len(ids) > 0 and tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id,
+            "stride": step,
             "first_token_of_window_predicted": False,
             "max_tokens": max_tokens,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
         },
+        by_position=_buckets(sums / counts) if by_position else None,
     )
 
 
-def _loss(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """The summed negative log-likelihood of all tokens but each row's first, in fp32."""
+def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The negative log-likelihood of all tokens but each row's first, in fp32: ``(rows, window - 1)``."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+
+
+def _buckets(means: Tensor) -> dict[int, float]:
+    """Perplexity of positions 1, 2-3, 4-7, ...; the key is the first of them."""
+    found, start = {}, 1
+    while start <= len(means):
+        found[start] = _exp(float(means[start - 1 : 2 * start - 1].mean()))
+        start *= 2
+    return found
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))

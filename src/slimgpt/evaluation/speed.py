@@ -1,4 +1,4 @@
-"""Tokens per second and peak memory."""
+"""Tokens per second, time to the first token, peak memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt.errors import ModelError
+from slimgpt.errors import ModelError, UsageError
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Speed:
     """Medians over the rounds.
 
     Args:
-        prefill: prompt tokens per second.
-        decode: new tokens per second, one after another with the KV cache.
+        prefill: prompt tokens per second, of all rows of the batch together.
+        decode: new tokens per second, likewise, one after another with the KV cache.
+        first_token: seconds until the first new token.
     """
 
     prefill: float
     decode: float
+    first_token: float
 
 
 @torch.no_grad()
@@ -37,6 +39,7 @@ def measure_speed(
     new_tokens: int = 32,
     rounds: int = 5,
     progress: Callable[[int, int], None] | None = None,
+    batch: int = 1,
 ) -> list[Speed]:
     """Time several models in turn, A B A B, so that a drift of the machine meets them all alike.
 
@@ -45,19 +48,33 @@ def measure_speed(
         new_tokens: tokens decoded after it.
         rounds: timed rounds, after one that is not counted.
         progress: called with rounds done and rounds in all.
+        batch: prompts at once.
+
+    Raises:
+        UsageError: a number below 1, or more tokens than a model's context.
     """
+    if min(prompt, new_tokens, rounds, batch) < 1:
+        raise UsageError(
+            f"prompt {prompt}, new tokens {new_tokens}, rounds {rounds}, batch {batch}: all must be 1 or more"
+        )
+    for model in models:
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest is not None and prompt + new_tokens > longest:
+            raise UsageError(f"{prompt} + {new_tokens} tokens are more than the model's context of {longest}")
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     generator = torch.Generator().manual_seed(0)
+    words = min(model.config.vocab_size for model in models)
     for turn in range(rounds + 1):
+        ids = torch.randint(words, (batch, prompt), generator=generator)
         for model, taken in zip(models, times):
-            ids = torch.randint(model.config.vocab_size, (1, prompt), generator=generator).to(model.device)
-            taken.append(_one_round(model, ids, new_tokens))
+            taken.append(_one_round(model, ids.to(model.device), new_tokens))
         if progress:
             progress(turn + 1, rounds + 1)
     return [
         Speed(
-            prefill=prompt / statistics.median(t[0] for t in taken[1:]),
-            decode=new_tokens / statistics.median(t[1] for t in taken[1:]),
+            prefill=batch * prompt / statistics.median(t[0] for t in taken[1:]),
+            decode=batch * new_tokens / statistics.median(t[1] for t in taken[1:]),
+            first_token=statistics.median(t[0] for t in taken[1:]),
         )
         for taken in times
     ]
@@ -71,10 +88,11 @@ def _one_round(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[fl
 
     start = now()
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    token = output.logits[:, -1:].argmax(-1)
     prefilled = now()
     for _ in range(new_tokens):
-        token = output.logits[:, -1:].argmax(-1)
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        token = output.logits[:, -1:].argmax(-1)
     return prefilled - start, now() - prefilled
 
 
@@ -83,11 +101,13 @@ import json, re, resource, sys, torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 logging.disable_progress_bar()
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "1", dtype="auto")
-device = torch.device(sys.argv[3])
+folder, own_code, device, gguf, batch, prompt, new = sys.argv[1:]
+arguments = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own_code == "1", **arguments)
+device = torch.device(device)
 model.to(device)
-ids = torch.arange(256).unsqueeze(0) % model.config.vocab_size
-model.generate(ids.to(device), attention_mask=torch.ones_like(ids).to(device), max_new_tokens=16, do_sample=False)
+ids = (torch.arange(int(prompt)) % model.config.vocab_size).expand(int(batch), -1).to(device)
+model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(new), do_sample=False)
 if device.type == "cuda":
     peak = torch.cuda.max_memory_allocated(device)
 elif sys.platform == "linux":  # ru_maxrss would start at the parent's peak
@@ -98,18 +118,28 @@ print(json.dumps({"peak": peak}))
 """
 
 
-def peak_memory(folder: str, own_code: bool, device: str = "cpu") -> int:
-    """Peak bytes of a fresh process that loads a folder with plain transformers and generates 16 tokens.
+def peak_memory(
+    folder: str,
+    own_code: bool,
+    device: str = "cpu",
+    gguf_file: str | None = None,
+    batch: int = 1,
+    prompt: int = 256,
+    new_tokens: int = 16,
+) -> int:
+    """Peak bytes of a fresh process that loads a model with plain transformers and generates.
 
     On CUDA the bytes are the device's, else the whole process's.
 
     Args:
         own_code: the folder is a slim checkpoint of ours that brings its modeling file: let it run.
+        gguf_file: the name of a GGUF file in the folder; it is loaded as float32.
 
     Raises:
         ModelError: the folder does not load there.
     """
-    command = [sys.executable, "-c", _PROBE, folder, "1" if own_code else "0", device]
+    numbers = [str(number) for number in (batch, prompt, new_tokens)]
+    command = [sys.executable, "-c", _PROBE, folder, "1" if own_code else "0", device, gguf_file or "", *numbers]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -125,3 +125,20 @@ def _matrices(config: PreTrainedConfig, plan: Plan) -> int:
         heads, kv, ffn = _widths(layer)
         total += 2 * h * d * (heads + kv) + 3 * h * ffn
     return total
+
+
+def generation_flops(
+    config: PreTrainedConfig, layers: Sequence[Sizes], parameters: int, prompt: int, new_tokens: int
+) -> tuple[float, float]:
+    """Multiplications and additions per prompt token and per new token, attention over the context included.
+
+    The prompt's logits are computed for its last token alone, so its tokens do without the output matrix.
+
+    Args:
+        layers: the widths of every layer.
+        parameters: of the whole model, tied weights once.
+    """
+    head = config.vocab_size * config.hidden_size
+    body = parameters - head * (1 if getattr(config, "tie_word_embeddings", False) else 2)
+    per_context = 4.0 * head_dim(config) * sum(_widths(layer)[0] for layer in layers)
+    return 2.0 * body + per_context * prompt / 2, 2.0 * (body + head) + per_context * (prompt + new_tokens / 2)

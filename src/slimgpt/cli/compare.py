@@ -1,0 +1,107 @@
+"""``slimgpt compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from slimgpt.cli.console import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    TrustOption,
+    app,
+    count_bar,
+    friendly,
+    out,
+    quiet,
+)
+from slimgpt.cli.evaluate import DataOption, LimitOption, TasksHelp, whole_numbers
+from slimgpt.cli.speed import BatchOption, NewOption, PromptOption, RoundsOption
+
+if TYPE_CHECKING:
+    from slimgpt.comparison import Comparison
+
+
+@app.command()
+@friendly
+def compare(
+    base: ModelArgument,
+    slim: Annotated[list[str], typer.Argument(metavar="SLIM...", help="One or more models to set beside it.")],
+    output: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.")] = Path(
+        "slimgpt-compare"
+    ),
+    text: Annotated[str, typer.Option(help="Text files, wikitext2, ptb, c4 or demo, separated by commas.")] = "demo",
+    window: Annotated[str, typer.Option(help="Tokens per window, for example 128,2048.")] = "128",
+    max_tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens of a text.")] = None,
+    tasks: Annotated[str | None, typer.Option(help=TasksHelp)] = None,
+    limit: LimitOption = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before every question.", show_default="as the task says")
+    ] = None,
+    data_dir: DataOption = None,
+    long: Annotated[int | None, typer.Option(help="Also perplexity by position, in windows of so many tokens.")] = None,
+    passkey: Annotated[
+        str | None, typer.Option(metavar="LENGTHS", help="Hide a number in texts of 512,1024,... tokens; ask for it.")
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time the models in turn.")] = True,
+    batch: BatchOption = "1",
+    prompt: PromptOption = 512,
+    new_tokens: NewOption = 128,
+    rounds: RoundsOption = 5,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a comparison.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """BASE and its slim versions in one table, one picture and one HTML page."""
+    from slimgpt.comparison import Wanted
+    from slimgpt.comparison import compare as run
+    from slimgpt.evaluation import task_names
+
+    quiet()
+    wanted = Wanted(
+        texts=tuple(word.strip() for word in text.split(",")),
+        windows=tuple(whole_numbers(window, "--window")),
+        max_tokens=max_tokens,
+        tasks=tuple(task_names(tasks)) if tasks is not None else (),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        long_window=long,
+        passkey=tuple(whole_numbers(passkey, "--passkey")) if passkey else (),
+        batches=tuple(whole_numbers(batch, "--batch")) if speed else (),
+        prompt=prompt,
+        new_tokens=new_tokens,
+        rounds=rounds,
+    )
+    found = run(
+        base,
+        slim,
+        output,
+        wanted,
+        data_dir=data_dir,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        say=lambda words: out.print(f"[dim]{escape(words)}[/]"),
+        counter=count_bar,
+    )
+    print_comparison(found)
+    out.print(f"table: {output / 'compare.json'}\nplot:  {output / 'quality.png'}\npage:  {output / 'report.html'}")
+
+
+def print_comparison(found: Comparison) -> None:
+    """The table, with ratios to the base."""
+    table = Table("", *(side.name for side in found.sides))
+    for row in found.table():
+        cells = []
+        for index in range(len(found.sides)):
+            change = row.change(index)
+            cells.append(row.text(index) + (f" (x {change:.3f})" if change is not None else ""))
+        table.add_row(row.name + (f"\n[yellow]{escape(row.note)}[/]" if row.note else ""), *cells)
+    out.print(table)

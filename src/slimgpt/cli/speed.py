@@ -1,0 +1,107 @@
+"""``slimgpt speed``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from slimgpt.cli.console import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    TrustOption,
+    app,
+    bar,
+    check_json,
+    friendly,
+    out,
+    quiet,
+    write_json,
+)
+from slimgpt.cli.evaluate import whole_numbers
+
+if TYPE_CHECKING:
+    from slimgpt.comparison import Timings
+
+BatchOption = Annotated[str, typer.Option(help="Prompts at once, for example 1,8.")]
+PromptOption = Annotated[int, typer.Option(help="Tokens per prompt.")]
+NewOption = Annotated[int, typer.Option(help="Tokens decoded after it.")]
+RoundsOption = Annotated[int, typer.Option(help="Timed rounds; medians count.")]
+
+
+@app.command()
+@friendly
+def speed(
+    model: ModelArgument,
+    against: Annotated[str | None, typer.Option(metavar="BASE", help="Time BASE in turn with MODEL.")] = None,
+    batch: BatchOption = "1",
+    prompt: PromptOption = 512,
+    new_tokens: NewOption = 128,
+    rounds: RoundsOption = 5,
+    memory: Annotated[
+        bool, typer.Option("--memory/--no-memory", help="Peak memory, in a fresh process for every model.")
+    ] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Prefill and decode in tokens per second, time to the first token, peak memory, bytes and FLOPs."""
+    from slimgpt.comparison import time_models
+
+    quiet()
+    check_json(json_file, overwrite)
+    batches = whole_numbers(batch, "--batch")
+    names = [model] if against is None else [against, model]
+    with bar("rounds") as (progress, task):
+        found = time_models(
+            names,
+            against,
+            batches,
+            prompt,
+            new_tokens,
+            rounds,
+            device,
+            dtype,
+            trust_remote_code,
+            memory,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    write_json(json_file, found.to_json())
+    print_timings(found)
+
+
+def print_timings(found: Timings) -> None:
+    """A row per model and batch size, then the ratios to the base."""
+    table = Table(
+        "model", "batch", "parameters", "MB", "prefill tok/s", "decode tok/s", "first token", "peak MB",
+        "MFLOP/tok prefill", "decode",
+    )  # fmt: skip
+    for row in found.rows:
+        table.add_row(
+            Path(row.model).name,
+            str(row.batch),
+            f"{row.parameters:,}",
+            f"{row.bytes / 1e6:,.0f}",
+            f"{row.prefill:,.0f}",
+            f"{row.decode:,.1f}",
+            f"{row.first_token * 1e3:,.0f} ms",
+            "-" if row.peak_memory is None else f"{row.peak_memory / 1e6:,.0f}",
+            f"{row.prefill_flops / 1e6:,.0f}",
+            f"{row.decode_flops / 1e6:,.0f}",
+        )
+    out.print(table)
+    for (model, batch), ratio in found.ratios().items():
+        peak = f", peak memory x {ratio['peak_memory']:.3f}" if "peak_memory" in ratio else ""
+        out.print(
+            f"{Path(model).name} against {Path(str(found.base)).name}, batch {batch}: "
+            f"prefill x [bold]{ratio['prefill']:.2f}[/] (FLOPs promise {ratio['prefill_flops']:.2f}), "
+            f"decode x [bold]{ratio['decode']:.2f}[/] (FLOPs promise {ratio['decode_flops']:.2f}), "
+            f"bytes x {ratio['bytes']:.3f}{peak}",
+            soft_wrap=True,
+            highlight=False,
+        )

@@ -1,0 +1,163 @@
+"""How fast models are and what they take, one beside the other in one run."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from slimgpt.api import versions
+from slimgpt.checkpoint import weight_bytes
+from slimgpt.errors import ModelError
+from slimgpt.evaluation import measure_speed, peak_memory
+from slimgpt.models.heterogeneous import layer_sizes
+from slimgpt.models.loading import Source, load, locate
+from slimgpt.planning.cost import generation_flops
+
+NUMBERS = ("prefill", "decode", "first_token", "peak_memory", "prefill_flops", "decode_flops")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model at one batch size.
+
+    Args:
+        prefill: prompt tokens per second, all rows of the batch together.
+        decode: new tokens per second, likewise.
+        first_token: seconds until the first new token.
+        peak_memory: bytes of a fresh process that loads the model and generates; ``None`` if not measured.
+        prefill_flops: multiplications and additions per prompt token.
+        decode_flops: the same per new token.
+    """
+
+    model: str
+    batch: int
+    parameters: int
+    bytes: int
+    prefill: float
+    decode: float
+    first_token: float
+    peak_memory: int | None
+    prefill_flops: float
+    decode_flops: float
+
+
+@dataclass(frozen=True)
+class Timings:
+    """All models at all batch sizes, and how that was measured."""
+
+    rows: tuple[Timing, ...]
+    base: str | None
+    protocol: dict[str, Any]
+
+    def ratios(self) -> dict[tuple[str, int], dict[str, float]]:
+        """By model and batch size: its numbers over the base's; of FLOPs the base's over its, the gain they promise."""
+        bases = {row.batch: asdict(row) for row in self.rows if row.model == self.base}
+        found = {}
+        for row in self.rows:
+            if row.model != self.base and row.batch in bases:
+                mine, base = asdict(row), bases[row.batch]
+                found[row.model, row.batch] = {
+                    name: (base[name] / mine[name] if name.endswith("flops") else mine[name] / base[name])
+                    for name in (*NUMBERS, "parameters", "bytes")
+                    if mine[name] and base[name]
+                }
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        ratios = [{"model": model, "batch": batch, **values} for (model, batch), values in self.ratios().items()]
+        return {**asdict(self), "ratios": ratios}
+
+
+def time_models(
+    names: Sequence[str],
+    base: str | None = None,
+    batches: Sequence[int] = (1,),
+    prompt: int = 512,
+    new_tokens: int = 128,
+    rounds: int = 5,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    memory: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Timings:
+    """Time models in turn, A B A B, so that a drift of the machine meets them all alike.
+
+    Args:
+        names: models as :func:`slimgpt.load` takes them; all are in memory at once.
+        base: one of them; ratios are taken to it.
+        memory: also load every model in a fresh process for its peak memory.
+        progress: called with rounds done and rounds in all, over all batch sizes.
+
+    Raises:
+        ModelError: a model cannot be loaded.
+        UsageError: a number out of range, or more tokens than a model's context.
+    """
+    sources = [locate(name) for name in names]
+    models = [load(name, dtype, device, trust_remote_code)[0] for name in names]
+    speeds = []
+    for turn, batch in enumerate(batches):
+
+        def step(done: int, total: int, turn: int = turn) -> None:
+            if progress:
+                progress(turn * total + done, len(batches) * total)
+
+        speeds.append(measure_speed(models, prompt, new_tokens, rounds, step, batch))
+    target = models[0].device
+    facts = [_facts(source, model, prompt, new_tokens) for source, model in zip(sources, models)]
+    stored = str(models[0].dtype).removeprefix("torch.")
+    del models  # the fresh processes need the memory
+    rows = [
+        Timing(
+            model=name,
+            batch=batch,
+            prefill=speed.prefill,
+            decode=speed.decode,
+            first_token=speed.first_token,
+            peak_memory=_peak(source, str(target), batch, prompt, new_tokens) if memory else None,
+            **fact,
+        )
+        for batch, of_batch in zip(batches, speeds)
+        for name, source, fact, speed in zip(names, sources, facts, of_batch)
+    ]
+    return Timings(
+        rows=tuple(rows),
+        base=base,
+        protocol={
+            "prompt": prompt,
+            "new_tokens": new_tokens,
+            "rounds": rounds,
+            "order": "models in turn within every round; medians; one round before that is not counted",
+            "dtype": stored,
+            "device": target.type,
+            "threads": torch.get_num_threads(),
+            "processors": os.cpu_count(),
+            "machine": platform.machine(),
+            "versions": versions(target),
+        },
+    )
+
+
+def _facts(source: Source, model: PreTrainedModel, prompt: int, new_tokens: int) -> dict[str, Any]:
+    parameters = sum(p.numel() for p in model.parameters())
+    size = parameters * model.dtype.itemsize
+    if source.folder is not None:
+        file = source.folder / (source.gguf_file or "")
+        size = file.stat().st_size if source.gguf_file else weight_bytes(source.folder)
+    prefill, decode = generation_flops(model.config, layer_sizes(model.config), parameters, prompt, new_tokens)
+    return {"parameters": parameters, "bytes": size, "prefill_flops": prefill, "decode_flops": decode}
+
+
+def _peak(source: Source, device: str, batch: int, prompt: int, new_tokens: int) -> int | None:
+    own_code = source.folder is not None and (source.folder / "modeling_slim.py").is_file()
+    try:
+        return peak_memory(source.location, own_code, device, source.gguf_file, batch, prompt, new_tokens)
+    except ModelError:  # needs code of its own, or does not fit twice
+        return None

@@ -1,0 +1,180 @@
+"""Models side by side: the numbers are those of the parts, and the page works in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+import slimgpt
+from slimgpt.comparison import Timing, Timings, time_models
+from slimgpt.comparison.compare import Row
+from slimgpt.models.heterogeneous import layer_sizes
+from slimgpt.planning.cost import generation_flops
+from tests.comparison.browser import CHROMIUM, browse
+from tests.evaluation.conftest import data_dir  # noqa: F401  (a fixture)
+from tests.families import tiny_model
+from tests.test_command_line import run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer, text_file):
+    """A tiny model of 256 positions, and two slim versions of it."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_model("llama", max_position_embeddings=256).save_pretrained(root / "dense")
+    tokenizer.save_pretrained(root / "dense")
+    for name, ratio in (("slim-20", 0.2), ("slim-50", 0.5)):
+        words = ["prune", root / "dense", root / name, "--ratio", ratio, "--schedule", "uniform"]
+        assert (
+            run(*words, "--calibration", text_file, "--num-samples", 8, "--seq-len", 24, "--device", "cpu").exit_code
+            == 0
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def compared(folders, text_file, data_dir, tmp_path_factory):  # noqa: F811
+    """What `slimgpt compare` left, with everything that it can measure."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    done = run(
+        "compare", folders / "dense", folders / "slim-20", folders / "slim-50", "--out", out, "--text", text_file,
+        "--window", "32,64", "--max-tokens", 1024, "--tasks", "piqa,boolq", "--data-dir", data_dir, "--long", 200,
+        "--batch", 1, "--prompt", 16, "--new-tokens", 4, "--rounds", 2, "--device", "cpu",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return out, done.output
+
+
+def test_compare_gives_the_numbers_of_its_parts(compared, folders, text_file, data_dir):  # noqa: F811
+    out, printed = compared
+    values = json.loads((out / "compare.json").read_text())
+    assert [side["name"] for side in values["models"]] == ["dense", "slim-20", "slim-50"]
+    model, tokenizer = slimgpt.load(str(folders / "slim-50"))
+    side = values["models"][2]
+    assert side["parameters"] == sum(p.numel() for p in model.parameters())
+    assert side["removed"] == pytest.approx(0.5, abs=0.05)
+    expected = slimgpt.evaluate(model, tokenizer, str(text_file), window=64, max_tokens=1024)
+    assert side["perplexities"][1]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    scores = slimgpt.evaluate_tasks(model, tokenizer, "piqa,boolq", data_dir=data_dir)
+    assert side["tasks"]["mean"] == scores.mean
+    assert list(side["by_position"]["by_position"]) == ["1", "2", "4", "8", "16", "32", "64", "128"]
+    assert str(text_file) in side["leaks"]
+    assert values["models"][0]["leaks"] == {}
+    assert [row["model"] for row in values["speed"]["ratios"]] == [str(folders / n) for n in ("slim-20", "slim-50")]
+    assert all(row["peak_memory"] > 10e6 for row in values["speed"]["rows"])
+    assert {"perplexity", "piqa", "128-199", "prefill", "calibrated"} <= set(re.findall(r"[\w-]+", printed))
+    for name in ("quality.png", "quality.svg"):
+        assert (out / name).stat().st_size > 5000
+
+
+def test_the_page_asks_nobody_for_anything(compared):
+    page = (compared[0] / "report.html").read_text()
+    links = re.findall(r"""(?:src|href|action|url)\s*[=(]\s*["']?([^"')\s>]+)""", page)
+    assert [link for link in links if not link.startswith("#")] == []
+    assert "@import" not in page
+    assert "<script" not in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_the_page_in_a_real_browser(compared, tmp_path):
+    out, _ = compared
+    done = browse(out / "report.html", tmp_path, "--dump-dom")
+    assert "CONSOLE" not in done.stderr
+    dom = done.stdout
+    assert dom.count("<svg") == 2
+    assert dom.count("<table>") == 1
+    for text in ("dense", "slim-20", "slim-50", "piqa (acc_norm)", "decode, tokens per second", "parameters, millions"):
+        assert text in dom
+    # Every plotted line is drawn in a colour that the page knows in both of its schemes.
+    used = set(re.findall(r"var\((--c\d)\)", dom))
+    assert {"--c0", "--c1", "--c2"} <= used
+    for size in ((1100, 1400), (390, 844)):
+        shot = tmp_path / f"{size[0]}.png"
+        browse(out / "report.html", tmp_path, f"--screenshot={shot}", size=size)
+        assert shot.stat().st_size > 10_000
+
+
+def test_compare_replaces_only_comparisons(compared, folders, text_file, tmp_path):
+    words = ["--text", text_file, "--window", 32, "--max-tokens", 64, "--no-speed", "--device", "cpu"]
+    out, _ = compared
+    assert "exists" in run("compare", folders / "dense", folders / "slim-20", "--out", out, *words).output
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    done = run("compare", folders / "dense", folders / "slim-20", "--out", tmp_path / "thesis", "--overwrite", *words)
+    assert done.exit_code == 2
+    assert "holds no compare.json" in " ".join(done.output.split())
+    done = run("compare", folders / "dense", folders / "nothing", "--out", tmp_path / "new", *words)
+    assert done.exit_code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_speed_prints_ratios_beside_those_of_flops(folders, tmp_path):
+    result = tmp_path / "speed.json"
+    words = [
+        "--batch",
+        "1,2",
+        "--prompt",
+        16,
+        "--new-tokens",
+        4,
+        "--rounds",
+        2,
+        "--no-memory",
+        "--device",
+        "cpu",
+        "--json",
+        result,
+    ]
+    done = run("speed", folders / "slim-50", "--against", folders / "dense", *words)
+    assert done.exit_code == 0, done.output
+    values = json.loads(result.read_text())
+    assert [row["batch"] for row in values["rows"]] == [1, 1, 2, 2]
+    ratio, (dense, slim) = values["ratios"][1], values["rows"][2:]
+    assert ratio["batch"] == 2
+    assert ratio["decode"] == pytest.approx(slim["decode"] / dense["decode"])
+    assert ratio["decode_flops"] == pytest.approx(dense["decode_flops"] / slim["decode_flops"])
+    assert ratio["decode_flops"] > 1
+    assert f"FLOPs promise {ratio['decode_flops']:.2f}" in done.output
+    assert slim["peak_memory"] is None
+    too_long = run("speed", folders / "dense", "--prompt", 300, "--no-memory", "--device", "cpu")
+    assert too_long.exit_code == 2
+    assert "more than the model's context" in " ".join(too_long.output.split())
+
+
+def test_ratios_of_made_up_timings():
+    def timing(model, scale):
+        return Timing(model, 1, 100 * scale, 400 * scale, 50 / scale, 5 / scale, 1.0, None, 8.0 * scale, 10.0 * scale)
+
+    found = Timings((timing("base", 2), timing("slim", 1)), "base", {})
+    assert found.ratios() == {
+        ("slim", 1): {
+            "prefill": 2.0, "decode": 2.0, "first_token": 1.0, "prefill_flops": 2.0, "decode_flops": 2.0,
+            "parameters": 0.5, "bytes": 0.5,
+        }
+    }  # fmt: skip
+
+
+def test_flops_are_those_of_the_matrices():
+    """Counted over the Linear modules of a real model, and over QK^T and the product with V."""
+    model = tiny_model("llama", tie_word_embeddings=False, attention_bias=False, mlp_bias=False)
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    body = sum(p.numel() for name, p in model.named_parameters() if "layers." in name and "norm" not in name)
+    prefill, decode = generation_flops(config, layer_sizes(config), parameters, 10, 4)
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    assert prefill == 2 * (body + norms) + attention * 5
+    assert decode == 2 * (body + norms + config.vocab_size * config.hidden_size) + attention * 12
+
+
+def test_rows_of_the_table():
+    row = Row("size", "parameters", (200.0, 100.0, None), ",.0f", "less")
+    assert [row.text(i) for i in range(3)] == ["200", "100", "-"]
+    assert [row.change(i) for i in range(3)] == [None, 0.5, None]
+
+
+def test_timing_without_a_base(folders):
+    found = time_models([str(folders / "dense")], None, (1,), 8, 2, 1, "cpu", memory=False)
+    assert found.ratios() == {}
+    assert found.rows[0].first_token > 0

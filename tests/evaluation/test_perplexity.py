@@ -1,0 +1,76 @@
+"""Perplexity against twenty lines of our own, at both windows of the literature."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import slimgpt
+from slimgpt.errors import UsageError
+from slimgpt.evaluation import perplexity
+from tests.families import tiny_model
+
+
+def plain(model, ids, window, stride=None):
+    """Window by window, token by token: what is predicted for the first time counts."""
+    total, predicted, seen, stride = 0.0, 0, 1, stride or window
+    for start in range(0, len(ids) - window + 1, stride):
+        piece = ids[start : start + window]
+        with torch.no_grad():
+            values = model(piece[None]).logits[0].double().log_softmax(-1)
+        for position in range(1, window):
+            if start + position >= seen:
+                total -= float(values[position - 1, piece[position]])
+                predicted += 1
+        seen = start + window
+    return math.exp(total / predicted), predicted
+
+
+@pytest.mark.parametrize(("window", "tokens"), [(128, 1024), (2048, 2048)])
+def test_smollm2_at_the_windows_of_the_literature(window, tokens, smollm2):
+    model, tokenizer = smollm2
+    text = slimgpt.evaluation.read_text("demo").content
+    expected, predicted = plain(model, torch.tensor(tokenizer(text)["input_ids"][:tokens]), window)
+    for batch_size in (1, 8):
+        found = perplexity(model, tokenizer, text, window, tokens, batch_size)
+        assert found.perplexity == pytest.approx(expected, rel=1e-6)
+        assert found.predicted == predicted
+
+
+@pytest.mark.parametrize("stride", [1, 7, 19, 20, None])
+def test_strides(stride, tokenizer, text_file):
+    model, text = tiny_model("llama"), text_file.read_text()
+    ids = torch.tensor(tokenizer(text)["input_ids"][:200])
+    found = perplexity(model, tokenizer, text, 20, 200, batch_size=3, stride=stride)
+    expected, predicted = plain(model, ids, 20, stride)
+    assert (found.perplexity, found.predicted) == (pytest.approx(expected, rel=1e-6), predicted)
+    assert found.protocol["stride"] == (stride or 20)
+
+
+def test_stride_must_fit_the_window(tokenizer, text_file):
+    for stride in (0, 21):
+        with pytest.raises(UsageError, match="must lie between 1 and the window"):
+            perplexity(tiny_model("llama"), tokenizer, text_file.read_text(), 20, stride=stride)
+
+
+def test_per_word_and_per_byte(tokenizer, text_file):
+    text = text_file.read_text()
+    found = perplexity(tiny_model("llama"), tokenizer, text, 20)
+    per_text = math.log(found.perplexity) * len(tokenizer(text)["input_ids"])
+    assert math.log(found.word_perplexity) == pytest.approx(per_text / len(text.split()))
+    assert math.log(found.byte_perplexity) == pytest.approx(per_text / len(text.encode()))
+
+
+def test_positions_are_means_over_the_windows(tokenizer, text_file):
+    model, text = tiny_model("llama"), text_file.read_text()
+    found = perplexity(model, tokenizer, text, 20, 200, by_position=True)
+    windows = torch.tensor(tokenizer(text)["input_ids"][:200]).view(10, 20)
+    with torch.no_grad():
+        values = model(windows).logits.log_softmax(-1)
+    losses = -values[:, :-1].gather(-1, windows[:, 1:, None])[..., 0].mean(0)
+    assert list(found.by_position) == [1, 2, 4, 8, 16]
+    assert found.by_position[1] == pytest.approx(math.exp(losses[0]), rel=1e-5)
+    assert found.by_position[4] == pytest.approx(math.exp(losses[3:7].mean()), rel=1e-5)
+    assert found.by_position[16] == pytest.approx(math.exp(losses[15:].mean()), rel=1e-5)
