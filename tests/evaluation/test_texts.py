@@ -75,7 +75,7 @@ def test_leaks_by_name():
     assert "C4" in leak_note(calibrated("/data/c4/c4_train.jsonl"), c4)
     assert leak_note(calibrated("/data/mac4/x.txt"), c4) is None
     assert "other speeches" in leak_note(calibrated("demo"), Text("demo", ""))
-    trained = {**calibrated("demo"), "recovery": [{"source": "wikitext:train"}]}
+    trained = {**calibrated("demo"), "recovery": [{"settings": {"data": ["alpaca.json", "wikitext:train"]}}]}
     assert leak_note(trained, wikitext).startswith("trained on")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt import assets
-from slimgpt.calibration import read_documents
+from slimgpt.calibration import Document, read_documents
 from slimgpt.errors import CalibrationError
 from slimgpt.evaluation.texts import Text
 
@@ -48,12 +48,12 @@ def leak_note(report: Mapping[str, Any] | None, text: Text) -> str | None:
 
 def _sources(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Every text that the model was calibrated or trained on."""
-    for key, purpose in (("calibration", "calibrated"), ("recovery", "trained")):
-        entry = report.get(key) or {}
-        for part in entry if isinstance(entry, list) else [entry]:
-            source = part.get("source") or part.get("data") if isinstance(part, Mapping) else None
-            if isinstance(source, str):
-                yield purpose, source
+    source = (report.get("calibration") or {}).get("source")
+    if isinstance(source, str):
+        yield "calibrated", source
+    for training in report.get("recovery") or ():
+        for source in training.get("settings", {}).get("data") or ():
+            yield "trained", str(source)
 
 
 def _corpus(name: str) -> str | None:
@@ -72,8 +72,16 @@ def _overlap(source: str, text: Text) -> float:
     missing = set(lines)
     try:
         for document in read_documents(source):
-            content = document if isinstance(document, str) else " ".join(str(m.get("content")) for m in document)
+            content = _content(document)
             missing -= {line for line in missing if line in content}
     except CalibrationError:
         return 0.0
     return 1 - sum(line in missing for line in lines) / len(lines)
+
+
+def _content(document: Document) -> str:
+    if isinstance(document, str):
+        return document
+    if isinstance(document, list):
+        return " ".join(str(message.get("content")) for message in document)
+    return f"{document.prompt} {document.response}"

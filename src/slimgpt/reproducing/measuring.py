@@ -33,7 +33,7 @@ def measure_model(
     if "perplexity" in what.measure:
         for text in what.texts:
             for window in what.windows:
-                found = evaluate(loaded, tokenizer, text, window=window, max_tokens=what.max_tokens)
+                found = evaluate(loaded, tokenizer, text, window=window, max_tokens=what.max_tokens, data_dir=data_dir)
                 figures[perplexity_column(text, window)] = found.perplexity
                 details[perplexity_column(text, window)] = found.to_json()
     if "tasks" in what.measure:
