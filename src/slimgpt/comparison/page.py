@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimgpt.comparison.plots import COLORS, position_figure, quality_figure
+from slimgpt.comparison.plots import COLORS, position_figures, quality_figures
 
 if TYPE_CHECKING:
     from slimgpt.comparison.compare import Comparison, Row
@@ -25,9 +25,11 @@ body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; background: 
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 p { margin: .25rem 0; color: var(--soft); }
-figure { margin: 0; padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { flex: 1 1 20rem; max-width: 36rem; min-width: 0; margin: 0;
+  padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   overflow-x: auto; }
-figure svg { display: block; width: 100%%; min-width: 30rem; height: auto; }
+figure svg { display: block; width: 100%%; min-width: 18rem; height: auto; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
 table { border-collapse: collapse; width: 100%%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .75rem; text-align: right; white-space: nowrap; vertical-align: baseline; }
@@ -36,6 +38,7 @@ td:first-child { white-space: normal; min-width: 9rem; }
 thead th { border-bottom: 2px solid var(--line); background: var(--card) !important; cursor: default; }
 tbody tr + tr td, tbody tr + tr th { border-top: 1px solid var(--line); }
 tr.group th { text-align: left; background: var(--card); font-size: .8rem; letter-spacing: .03em; color: var(--soft); }
+@media (max-width: 40rem) { th, td { padding: .35rem .4rem; } td:first-child { min-width: 7.5rem; } }
 small { display: block; color: var(--soft); font-size: .78rem; }
 small.good { color: var(--good); } small.bad { color: var(--bad); }
 small.note { color: var(--note); white-space: normal; }
@@ -55,11 +58,13 @@ def write_page(found: Comparison, file: Path) -> None:
         "light": " ".join(f"--c{i}: {color};" for i, color in enumerate(COLORS)),
         "dark": " ".join(f"--c{i}: {color};" for i, color in enumerate(_DARK)),
     }
-    plots = [("Quality against size", quality_figure(found)), ("Long texts", position_figure(found))]
+    plots = [*quality_figures(found), *position_figures(found)]
     body = [
         f"<h1>{_escape(names[0])} and its slim versions</h1>",
         f"<p>{_escape(_summary(found))}</p>",
-        *(f"<h2>{title}</h2>\n<figure>{_svg(figure)}</figure>" for title, figure in plots if figure is not None),
+        '<h2>Quality against size, and over long texts</h2>\n<div class="plots">',
+        *(f"<figure>{_svg(figure)}</figure>" for figure in plots),
+        "</div>",
         "<h2>All figures</h2>",
         f'<div class="scroll">{_table(found, names)}</div>',
         "<p>Under a value of a slim model: its ratio to the first column.</p>",

@@ -12,54 +12,75 @@ COLORS = ("#1f6feb", "#d9730d", "#2f9e6e", "#a44cc4", "#c2255c", "#6b7280")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
-def quality_figure(found: Comparison) -> Any:
+def quality_figures(found: Comparison) -> list[Any]:
     """Perplexity, and the mean of the tasks where there is one, against parameters."""
-    from matplotlib.figure import Figure  # takes a while to import
-
-    tasks = all(side.tasks is not None and side.tasks.mean is not None for side in found.sides)
-    figure = Figure(figsize=(9 if tasks else 6, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2 if tasks else 1, squeeze=False)[0]
-    size = [side.parameters / 1e6 for side in found.sides]
-    for index, (text, one) in enumerate(found.sides[0].perplexities):
-        values = [side.perplexities[index][1].perplexity for side in found.sides]
-        label = f"{Path(text).name}, window {one.window}"
-        _line(axes[0], size, values, index, label)
-    axes[0].set_ylabel("perplexity (lower is better)")
-    axes[0].set_yscale("log")
-    _plain_ticks(axes[0])
-    if tasks:
-        means = [100 * side.tasks.mean for side in found.sides if side.tasks and side.tasks.mean is not None]
-        _line(axes[1], size, means, 0, f"mean of {len(found.sides[0].tasks.protocol['tasks'])} tasks")  # type: ignore[union-attr]
-        axes[1].set_ylabel("accuracy, % (higher is better)")
-    for axis in axes:
-        axis.set_xlabel("parameters, millions")
-        _names(axis, found, size)
-    return figure
+    figure, axis = _figure()
+    _perplexity(axis, found)
+    figures = [figure]
+    if _has_tasks(found):
+        figure, axis = _figure()
+        _tasks(axis, found)
+        figures.append(figure)
+    return figures
 
 
-def position_figure(found: Comparison) -> Any | None:
-    """Perplexity by position in the window; ``None`` if it was not measured."""
-    from matplotlib.figure import Figure
-
+def position_figures(found: Comparison) -> list[Any]:
+    """Perplexity by position in the window, if it was measured."""
     if any(side.by_position is None for side in found.sides):
-        return None
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
+        return []
+    figure, axis = _figure()
     for index, side in enumerate(found.sides):
         values = (side.by_position.by_position or {}) if side.by_position else {}
         _line(axis, list(values), list(values.values()), index, side.name)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     _plain_ticks(axis)
+    axis.xaxis.set_major_formatter("{x:.0f}")
     axis.set_xlabel("position in the window")
     axis.set_ylabel("perplexity (lower is better)")
-    axis.legend(frameon=False)
-    return figure
+    return [figure]
 
 
 def plot_quality(found: Comparison, file: Path) -> None:
     """Write the picture as a PNG or SVG by the file's suffix."""
-    quality_figure(found).savefig(file, dpi=130)
+    figure, axes = _figure(2 if _has_tasks(found) else 1)
+    _perplexity(axes[0] if _has_tasks(found) else axes, found)
+    if _has_tasks(found):
+        _tasks(axes[1], found)
+    figure.savefig(file, dpi=130)
+
+
+def _figure(columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # takes a while to import
+
+    figure = Figure(figsize=(5 * columns, 3.5), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _has_tasks(found: Comparison) -> bool:
+    return all(side.tasks is not None and side.tasks.mean is not None for side in found.sides)
+
+
+def _perplexity(axis: Any, found: Comparison) -> None:
+    for index, (text, one) in enumerate(found.sides[0].perplexities):
+        values = [side.perplexities[index][1].perplexity for side in found.sides]
+        _line(axis, _sizes(found), values, index, f"{Path(text).name}, window {one.window}")
+    axis.set_ylabel("perplexity (lower is better)")
+    axis.set_yscale("log")
+    _plain_ticks(axis)
+    _names(axis, found)
+
+
+def _tasks(axis: Any, found: Comparison) -> None:
+    means = [100 * side.tasks.mean for side in found.sides if side.tasks and side.tasks.mean is not None]
+    tasks = found.sides[0].tasks
+    _line(axis, _sizes(found), means, 0, f"mean of {len(tasks.protocol['tasks']) if tasks else 0} tasks")
+    axis.set_ylabel("accuracy, % (higher is better)")
+    _names(axis, found)
+
+
+def _sizes(found: Comparison) -> list[float]:
+    return [side.parameters / 1e6 for side in found.sides]
 
 
 def _line(axis: Any, x: list[float], y: list[float], index: int, label: str) -> None:
@@ -78,9 +99,13 @@ def _plain_ticks(axis: Any) -> None:
     axis.yaxis.set_minor_locator(NullLocator())
 
 
-def _names(axis: Any, found: Comparison, size: list[float]) -> None:
-    """The models' names along the top."""
+def _names(axis: Any, found: Comparison) -> None:
+    """Sizes below, the models' names along the top."""
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlabel("parameters, millions")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     upper = axis.secondary_xaxis("top")
-    upper.set_xticks(size, [side.name for side in found.sides], rotation=20, ha="left", fontsize=8)
+    upper.set_xticks(_sizes(found), [side.name for side in found.sides], rotation=20, ha="left", fontsize=8)
     upper.tick_params(length=0)
     upper.spines["top"].set_visible(False)

@@ -38,6 +38,10 @@ FOLDERS = {
 """Where the harness defines some tasks; reading all of its ten thousand definitions takes half a minute."""
 
 
+ROW_BY_ROW = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+"""Tasks that use all of their rows in order, so that the first of them can be cut off before anything else."""
+
+
 class Scorer(HFLM):
     """The harness's own model class, except that the context of a question goes through the model once."""
 
@@ -78,7 +82,7 @@ def run_harness(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = task_manager(tasks)
     with redirect_stderr(io.StringIO()):  # its bars and warnings are not ours
-        with _rows_from(data_dir, num_fewshot):
+        with _rows_from(data_dir, num_fewshot, limit):
             built = [item for task in tasks for item in _build(manager, task, data_dir)]
         scorer = Scorer(pretrained=model, tokenizer=tokenizer, batch_size=8)  # type: ignore[arg-type]
         scorer.on_start = on_start
@@ -132,7 +136,7 @@ def _build(manager: TaskManager, task: str, data_dir: Path | None) -> list[Any]:
 
 
 @contextmanager
-def _rows_from(data_dir: Path | None, num_fewshot: int | None) -> Iterator[None]:
+def _rows_from(data_dir: Path | None, num_fewshot: int | None, limit: int | None) -> Iterator[None]:
     """While this lasts, tasks take their rows from local files, or say clearly that the hub gave none."""
     original = ConfigurableTask.download
 
@@ -141,6 +145,11 @@ def _rows_from(data_dir: Path | None, num_fewshot: int | None) -> Iterator[None]
         if data_dir is not None:
             wanted = _splits(task, num_fewshot)
             task.dataset = read_rows(data_dir, str(config.task), config.dataset_path, config.dataset_name, wanted)
+            if limit is not None and config.task in ROW_BY_ROW:  # the harness would prepare all, several times
+                evaluated = config.test_split or config.validation_split
+                task.dataset[evaluated] = task.dataset[evaluated].select(
+                    range(min(limit, len(task.dataset[evaluated])))
+                )
             return
         try:
             original(task, dataset_kwargs, **rest)
