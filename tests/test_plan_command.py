@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 from typer.testing import CliRunner
@@ -119,9 +119,9 @@ def test_a_mixture_of_experts_is_refused_by_name(folder):
 
 
 def test_no_weight_is_loaded_and_it_is_quick(folder):
-    """A whole process; the bound is generous here, `benchmarks` measure."""
+    """A whole process, in processor seconds: those of the clock say how busy the machine is. About 3 are usual."""
     path = folder("llama-3.1-8b")
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "slimgpt", "plan", str(path), "--ratio", "0.3"],
         capture_output=True,
@@ -129,5 +129,6 @@ def test_no_weight_is_loaded_and_it_is_quick(folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 60
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10
     assert [file.name for file in path.iterdir()] == ["config.json"]
