@@ -5,7 +5,7 @@
         --ratios 0.2 --models smollm2                       # to choose settings; prints the table only
     python benchmarks/quality.py ... --list                 # what is done and what is to be done
     python benchmarks/quality.py ... --rows 'smollm2/flap*' # some rows alone
-    python benchmarks/quality.py ... --set damping=0.001    # an argument of slimgpt.prune, for our methods
+    python benchmarks/quality.py ... --set damping=0.001    # an argument of slimgpt.prune, or a calibration setting
 
 Every finished row is kept in a file of its own under --keep, so that an interrupted run goes on and several
 processes can divide the rows. --out writes the page, a JSON file and two plots of all rows that are finished.
@@ -43,7 +43,8 @@ def main_rows(models: list[str], methods: list[str], ratios: list[float], change
         for ratio in ratios:
             for method in methods:
                 entry = METHODS[method]
-                yield Row(model, method, ratio, changes=changes if entry.ours else ())
+                # `paper` is what others are compared with, so it stays as it is.
+                yield Row(model, method, ratio, changes=changes if entry.ours and method != "paper" else ())
                 if entry.repairable:
                     yield Row(model, method, ratio, repair=True)
 
@@ -81,7 +82,9 @@ def main(
     ratios: str = "0.2,0.33,0.5",
     rows: Annotated[list[str] | None, typer.Option(help="Only rows whose name has or fits this; repeatable.")] = None,
     ablations: Annotated[bool, typer.Option(help="Also the paper's ablations.")] = False,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="name=value for our methods; repeatable.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="name=value for our methods but `paper`; repeatable.")
+    ] = None,
     gemma: Annotated[str | None, typer.Option(help="Where Gemma-3-270M is; adds model gemma3.")] = None,
     source: Annotated[str, typer.Option(help=f"Calibration text: {', '.join(SOURCES)}.")] = "c4",
     num_samples: int = 128,
@@ -106,23 +109,30 @@ def main(
             source, num_samples, seq_len, seed, dtype, max_tokens or None, validation, tasks, {"gemma3": gemma or ""}
         )
         compared = list(main_rows(wanted, chosen(methods, METHODS, "method"), shares, changed))
-        ablated = list(ablation_rows(wanted, shares[0])) if ablations else []
+        ablated = list(ablation_rows(wanted, shares[0], settings)) if ablations else []
         bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings)
-        selected = [r for r in [*compared, *ablated] if not rows or any(r.matches(pattern) for pattern in rows)]
-        todo = [row for row in dict.fromkeys(selected) if anew or bench.missing(row)]
+        selected = [
+            row
+            for row in dict.fromkeys([*compared, *ablated])
+            if not rows or any(row.matches(pattern) for pattern in rows)
+        ]
+        todo = [row for row in selected if anew or bench.missing(row)]
     except SlimGPTError as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from None
     if show:
-        for row in dict.fromkeys(selected):
+        for row in selected:
             missing = bench.missing(row)
-            console.print(f"{row.name:60} {'to do: ' + ', '.join(missing) if missing else 'done'}", highlight=False)
+            state = f"to do: {', '.join(missing)}" if missing else "done"
+            console.print(f"{row.name:50} {state}", highlight=False, soft_wrap=True, markup=False)
         return
     failed = work(bench, todo, anew)
     main_results = [(row, bench.result(row)) for row in compared]
     ablation_results = [(row, bench.result(row)) for row in ablated]
     for model in wanted:
-        console.print(Markdown("\n".join(table([*main_results, *ablation_results], settings, model))))
+        references = [(row, bench.result(row)) for row in main_rows([model], ["paper"], shares, ())]
+        for results in (main_results, ablation_results) if ablations else (main_results,):
+            console.print(Markdown("\n".join(table(results, settings, model, references))))
     if out is not None:
         for file in write(main_results, ablation_results, settings, out):
             console.print(f"wrote {file}")
@@ -151,7 +161,8 @@ def work(bench: Bench, todo: list[Row], anew: bool) -> dict[str, str]:
                 progress.advance(whole)
             found = {name: round(measure["value"], 3) for name, measure in result.measures.items()}
             seconds = result.found.get("seconds", 0.0)
-            progress.print(f"{row.name}: achieved {result.found['achieved']:.4f}, {found}, {seconds:.0f} s")
+            line = f"{row.name}: achieved {result.found['achieved']:.4f}, {found}, {seconds:.0f} s"
+            progress.console.print(line, highlight=False, soft_wrap=True, markup=False)
     return failed
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from slimgpt.planning.ratios import RATIOS
-from slimgpt.solver import CRITERIA
-from yardstick.rows import Row
+from yardstick.rows import DENSE, Row
+from yardstick.run import Settings
 from yardstick.texts import SOURCES
 
 PARTS = ("paper-no-gcd", "paper-no-dgs")
@@ -16,22 +16,28 @@ NUM_SAMPLES = (32, 64, 128, 256, 512)
 SEQ_LENS = (64, 128, 256, 512, 1024, 2048)
 
 
-def ablation_rows(models: list[str], ratio: float, methods: tuple[str, ...] = ("paper", "slimgpt")) -> Iterator[Row]:
-    """One row per change.
+def ablation_rows(
+    models: list[str], ratio: float, settings: Settings, methods: tuple[str, ...] = ("paper", "slimgpt")
+) -> Iterator[Row]:
+    """For every model the methods as they are, and one row per change; a change to what already holds is left out.
 
     Args:
         methods: those whose calibration is varied; the method's own parts are varied for `paper`.
     """
+    usual = {"num_samples": settings.num_samples, "seq_len": settings.seq_len, "source": settings.source}
+    varied = {"num_samples": NUM_SAMPLES, "seq_len": SEQ_LENS, "source": SOURCES}
     for model in models:
+        yield Row(model, DENSE, 0.0)
+        yield Row(model, "paper", ratio)
         for part in PARTS:
-            if part in CRITERIA:
-                yield Row(model, part, ratio)
+            yield Row(model, part, ratio)
         for schedule in RATIOS:
-            yield Row(model, "paper", ratio, changes=(("schedule", schedule),))
+            if schedule != "log_increase":
+                yield Row(model, "paper", ratio, changes=(("schedule", schedule),))
         for method in methods:
-            for count in NUM_SAMPLES:
-                yield Row(model, method, ratio, changes=(("num_samples", count),))
-            for length in SEQ_LENS:
-                yield Row(model, method, ratio, changes=(("seq_len", length),))
-            for source in SOURCES:
-                yield Row(model, method, ratio, changes=(("source", source),))
+            if method != "paper":
+                yield Row(model, method, ratio)
+            for name, values in varied.items():
+                for value in values:
+                    if value != usual[name]:
+                        yield Row(model, method, ratio, changes=((name, value),))

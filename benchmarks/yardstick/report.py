@@ -20,6 +20,12 @@ EXACT = 0.002
 """How far the achieved share may be from the ratio."""
 
 
+ABOUT_ABLATIONS = (
+    "What is in brackets differs from the settings above. A row that calibrates on `wikitext2` (train text) is "
+    "measured on the same kind of text; `self` is text that the dense model wrote."
+)
+
+
 def measure_names(validation: bool) -> list[str]:
     """The perplexities of the table."""
     return [f"{name}{VALIDATION if validation else ''}@{window}" for name, window in TEXTS]
@@ -51,8 +57,13 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
-def table(rows: Rows, settings: Settings, model: str) -> list[str]:
-    """The Markdown table of one model."""
+def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> list[str]:
+    """The Markdown table of one model.
+
+    Args:
+        references: rows that others are compared with and that need not be shown.
+    """
+    known = [*rows, *references]
     measures = measure_names(settings.validation)
     tasks = any(result.value(TASKS) is not None for _, result in rows)
     heads = ["removed", "method", "achieved", *(name.replace("@", ", ") for name in measures)]
@@ -66,13 +77,13 @@ def table(rows: Rows, settings: Settings, model: str) -> list[str]:
         found = result.found
         achieved = found["achieved"]
         off = row.method != DENSE and abs(achieved - row.ratio) > EXACT
-        repaired = _find(rows, model, Row(model, row.method, row.ratio, True, row.changes).title, row.ratio)
+        repaired = _find(known, model, Row(model, row.method, row.ratio, True, row.changes).title, row.ratio)
         cells = [
             f"{row.ratio:.0%}",
             row.title,
             f"{achieved:.2%}" + (" (!)" if off else ""),
             *(_number(result.value(name)) for name in measures),
-            *(_number(share_of_paper(rows, row, result, name)) for name in measures[1:]),
+            *(_number(share_of_paper(known, row, result, name)) for name in measures[1:]),
             *([_number(result.value(TASKS), ".4f")] if tasks else []),
             _number(found.get("seconds"), ".0f"),
             _number(found.get("core_seconds"), ".0f"),
@@ -111,7 +122,14 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
     lines += [f"- `{name}`: {METHODS[name].title}" for name in methods]
     lines += [""]
     for model in dict.fromkeys(row.model for row, _ in ablations):
-        lines += [f"## Ablations, {MODELS[model].title}", "", *table([*rows, *ablations], settings, model), ""]
+        lines += [
+            f"## Ablations, {MODELS[model].title}",
+            "",
+            ABOUT_ABLATIONS,
+            "",
+            *table(ablations, settings, model),
+            "",
+        ]
     for found in used.values():
         lines += [
             "Made with " + ", ".join(f"{k} {v}" for k, v in found.items()) + f"; commit {', '.join(commits)}.",

@@ -19,12 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.api import versions
 from slimgpt.calibration import digest
+from slimgpt.errors import CalibrationError
 from slimgpt.evaluation import perplexity
 from slimgpt.evaluation.tasks import evaluate_tasks
 from slimgpt.models.heterogeneous import layer_sizes
 from yardstick.models import bring, run_in
 from yardstick.rows import DENSE, Result, Row, Store
-from yardstick.texts import Texts, own_words, sha256
+from yardstick.texts import SOURCES, Texts, own_words, sha256
 
 TEXTS = (("wikitext2", 128), ("wikitext2", 512), ("c4", 512))
 """Held-out texts and windows of the table."""
@@ -82,6 +83,8 @@ class Bench:
         calibration = self._calibration(row)
         files = {"c4": "c4", "alpaca": "alpaca", "wikitext2": "wikitext2-train"}
         source = calibration["source"]
+        if source not in SOURCES:
+            raise CalibrationError(f"calibration source '{source}' is unknown; choose {', '.join(SOURCES)}")
         if source in files:
             calibration["text_sha256"] = _file_sha256(self.texts.file(files[source]))
         return {"calibration": calibration, "dtype": self.settings.dtype, **self._path(row)}
@@ -188,7 +191,7 @@ class Bench:
         name: str,
         settings: dict[str, Any],
     ) -> dict[str, Any]:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         if name == TASKS:
             detail = self._tasks(model, tokenizer, settings["limit"])
             value = detail.pop("mean")
@@ -203,7 +206,8 @@ class Bench:
                 progress=lambda done, total: self.say(name, done, total),
             )
             value, detail = found.perplexity, {"predicted": found.predicted, "protocol": found.protocol}
-        return {"value": value, "settings": settings, "seconds": time.perf_counter() - start, **detail}
+        seconds, core_seconds = time.perf_counter() - start, time.process_time() - busy
+        return {"value": value, "settings": settings, "seconds": seconds, "core_seconds": core_seconds, **detail}
 
     def _tasks(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limit: int) -> dict[str, Any]:
         def on_start(requests: int) -> Callable[[int], None]:

@@ -72,7 +72,7 @@ class Texts:
         if source == "alpaca":
             rows = json.loads(self.file("alpaca").read_text(encoding="utf-8"))
             return ["\n\n".join(part for part in (r["instruction"], r["input"], r["output"]) if part) for r in rows]
-        raise CalibrationError(f"calibration source '{source}' is unknown; choose {', '.join(SOURCES)}")
+        raise CalibrationError(f"calibration source '{source}' is no text; choose {', '.join(SOURCES)}")
 
     def held_out(self, name: str, validation: bool) -> str:
         """The text that perplexity is measured on: ``wikitext2`` or ``c4``.

@@ -184,6 +184,13 @@ def test_the_share_of_papers_increase_is_of_log_perplexity():
     assert share_of_paper(rows, *rows[0], "c4@512") is None
 
 
+def test_a_variant_is_compared_with_a_paper_row_that_is_not_shown():
+    references = [known("smollm2", DENSE, 0.0, 20.0), known("smollm2", "paper", 0.2, 80.0)]
+    lines = table([known("smollm2", "slimgpt", 0.2, 40.0)], Settings(), "smollm2", references)
+    assert len(lines) == 3
+    assert "| 0.50 | 0.50 |" in lines[-1]
+
+
 def test_the_report_has_every_row_the_repaired_ones_as_columns_and_marks_unequal_sizes(tmp_path):
     rows = [
         known("smollm2", DENSE, 0.0, 20.0),
