@@ -25,6 +25,8 @@ JSON, PAGE = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md"
 CHECKS = {
     "test_replaying_the_layers_is_the_models_own_forward": "replay",
     "test_slim_model_is_the_dense_one_with_pruned_columns_zeroed": "masked",
+    "test_experts_one_by_one_are_the_modules_own_forward": "replay",
+    "test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked": "masked",
     "test_folder_loads_without_slimgpt_to_the_bit": "reload",
 }
 
@@ -37,6 +39,10 @@ Checks on tiny random models of the family's own classes, with biases and window
 layers run in parts are the model's own forward pass. *Masked*: the slim model equals the dense one with the removed
 columns set to zero, to 1e-12 in fp64 and 1e-5 in fp32. *Reload*: a process without slimgpt loads the folder (layers
 that differ; pruned twice; uniform) to the same bits and generates the same with and without a cache.
+
+Mixtures of experts have tests of their own kind. *Replay*: experts run one by one add up to the module's own output,
+to 1e-12 in fp64. *Masked*: the logits of removed experts are minus infinity in the dense model, and removed channels
+zero; to 1e-6, because most routers compute in fp32 whatever the model's type.
 """
 
 
@@ -116,7 +122,8 @@ def main() -> None:
     if not options.page_only:
         outcomes, start = Outcomes(), time.perf_counter()
         chosen = ["-k", " or ".join(f"{name}-" for name in options.families)] if options.families else []
-        arguments = [str(ROOT / "tests/test_families.py"), "-m", "families", "-q", "-p", "no:xdist", *chosen]
+        files = [str(ROOT / "tests" / name) for name in ("test_families.py", "test_mixtures.py")]
+        arguments = [*files, "-m", "families", "-q", "-p", "no:xdist", *chosen]
         pytest.main(arguments, plugins=[outcomes])
         before = record["outcomes"] if options.families else {}
         record = {

@@ -16,8 +16,11 @@ from safetensors.torch import load_file
 import slimgpt
 from slimgpt.models import EXPERTS, Experts
 from slimgpt.models.experts import down_matrix, expert_output, intermediate
-from slimgpt.models.heterogeneous import layer_sizes, lookup
+from slimgpt.models.heterogeneous import empty_model, layer_sizes, lookup
+from slimgpt.models.loading import load_config, load_model, locate
+from slimgpt.models.naming import ConvertedFiles
 from slimgpt.models.slicing import unit_rows
+from slimgpt.models.weights import misfit
 from slimgpt.pruning.capture import arguments_of, capture, run_layer
 from slimgpt.pruning.memory import Shelf
 from slimgpt.pruning.report import mask_of, units_of
@@ -75,9 +78,9 @@ def expert_calls(model, ids):
         hidden = run()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_experts_one_by_one_are_the_modules_own_forward(family):
-    model = double(family)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_one_by_one_are_the_modules_own_forward(name):
+    model = double(name)
     experts, layers = sparse_layers(model)
     with torch.no_grad():
         for layer, tokens, chosen, weights in expert_calls(model, IDS):
@@ -107,12 +110,12 @@ def silenced(monkeypatch):
     return routers
 
 
-@pytest.mark.parametrize(("family", "share"), [cases(name, share) for name in NAMES for share in SHARES])
-def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(family, share, silenced):
-    model = double(family)
+@pytest.mark.parametrize(("name", "share"), [cases(name, share) for name in NAMES for share in SHARES])
+def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(name, share, silenced):
+    model = double(name)
     masked = copy.deepcopy(model)
     experts, _ = sparse_layers(model)
-    report = prune(model, ratio=0.4 if share else 0.3, whole_experts=share)
+    report = prune(model, ratio=0.4, schedule="uniform", whole_experts=share)
     assert [dict(s) for s in report.plan.layers] == layer_sizes(model.config)
     assert report.plan.parameters == sum(p.numel() for p in model.parameters())
     gone = 0
@@ -161,7 +164,7 @@ def reloaded(tmp_path_factory, request):
     """The families asked for, pruned and saved both ways, and what a process without slimgpt makes of the folders."""
     root = tmp_path_factory.mktemp("mixtures")
     expected, reports = {}, {}
-    asked = {item.callspec.params["family"] for item in request.session.items if "reloaded" in item.fixturenames}
+    asked = {item.callspec.params["name"] for item in request.session.items if "reloaded" in item.fixturenames}
     for family in sorted(asked):
         for form in forms(family):
             model = tiny_mixture(family)
@@ -181,10 +184,10 @@ def reloaded(tmp_path_factory, request):
     return root, expected, reports, load_file(root / "out.safetensors")
 
 
-@pytest.mark.parametrize(("family", "form"), [cases(name, form) for name in NAMES for form in forms(name)])
-def test_folder_loads_without_slimgpt_to_the_bit(family, form, reloaded):
+@pytest.mark.parametrize(("name", "form"), [cases(name, form) for name in NAMES for form in forms(name)])
+def test_folder_loads_without_slimgpt_to_the_bit(name, form, reloaded):
     root, expected, reports, found = reloaded
-    name = f"{family}-{form}"
+    name = f"{name}-{form}"
     assert torch.equal(found[f"{name}.logits"], expected[name])
     assert torch.equal(found[f"{name}.generate.True"], found[f"{name}.generate.False"])
     assert bool(found[f"{name}.stock"]) == (form == "uniform")
@@ -217,8 +220,6 @@ def test_a_slim_mixture_can_be_pruned_again(family, tmp_path):
     assert second.plan.parameters < first.plan.parameters
     assert abs(second.plan.achieved - 0.2) < 0.03  # steps are large in a model this small
     slimgpt.save(model, None, second, tmp_path / "second")
-    from slimgpt.models.loading import load_config, load_model, locate
-
     source = locate(str(tmp_path / "second"))
     again = load_model(source, load_config(source))
     again.set_attn_implementation("eager")
@@ -253,3 +254,52 @@ def test_masks_hold_the_units_they_were_made_from():
     for units in ([], [0], [3, 4, 17], list(range(40))):
         assert units_of(mask_of(units, 40)) == units
         assert len(mask_of(units, 40)) == 10
+
+
+@pytest.fixture
+def mixtral_folder(tmp_path, tokenizer):
+    """A tiny Mixtral as its checkpoints are: every expert by itself, in shards that cut through layers."""
+    folder = tmp_path / "mixtral"
+    tiny_mixture("mixtral").save_pretrained(folder, max_shard_size="40KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def weights_of(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def test_a_folder_of_separate_experts_is_streamed_resumed_and_written_in_its_form(mixtral_folder, text_file, tmp_path):
+    options = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu", "batch_size": 3, "uniform": True}
+    options |= {"calibration": str(text_file), "whole_experts": 1.0}
+    assert "model.layers.0.block_sparse_moe.experts.0.w1.weight" in weights_of(mixtral_folder)
+    source = locate(str(mixtral_folder))
+    config = load_config(source)
+    empty = empty_model(config)
+    assert misfit(empty, ConvertedFiles(mixtral_folder, empty)) is None  # so that it is streamed
+
+    report = slimgpt.prune_folder(str(mixtral_folder), tmp_path / "whole", **options)
+    model, tokenizer = slimgpt.load(str(mixtral_folder))
+    prune_options = {key: value for key, value in options.items() if key != "calibration"}
+    slimgpt.prune(model, tokenizer, calibration=str(text_file), **prune_options)
+    slim, _ = slimgpt.load(str(tmp_path / "whole"))
+    assert type(slim).__name__ == "MixtralForCausalLM"
+    with torch.no_grad():
+        torch.testing.assert_close(slim(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+    left = report.plan.layers[0][EXPERTS]
+    names = weights_of(tmp_path / "whole")
+    assert f"model.layers.3.block_sparse_moe.experts.{left - 1}.w2.weight" in names
+    assert f"model.layers.3.block_sparse_moe.experts.{left}.w2.weight" not in names
+
+    def stop(layer, _):
+        if layer.layer == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        slimgpt.prune_folder(str(mixtral_folder), tmp_path / "again", on_layer=stop, **options)
+    slimgpt.prune_folder(str(mixtral_folder), tmp_path / "again", resume=True, **options)
+    first, again = (tmp_path / name / "model.safetensors" for name in ("whole", "again"))
+    assert first.read_bytes() == again.read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from slimgpt import assets
+from slimgpt.models.mixtures import ffn_text
 from slimgpt.pruning.report import PruneReport
 
 WIDTHS_DIFFER = (
@@ -60,7 +61,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
     for layer in report.layers:
         s = layer.sizes
         lines.append(
-            f"| {layer.layer} | {s['num_attention_heads']} | {s['num_key_value_heads']} | {s['intermediate_size']} "
+            f"| {layer.layer} | {s['num_attention_heads']} | {s['num_key_value_heads']} | {ffn_text(s)} "
             f"| {1 - layer.parameters / layer.parameters_before:.1%} "
             f"| {layer.percent('heads')} | {layer.percent('channels')} |"
         )
@@ -123,6 +124,8 @@ def _command(report: PruneReport) -> str:
         "seed": settings.seed,
         "round-to": settings.round_to,
     }
+    if settings.whole_experts:
+        options["whole-experts"] = f"{settings.whole_experts:g}"
     if settings.schedule is not None:
         names = settings.schedule if isinstance(settings.schedule, str) else map(str, settings.schedule)
         options["schedule"] = names if isinstance(names, str) else ",".join(names)

@@ -128,10 +128,12 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Callable[[Laye
 
 
 def _describe(report: LayerReport) -> str:
+    from slimgpt.models.mixtures import ffn_text
+
     s = report.sizes
     return (
         f"layer {report.layer}: {s['num_attention_heads']}/{s['num_key_value_heads']} heads, "
-        f"{s['intermediate_size']} channels, error {report.percent('heads', 1)} / {report.percent('channels', 1)}"
+        f"{ffn_text(s)} channels, error {report.percent('heads', 1)} / {report.percent('channels', 1)}"
     )
 
 

@@ -32,10 +32,14 @@ def inspect(
     table = Table(title=f"{found.model} ({found.model_type})", title_justify="left")
     for column in ("layer", "heads", "KV heads", "FFN channels", "parameters", *(["removed"] if before else [])):
         table.add_column(column, justify="right")
+    from slimgpt.models.mixtures import ffn_text
+
     for index, layer in enumerate(found.layers):
         row = [
             str(index),
-            *(str(layer.sizes[field]) for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size")),
+            str(layer.sizes["num_attention_heads"]),
+            str(layer.sizes["num_key_value_heads"]),
+            ffn_text(layer.sizes),
             f"{layer.parameters:,}",
         ]
         table.add_row(*row, *([f"{1 - layer.parameters / before[index]:.1%}"] if before else []))

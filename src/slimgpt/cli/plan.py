@@ -33,6 +33,10 @@ def plan(
     head_unit: Annotated[str, typer.Option(help="kv or query.")] = "auto",
     round_to: Annotated[int | None, typer.Option(help="FFN widths become multiples of it.")] = None,
     uniform: Annotated[bool, typer.Option("--uniform", help="The same widths in all layers.")] = False,
+    whole_experts: Annotated[
+        float,
+        typer.Option(help="Mixtures: the share of what experts lose that is taken as whole experts, from 0 to 1."),
+    ] = 0.0,
     dtype: Annotated[str, typer.Option(help="Of the weights on disk.")] = "auto",
     num_samples: Annotated[int, typer.Option(help="Calibration windows, for the estimate of time.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
@@ -65,6 +69,7 @@ def plan(
         uniform=uniform,
         num_samples=num_samples,
         seq_len=seq_len,
+        whole_experts=whole_experts,
     )
     found = forecast(model, config, dtype, names, trust_remote_code)
     if save is not None:
@@ -84,10 +89,14 @@ def _print(found: Forecast) -> None:
     table = Table(title=f"{found.model} ({found.model_type})", title_justify="left")
     for column in ("layers", "heads", "KV heads", "FFN channels"):
         table.add_column(column, justify="right")
+    from slimgpt.models.mixtures import ffn_text
+
     for first, last, sizes in found.runs():
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
-            *(str(sizes[field]) for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size")),
+            str(sizes["num_attention_heads"]),
+            str(sizes["num_key_value_heads"]),
+            ffn_text(sizes),
         )
     out.print(table)
     out.print(

@@ -90,6 +90,10 @@ def prune(
     head_unit: Annotated[
         str, typer.Option(help="kv: KV heads with their query heads; query: query heads, equally many per KV head.")
     ] = DEFAULTS.head_unit,
+    whole_experts: Annotated[
+        float,
+        typer.Option(help="Mixtures: the share of what experts lose that is taken as whole experts, from 0 to 1."),
+    ] = DEFAULTS.whole_experts,
     repair: Annotated[
         bool | None,
         typer.Option("--repair/--no-repair", help="Solve for the weights that stay.", show_default="as the method"),
@@ -138,6 +142,7 @@ def prune(
         bytes=size,
         kv_cache=kv_cache,
         plan=plan,
+        whole_experts=whole_experts,
     )
     with out.status("checking the request and reading the text"):
         prepared = prepare(
@@ -211,19 +216,29 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
     table = Table(title=f"{report.base_model}, method {report.settings.method}", title_justify="left")
     for column in ("layer", "heads", "KV heads", "FFN channels", "removed", "error attention", "error FFN", "seconds"):
         table.add_column(column, justify="right")
+    from slimgpt.models.mixtures import ffn_text
+
     for layer in report.layers:
         s = layer.sizes
         table.add_row(
             str(layer.layer),
             str(s["num_attention_heads"]),
             str(s["num_key_value_heads"]),
-            str(s["intermediate_size"]),
+            ffn_text(s),
             f"{1 - layer.parameters / layer.parameters_before:.1%}",
             layer.percent("heads"),
             layer.percent("channels"),
             f"{sum(layer.seconds.values()):.1f}",
         )
     out.print(table)
+    starved = [(layer.layer, e) for layer in report.layers if layer.experts for e in layer.experts.fallback]
+    if starved:
+        out.print(
+            f"[yellow]note:[/] {len(starved)} experts saw fewer tokens than they have channels (layer "
+            f"{starved[0][0]}: expert {starved[0][1]}; all in slimgpt.json); tokens of the whole layer were added for "
+            "them. More calibration text helps",
+            soft_wrap=True,
+        )
     out.print(
         f"removed {plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%}) in {report.seconds:.1f} s\n"
         f"{plan.parameters_before:,} -> {plan.parameters:,} parameters, {size:,} bytes of weights\n"

@@ -17,6 +17,7 @@ from slimgpt.exporting.folders import write_stock_folder
 from slimgpt.exporting.source import Exported
 from slimgpt.models.architectures import Sizes
 from slimgpt.models.heterogeneous import with_sizes
+from slimgpt.models.mixtures import Experts
 from slimgpt.models.stock import stock_config
 
 
@@ -42,6 +43,11 @@ def check(exported: Exported) -> None:
         raise ExportError(
             f"'{exported.config.model_type}' cannot be padded: its config does not say the widths, or its matrices are "
             "transposed; load it with its own modeling file instead"
+        )
+    if any(isinstance(structure, Experts) for structure in structures):
+        raise ExportError(
+            f"'{exported.config.model_type}' has experts, which are not padded; prune with --uniform, or load it with "
+            "its own modeling file"
         )
     if stock_config(exported.config, padded_sizes(exported.sizes)) is None:
         raise ExportError(

@@ -15,6 +15,14 @@ from slimgpt.models.families import ARCHITECTURES, ffn, grouped, in_module
 
 EXPERTS, SHARED = "num_experts", "shared_expert_intermediate_size"
 
+
+def ffn_text(sizes: Sizes) -> str:
+    """The width of a layer's FFN for people: ``14336``, or ``8 x 14336 + 2048`` for experts and a shared one."""
+    if EXPERTS not in sizes:
+        return str(sizes[CHANNELS])
+    return f"{sizes[EXPERTS]} x {sizes[CHANNELS]}" + (f" + {sizes[SHARED]}" if SHARED in sizes else "")
+
+
 Sparse = Callable[[Any, int], bool]
 """Whether the layer of this index, in a model of this config, has experts."""
 

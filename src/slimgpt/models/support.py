@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from transformers import AutoConfig
 
-from slimgpt.models.architectures import CHANNELS, Architecture
+from slimgpt.models.architectures import CHANNELS, Architecture, Structure
 from slimgpt.models.families import ARCHITECTURES, REFUSED
+from slimgpt.models.mixtures import Experts, Mixture
 
-UNIT_NAMES = {"kv": "KV groups", "query": "query heads", "ffn": "FFN channels"}
+UNIT_NAMES = {"kv": "KV groups", "query": "query heads", "ffn": "FFN channels", "shared": "shared expert"}
 """What is removed, by :attr:`Structure.unit`."""
+
+EXPERT_UNITS = "whole experts and channels of each"
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Support:
         """``supported``, ``FFN only`` or ``refused``."""
         if not self.units:
             return "refused"
-        return "FFN only" if self.units == (UNIT_NAMES["ffn"],) else "supported"
+        return "supported" if {"heads", UNIT_NAMES["kv"], UNIT_NAMES["query"]} & set(self.units) else "FFN only"
 
 
 def families() -> list[Support]:
@@ -53,8 +56,11 @@ def _described(model_type: str) -> Support:
     if callable(entry):
         notes.append("the layout depends on the config")
         entry = entry(config)
-    units = tuple(_name(structure.unit, entry) for structure in entry.structures)
-    stock = tuple(_name(s.unit, entry) for s in entry.structures if _in_stock_class(s.unit, entry, config))
+    units = tuple(dict.fromkeys(_name(structure, entry) for structure in entry.structures))
+    here = [s for s in entry.structures if _in_stock_class(s.unit, entry, config)]
+    stock = tuple(dict.fromkeys(_name(structure, entry) for structure in here))
+    if isinstance(entry, Mixture) and len({type(s) for s in entry.structures if s.unit == "ffn"}) > 1:
+        notes.append("uniform where every layer has experts")
     notes += [f"no {what}: {why}" for what, why in entry.refused.items()]
     if entry.relabel is not None:
         notes.append(f"a head count that its config refuses is saved as {entry.relabel.model_type}")
@@ -70,7 +76,10 @@ def _in_stock_class(unit: str, architecture: Architecture, config: object) -> bo
     return architecture.fields.get(CHANNELS, CHANNELS) in known
 
 
-def _name(unit: str, architecture: Architecture) -> str:
+def _name(structure: Structure, architecture: Architecture) -> str:
+    unit = structure.unit
+    if isinstance(structure, Experts):
+        return EXPERT_UNITS
     if unit == "kv" and architecture.find("query") is None:
         return "heads"
     return UNIT_NAMES.get(unit, unit)

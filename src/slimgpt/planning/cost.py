@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
-from slimgpt.models.architectures import Sizes
+from slimgpt.models.architectures import CHANNELS, Sizes
 from slimgpt.models.heterogeneous import head_dim
+from slimgpt.models.mixtures import EXPERTS, SHARED
 from slimgpt.models.shape import ModelShape
 from slimgpt.planning.plan import Plan
 
@@ -44,7 +45,8 @@ def gguf_bytes(config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
             half = (_bits(most, h) + _bits(more, h)) / 2
             bits += h * d * (heads + kv) * _bits(most, h) + h * kv * d * half
             bits += h * heads * d * _bits(most, heads * d)
-            bits += 2 * h * ffn * _bits(most, h) + h * ffn * (_bits(most, ffn) + _bits(more, ffn)) / 2
+            times = layer.get(EXPERTS, 1)
+            bits += times * (2 * h * ffn * _bits(most, h) + h * ffn * (_bits(most, ffn) + _bits(more, ffn)) / 2)
         found[name] = int(bits / 8)
     return found
 
@@ -57,7 +59,11 @@ def flops_per_token(config: PreTrainedConfig, plan: Plan, dense: ModelShape | No
     """
     parameters = dense.parameters if dense is not None else plan.parameters
     tied = getattr(config, "tie_word_embeddings", False)
-    return 2.0 * (parameters if tied else parameters - config.vocab_size * config.hidden_size)
+    idle = 0  # a token goes to some of the experts only
+    for sizes in [layer.sizes for layer in dense.layers] if dense is not None else plan.layers:
+        if EXPERTS in sizes:
+            idle += (sizes[EXPERTS] - config.num_experts_per_tok) * 3 * config.hidden_size * sizes[CHANNELS]
+    return 2.0 * (parameters - idle if tied else parameters - idle - config.vocab_size * config.hidden_size)
 
 
 def pruning_flops(
@@ -73,13 +79,18 @@ def pruning_flops(
         heads, kv, ffn = _widths(before)
         kept, _, width = _widths(after)
         attention = 2.0 * seq_len * heads * d  # causal: half of QK^T and of the product with V
-        inputs = h * d * (heads + 2 * kv) + 2 * h * ffn  # at dense widths: the choice is not made yet
-        flops["dense forward"] += tokens * (2.0 * (inputs + heads * d * h + ffn * h) + attention)
-        flops["forward"] += tokens * (2.0 * (inputs + kept * d * h + width * h) + attention)
-        for n, keep in ((heads * d, kept * d), (ffn, width)):
+        count = after.get(EXPERTS, 1)
+        active = config.num_experts_per_tok if EXPERTS in before else 1
+        # At dense widths: the choice is not made yet. A shared expert counts with the projections.
+        inputs = h * d * (heads + 2 * kv) + 2 * h * ffn * active + 3 * h * before.get(SHARED, 0)
+        flops["dense forward"] += tokens * (2.0 * (inputs + heads * d * h + active * ffn * h) + attention)
+        passes = 2 if after.get(EXPERTS) != before.get(EXPERTS) else 0  # what whole experts cost to choose and to fit
+        flops["forward"] += tokens * (2.0 * (inputs + kept * d * h + active * width * h) + attention)
+        flops["forward"] += passes * tokens * 6.0 * h * ffn * active
+        for n, keep, each, times in ((heads * d, kept * d, 1, 1), (ffn, width, active, count)):
             if keep < n:
-                flops["hessian"] += 2.0 * tokens * n * n
-                flops["solver"] += n**3 + keep**3 / 3 + 2.0 * h * n * n + 2.0 * h * keep * keep
+                flops["hessian"] += 2.0 * tokens * each * n * n
+                flops["solver"] += times * (n**3 + keep**3 / 3 + 2.0 * h * n * n + 2.0 * h * keep * keep)
     return flops
 
 
@@ -123,7 +134,7 @@ def _matrices(config: PreTrainedConfig, plan: Plan) -> int:
     total = config.vocab_size * h * (1 if getattr(config, "tie_word_embeddings", False) else 2)
     for layer in plan.layers:
         heads, kv, ffn = _widths(layer)
-        total += 2 * h * d * (heads + kv) + 3 * h * ffn
+        total += 2 * h * d * (heads + kv) + 3 * h * ffn * layer.get(EXPERTS, 1)
     return total
 
 

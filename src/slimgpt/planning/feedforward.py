@@ -86,3 +86,17 @@ def least_ffn(layer: LayerShape, round_to: int, whole_experts: float = 0.0) -> d
         if SHARED in layer.sizes:
             sizes[SHARED] = min(round_to, layer.sizes[SHARED])
     return tied_to(layer, sizes)
+
+
+def check_experts(layer: LayerShape, sizes: dict[str, int]) -> str | None:
+    """Why a layer cannot have these experts; ``None`` if it can."""
+    if layer.experts is None:
+        return None
+    least, groups = layer.experts.least, layer.experts.groups
+    if sizes[EXPERTS] < least:
+        return f"{sizes[EXPERTS]} experts are fewer than the {least} that the router needs"
+    if sizes[EXPERTS] % groups:
+        return f"{sizes[EXPERTS]} experts do not divide among {groups} groups"
+    if tied_to(layer, sizes) != sizes:
+        return f"the shared expert is {layer.experts.tied} times as wide as the others"
+    return None

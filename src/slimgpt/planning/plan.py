@@ -13,7 +13,7 @@ from slimgpt.models.architectures import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.heterogeneous import lookup
 from slimgpt.models.shape import LayerShape, ModelShape, describe
 from slimgpt.models.stock import stock_config
-from slimgpt.planning.feedforward import ffn_sizes, least_ffn, step_of, tied_to
+from slimgpt.planning.feedforward import check_experts, ffn_sizes, least_ffn, step_of, tied_to
 from slimgpt.planning.ratios import DEFAULT_RATIO, layer_ratios
 from slimgpt.planning.targets import CacheTarget, kv_heads_for
 
@@ -158,6 +158,8 @@ def plan_of_widths(
         for field, value in sizes.items():
             if not 1 <= value <= layer.sizes[field]:
                 raise PlanError(f"layer {index}: {field} = {value} is outside 1..{layer.sizes[field]}")
+        if (problem := check_experts(layer, sizes)) is not None:
+            raise PlanError(f"layer {index}: {problem}")
         if sizes[HEADS] != layer.sizes[HEADS] and head_unit not in layer.unit_parameters:
             raise PlanError(f"layer {index}: heads of this family cannot be removed by '{head_unit}'")
         kept = KV_HEADS if head_unit == "query" else None

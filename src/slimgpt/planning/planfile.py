@@ -8,7 +8,6 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
-from slimgpt.models.architectures import SIZE_FIELDS
 from slimgpt.models.shape import ModelShape, describe
 from slimgpt.planning.plan import Plan, plan_of_widths
 
@@ -24,7 +23,7 @@ def to_toml(plan: Plan, model_type: str) -> str:
         f"parameters = {plan.parameters}",
         f"parameters_before = {plan.parameters_before}",
         "layers = [",
-        *(f"    {{ {', '.join(f'{field} = {layer[field]}' for field in SIZE_FIELDS)} }}," for layer in plan.layers),
+        *(f"    {{ {', '.join(f'{field} = {value}' for field, value in layer.items())} }}," for layer in plan.layers),
         "]",
     ]
     return "\n".join(lines) + "\n"
@@ -51,12 +50,11 @@ def read_plan(file: str | Path, config: PreTrainedConfig, shape: ModelShape | No
     layers = values["layers"]
     if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):
         raise PlanError(f"{file}: layers must be a list of tables, one per layer")
-    for index, layer in enumerate(layers):
-        if sorted(layer) != sorted(SIZE_FIELDS) or not all(type(value) is int for value in layer.values()):
-            raise PlanError(
-                f"{file}: layer {index} must give whole numbers for {', '.join(SIZE_FIELDS)} and nothing else"
-            )
     shape = shape or describe(config)
+    for index, layer in enumerate(layers):
+        known = shape.layers[min(index, len(shape.layers) - 1)].sizes
+        if sorted(layer) != sorted(known) or not all(type(value) is int for value in layer.values()):
+            raise PlanError(f"{file}: layer {index} must give whole numbers for {', '.join(known)} and nothing else")
     plan = plan_of_widths(shape, [dict(layer) for layer in layers], str(values["head_unit"]))
     for key, value in (("parameters", plan.parameters), ("parameters_before", plan.parameters_before)):
         if values.get(key, value) != value:

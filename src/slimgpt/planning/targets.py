@@ -81,6 +81,9 @@ def cache_bytes(config: PreTrainedConfig, kv_heads: Sequence[int], context: int)
     Args:
         kv_heads: KV heads of every layer.
     """
+    latent = getattr(config, "kv_lora_rank", None)
+    if latent:  # one latent vector and one rotary key for all heads
+        return len(kv_heads) * (latent + config.qk_rope_head_dim) * CACHE_BYTES * context
     return sum(heads * cost for heads, cost in zip(kv_heads, _cost_per_head(config, len(kv_heads), context)))
 
 
@@ -90,6 +93,8 @@ def kv_heads_for(config: PreTrainedConfig, shape: ModelShape, target: CacheTarge
     Raises:
         PlanError: one head per layer is too much already, or the target asks for nothing.
     """
+    if getattr(config, "kv_lora_rank", None):
+        raise PlanError(f"'{config.model_type}' keeps one latent vector for all heads: removing heads leaves its cache")
     heads = [layer.sizes["num_key_value_heads"] for layer in shape.layers]
     dense = list(heads)
     if cache_bytes(config, heads, target.context) <= target.bytes:
