@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from slimgpt.models.architectures import CHANNELS, HEADS, KV_HEADS, Architecture, Entry, Sizes, Structure
-from slimgpt.models.families import ARCHITECTURES, ffn, grouped, in_module
+from slimgpt.models.families import ARCHITECTURES, REFUSED, ffn, grouped, in_module
 
 EXPERTS, SHARED = "num_experts", "shared_expert_intermediate_size"
 
@@ -205,3 +205,4 @@ MIXTURES: dict[str, Entry] = {
     "deepseek_v3": _deepseek,
 }
 ARCHITECTURES.update(MIXTURES)
+REFUSED["dbrx"] = "its widths lie in configs inside the config, which cannot differ by layer"
