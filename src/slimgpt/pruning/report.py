@@ -30,7 +30,7 @@ class ExpertsReport:
         kept: the experts that stay, by their number in the dense layer; all further lists are in this order.
         tokens: calibration tokens that the router sent to each.
         fallback: those (by their dense number) that saw fewer tokens than they have channels: their Hessian also has
-            tokens of the whole layer.
+            tokens of the whole layer. Empty where no channels go.
         scales: what the output of each was multiplied by once other experts were gone; empty if none are.
         channels: the channels that each keeps, as :func:`mask_of` writes them; empty if all stay.
     """

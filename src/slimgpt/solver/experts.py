@@ -79,6 +79,8 @@ class OutputGram:
             outputs: ``(tokens, k, hidden)``, what each contributes.
             target: ``(tokens, hidden)``, what their sum should be.
         """
+        if outputs.dtype in (torch.bfloat16, torch.float16):
+            outputs, target = outputs.float(), target.float()
         experts = len(self.c)
         pairs = index.unsqueeze(2) * experts + index.unsqueeze(1)  # (tokens, k, k)
         self.C.view(-1).index_add_(0, pairs.flatten(), (outputs @ outputs.mT).flatten().to(self.C.dtype))
