@@ -88,7 +88,7 @@ def test_a_plan_goes_through_its_file_and_wrong_ones_are_refused(tmp_path):
     assert read_plan(file, config).layers == plan.layers
     text = file.read_text()
     kept = plan.layers[-1][EXPERTS]
-    for wrong, message in ((kept - 1, "do not divide among 2 groups"), (2, "fewer than the 4")):
+    for wrong, message in ((7, "do not divide among 2 groups"), (4, "fewer than the 6")):
         file.write_text(text.replace(f"{EXPERTS} = {kept}", f"{EXPERTS} = {wrong}"))
         with pytest.raises(PlanError, match=message):
             read_plan(file, config)
