@@ -100,7 +100,8 @@ def table(result: dict[str, Any]) -> str:
         f"# {result['model']}, {result['ratio']:.0%} removed, in other engines",
         "",
         f"Perplexity on the first {rows[0]['tokens']:,} predicted tokens of `{result['text']}` at window "
-        f"{rows[0]['window']}, the same token ids in both engines; five greedy continuations of 16 tokens. Written by "
+        f"{rows[0]['window']}, the same token ids in both engines; five greedy continuations of 16 tokens. Compare "
+        "within a row: a row made with `--only` is of a model pruned in another run. Written by "
         "`benchmarks/engines.py`.",
         "",
         "| form | bytes | engine | perplexity | slim folder | difference | logits differ by | continuations "
