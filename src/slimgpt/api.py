@@ -19,7 +19,7 @@ from slimgpt.calibration import digest, sample_windows
 from slimgpt.config import PruneConfig, parse_schedule
 from slimgpt.errors import CalibrationError, UsageError
 from slimgpt.evaluation import Perplexity, Text, perplexity, read_text
-from slimgpt.models.heterogeneous import empty_model, layer_sizes
+from slimgpt.models.heterogeneous import empty_model, layer_sizes, text_config
 from slimgpt.models.loading import as_device, as_dtype
 from slimgpt.models.loading import forward_dtype as choose_forward_dtype
 from slimgpt.models.shape import ModelShape, describe
@@ -127,7 +127,7 @@ def prune(
     shape = describe(model.config, model)
     kept_dtype = wanted if isinstance(wanted, torch.dtype) else next(model.parameters()).dtype
     widths = plan_for(model.config, config, shape, kept_dtype)
-    windows, source = calibration_windows(calibration, tokenizer, config, model.config.vocab_size)
+    windows, source = calibration_windows(calibration, tokenizer, config, text_config(model.config).vocab_size)
     if isinstance(wanted, torch.dtype):
         model.to(wanted)  # type: ignore[arg-type]
         model.config.dtype = wanted
@@ -253,7 +253,7 @@ def check_context(model_config: Any, windows: Tensor) -> None:
     Raises:
         CalibrationError: they are too long.
     """
-    longest = getattr(model_config, "max_position_embeddings", None)
+    longest = getattr(text_config(model_config), "max_position_embeddings", None)
     if longest is not None and windows.shape[1] > longest:
         raise CalibrationError(
             f"windows of {windows.shape[1]} tokens are longer than the model's context of {longest}; lower --seq-len"

@@ -19,6 +19,7 @@ from slimgpt.api import (
 from slimgpt.checkpoint import check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
+from slimgpt.models.heterogeneous import text_config
 from slimgpt.models.loading import (
     DTYPES,
     Source,
@@ -133,7 +134,7 @@ def prepare(
     check_files(source)
     prepared.tokenizer = load_tokenizer(source, trust_remote_code)
     prepared.windows, prepared.calibration = calibration_windows(
-        calibration, prepared.tokenizer, config, model_config.vocab_size
+        calibration, prepared.tokenizer, config, text_config(model_config).vocab_size
     )
     check_context(model_config, prepared.windows)
     return prepared

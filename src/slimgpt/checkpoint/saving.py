@@ -17,6 +17,7 @@ from slimgpt.checkpoint.card import model_card
 from slimgpt.checkpoint.folder import new_folder
 from slimgpt.checkpoint.plot import plot_widths
 from slimgpt.checkpoint.shards import write_shards
+from slimgpt.models.families import MULTIMODAL
 from slimgpt.models.heterogeneous import architecture_of, layer_sizes, modeling_source, stock_class
 from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.stock import stock_config
@@ -96,7 +97,8 @@ def target_form(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrain
     base = next(c for c in type(model).__mro__ if not issubclass(c, SlimMixin))
     cls = type(model)
     target = copy.deepcopy(config)
-    target.auto_map = {"AutoModelForCausalLM": f"{Path(MODELING_FILE).stem}.{cls.__name__}"}
+    autos = ("AutoModelForCausalLM", *(("AutoModelForImageTextToText",) if config.model_type in MULTIMODAL else ()))
+    target.auto_map = dict.fromkeys(autos, f"{Path(MODELING_FILE).stem}.{cls.__name__}")
     return cls, target, modeling_source(base, config, architecture_of(config, model))
 
 

@@ -16,7 +16,7 @@ from slimgpt.errors import ExportError
 from slimgpt.exporting.folders import write_stock_folder
 from slimgpt.exporting.source import Exported
 from slimgpt.models.architectures import Sizes
-from slimgpt.models.heterogeneous import with_sizes
+from slimgpt.models.heterogeneous import text_config, with_sizes
 from slimgpt.models.mixtures import Experts
 from slimgpt.models.stock import stock_config
 
@@ -39,6 +39,8 @@ def check(exported: Exported) -> None:
         ExportError: no stock class takes the widths.
     """
     structures = exported.architecture.structures
+    if text_config(exported.config) is not exported.config:
+        raise ExportError("the language model inside a multimodal model cannot be padded; load it with its modeling file")
     if exported.architecture.resized or any(s.transposed for s in structures):
         raise ExportError(
             f"'{exported.config.model_type}' cannot be padded: its config does not say the widths, or its matrices are "

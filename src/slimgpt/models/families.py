@@ -252,6 +252,19 @@ ARCHITECTURES: dict[str, Entry] = {
 }
 """Supported families by ``config.model_type``."""
 
+PARTS: dict[str, Entry] = dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), _SEPARATE)
+"""Language models that exist only inside multimodal ones."""
+
+MULTIMODAL: dict[str, str] = {
+    **dict.fromkeys(
+        ("gemma3", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "internvl", "got_ocr2", "aya_vision"),
+        "model.language_model",
+    ),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "model.language_model"),
+    **dict.fromkeys(("smolvlm", "idefics3"), "model.text_model"),
+}
+"""Models with a language model of the tables inside, and the module that it is; all else in them stays."""
+
 
 def register(model_type: str, architecture: Entry) -> None:
     """Describe a family of your own; everything then works for it as for those of the table.

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import UnsupportedFamilyError
 from slimgpt.models import modeling_slim
 from slimgpt.models.architectures import HEADS, KV_HEADS, Architecture, Sizes
-from slimgpt.models.families import ARCHITECTURES, LLAMA, REFUSED
+from slimgpt.models.families import ARCHITECTURES, LLAMA, MULTIMODAL, PARTS, REFUSED
 from slimgpt.models.modeling_slim import SlimMixin, build_layer, keep_buffers
 from slimgpt.models.slicing import State
 from slimgpt.models.unknown import HELP, found_in
@@ -27,10 +28,20 @@ Resizing = tuple[str, int, tuple[tuple[str, str, tuple[tuple[str, int], ...]], .
 """The attention module, the head size, and the axes of matrices with the sizes along them."""
 
 
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the language model: itself, or the part of a multimodal model's config."""
+    return config.get_text_config(decoder=True)
+
+
 def lookup(config: PreTrainedConfig) -> Architecture | None:
     """The description of a config's family, unchecked; ``None`` if the table has none."""
-    entry = ARCHITECTURES.get(config.model_type)
-    return entry(config) if callable(entry) else entry
+    text = text_config(config)
+    entry = ARCHITECTURES.get(text.model_type, PARTS.get(text.model_type))
+    found = entry(text) if callable(entry) else entry
+    if found is None or text is config:
+        return found
+    prefix = MULTIMODAL.get(config.model_type)
+    return replace(found, layers=f"{prefix}.{found.layers.removeprefix('model.')}", relabel=None) if prefix else None
 
 
 def resizing(config: PreTrainedConfig, architecture: Architecture) -> Resizing | None:
@@ -74,15 +85,15 @@ def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, archi
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal LM class that transformers has for this config.
+    """The causal LM class that transformers has for this config, or the one that also reads images.
 
     Raises:
         UnsupportedFamilyError: there is none.
     """
-    try:
-        return AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[return-value]
-    except KeyError:
-        raise UnsupportedFamilyError(
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]  # type: ignore[return-value]
+    raise UnsupportedFamilyError(
             f"model_type '{config.model_type}' has no causal language model in transformers; "
             f"supported: {', '.join(ARCHITECTURES)}"
         ) from None
@@ -92,7 +103,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model of a config on the meta device: every shape, no storage."""
     base = stock_class(config)
     architecture = lookup(config)
-    if config.is_heterogeneous and architecture is not None:
+    if text_config(config).is_heterogeneous and architecture is not None:
         base = slim_class(base, config, architecture)
     with torch.device("meta"):
         return base(copy.deepcopy(config))
@@ -152,12 +163,12 @@ def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
 def layer_sizes(config: PreTrainedConfig) -> list[dict[str, int]]:
     """The widths of every layer, from the config."""
     architecture = lookup(config) or LLAMA
-    return [architecture.read(layer, index) for index, layer in enumerate(config.per_layer_config)]
+    return [architecture.read(layer, index) for index, layer in enumerate(text_config(config).per_layer_config)]
 
 
 def head_dim(config: PreTrainedConfig) -> int:
     """The size of one head; the same in every layer."""
-    architecture = lookup(config)
+    architecture, config = lookup(config), text_config(config)
     if architecture is not None and architecture.resized:  # the model's config keeps the dense head count
         return config._getattr_without_heterogeneous_validation("hidden_size") // (
             config._getattr_without_heterogeneous_validation("num_attention_heads")
@@ -192,9 +203,9 @@ def rebuild_layer(
         config: the model's config.
         sizes: the widths of the new layer; by default what the config says.
     """
-    own = config.per_layer_config[index]
     architecture = lookup(config) or LLAMA
-    how = resizing(config, architecture)
+    how, config = resizing(config, architecture), text_config(config)
+    own = config.per_layer_config[index]
     if sizes is None and how is not None:
         sizes = architecture.read(own, index)  # a dense config need not write all of them
     if sizes is not None:

@@ -25,7 +25,7 @@ from slimgpt.errors import ModelError, UnsupportedFamilyError, UsageError
 from slimgpt.models.adapters import base_of, is_adapter, merge
 from slimgpt.models.alignment import align
 from slimgpt.models.families import ARCHITECTURES
-from slimgpt.models.heterogeneous import architecture_of, slim_class, stock_class
+from slimgpt.models.heterogeneous import architecture_of, slim_class, stock_class, text_config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -165,7 +165,7 @@ def load_model(
     architecture = architecture_of(config)
     check_files(source)
     base = stock_class(config)
-    if config.is_heterogeneous:
+    if text_config(config).is_heterogeneous:
         base = slim_class(base, config, architecture)
     arguments = dict(source.arguments) if source.gguf_file else {"config": config, "use_safetensors": True}
     try:

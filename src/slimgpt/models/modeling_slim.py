@@ -70,12 +70,13 @@ class SlimMixin:
     def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any):
         # The model around the layers reads the global fields, such as the base class's dense layers here;
         # it does so only to be built, and what is built from them is replaced.
-        config.allow_global_per_layer_attribute_access = True
+        text = config.get_text_config(decoder=True)
+        text.allow_global_per_layer_attribute_access = True
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         layers = self.get_submodule(self._slim_layers)
         for index in range(len(layers)):
-            own = config.per_layer_config[index]
-            layer = build_layer(type(layers[index]), config, own, index, self._slim_resizing)
+            own = text.per_layer_config[index]
+            layer = build_layer(type(layers[index]), text, own, index, self._slim_resizing)
             keep_buffers(layers[index], layer)
             layers[index] = layer
         self.post_init()
@@ -96,7 +97,8 @@ class SlimMixin:
         self._tell_layers("_experts_implementation")
 
     def _tell_layers(self: Any, choice: str) -> None:
+        text = self.config.get_text_config(decoder=True)
         for layer in self.get_submodule(self._slim_layers):
             for module in layer.modules():
                 if isinstance(getattr(module, "config", None), PreTrainedConfig):
-                    setattr(module.config, f"{choice}_internal", getattr(self.config, choice))
+                    setattr(module.config, f"{choice}_internal", getattr(text, choice))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -9,7 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.models.architectures import HEADS, KV_HEADS, Architecture, Sizes
-from slimgpt.models.heterogeneous import empty_model, lookup, size_fields, slim_class
+from slimgpt.models.heterogeneous import empty_model, lookup, size_fields, slim_class, text_config
 from slimgpt.models.modeling_slim import SlimMixin
 
 
@@ -23,8 +24,9 @@ def stock_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | N
         config: the config of the model before or after pruning.
         sizes: the widths that all layers have.
     """
-    if (own := _own_config(config, sizes)) is not None:
-        return own
+    text = text_config(config)
+    if (own := _own_config(text, sizes)) is not None:
+        return own if text is config else _around(config, own)
     architecture = lookup(config)
     relabel = architecture.relabel if architecture is not None else None
     if relabel is None:
@@ -45,7 +47,7 @@ def apply_sizes(model: PreTrainedModel, architecture: Architecture, sizes: list[
     They go into the global fields where all layers agree and the family's config accepts them, else into
     ``per_layer_config``; the model then becomes an instance of the subclass that builds its layers from that.
     """
-    config = model.config
+    config = text_config(model.config)
     layers = [size_fields(config, layer) for layer in sizes]
     config.per_layer_config = None  # type: ignore[assignment]
     if all(layer == sizes[0] for layer in sizes) and _own_config(config, sizes[0]) is not None:
@@ -57,7 +59,16 @@ def apply_sizes(model: PreTrainedModel, architecture: Architecture, sizes: list[
     config.per_layer_config = dict(enumerate(layers))  # type: ignore[assignment]
     config.allow_global_per_layer_attribute_access = True
     if not isinstance(model, SlimMixin):
-        model.__class__ = slim_class(type(model), config, architecture)
+        model.__class__ = slim_class(type(model), model.config, architecture)
+
+
+def _around(config: PreTrainedConfig, text: PreTrainedConfig) -> PreTrainedConfig:
+    """A multimodal model's config with another one for its language model."""
+    name = next(name for name in config.sub_configs if getattr(config, name) is text_config(config))
+    whole = copy.deepcopy(config)
+    whole.__dict__.pop("auto_map", None)
+    setattr(whole, name, text)
+    return whole
 
 
 def _values(config: PreTrainedConfig, sizes: Sizes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from slimgpt.models.architectures import CHANNELS, Sizes
-from slimgpt.models.heterogeneous import head_dim
+from slimgpt.models.heterogeneous import head_dim, text_config
 from slimgpt.models.mixtures import EXPERTS, SHARED
 from slimgpt.models.shape import ModelShape
 from slimgpt.planning.plan import Plan
@@ -32,6 +32,7 @@ _MIXES = {
 
 def gguf_bytes(config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
     """Bytes of the tensors of a GGUF file by type of quantisation: an estimate, for llama.cpp mixes types by rules."""
+    config = text_config(config)
     h, d, vocab = config.hidden_size, head_dim(config), config.vocab_size
     norms = plan.parameters - _matrices(config, plan)
     found = {}
@@ -57,6 +58,7 @@ def flops_per_token(config: PreTrainedConfig, plan: Plan, dense: ModelShape | No
     Args:
         dense: count the dense model instead.
     """
+    config = text_config(config)
     parameters = dense.parameters if dense is not None else plan.parameters
     tied = getattr(config, "tie_word_embeddings", False)
     idle = 0  # a token goes to some of the experts only
@@ -73,6 +75,7 @@ def pruning_flops(
 
     The Gram matrices are counted in full, though only blocks on and above the diagonal are multiplied.
     """
+    config = text_config(config)
     h, d = config.hidden_size, head_dim(config)
     flops = {"dense forward": 0.0, "forward": 0.0, "hessian": 0.0, "solver": 0.0}
     for before, after in zip(dense, slim):

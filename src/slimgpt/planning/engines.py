@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
 from slimgpt.models.architectures import Sizes
-from slimgpt.models.heterogeneous import head_dim
+from slimgpt.models.heterogeneous import head_dim, text_config
 from slimgpt.models.stock import stock_config
 
 NEMOTRON_STEP = 256
@@ -140,7 +140,7 @@ def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> Verdict:
         stock = stock_config(config, layers[0])
         width = layers[0]["intermediate_size"]
         change = "" if width % 64 == 0 else f"full speed: --round-to 64 (the FFN has {width} channels)"
-        ordinary = layers[0]["num_attention_heads"] * head_dim(config) == config.hidden_size
+        ordinary = layers[0]["num_attention_heads"] * head_dim(config) == text_config(config).hidden_size
         if stock is not None and (stock.model_type in VLLM_NATIVE or ordinary):
             return Verdict("vllm", True, "its own class", change)
         return Verdict("vllm", True, "Transformers backend (--model-impl transformers)", change)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
-from slimgpt.models.heterogeneous import head_dim
+from slimgpt.models.heterogeneous import head_dim, text_config
 from slimgpt.models.shape import ModelShape
 
 _DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
@@ -114,6 +114,7 @@ def kv_heads_for(config: PreTrainedConfig, shape: ModelShape, target: CacheTarge
 
 
 def _cost_per_head(config: PreTrainedConfig, layers: int, context: int) -> list[int]:
+    config = text_config(config)
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     window = getattr(config, "sliding_window", None)
     if window and "layer_types" not in config.to_dict():  # Mistral: a window in every layer
