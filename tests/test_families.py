@@ -116,7 +116,8 @@ def test_replaying_the_layers_is_the_models_own_forward(name):
 def test_slim_model_is_the_dense_one_with_pruned_columns_zeroed(name, unit, dtype, tolerance):
     model = tiny_model(name).to(dtype)
     try:
-        model(IDS)
+        with torch.no_grad():
+            model(IDS)
     except RuntimeError as error:
         assert dtype == torch.float64
         pytest.skip(f"the class does not run in fp64: {error}")
@@ -138,8 +139,9 @@ def test_slim_model_is_the_dense_one_with_pruned_columns_zeroed(name, unit, dtyp
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
     assert report.layers[-1].parameters < report.layers[-1].parameters_before
     assert report.plan.parameters == sum(p.numel() for p in model.parameters())
-    if unit != "auto":
-        assert any(len(layer.kept["heads"]) < max(layer.kept["heads"]) + 1 for layer in report.layers)
+    if unit != "auto":  # not only the first ones stay, which a wrong description could survive
+        kept = [layer.kept["heads"] for layer in report.layers if "heads" in layer.kept]
+        assert any(heads != list(range(len(heads))) for heads in kept) or name in HYBRIDS
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ def _run(
         request=digest,
     )
     if ranks.main:
-        assemble(journal, model, p.tokenizer, report)
+        assemble(journal, model, p.tokenizer, report, weights_folder(p.source))
     return report
 
 

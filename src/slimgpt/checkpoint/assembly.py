@@ -25,9 +25,16 @@ from slimgpt.models.stock import apply_sizes
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.report import PruneReport
 
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""How a multimodal model takes images: not ours to read, and needed beside the weights."""
+
 
 def assemble(
-    journal: Journal, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, report: PruneReport
+    journal: Journal,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    report: PruneReport,
+    origin: Path | None = None,
 ) -> Path:
     """Write the checkpoint of a run whose layers are all in its journal, and clear the journal away.
 
@@ -36,6 +43,7 @@ def assemble(
 
     Args:
         model: what is around the layers; its own layers are not read. Its config gets the new widths.
+        origin: the dense model's folder, where settings of its image processor may lie.
 
     Returns:
         The folder.
@@ -63,6 +71,9 @@ def assemble(
         files = [journal.files(layer.layer)[0] for layer in report.layers]
         _write_weights(work, around, files, partial(revert_weight_conversion, shell))
         write_sidecars(work, model, tokenizer, report, source)
+        for file in PROCESSOR_FILES if origin is not None else ():
+            if (origin / file).is_file():
+                shutil.copyfile(origin / file, work / file)
         settle(work)
         replaced = journal.folder / "replaced"
         if journal.output.exists():

@@ -58,7 +58,7 @@ def _batches(model: PreTrainedModel, groups: list[Group], requests: Sequence[tup
     def longest(group: Group) -> int:
         return max(len(requests[number][1]) for number in group[1])
 
-    tokens, logits = batch_tokens(model), LOGITS // model.config.vocab_size
+    tokens, logits = batch_tokens(model), LOGITS // model.config.get_text_config(decoder=True).vocab_size
     batch: list[Group] = []
     rows = long = longer = 0
     for group in sorted(groups, key=lambda g: (-len(g[0]), -longest(g), g[1][0])):

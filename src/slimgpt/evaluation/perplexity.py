@@ -91,7 +91,7 @@ def perplexity(
     windows = ids.unfold(0, window, step)  # (count, window)
     count = len(windows)
     # Logits are the largest thing here: keep a batch's under about 2^25 numbers.
-    size = max(1, min(batch_size, (1 << 25) // (window * model.config.vocab_size)))
+    size = max(1, min(batch_size, (1 << 25) // (window * model.config.get_text_config(decoder=True).vocab_size)))
     sums = torch.zeros(window - 1, dtype=torch.float64)
     for start in range(0, count, size):
         losses = _losses(model, windows[start : start + size].to(model.device)).double().cpu()

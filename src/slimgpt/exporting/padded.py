@@ -40,7 +40,9 @@ def check(exported: Exported) -> None:
     """
     structures = exported.architecture.structures
     if text_config(exported.config) is not exported.config:
-        raise ExportError("the language model inside a multimodal model cannot be padded; load it with its modeling file")
+        raise ExportError(
+            "the language model inside a multimodal model cannot be padded; load it with its modeling file"
+        )
     if exported.architecture.resized or any(s.transposed for s in structures):
         raise ExportError(
             f"'{exported.config.model_type}' cannot be padded: its config does not say the widths, or its matrices are "

@@ -252,12 +252,25 @@ ARCHITECTURES: dict[str, Entry] = {
 }
 """Supported families by ``config.model_type``."""
 
-PARTS: dict[str, Entry] = dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text"), _SEPARATE)
+PARTS: dict[str, Entry] = {
+    **dict.fromkeys(("qwen2_vl_text", "qwen2_5_vl_text"), replace(_SEPARATE, resized=True)),
+    "qwen3_vl_text": _SEPARATE,
+}
 """Language models that exist only inside multimodal ones."""
 
 MULTIMODAL: dict[str, str] = {
     **dict.fromkeys(
-        ("gemma3", "llava", "llava_next", "llava_onevision", "mistral3", "paligemma", "internvl", "got_ocr2", "aya_vision"),
+        (
+            "gemma3",
+            "llava",
+            "llava_next",
+            "llava_onevision",
+            "mistral3",
+            "paligemma",
+            "internvl",
+            "got_ocr2",
+            "aya_vision",
+        ),
         "model.language_model",
     ),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "model.language_model"),

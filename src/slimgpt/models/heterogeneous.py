@@ -94,9 +94,9 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]  # type: ignore[return-value]
     raise UnsupportedFamilyError(
-            f"model_type '{config.model_type}' has no causal language model in transformers; "
-            f"supported: {', '.join(ARCHITECTURES)}"
-        ) from None
+        f"model_type '{config.model_type}' has no causal language model in transformers; `slimgpt families` lists "
+        "those that are supported"
+    )
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

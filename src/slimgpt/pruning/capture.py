@@ -84,19 +84,29 @@ def capture(
     embedding_device = next(model.get_input_embeddings().parameters()).device
     calls: list[tuple[Tensor, Arguments]] = []
 
-    def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    unpacked = False  # whether the model takes apart what a layer returns
+
+    def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Where the model takes the first item of what a layer returns, the next layer is called with a part of the
         # hidden states; only the first layer's are wanted.
         hidden_states, named = _named(layer, args, kwargs)
         calls.append((calls[0][0] if calls else hidden_states, named))
-        return calls[0][0]
+        return (calls[0][0], None) if unpacked else calls[0][0]
 
     try:
         for index, layer in enumerate(originals):
             layers[index] = StandIn(layer, partial(record, layer))
         for number, batch in enumerate(windows.split(batch_size)):
-            calls.clear()
-            model.base_model(input_ids=batch.to(embedding_device), use_cache=False)
+            inputs = {"input_ids": batch.to(embedding_device), "use_cache": False}
+            try:
+                calls.clear()
+                model.base_model(**inputs)
+            except ValueError:  # a tensor of another length than the tuple that the model expects
+                if unpacked or len(calls) != 1:
+                    raise
+                unpacked = True
+                calls.clear()
+                model.base_model(**inputs)
             if len(calls) != len(originals):
                 raise ModelError(f"{len(calls)} of {len(originals)} layers were called in one forward pass")
             move = _Mover(hidden.device, dtype)
