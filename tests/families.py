@@ -88,7 +88,6 @@ OWN: dict[str, dict[str, Any]] = {
     "biogpt": FILLED,
     "qwen3_5_text": {"layer_types": HYBRID, **LINEAR},
     "falcon_h1": MAMBA,
-    "bamba": {**MAMBA, "attn_layer_indices": [1, 3], "head_dim": 8},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -124,7 +123,7 @@ CORE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite"
 """Families that every format and engine is tried with."""
 
 HYBRIDS = (
-    "qwen3_5_text", "falcon_h1", "bamba", "jamba", "granitemoehybrid", "lfm2", "lfm3", "recurrent_gemma",
+    "qwen3_5_text", "falcon_h1", "jamba", "granitemoehybrid", "lfm2", "lfm3", "recurrent_gemma",
 )  # fmt: skip
 """Families with parts that stay, so that less of a layer can go."""
 

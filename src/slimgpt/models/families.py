@@ -239,7 +239,6 @@ ARCHITECTURES: dict[str, Entry] = {
     # Hybrids: attention where a layer has it, and the feed-forward network; recurrent and convolutional parts stay.
     "qwen3_5_text": _SEPARATE,
     "falcon_h1": Architecture((*_GQA, gated("feed_forward"))),
-    "bamba": Architecture((*_GQA, gated("feed_forward"))),
     "jamba": Architecture((*_GQA, gated("feed_forward"))),
     "olmo_hybrid": _FFN_ONLY,
     "granitemoehybrid": Architecture(
@@ -307,7 +306,7 @@ _REASONS = {
     "it makes sound or reads images with parts of its own in the decoder": """
         git moshi musicgen musicgen_melody mllama fuyu phi4_multimodal moss_transcribe_diarize emu3""",
     "a norm inside its feed-forward network runs over all channels, so none is independent of the others": "bitnet",
-    "its layers are built in a way of their own": "openai-gpt cpmant ctrl",
+    "its layers are built in a way of their own": "openai-gpt cpmant ctrl bamba",
 }
 
 REFUSED: dict[str, str] = {family: reason for reason, families in _REASONS.items() for family in families.split()}
