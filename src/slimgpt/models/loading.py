@@ -24,7 +24,7 @@ from slimgpt import assets
 from slimgpt.errors import ModelError, UnsupportedFamilyError, UsageError
 from slimgpt.models.adapters import base_of, is_adapter, merge
 from slimgpt.models.alignment import align
-from slimgpt.models.families import ARCHITECTURES
+from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
 from slimgpt.models.heterogeneous import architecture_of, slim_class, stock_class, text_config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -119,7 +119,7 @@ def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
         raise ModelError(f"{source.folder}/config.json cannot be read: {_first_line(error)}") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise ModelError(f"{source.folder}/config.json does not name a model_type")
-    if "auto_map" in raw and raw["model_type"] not in ARCHITECTURES:
+    if "auto_map" in raw and raw["model_type"] not in (*ARCHITECTURES, *MULTIMODAL):
         raise ModelError(
             f"{source.name} (model_type '{raw['model_type']}') comes with Python code of its own ({raw['auto_map']}); "
             "no such code runs unless you read it and pass --trust-remote-code"
