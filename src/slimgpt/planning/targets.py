@@ -19,6 +19,9 @@ _BYTES |= {f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("kmgt"
 CACHE_BYTES = 2
 """Bytes of a number in the KV cache: engines keep it in 16 bits."""
 
+STATEFUL = ("conv", "mamba", "recurrent")
+"""Types of layers without a KV cache."""
+
 HEADER_BYTES = 256
 """What a safetensors header takes for one tensor, generously."""
 
@@ -120,4 +123,6 @@ def _cost_per_head(config: PreTrainedConfig, layers: int, context: int) -> list[
     if window and "layer_types" not in config.to_dict():  # Mistral: a window in every layer
         kinds = ["sliding_attention"] * layers
     tokens = [min(context, window) if window and kind == "sliding_attention" else context for kind in kinds]
+    # Recurrent and convolutional layers keep a state, whatever the context.
+    tokens = [0 if kind.startswith("linear") or kind in STATEFUL else n for kind, n in zip(kinds, tokens)]
     return [2 * head_dim(config) * CACHE_BYTES * count for count in tokens]
