@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 import slimgpt
-from slimgpt.errors import PlanError
+from slimgpt.errors import PlanError, UnsupportedFamilyError, UsageError
+from slimgpt.models import ARCHITECTURES, REFUSED
+from slimgpt.models.families import ffn, grouped
 from slimgpt.models.heterogeneous import layer_sizes, lookup
 from slimgpt.models.slicing import output_matrix, unit_rows
 from slimgpt.pruning.capture import capture, run_layer, run_to, run_with
@@ -260,3 +262,33 @@ def test_run_to_stops_before_the_output_matrix():
         part = run_to(model.model.layers[0], "self_attn.o_proj", stream.hidden.get(0), stream.arguments[0][0])
     assert torch.equal(part.inputs, seen[0])
     assert len(seen) == 1
+
+
+def test_a_family_can_be_described_without_touching_the_package(monkeypatch):
+    """As docs/adding-a-family.md has it."""
+    monkeypatch.setattr("slimgpt.models.heterogeneous.ARCHITECTURES", mine := dict(ARCHITECTURES))
+    monkeypatch.setattr("slimgpt.models.families.ARCHITECTURES", mine)
+    del mine["arcee"]
+    with pytest.raises(UnsupportedFamilyError, match=r"(?s)nobody has shown|has described it.*mlp\.up_proj: Linear"):
+        prune(tiny_model("arcee"))
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    arcee = slimgpt.Architecture((*grouped("self_attn.o_proj", *qkv), ffn("mlp.down_proj", "mlp.up_proj")))
+    slimgpt.register("arcee", arcee)
+    model = tiny_model("arcee")
+    report = prune(model)
+    assert report.plan.parameters == sum(p.numel() for p in model.parameters())
+    with pytest.raises(UsageError, match="described already"):
+        slimgpt.register("arcee", arcee)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("olmo2", "over all heads at once"), ("bloom", "ALiBi")])
+def test_heads_that_must_stay_are_refused_with_the_reason(name, reason):
+    with pytest.raises(PlanError, match=f"heads of '{name}' cannot be removed: .*{reason}"):
+        prune(tiny_model(name), head_unit="kv", ratio=0.1)
+
+
+def test_every_decoder_of_transformers_is_in_a_table_or_nobody_has_looked_at_it():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as known
+
+    assert not set(ARCHITECTURES) & set(REFUSED)
+    assert set(ARCHITECTURES) | set(REFUSED) <= set(known) | {"gemma3n"}

@@ -71,8 +71,8 @@ def assemble(
         files = [journal.files(layer.layer)[0] for layer in report.layers]
         _write_weights(work, around, files, partial(revert_weight_conversion, shell))
         write_sidecars(work, model, tokenizer, report, source)
-        for file in PROCESSOR_FILES if origin is not None else ():
-            if (origin / file).is_file():
+        for file in PROCESSOR_FILES:
+            if origin is not None and (origin / file).is_file():
                 shutil.copyfile(origin / file, work / file)
         settle(work)
         replaced = journal.folder / "replaced"
