@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from slimgpt.models.mixtures import MIXTURES  # noqa: E402
 from slimgpt.models.support import Support, families  # noqa: E402
+from tests.families import NAMES  # noqa: E402
+
+TOGETHER = 10
+"""Families that are looked at together."""
 
 JSON, PAGE = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md"
 CHECKS = {
@@ -112,28 +116,36 @@ def page(record: dict) -> str:
     return "\n".join(lines)
 
 
+def run(names: list[str]) -> dict[str, dict[str, list[str]]]:
+    """The outcomes of some families' tests."""
+    outcomes = Outcomes()
+    arguments = [
+        str(ROOT / "tests/test_families.py"),
+        "-m",
+        "families",
+        "-q",
+        "-p",
+        "no:xdist",
+        "--only",
+        ",".join(names),
+    ]
+    pytest.main(arguments, plugins=[outcomes])
+    return outcomes.found
+
+
 def main() -> None:
-    """Run the tests of families and write both files."""
+    """Run the tests of families, a few at a time so that what is done is kept, and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="only these, from the table of tests")
     parser.add_argument("--page-only", action="store_true", help="write the page from docs/families.json")
     options = parser.parse_args()
-    record = json.loads(JSON.read_text(encoding="utf-8")) if JSON.is_file() else {"outcomes": {}, "seconds": 0.0}
-    if not options.page_only:
-        outcomes, start = Outcomes(), time.perf_counter()
-        chosen = ["-k", " or ".join(f"{name}-" for name in options.families)] if options.families else []
-        files = [str(ROOT / "tests" / name) for name in ("test_families.py", "test_mixtures.py")]
-        arguments = [*files, "-m", "families", "-q", "-p", "no:xdist", *chosen]
-        pytest.main(arguments, plugins=[outcomes])
-        before = record["outcomes"] if options.families else {}
-        record = {
-            "date": date.today().isoformat(),
-            "transformers": version("transformers"),
-            "torch": version("torch"),
-            "seconds": round(time.perf_counter() - start, 1),
-            "outcomes": {**before, **outcomes.found},
-        }
+    record = json.loads(JSON.read_text(encoding="utf-8")) if JSON.is_file() else {"outcomes": {}}
+    names = [] if options.page_only else options.families or [*NAMES, *MIXTURES]
+    for start in range(0, len(names), TOGETHER):
+        record["outcomes"] |= run(names[start : start + TOGETHER])
+        record |= {name: version(name) for name in ("transformers", "torch")} | {"date": date.today().isoformat()}
         JSON.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(page(record), encoding="utf-8")
     PAGE.write_text(page(record), encoding="utf-8")
 
 

@@ -24,6 +24,19 @@ SENTENCES = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--only llama,phi/qk-norm``: of the tests of families, those of these."""
+    parser.addoption("--only", default="", help="names from tests/families.py, with commas between them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the families that ``--only`` does not name."""
+    if only := set(filter(None, config.getoption("--only").split(","))):
+        items[:] = [
+            item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("name") in only
+        ]
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer trained on a few sentences, with an end token and no start token."""
