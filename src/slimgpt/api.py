@@ -19,13 +19,26 @@ from slimgpt.calibration import digest, sample_windows
 from slimgpt.config import PruneConfig, parse_schedule
 from slimgpt.errors import CalibrationError, UsageError
 from slimgpt.evaluation import Perplexity, Text, perplexity, read_text
-from slimgpt.models.heterogeneous import empty_model, layer_sizes, text_config
+from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes, text_config
 from slimgpt.models.loading import as_device, as_dtype
 from slimgpt.models.loading import forward_dtype as choose_forward_dtype
 from slimgpt.models.shape import ModelShape, describe
+from slimgpt.models.weights import check_finite
 from slimgpt.planning import Plan, make_plan, parse_cache, parse_count, parse_size, read_plan
 from slimgpt.planning.targets import parameters_for
-from slimgpt.pruning import LayerReport, Placement, PruneReport, Run, memory_need, parse_bytes, place, prune_model
+from slimgpt.pruning import (
+    LayerReport,
+    OnMeasured,
+    Placement,
+    PruneReport,
+    Run,
+    allocate,
+    measurable,
+    memory_need,
+    parse_bytes,
+    place,
+    prune_model,
+)
 from slimgpt.solver import CRITERIA
 
 OnLayer = Callable[[LayerReport, Plan], None]
@@ -56,9 +69,11 @@ def prune(
     params: str | int | None = None,
     bytes: str | int | None = None,
     kv_cache: str | None = None,
+    allocation: str = "auto",
     plan: str | None = None,
     whole_experts: float = 0.0,
     on_layer: OnLayer | None = None,
+    on_measured: OnMeasured | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -88,11 +103,16 @@ def prune(
         params: parameters that the whole model may have, such as ``1.0B``; in place of ``ratio``, never exceeded.
         bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``, never exceeded.
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``; whole KV heads go until it fits.
+        allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: widths are chosen where
+            they cost least, measured on the model; ``auto``: ``sensitivity`` for the method ``slimgpt`` where neither a
+            schedule nor a plan nor ``uniform`` is given.
         plan: a file of widths that ``slimgpt plan --save`` wrote.
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, from
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
+        on_measured: called after every layer while costs are measured, with its index, the number of layers and the
+            seconds it took.
 
     Returns:
         What was asked for, planned and done.
@@ -119,6 +139,7 @@ def prune(
         params=params,
         bytes=bytes,
         kv_cache=kv_cache,
+        allocation=allocation,
         plan=plan,
         whole_experts=whole_experts,
     )
@@ -132,7 +153,7 @@ def prune(
         model.to(wanted)  # type: ignore[arg-type]
         model.config.dtype = wanted
     name = str(model.config.name_or_path or type(model).__name__)
-    return run_plan(model, name, windows, source, widths, config, target, on_layer, budget)
+    return run_plan(model, name, windows, source, widths, config, target, on_layer, budget, on_measured)
 
 
 def make_config(**settings: Any) -> PruneConfig:
@@ -219,6 +240,7 @@ def run_plan(
     device: torch.device,
     on_layer: OnLayer | None,
     budget: int | None = None,
+    on_measured: OnMeasured | None = None,
 ) -> PruneReport:
     """Prune a model in memory and gather the reports of its layers."""
     check_context(model.config, windows)
@@ -228,8 +250,13 @@ def run_plan(
     dtype = choose_forward_dtype(config.forward_dtype, stored, device)
     copied = dtype not in (None, stored) or next(model.parameters()).device != device
     placement = place(memory_need(model, windows, plan, config, dtype, copied), device, budget)
-    reports = []
-    for report in prune_model(model, windows, plan, config, Run(device, placement, dtype)):
+    reports, allocation, run = [], {}, Run(device, placement, dtype)
+    if config.measured and measurable(shape := describe(model.config, model)):
+        layers = model.get_submodule(architecture_of(model.config, model).layers)
+        take = layers.__getitem__  # type: ignore[operator]
+        check_finite(model.state_dict().items())
+        plan, allocation = allocate(plan, shape, model, take, windows, config, run, on_measured)
+    for report in prune_model(model, windows, plan, config, run):
         reports.append(report)
         if on_layer:
             on_layer(report, plan)
@@ -244,6 +271,7 @@ def run_plan(
         versions=versions(device),
         seconds=time.perf_counter() - start,
         execution=execution(dtype or stored, placement),
+        allocation=allocation,
     )
 
 

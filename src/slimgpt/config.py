@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from slimgpt.errors import UsageError
 
+ALLOCATIONS = ("auto", "schedule", "sensitivity")
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -34,6 +36,9 @@ class PruneConfig:
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``.
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, in
             [0, 1]; the rest is channels inside the experts that stay.
+        allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: where it costs least by
+            what was measured on the model; ``auto``: ``sensitivity`` for the method ``slimgpt`` where nothing else
+            fixes the widths.
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
 
     Raises:
@@ -56,6 +61,7 @@ class PruneConfig:
     params: str | int | None = None
     bytes: str | int | None = None
     kv_cache: str | None = None
+    allocation: str = "auto"
     plan: str | None = None
     whole_experts: float = 0.0
 
@@ -75,8 +81,21 @@ class PruneConfig:
             raise UsageError(
                 "a plan file says every width; leave out schedule, kv_cache, uniform, round_to and whole_experts"
             )
+        if self.allocation not in ALLOCATIONS:
+            raise UsageError(f"allocation '{self.allocation}' is unknown; choose {', '.join(ALLOCATIONS)}")
+        if self.allocation == "sensitivity" and (self.schedule or self.plan or self.uniform):
+            raise UsageError("allocation 'sensitivity' chooses the widths itself; leave out schedule, plan and uniform")
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be 0 or more")
+
+    @property
+    def measured(self) -> bool:
+        """Whether widths are to be chosen by what they cost on the model."""
+        fixed = self.schedule or self.plan or self.uniform
+        only_cache = self.kv_cache is not None and self.ratio is None and self.params is None and self.bytes is None
+        if fixed or only_cache:
+            return False
+        return self.allocation == "sensitivity" or (self.allocation == "auto" and self.method == "slimgpt")
 
 
 def parse_schedule(text: str | None) -> str | tuple[float, ...] | None:

@@ -18,7 +18,7 @@ from slimgpt.evaluation import measure_speed, peak_memory
 from slimgpt.folders import execute
 from slimgpt.models.loading import load, load_model
 from slimgpt.preparing import prepare
-from slimgpt.pruning import PruneReport
+from slimgpt.pruning import OnMeasured, PruneReport
 
 PROMPT = "The greatest challenge that our country faces is"
 WINDOW = 512
@@ -75,6 +75,7 @@ def run_demo(
     overwrite: bool = False,
     say: Callable[[str], object] | None = None,
     on_layer: OnLayer | None = None,
+    on_measured: OnMeasured | None = None,
 ) -> DemoResult:
     """Prune the demo model, and measure it before and after.
 
@@ -101,7 +102,7 @@ def run_demo(
     before = _quality(model, tokenizer)
 
     say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
-    slim, report = execute(prepared, model, on_layer)
+    slim, report = execute(prepared, model, on_layer, on_measured)
 
     say("measuring the slim model")
     after = _quality(slim, tokenizer)

@@ -37,31 +37,45 @@ from slimgpt.models.loading import (
 )
 from slimgpt.models.naming import ConvertedFiles
 from slimgpt.models.weights import StreamedModel, WeightFiles, check_finite, fingerprint, misfit
+from slimgpt.planning import Plan
+from slimgpt.planning.plan import plan_of_widths
 from slimgpt.preparing import Prepared, prepare
 from slimgpt.pruning import (
     Journal,
+    OnMeasured,
     Placement,
     PruneReport,
     Run,
+    allocate,
+    measurable,
     memory_need,
     place,
     prune_layers,
 )
+from slimgpt.pruning.journal import write_text
 from slimgpt.pruning.memory import free_bytes, hold_to
 from slimgpt.pruning.ranks import Ranks, join
+
+PLAN_FILE = "plan.json"
+"""In the journal's folder: the widths that were chosen by measurement."""
 
 OnStart = Callable[[Placement, int], None]
 """Called before the first layer, with where activations are kept and the number of layers that are finished."""
 
 
 def execute(
-    prepared: Prepared, model: PreTrainedModel | None = None, on_layer: OnLayer | None = None
+    prepared: Prepared,
+    model: PreTrainedModel | None = None,
+    on_layer: OnLayer | None = None,
+    on_measured: OnMeasured | None = None,
 ) -> tuple[PreTrainedModel, PruneReport]:
     """Load (unless the model is given) and prune in memory what :func:`prepare` has checked."""
     p = prepared
     if model is None:
         model = load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code)
-    report = run_plan(model, p.source.name, p.windows, p.calibration, p.plan, p.config, p.device, on_layer, p.budget)
+    report = run_plan(
+        model, p.source.name, p.windows, p.calibration, p.plan, p.config, p.device, on_layer, p.budget, on_measured
+    )
     return model, report
 
 
@@ -99,7 +113,12 @@ def open_model(p: Prepared) -> _Layers:
     return _Layers(load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code), None)
 
 
-def run_to_folder(prepared: Prepared, on_layer: OnLayer | None = None, on_start: OnStart | None = None) -> PruneReport:
+def run_to_folder(
+    prepared: Prepared,
+    on_layer: OnLayer | None = None,
+    on_start: OnStart | None = None,
+    on_measured: OnMeasured | None = None,
+) -> PruneReport:
     """Prune what :func:`prepare` has checked and write the folder; other processes of a distributed run take part.
 
     Finished layers are kept on disk beside the folder until it is whole, so that a killed run can be resumed.
@@ -129,7 +148,8 @@ def run_to_folder(prepared: Prepared, on_layer: OnLayer | None = None, on_start:
         try:
             while True:
                 try:
-                    return _run(p, ranks, windows, dtype, journal, request_digest, done, on_layer, on_start, budget)
+                    calls = (on_layer, on_start, on_measured)
+                    return _run(p, ranks, windows, dtype, journal, request_digest, done, budget, *calls)
                 except torch.OutOfMemoryError as error:
                     budget = _smaller(p, budget, ranks, error)
                     done = journal.open(resume=True)
@@ -207,9 +227,10 @@ def _run(
     journal: Journal,
     digest: str,
     done: int,
+    budget: int | None,
     on_layer: OnLayer | None,
     on_start: OnStart | None,
-    budget: int | None,
+    on_measured: OnMeasured | None,
 ) -> PruneReport:
     start = time.perf_counter()
     layers = open_model(p)
@@ -225,19 +246,22 @@ def _run(
     dense = tuple(layer_sizes(model.config))
     reports = []
     run = Run(p.device, placement, dtype, ranks, journal.scratch, journal)
-    for finished in prune_layers(model, layers, windows, p.plan, p.config, run):
+    plan, allocation = p.plan, {}
+    if p.config.measured and measurable(p.shape):
+        plan, allocation = _allocated(p, ranks, layers, run, journal, on_measured)
+    for finished in prune_layers(model, layers, windows, plan, p.config, run):
         if ranks.main:
             journal.write(finished)
             reports.append(finished.report)
             if on_layer:
-                on_layer(finished.report, p.plan)
+                on_layer(finished.report, plan)
         del finished
     earlier = sum(sum(report.seconds.values()) for report in reports[:done])
     report = PruneReport(
         base_model=p.source.name,
         model_type=model.config.model_type,
         settings=p.config,
-        plan=p.plan,
+        plan=plan,
         dense_sizes=dense,
         layers=tuple(reports),
         calibration=described(p.windows, p.calibration),
@@ -245,10 +269,31 @@ def _run(
         seconds=earlier + time.perf_counter() - start,
         execution=execution(dtype or p.stored, placement, ranks.world),
         request=digest,
+        allocation=allocation,
     )
     if ranks.main:
         assemble(journal, model, p.tokenizer, report, weights_folder(p.source))
     return report
+
+
+def _allocated(
+    p: Prepared, ranks: Ranks, layers: _Layers, run: Run, journal: Journal, on_measured: OnMeasured | None
+) -> tuple[Plan, dict[str, Any]]:
+    """The plan by measured costs; rank 0 measures, or reads what an earlier run has measured, and the others follow."""
+    names = list(p.plan.layers[0])
+    widths = torch.empty(len(p.plan.layers), len(names), dtype=torch.long)
+    allocation: dict[str, Any] = {}
+    file = journal.folder / PLAN_FILE
+    if ranks.main:
+        if not file.is_file():
+            plan, allocation = allocate(p.plan, p.shape, layers.model, layers, p.windows, p.config, run, on_measured)
+            write_text(file, json.dumps({"layers": plan.layers, "allocation": allocation}))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        allocation = found["allocation"]
+        widths = torch.tensor([[layer[name] for name in names] for layer in found["layers"]])
+    rows = ranks.broadcast(widths.to(p.device)).tolist()
+    chosen = [dict(zip(names, row)) for row in rows]
+    return plan_of_widths(p.shape, chosen, p.plan.head_unit, ratio=p.plan.ratio), allocation
 
 
 def prune_folder(
@@ -264,6 +309,7 @@ def prune_folder(
     resume: bool = False,
     memory: str | None = None,
     on_layer: OnLayer | None = None,
+    on_measured: OnMeasured | None = None,
     **settings: Any,
 ) -> PruneReport:
     """Prune from a model's name to a new folder, layer by layer; the model need not fit into memory.
@@ -282,4 +328,4 @@ def prune_folder(
     """
     config = make_config(ratio=ratio, **settings)
     prepared = prepare(model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory)
-    return run_to_folder(prepared, on_layer)
+    return run_to_folder(prepared, on_layer, on_measured=on_measured)

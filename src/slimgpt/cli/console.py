@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from slimgpt.planning import Plan
     from slimgpt.pruning import LayerReport
 
+    OnLayer = Callable[[LayerReport, Plan], None]
+    OnMeasured = Callable[[int, int, float], None]
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -85,8 +88,8 @@ def count_bar(unit: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
 
 
 @contextmanager
-def layer_progress(tokens: int, device: torch.device) -> Iterator[Callable[[LayerReport, Plan], None]]:
-    """A bar; where the output is no terminal, a line per layer.
+def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer, OnMeasured]]:
+    """A bar; where the output is no terminal, a line per layer: what to call after every pruned and measured layer.
 
     The time left is that of the layers seen so far times those to come. Layers that a resumed run finds finished
     count with what they took when they were pruned, so the figure is right from the first of them on.
@@ -103,13 +106,23 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Callable[[Laye
             f"about {timedelta(seconds=round(left))} left"
         )
 
+    measured: list[float] = []
+
+    def measuring(index: int, layers: int, took: float) -> str:
+        measured.append(took * (layers + 1) / (index + 1))  # a layer takes longer the more variants pass through it
+        left = sum(measured) / len(measured) * sum(i + 1 for i in range(index + 1, layers)) / (layers + 1)
+        return f"measuring what its widths cost, about {timedelta(seconds=round(left))} left"
+
     if not out.is_terminal:
+
+        def measured_line(index: int, layers: int, took: float) -> None:
+            out.print(f"layer {index}: {measuring(index, layers, took)}  {index + 1}/{layers} layers", soft_wrap=True)
 
         def line(report: LayerReport, plan: Plan) -> None:
             done = f"{report.layer + 1}/{len(plan.layers)} layers"
             out.print(f"{_describe(report)}  {done}, {state(report, plan)}", soft_wrap=True)
 
-        yield line
+        yield line, measured_line
         return
     columns = (
         TextColumn("{task.description}"),
@@ -124,7 +137,11 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Callable[[Laye
             done, total = report.layer + 1, len(plan.layers)
             progress.update(task, completed=done, total=total, description=_describe(report), state=state(report, plan))
 
-        yield step
+        def measured_step(index: int, layers: int, took: float) -> None:
+            state = measuring(index, layers, took)
+            progress.update(task, completed=index + 1, total=layers, description=f"layer {index}", state=state)
+
+        yield step, measured_step
 
 
 def _describe(report: LayerReport) -> str:

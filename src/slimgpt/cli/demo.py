@@ -34,9 +34,9 @@ def demo(
         check_output(output / part, overwrite)
     from slimgpt.models.loading import as_device
 
-    with layer_progress(num_samples * seq_len, as_device("auto")) as on_layer:
+    with layer_progress(num_samples * seq_len, as_device("auto")) as calls:
         result = run_demo(
-            output, ratio, num_samples, seq_len, overwrite, lambda text: out.print(f"[dim]{text}[/]"), on_layer
+            output, ratio, num_samples, seq_len, overwrite, lambda text: out.print(f"[dim]{text}[/]"), *calls
         )
     _print_demo(result)
 

@@ -67,6 +67,13 @@ def prune(
     method: Annotated[
         str, typer.Option(help="slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda or random.")
     ] = DEFAULTS.method,
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="schedule: as --schedule says; sensitivity: where it costs least, measured on the model; auto: "
+            "sensitivity for the method slimgpt unless a schedule, a plan or --uniform is given."
+        ),
+    ] = DEFAULTS.allocation,
     calibration: Annotated[
         str,
         typer.Option(
@@ -141,6 +148,7 @@ def prune(
         params=params,
         bytes=size,
         kv_cache=kv_cache,
+        allocation=allocation,
         plan=plan,
         whole_experts=whole_experts,
     )
@@ -163,8 +171,8 @@ def prune(
             "columns: the repair fits them and not the text behind them; raise --num-samples or --seq-len",
             soft_wrap=True,
         )
-    with layer_progress(prepared.windows.numel(), prepared.device) as on_layer:
-        report = run_to_folder(prepared, on_layer, _print_start)
+    with layer_progress(prepared.windows.numel(), prepared.device) as (on_layer, on_measured):
+        report = run_to_folder(prepared, on_layer, _print_start, on_measured)
     _print_report(report, weight_bytes(prepared.output), prepared.output)
     if export_to is not None and os.environ.get("RANK", "0") == "0":
         from slimgpt.cli.export import print_export

@@ -1,5 +1,6 @@
 """A target becomes a plan of widths, from the config alone."""
 
+from slimgpt.planning.budget import Curve, Sensitivity, spend
 from slimgpt.planning.engines import ENGINES, Verdict, profile_for, verdicts
 from slimgpt.planning.plan import HEAD_UNITS, TOLERANCE, Plan, head_units, make_plan
 from slimgpt.planning.planfile import read_plan, to_toml
@@ -13,7 +14,9 @@ __all__ = [
     "RATIOS",
     "TOLERANCE",
     "CacheTarget",
+    "Curve",
     "Plan",
+    "Sensitivity",
     "Verdict",
     "head_units",
     "layer_ratios",
@@ -23,6 +26,7 @@ __all__ = [
     "parse_size",
     "profile_for",
     "read_plan",
+    "spend",
     "to_toml",
     "verdicts",
 ]

@@ -238,7 +238,7 @@ def _finish(config: PreTrainedConfig, shape: ModelShape, kv_heads: list[int], ro
     for layer, heads in zip(shape.layers, kv_heads):
         step = step_of(layer, round_to)
         width = layer.sizes[CHANNELS] // step * step
-        layers.append(_with_heads(layer, "kv", heads, tied_to(layer, {CHANNELS: width})))
+        layers.append(with_heads(layer, "kv", heads, tied_to(layer, {CHANNELS: width})))
     if all(sizes == layer.sizes for layer, sizes in zip(shape.layers, layers)):
         raise PlanError("the KV cache of the model as it is fits already; there is nothing to remove")
     if uniform and stock_config(config, layers[0]) is None:
@@ -296,7 +296,8 @@ def removed_parameters(layer: LayerShape, sizes: dict[str, int]) -> int:
     return lost[HEADS] * per_query + lost[KV_HEADS] * per_kv + layer.removed_from_ffn(sizes)
 
 
-def _with_heads(layer: LayerShape, head_unit: str, heads: int, ffn: dict[str, int]) -> dict[str, int]:
+def with_heads(layer: LayerShape, head_unit: str, heads: int, ffn: dict[str, int]) -> dict[str, int]:
+    """The sizes of a layer with so many units of heads and these sizes of its FFN."""
     sizes = {**layer.sizes, **ffn}
     if head_unit not in layer.unit_parameters:
         return sizes
@@ -346,7 +347,7 @@ def _per_layer(
         rest = target + carry - heads * per_head
         ffn = ffn_sizes(layer, rest, round_to, whole_experts)
         carry = rest - layer.removed_from_ffn({**layer.sizes, **ffn})
-        layers.append(_with_heads(layer, head_unit, units - heads, ffn))
+        layers.append(with_heads(layer, head_unit, units - heads, ffn))
     return layers
 
 
@@ -371,7 +372,7 @@ def _uniform(
     candidates = []
     for heads in range(1, units + 1) if kv_heads is None else [kv_heads[0]]:
         rest = per_layer - (units - heads) * first.unit_parameters.get(head_unit, 0)
-        sizes = _with_heads(first, head_unit, heads, ffn_sizes(first, rest, round_to, whole_experts))
+        sizes = with_heads(first, head_unit, heads, ffn_sizes(first, rest, round_to, whole_experts))
         error = abs(removed_parameters(first, sizes) - per_layer) / first.parameters
         imbalance = abs((units - heads) / units - ratio)
         candidates.append(((0.0, imbalance) if error <= TOLERANCE else (error, imbalance), sizes))

@@ -3,6 +3,7 @@
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.memory import Placement, parse_bytes, place
 from slimgpt.pruning.report import LayerReport, PruneReport, total_seconds
+from slimgpt.pruning.sensitivity import OnMeasured, allocate, measurable, measure
 from slimgpt.pruning.sequential import Finished, Run, prune_layers
 from slimgpt.pruning.whole import memory_need, prune_model
 
@@ -10,9 +11,13 @@ __all__ = [
     "Finished",
     "Journal",
     "LayerReport",
+    "OnMeasured",
     "Placement",
     "PruneReport",
     "Run",
+    "allocate",
+    "measurable",
+    "measure",
     "memory_need",
     "parse_bytes",
     "place",

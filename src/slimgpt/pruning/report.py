@@ -102,6 +102,7 @@ class PruneReport:
         evaluation: figures added afterwards, shown in the model card.
         execution: how it ran: type of the forward passes, where activations were kept, processes.
         request: SHA-256 of everything that decides the result; empty for a model pruned in memory.
+        allocation: where widths were chosen by what they cost: the measured curves and the seconds that took.
         recovery: every training run after pruning: settings, data, losses by step.
     """
 
@@ -117,6 +118,7 @@ class PruneReport:
     evaluation: dict[str, Any] = field(default_factory=dict)
     execution: dict[str, Any] = field(default_factory=dict)
     request: str = ""
+    allocation: dict[str, Any] = field(default_factory=dict)
     recovery: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:

@@ -140,6 +140,24 @@ def prune_layers(
         trim()
 
 
+def as_run(tensor: Tensor, run: Run) -> Tensor:
+    """A tensor where and as the forward passes need it."""
+    return tensor.to(run.device, run.dtype if run.dtype is not None and tensor.is_floating_point() else tensor.dtype)
+
+
+def running_layer(dense: nn.Module, model_config: Any, index: int, run: Run) -> nn.Module:
+    """A layer on the device and in the type of the forward passes."""
+    running = {name: as_run(tensor, run) for name, tensor in dense.state_dict().items()}
+    return rebuild_layer(dense, model_config, index, running).to(run.device)
+
+
+def matrix_of(layer: nn.Module, structure: Structure) -> tuple[Tensor, Tensor | None]:
+    """The output matrix of a structure, ``(out, n)``, and its bias."""
+    linear = layer.get_submodule(structure.output)
+    W = cast(Tensor, linear.weight).detach()
+    return W.T if structure.transposed else W, cast(Tensor | None, linear.bias)
+
+
 class Layer:
     """One layer while it is pruned; notes what it kept, the errors and the seconds."""
 
@@ -161,8 +179,7 @@ class Layer:
         self.parameters = {name for name, _ in dense.named_parameters()}
         self.state: State = dense.state_dict()
         with self.timed("load"):
-            running = {name: self.running(tensor) for name, tensor in self.state.items()}
-            self.layer = rebuild_layer(dense, model_config, index, running).to(run.device)
+            self.layer = running_layer(dense, model_config, index, run)
 
     def prune(self, structures: Sequence[Structure], sizes: Sizes, target: Sizes, stream: Stream) -> State:
         """The state dict of the narrower layer in its stored type; the stream is moved on behind the layer."""
@@ -178,7 +195,7 @@ class Layer:
                 self._prune_experts(structure, sizes, target, last)
                 continue
             name = structure.name
-            W, bias = self._matrix(structure)
+            W, bias = matrix_of(self.layer, structure)
             results = cast(Shelf, self.shelf(self.run.placement.stream))
             out = None if last else results
             if self.replay or structure.units(target) == structure.units(sizes):
@@ -273,18 +290,12 @@ class Layer:
 
     def running(self, tensor: Tensor) -> Tensor:
         """A tensor where and as the forward passes need it."""
-        dtype = self.run.dtype if self.run.dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(self.run.device, dtype)
+        return as_run(tensor, self.run)
 
     @property
     def sum_dtype(self) -> torch.dtype:
         """The type of small sums."""
         return solver_dtype(1, self.run.device)
-
-    def _matrix(self, structure: Structure) -> tuple[Tensor, Tensor | None]:
-        linear = self.layer.get_submodule(structure.output)
-        W = cast(Tensor, linear.weight).detach()
-        return W.T if structure.transposed else W, cast(Tensor | None, linear.bias)
 
     def gram(self, n: int) -> Gram:
         """The sum to be; in a file where memory is short, and for wide layers on a CPU, where it is read only a few
