@@ -29,8 +29,8 @@ from slimgpt.models.slicing import unit_rows
 from slimgpt.planning.budget import Curve, Sensitivity, spend
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.capture import Part, StandIn, Stream, capture, run_layer, run_with
-from slimgpt.pruning.memory import Shelf, trim
-from slimgpt.pruning.sequential import Run, matrix_of, running_layer, solver_dtype
+from slimgpt.pruning.memory import DEVICE, FILE, HOST, Shelf, trim, used_bytes
+from slimgpt.pruning.sequential import Run, gram_for, matrix_of, running_layer
 from slimgpt.solver import CRITERIA, Gram, damp, group_sizes, reconstruct, select_channels
 
 SHARES = (0.25, 0.5, 0.75)
@@ -94,7 +94,8 @@ def measure(
     # How far rounding alone moves the predictions: the dense stream, disturbed by half a unit in the last place.
     disturbed = dense * (1 + torch.finfo(dense.dtype).eps * (torch.rand_like(dense) - 0.5))
     variants = [_Variant(0, "rounding", 0.0)]
-    shelf = Shelf(run.placement.stream, run.device, run.scratch)
+    most = len(layers) * len(SHARES) * len(architecture.chosen(head_unit)) * dense.numel() * dense.element_size()
+    shelf = Shelf(_place(most, run), run.device, run.scratch)
     shelf.put(0, disturbed)
     tuples = False
     joint: dict[tuple[str, float], Tensor] = {}
@@ -107,7 +108,7 @@ def measure(
             shelf.put(number, run_layer(layer, shelf.get(number), arguments))
         state = layer.state_dict()
         structures = [s for s in architecture.chosen(head_unit) if s.key in state]
-        grams = _advance(layer, index, structures, stream)
+        grams = _advance(layer, index, structures, stream, run)
         given: dict[str, Any] = {}
         before, passed = dense, set()
         for structure, gram in zip(structures, grams):
@@ -146,7 +147,15 @@ def divide(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
     return rest[:most], windows[-count:, :length]
 
 
-def _advance(layer: nn.Module, index: int, structures: Sequence[Structure], stream: Stream) -> list[Gram]:
+def _place(size: int, run: Run) -> str:
+    """Where the variants are kept: where the stream is, or farther off if they take more than a quarter of the room."""
+    room = run.placement.budget - used_bytes(run.device)
+    if run.placement.stream != DEVICE or size <= room // 4:
+        return run.placement.stream
+    return FILE if run.device.type == "cpu" else HOST
+
+
+def _advance(layer: nn.Module, index: int, structures: Sequence[Structure], stream: Stream, run: Run) -> list[Gram]:
     """The Gram matrix of every structure's inputs; the dense stream is moved on behind the layer."""
     grams: list[Gram] = []
     for number in range(len(stream)):
@@ -156,7 +165,7 @@ def _advance(layer: nn.Module, index: int, structures: Sequence[Structure], stre
             part: Part = run_with(layer, given, hidden, arguments, until=structure.output)
             W, bias = matrix_of(layer, structure)
             if number == 0:
-                grams.append(Gram(W.shape[1], W.device, solver_dtype(W.shape[1], W.device)))
+                grams.append(gram_for(W.shape[1], run, f"gram-{structure.unit}"))
             grams[place].add(part.inputs)
             given[part.place] = part.rebuild(F.linear(part.inputs, W, bias))
         after = run_with(layer, given, hidden, arguments)

@@ -158,6 +158,20 @@ def matrix_of(layer: nn.Module, structure: Structure) -> tuple[Tensor, Tensor | 
     return W.T if structure.transposed else W, cast(Tensor | None, linear.bias)
 
 
+def gram_for(n: int, run: Run, name: str = "gram") -> Gram:
+    """A sum to be; in a file where memory is short, and for wide layers on a CPU, where it is read only a few times and
+    the system can write it out meanwhile.
+
+    Args:
+        name: of the file, for several at once.
+    """
+    dtype = solver_dtype(n, run.device)
+    wide = n > EXACT_SIZE and run.device.type == "cpu"
+    if run.scratch is None or not (wide or run.placement.gram == FILE):
+        return Gram(n, run.device, dtype)
+    return Gram(n, dtype=dtype, storage=mapped(run.scratch / name, (n, n), dtype))
+
+
 class Layer:
     """One layer while it is pruned; notes what it kept, the errors and the seconds."""
 
@@ -298,14 +312,8 @@ class Layer:
         return solver_dtype(1, self.run.device)
 
     def gram(self, n: int) -> Gram:
-        """The sum to be; in a file where memory is short, and for wide layers on a CPU, where it is read only a few
-        times and the system can write it out meanwhile."""
-        device, scratch = self.run.device, self.run.scratch
-        dtype = solver_dtype(n, device)
-        wide = n > EXACT_SIZE and device.type == "cpu"
-        if scratch is None or not (wide or self.run.placement.gram == FILE):
-            return Gram(n, device, dtype)
-        return Gram(n, dtype=dtype, storage=mapped(scratch / "gram", (n, n), dtype))
+        """The sum to be; see :func:`gram_for`."""
+        return gram_for(n, self.run)
 
     def _decide(
         self, name: str, structure: Structure, running: Tensor, gram: Gram | None, sizes: Sizes, target: Sizes
