@@ -16,13 +16,13 @@ from slimgpt.models.architectures import CHANNELS
 from slimgpt.models.shape import ModelShape
 from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
 
-MOST = 0.9
+MOST = 0.8
 """No more than this share of a layer's FFN channels goes: costs beyond it would be far outside what was measured."""
 
 STEPS = 64
 """In how many steps the width of an FFN is chosen; what is left over is given back channel by channel."""
 
-POWERS = (1.2, 4.0)
+POWERS = (1.35, 4.0)
 """Costs grow by a power of the share that is removed which is at least the one and at most the other."""
 
 ROUNDS = 12
