@@ -252,10 +252,11 @@ def run_plan(
     placement = place(memory_need(model, windows, plan, config, dtype, copied), device, budget)
     reports, allocation, run = [], {}, Run(device, placement, dtype)
     if config.measured and measurable(shape := describe(model.config, model)):
-        layers = model.get_submodule(architecture_of(model.config, model).layers)
-        take = layers.__getitem__  # type: ignore[operator]
+        take = model.get_submodule(architecture_of(model.config, model).layers).get_submodule
         check_finite(model.state_dict().items())
-        plan, allocation = allocate(plan, shape, model, take, windows, config, run, on_measured)
+        plan, allocation = allocate(
+            plan, shape, model, lambda index: take(str(index)), windows, config, run, on_measured
+        )
     for report in prune_model(model, windows, plan, config, run):
         reports.append(report)
         if on_layer:
