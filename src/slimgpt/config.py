@@ -9,6 +9,10 @@ from slimgpt.errors import UsageError
 
 ALLOCATIONS = ("auto", "schedule", "sensitivity")
 
+MEASURED_RATIO = 0.3
+"""Up to this ratio ``auto`` measures. Costs of structures narrowed alone say less the more is narrowed at once: at 20%
+they made a better plan than the schedule, at 50% they did not (docs/lab-notes.md)."""
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -37,8 +41,8 @@ class PruneConfig:
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, in
             [0, 1]; the rest is channels inside the experts that stay.
         allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: where it costs least by
-            what was measured on the model; ``auto``: ``sensitivity`` for the method ``slimgpt`` where nothing else
-            fixes the widths.
+            what was measured on the model; ``auto``: ``sensitivity`` for the method ``slimgpt`` up to a ratio of
+            :data:`MEASURED_RATIO` where nothing else fixes the widths.
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
 
     Raises:
@@ -88,14 +92,18 @@ class PruneConfig:
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be 0 or more")
 
-    @property
-    def measured(self) -> bool:
-        """Whether widths are to be chosen by what they cost on the model."""
+    def measured(self, ratio: float) -> bool:
+        """Whether widths are to be chosen by what they cost on the model.
+
+        Args:
+            ratio: the share of the decoder layers that goes.
+        """
         fixed = self.schedule or self.plan or self.uniform
         only_cache = self.kv_cache is not None and self.ratio is None and self.params is None and self.bytes is None
         if fixed or only_cache:
             return False
-        return self.allocation == "sensitivity" or (self.allocation == "auto" and self.method == "slimgpt")
+        auto = self.allocation == "auto" and self.method == "slimgpt" and ratio <= MEASURED_RATIO
+        return self.allocation == "sensitivity" or auto
 
 
 def parse_schedule(text: str | None) -> str | tuple[float, ...] | None:

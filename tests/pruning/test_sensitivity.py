@@ -99,7 +99,13 @@ def test_the_default_follows_what_was_measured_and_says_so():
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "paper"}, {"schedule": "uniform"}, {"uniform": True}, {"kv_cache": "21KB@64", "ratio": None}],
+    [
+        {"method": "paper"},
+        {"schedule": "uniform"},
+        {"uniform": True},
+        {"ratio": 0.4},
+        {"kv_cache": "21KB@64", "ratio": None},
+    ],
 )
 def test_widths_that_are_given_are_not_measured(options):
     options = {"ratio": 0.3, **options}

@@ -71,7 +71,7 @@ def prune(
         str,
         typer.Option(
             help="schedule: as --schedule says; sensitivity: where it costs least, measured on the model; auto: "
-            "sensitivity for the method slimgpt unless a schedule, a plan or --uniform is given."
+            "sensitivity for the method slimgpt up to a ratio of 0.3, unless a schedule, a plan or --uniform is given."
         ),
     ] = DEFAULTS.allocation,
     calibration: Annotated[

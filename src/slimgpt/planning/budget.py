@@ -16,8 +16,8 @@ from slimgpt.models.architectures import CHANNELS
 from slimgpt.models.shape import ModelShape
 from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
 
-MOST = 0.8
-"""No more than this share of a layer's FFN channels goes: costs beyond it would be far outside what was measured."""
+MOST = 0.75
+"""No more than this share of a layer's FFN channels goes: the largest at which costs are measured."""
 
 STEPS = 64
 """In how many steps the width of an FFN is chosen; what is left over is given back channel by channel."""
