@@ -137,7 +137,7 @@ def test_running_out_of_memory_is_answered_with_a_smaller_budget(dense, text_fil
 
     folder = str(dense("llama"))
     slimgpt.prune_folder(folder, tmp_path / "plain", calibration=str(text_file), **OPTIONS)
-    solve, budgets, calls = sequential._Layer._solve, [], []
+    solve, budgets, calls = sequential.Layer.solve, [], []
 
     def fail_once(self, *arguments):
         calls.append(self.index)
@@ -149,7 +149,7 @@ def test_running_out_of_memory_is_answered_with_a_smaller_budget(dense, text_fil
         budgets.append(budget)
         return place(need, device)
 
-    monkeypatch.setattr(sequential._Layer, "_solve", fail_once)
+    monkeypatch.setattr(sequential.Layer, "solve", fail_once)
     monkeypatch.setattr("slimgpt.folders.place", remember)
     slimgpt.prune_folder(folder, tmp_path / "failed", calibration=str(text_file), memory="8GB", **OPTIONS)
     assert budgets == [8 * 10**9, 6 * 10**9]

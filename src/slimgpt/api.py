@@ -69,7 +69,7 @@ def prune(
     params: str | int | None = None,
     bytes: str | int | None = None,
     kv_cache: str | None = None,
-    allocation: str = "auto",
+    allocation: str = "schedule",
     plan: str | None = None,
     whole_experts: float = 0.0,
     on_layer: OnLayer | None = None,
@@ -103,9 +103,8 @@ def prune(
         params: parameters that the whole model may have, such as ``1.0B``; in place of ``ratio``, never exceeded.
         bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``, never exceeded.
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``; whole KV heads go until it fits.
-        allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: widths are chosen where
-            they cost least, measured on the model; ``auto``: ``sensitivity`` for the method ``slimgpt`` up to a ratio
-            of 0.3, where neither a schedule nor a plan nor ``uniform`` is given.
+        allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
+            least, measured on the model in one more pass.
         plan: a file of widths that ``slimgpt plan --save`` wrote.
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, from
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
@@ -251,7 +250,7 @@ def run_plan(
     copied = dtype not in (None, stored) or next(model.parameters()).device != device
     placement = place(memory_need(model, windows, plan, config, dtype, copied), device, budget)
     reports, allocation, run = [], {}, Run(device, placement, dtype)
-    if config.measured(plan.ratio) and measurable(shape := describe(model.config, model)):
+    if config.allocation == "sensitivity" and measurable(shape := describe(model.config, model)):
         take = model.get_submodule(architecture_of(model.config, model).layers).get_submodule
         check_finite(model.state_dict().items())
         plan, allocation = allocate(

@@ -7,11 +7,7 @@ from dataclasses import dataclass
 
 from slimgpt.errors import UsageError
 
-ALLOCATIONS = ("auto", "schedule", "sensitivity")
-
-MEASURED_RATIO = 0.3
-"""Up to this ratio ``auto`` measures. Costs of structures narrowed alone say less the more is narrowed at once: at 20%
-they made a better plan than the schedule, at 50% they did not (docs/lab-notes.md)."""
+ALLOCATIONS = ("schedule", "sensitivity")
 
 
 @dataclass(frozen=True)
@@ -40,9 +36,8 @@ class PruneConfig:
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``.
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, in
             [0, 1]; the rest is channels inside the experts that stay.
-        allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: where it costs least by
-            what was measured on the model; ``auto``: ``sensitivity`` for the method ``slimgpt`` up to a ratio of
-            :data:`MEASURED_RATIO` where nothing else fixes the widths.
+        allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
+            least by what was measured on the model.
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
 
     Raises:
@@ -65,7 +60,7 @@ class PruneConfig:
     params: str | int | None = None
     bytes: str | int | None = None
     kv_cache: str | None = None
-    allocation: str = "auto"
+    allocation: str = "schedule"
     plan: str | None = None
     whole_experts: float = 0.0
 
@@ -87,23 +82,17 @@ class PruneConfig:
             )
         if self.allocation not in ALLOCATIONS:
             raise UsageError(f"allocation '{self.allocation}' is unknown; choose {', '.join(ALLOCATIONS)}")
-        if self.allocation == "sensitivity" and (self.schedule or self.plan or self.uniform):
-            raise UsageError("allocation 'sensitivity' chooses the widths itself; leave out schedule, plan and uniform")
+        if self.allocation == "sensitivity":
+            if self.schedule or self.plan or self.uniform:
+                raise UsageError(
+                    "allocation 'sensitivity' chooses the widths itself; leave out schedule, plan and uniform"
+                )
+            if self.kv_cache is not None and not sizes:
+                raise UsageError(
+                    "allocation 'sensitivity' spends a size, and kv_cache alone names none; add ratio, params or bytes"
+                )
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be 0 or more")
-
-    def measured(self, ratio: float) -> bool:
-        """Whether widths are to be chosen by what they cost on the model.
-
-        Args:
-            ratio: the share of the decoder layers that goes.
-        """
-        fixed = self.schedule or self.plan or self.uniform
-        only_cache = self.kv_cache is not None and self.ratio is None and self.params is None and self.bytes is None
-        if fixed or only_cache:
-            return False
-        auto = self.allocation == "auto" and self.method == "slimgpt" and ratio <= MEASURED_RATIO
-        return self.allocation == "sensitivity" or auto
 
 
 def parse_schedule(text: str | None) -> str | tuple[float, ...] | None:

@@ -85,10 +85,10 @@ def test_measuring_changes_nothing():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_default_follows_what_was_measured_and_says_so():
-    model = tiny_model("llama")
-    report = slimgpt.prune(model, None, 0.3, IDS, batch_size=5, device="cpu")
-    scheduled = slimgpt.prune(tiny_model("llama"), None, 0.3, IDS, batch_size=5, device="cpu", allocation="schedule")
+def test_what_was_measured_is_followed_and_reported():
+    options = {"ratio": 0.3, "calibration": IDS, "batch_size": 5, "device": "cpu"}
+    report = slimgpt.prune(tiny_model("llama"), None, allocation="sensitivity", **options)
+    scheduled = slimgpt.prune(tiny_model("llama"), None, **options)
     assert report.allocation["by"] == "sensitivity"
     assert scheduled.allocation == {}
     assert report.plan.layers != scheduled.plan.layers
@@ -97,26 +97,19 @@ def test_the_default_follows_what_was_measured_and_says_so():
     assert len(json.loads(json.dumps(report.to_json()))["allocation"]["curves"]) == 8
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"method": "paper"},
-        {"schedule": "uniform"},
-        {"uniform": True},
-        {"ratio": 0.4},
-        {"kv_cache": "21KB@64", "ratio": None},
-    ],
-)
-def test_widths_that_are_given_are_not_measured(options):
-    options = {"ratio": 0.3, **options}
-    report = slimgpt.prune(tiny_model("llama"), None, calibration=IDS, batch_size=5, device="cpu", **options)
-    assert report.allocation == {}
+def test_a_smaller_cache_keeps_its_heads():
+    options = {"params": 50_000, "kv_cache": "21KB@64", "calibration": IDS, "batch_size": 5, "device": "cpu"}
+    report = slimgpt.prune(tiny_model("llama"), None, allocation="sensitivity", **options)
+    scheduled = slimgpt.prune(tiny_model("llama"), None, **options)
+    for measured, by_rule in zip(report.plan.layers, scheduled.plan.layers):
+        assert measured["num_key_value_heads"] == by_rule["num_key_value_heads"]
+    assert report.plan.parameters <= 50_000
 
 
-@pytest.mark.parametrize("other", [{"schedule": "uniform"}, {"uniform": True}])
+@pytest.mark.parametrize("other", [{"schedule": "uniform"}, {"uniform": True}, {"ratio": None, "kv_cache": "1GB@32k"}])
 def test_two_ways_to_choose_widths_are_refused(other):
-    with pytest.raises(slimgpt.SlimGPTError, match="leave out"):
-        make_config(ratio=0.3, allocation="sensitivity", **other)
+    with pytest.raises(slimgpt.SlimGPTError, match="allocation 'sensitivity'"):
+        make_config(**{"ratio": 0.3, "allocation": "sensitivity", **other})
 
 
 def test_an_unknown_allocation_lists_the_known_ones():

@@ -69,10 +69,7 @@ def prune(
     ] = DEFAULTS.method,
     allocation: Annotated[
         str,
-        typer.Option(
-            help="schedule: as --schedule says; sensitivity: where it costs least, measured on the model; auto: "
-            "sensitivity for the method slimgpt up to a ratio of 0.3, unless a schedule, a plan or --uniform is given."
-        ),
+        typer.Option(help="schedule: as --schedule says; sensitivity: where it costs least, measured on the model."),
     ] = DEFAULTS.allocation,
     calibration: Annotated[
         str,

@@ -123,7 +123,7 @@ class PruneReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
-        return asdict(self)
+        return {**asdict(self), "recovery": list(self.recovery)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> PruneReport:

@@ -342,7 +342,7 @@ class Layer:
             kept, W_kept = self.solve(structure.output, stored.to(device), gram, choose)
             self.error[name] = self.solved[0]
         kept = ranks.broadcast(kept.to(device)).cpu()
-        W_kept = ranks.broadcast(W_kept)
+        W_kept = ranks.broadcast(W_kept.contiguous())  # the solver leaves it in column order, a file holds rows
         self.kept[name] = kept.tolist()
         self.state = slice_state(self.state, structure, sizes, kept, W_kept)
         return unit_rows(n, units, kept).to(device), W_kept.to(running.dtype)
