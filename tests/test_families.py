@@ -173,7 +173,11 @@ def reloaded(tmp_path_factory, request):
     An error of one family is kept for its own tests.
     """
     root = tmp_path_factory.mktemp("families")
-    chosen = {item.callspec.params["name"] for item in request.session.items if "reloaded" in item.fixturenames}
+    chosen = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.path == request.path and "reloaded" in item.fixturenames
+    }
     expected, reports, errors = {}, {}, {}
     for name, form in itertools.product(sorted(chosen), FORMS):
         folder = f"{name.replace('/', '-')}-{form}"

@@ -164,7 +164,11 @@ def reloaded(tmp_path_factory, request):
     """The families asked for, pruned and saved both ways, and what a process without slimgpt makes of the folders."""
     root = tmp_path_factory.mktemp("mixtures")
     expected, reports = {}, {}
-    asked = {item.callspec.params["name"] for item in request.session.items if "reloaded" in item.fixturenames}
+    asked = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.path == request.path and "reloaded" in item.fixturenames
+    }
     for family in sorted(asked):
         for form in forms(family):
             model = tiny_mixture(family)

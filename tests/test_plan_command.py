@@ -112,10 +112,10 @@ def test_saved_plans_are_read_back(folder, tmp_path):
     assert plan(path, "--ratio", "0.2", "--save", tmp_path / "plan.toml").exit_code == 2
 
 
-def test_a_mixture_of_experts_is_refused_by_name(folder):
+def test_a_mixture_of_experts_is_planned_from_its_config(folder):
     result = plan(folder("mixtral"), "--ratio", "0.2")
-    assert result.exit_code == 2
-    assert "model_type 'mixtral' is not supported" in " ".join(result.output.split())
+    assert result.exit_code == 0, result.output
+    assert "20.0" in result.output
 
 
 def test_no_weight_is_loaded_and_it_is_quick(folder):

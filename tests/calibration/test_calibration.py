@@ -48,7 +48,7 @@ def test_a_long_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "fine"}\n{"text": ', "cannot read"),
-        ("a.jsonl", '{"body": "text", "id": 3}\n', r"line 1 has neither .* it has \['body', 'id'\]"),
+        ("a.jsonl", '{"body": "text", "id": 3}\n', r"line 1 has no `text`, no `messages`, .* it has \['body', 'id'\]"),
         ("a.parquet", "no parquet", "cannot read"),
         ("a.csv", "text", "none of .txt"),
     ],

@@ -52,7 +52,8 @@ def test_paper_and_ours_differ_only_in_the_head_score(problem):
     assert CRITERIA["paper"].channels(W, H, 12, generator()).equal(CRITERIA["slimgpt"].channels(W, H, 12, generator()))
     for name, score in (("paper", "grouped_cholesky"), ("slimgpt", "exact"), ("paper-no-gcd", "diagonal")):
         assert CRITERIA[name].heads(W, H, 6, 3, 1, generator()).equal(select_heads(W, H, 6, 3, 1, score))
-    repaired = {name for name, criterion in CRITERIA.items() if criterion.repair}
+    # The benchmarks' tests add a criterion of their own.
+    repaired = {name for name, criterion in CRITERIA.items() if criterion.repair and name != "obs-uniform"}
     assert repaired == {"slimgpt", "paper", "paper-no-gcd", "paper-no-dgs"}
 
 

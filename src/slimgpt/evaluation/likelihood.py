@@ -39,6 +39,13 @@ def log_likelihoods(
         progress: called with the number of requests that have been answered since the last call.
     """
     results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+    if not _shareable(model):
+        for number, (context, continuation) in enumerate(requests):
+            room = max(max_length + 1 - len(continuation), 0)
+            results[number] = _score_alone(model, [*context[len(context) - min(room, len(context)) :]], continuation)
+            if progress:
+                progress(1)
+        return results
     groups: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(requests):
         room = max_length + 1 - len(continuation)
@@ -50,6 +57,25 @@ def log_likelihoods(
         if progress:
             progress(len(numbers))
     return results
+
+
+ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
+"""Kinds of layers whose cache holds every token by itself."""
+
+
+def _shareable(model: PreTrainedModel) -> bool:
+    """Whether contexts may be padded and their cache copied: a recurrent state mixes all tokens, padding too."""
+    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ATTENTION
+    return not getattr(model, "_is_stateful", False) and all(kind in ATTENTION for kind in kinds)
+
+
+def _score_alone(model: PreTrainedModel, context: list[int], continuation: Ids) -> tuple[float, bool]:
+    """The answer to one request, in a pass of its own without cache and padding."""
+    ids = torch.tensor([[*context, *continuation]], device=model.device)
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, -len(continuation) :].float()
+    targets = ids[0, -len(continuation) :]
+    values = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    return _answer(values.cpu(), logits.argmax(-1).eq(targets).cpu())
 
 
 def _batches(model: PreTrainedModel, groups: list[Group], requests: Sequence[tuple[Ids, Ids]]) -> Iterator[list[Group]]:
