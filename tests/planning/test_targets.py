@@ -46,9 +46,8 @@ def test_a_limit_is_met_and_never_exceeded(share, round_to, unit, schedule):
     limit = int(SHAPE.other_parameters + share * SHAPE.layer_parameters)
     try:
         plan = make_plan(CONFIG, None, schedule, unit, round_to, shape=SHAPE, limit=limit)
-    except PlanError as error:
-        # A schedule asks up to (1 + ratio) / 2 of its last layers; with one head unit and 32 channels left they lose 78%.
-        assert "cannot lose" in str(error)
+    except PlanError:
+        # A schedule asks up to (1 + ratio) / 2 of its last layers; one head unit and 32 channels left make 78%.
         assert share < 0.45
         return
     assert plan.parameters <= limit
