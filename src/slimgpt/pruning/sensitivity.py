@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +91,8 @@ def measure(
     held = capture(model, layers, probe, len(probe), Shelf("device", run.device), run.dtype)
     dense = held.hidden.take(0)
     # How far rounding alone moves the predictions: the dense stream, disturbed by half a unit in the last place.
-    disturbed = dense * (1 + torch.finfo(dense.dtype).eps * (torch.rand_like(dense) - 0.5))
+    noise = torch.rand(dense.shape, generator=torch.Generator().manual_seed(config.seed)).to(dense)
+    disturbed = dense * (1 + torch.finfo(dense.dtype).eps * (noise - 0.5))
     variants = [_Variant(0, "rounding", 0.0)]
     most = len(layers) * len(SHARES) * len(architecture.chosen(head_unit)) * dense.numel() * dense.element_size()
     shelf = Shelf(_place(most, run), run.device, run.scratch)
@@ -119,8 +119,8 @@ def measure(
                 shelf.put(len(variants), run_with(layer, {**given, part.place: result}, dense, arguments))
                 variants.append(_Variant(index, structure.unit, share))
                 key = (structure.unit, share)
-                narrowed = partial(_run_narrowed, layer, structure, columns, W_kept, bias, arguments)
-                joint[key] = narrowed(joint.get(key, before))
+                hidden = joint.get(key, before)
+                joint[key] = _run_narrowed(layer, structure, columns, W_kept, bias, hidden, arguments)
                 passed.add(key)
             given[part.place] = part.rebuild(F.linear(part.inputs, W, bias))
         for key in joint.keys() - passed:  # a layer that has nothing of the kind, or too few units
@@ -181,8 +181,8 @@ def _run_narrowed(
     columns: Tensor,
     W_kept: Tensor,
     bias: Tensor | None,
-    arguments: dict[str, Any],
     hidden: Tensor,
+    arguments: dict[str, Any],
 ) -> Tensor:
     """The hidden states after a layer of which one structure is narrowed."""
     part = run_with(layer, {}, hidden, arguments, until=structure.output)
@@ -239,15 +239,14 @@ def _divergences(
         tuples: whether the layers return tuples.
     """
     originals = list(layers)
-    device = next(model.get_input_embeddings().parameters()).device
-    dtype = next(model.get_input_embeddings().parameters()).dtype
+    embedding = next(model.get_input_embeddings().parameters())
     stream = dense
 
     def predictions(window: int) -> Tensor:
         nonlocal stream
         stream = dense if variant is None else shelf.get(variant)
-        stream = stream[window : window + 1, 1::2].to(device, dtype)
-        return model(input_ids=probe[window : window + 1, 1::2].to(device), use_cache=False).logits.float()
+        stream = stream[window : window + 1, 1::2].to(embedding)
+        return model(input_ids=probe[window : window + 1, 1::2].to(embedding.device), use_cache=False).logits.float()
 
     costs = [0.0] * count
     try:
