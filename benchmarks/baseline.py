@@ -18,6 +18,7 @@ import torch
 import typer
 from rich.console import Console
 from transformers import PreTrainedModel
+from yardstick.models import multi_head
 
 import slimgpt
 from slimgpt.api import versions
@@ -26,23 +27,6 @@ from slimgpt.models.loading import as_device
 from slimgpt.pruning import total_seconds
 
 console = Console()
-
-
-def multi_head(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function with as many KV heads as query heads."""
-    config = copy.deepcopy(model.config)
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    repeats = config.num_attention_heads // config.num_key_value_heads
-    config.num_key_value_heads = config.num_attention_heads
-    state = model.state_dict()
-    for name, tensor in state.items():
-        if ".k_proj." in name or ".v_proj." in name:
-            heads = tensor.unflatten(0, (-1, d))
-            state[name] = heads.repeat_interleave(repeats, 0).flatten(0, 1)
-    wide = type(model)(config).to(model.dtype)
-    wide.load_state_dict(state)
-    wide.tie_weights()
-    return wide.eval()
 
 
 def main(

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.models import ARCHITECTURES
@@ -165,3 +171,14 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
 def windows(num_samples: int = 12, seq_len: int = 24, seed: int = 0) -> torch.Tensor:
     """Random token ids ``(num_samples, seq_len)``."""
     return torch.randint(VOCABULARY, (num_samples, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def in_a_process_without_slimgpt(root: Path, source: str, ids: torch.Tensor, folders: list[str]) -> dict[str, Any]:
+    """What the script ``source`` saves of these model folders; it is given a file to write, ids as JSON and folders."""
+    script, out = root / "reload.py", root / "out.safetensors"
+    script.write_text(source)
+    environment = {**os.environ, "HF_HOME": str(root / "hf"), "HF_MODULES_CACHE": str(root / "modules")}
+    command = [sys.executable, str(script), str(out), json.dumps(ids.tolist()), *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out)

@@ -9,9 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,7 +22,15 @@ from slimgpt.models.heterogeneous import layer_sizes, lookup
 from slimgpt.models.slicing import output_matrix, unit_rows
 from slimgpt.pruning.capture import capture, run_layer, run_to, run_with
 from slimgpt.pruning.memory import Shelf
-from tests.families import HYBRIDS, NAMES, REPRESENTATIVE, tiny_config, tiny_model, windows
+from tests.families import (
+    HYBRIDS,
+    NAMES,
+    REPRESENTATIVE,
+    in_a_process_without_slimgpt,
+    tiny_config,
+    tiny_model,
+    windows,
+)
 
 
 def architecture(name):
@@ -185,14 +190,8 @@ def reloaded(tmp_path_factory, request):
             expected[folder], reports[folder] = save_form(name, form, root / folder)
         except Exception as error:
             errors[folder] = error
-    script = root / "reload.py"
-    script.write_text(RELOAD)
-    environment = {**os.environ, "HF_HOME": str(root / "hf"), "HF_MODULES_CACHE": str(root / "modules")}
-    command = [sys.executable, str(script), str(root / "out.safetensors"), json.dumps(IDS.tolist())]
-    folders = [str(root / folder) for folder in expected]
-    done = subprocess.run(command + folders, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root, expected, reports, errors, load_file(root / "out.safetensors")
+    found = in_a_process_without_slimgpt(root, RELOAD, IDS, [str(root / folder) for folder in expected])
+    return root, expected, reports, errors, found
 
 
 @pytest.mark.parametrize("form", FORMS)

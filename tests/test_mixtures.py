@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -25,7 +22,7 @@ from slimgpt.pruning.capture import arguments_of, capture, run_layer
 from slimgpt.pruning.memory import Shelf
 from slimgpt.pruning.report import mask_of, units_of
 from slimgpt.solver.experts import Routing, contributions
-from tests.families import windows
+from tests.families import in_a_process_without_slimgpt, windows
 from tests.mixtures import OWN_OF_MIXTURES, tiny_mixture
 from tests.test_families import RELOAD
 
@@ -178,14 +175,8 @@ def reloaded(tmp_path_factory, request):
             with torch.no_grad():
                 expected[name] = model(IDS).logits
             reports[name] = report
-    script = root / "reload.py"
-    script.write_text(RELOAD)
-    environment = {**os.environ, "HF_HOME": str(root / "hf"), "HF_MODULES_CACHE": str(root / "modules")}
-    command = [sys.executable, str(script), str(root / "out.safetensors"), json.dumps(IDS.tolist())]
-    folders = [str(root / name) for name in expected]
-    done = subprocess.run(command + folders, capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return root, expected, reports, load_file(root / "out.safetensors")
+    found = in_a_process_without_slimgpt(root, RELOAD, IDS, [str(root / name) for name in expected])
+    return root, expected, reports, found
 
 
 @pytest.mark.parametrize(("name", "form"), [cases(name, form) for name in NAMES for form in forms(name)])

@@ -20,7 +20,7 @@ from slimgpt.cli.console import (
     out,
     quiet,
 )
-from slimgpt.cli.evaluate import DataOption, LimitOption, TasksHelp, whole_numbers
+from slimgpt.cli.evaluate import DataOption, FewshotOption, LimitOption, PasskeyOption, TasksHelp, whole_numbers
 from slimgpt.cli.speed import BatchOption, NewOption, PromptOption, RoundsOption
 
 if TYPE_CHECKING:
@@ -40,14 +40,10 @@ def compare(
     max_tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens of a text.")] = None,
     tasks: Annotated[str | None, typer.Option(help=TasksHelp)] = None,
     limit: LimitOption = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples before every question.", show_default="as the task says")
-    ] = None,
+    num_fewshot: FewshotOption = None,
     data_dir: DataOption = None,
     long: Annotated[int | None, typer.Option(help="Also perplexity by position, in windows of so many tokens.")] = None,
-    passkey: Annotated[
-        str | None, typer.Option(metavar="LENGTHS", help="Hide a number in texts of 512,1024,... tokens; ask for it.")
-    ] = None,
+    passkey: PasskeyOption = None,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time the models in turn.")] = True,
     batch: BatchOption = "1",
     prompt: PromptOption = 512,

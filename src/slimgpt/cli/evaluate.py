@@ -32,6 +32,12 @@ DataOption = Annotated[
     typer.Option("--data-dir", metavar="DIR", help="Texts and rows of tasks from files here instead of the hub."),
 ]
 LimitOption = Annotated[int | None, typer.Option(help="Only the first so many rows of every task.")]
+FewshotOption = Annotated[
+    int | None, typer.Option(help="Examples before every question.", show_default="as the task says")
+]
+PasskeyOption = Annotated[
+    str | None, typer.Option(metavar="LENGTHS", help="Hide a number in texts of 512,1024,... tokens; ask for it.")
+]
 TasksHelp = "Tasks of lm-evaluation-harness by name, separated by commas; 'commonsense' is the usual seven."
 
 
@@ -50,13 +56,9 @@ def evaluate(
     ] = False,
     tasks: Annotated[str | None, typer.Option(help=TasksHelp)] = None,
     limit: LimitOption = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(help="Examples before every question.", show_default="as the task says")
-    ] = None,
+    num_fewshot: FewshotOption = None,
     data_dir: DataOption = None,
-    passkey: Annotated[
-        str | None, typer.Option(metavar="LENGTHS", help="Hide a number in texts of 512,1024,... tokens; ask for it.")
-    ] = None,
+    passkey: PasskeyOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",

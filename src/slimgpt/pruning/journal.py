@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +57,8 @@ class Journal:
         Raises:
             ResumeError: an unfinished run of another request, or one that was not asked for.
         """
-        file = self.folder / JOURNAL_FILE
-        if self.folder.exists() and not file.is_file():  # killed before it had begun, or while it was cleared away
-            self.discard()
-        if self.folder.exists() and not resume:
-            if not overwrite:
-                raise ResumeError(
-                    f"an unfinished run is in {self.folder}; pass --resume to go on with it, or --overwrite to start "
-                    "anew"
-                )
-            self.discard()
-        if not self.folder.exists():
-            self.layers.mkdir(parents=True)
-            write_text(file, json.dumps(self.request, indent=1))
-        found = differences(json.loads(file.read_text(encoding="utf-8")), self.request)
-        if found:
-            raise ResumeError(
-                f"the unfinished run in {self.folder} is another one: {'; '.join(found)}. Give the same options "
-                "again, or --overwrite without --resume to start anew"
-            )
+        open_unfinished(self.folder, self.request, resume, overwrite, self.discard)
+        self.layers.mkdir(exist_ok=True)
         shutil.rmtree(self.scratch, ignore_errors=True)
         self.scratch.mkdir()
         for leftover in self.layers.glob("*.tmp"):
@@ -136,6 +120,40 @@ class Journal:
             replaced.rename(self.output)
         (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def open_unfinished(
+    folder: Path, request: dict[str, Any], resume: bool, overwrite: bool, discard: Callable[[], None]
+) -> None:
+    """Begin an unfinished run in its folder, or go on with it.
+
+    Args:
+        request: what decides the result, as it is read back from JSON.
+        resume: go on with an unfinished run if there is one.
+        overwrite: start anew in place of an unfinished run.
+        discard: removes the folder.
+
+    Raises:
+        ResumeError: an unfinished run of another request, or one that was not asked for.
+    """
+    file = folder / JOURNAL_FILE
+    if folder.exists() and not file.is_file():  # killed before it had begun, or while it was cleared away
+        discard()
+    if folder.exists() and not resume:
+        if not overwrite:
+            raise ResumeError(
+                f"an unfinished run is in {folder}; pass --resume to go on with it, or --overwrite to start anew"
+            )
+        discard()
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        write_text(file, json.dumps(request, indent=1))
+    found = differences(json.loads(file.read_text(encoding="utf-8")), request)
+    if found:
+        raise ResumeError(
+            f"the unfinished run in {folder} is another one: {'; '.join(found)}. Give the same options again, or "
+            "--overwrite without --resume to start anew"
+        )
 
 
 def unfinished_folder(output: Path) -> Path:

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimgpt.errors import ResumeError
-from slimgpt.pruning.journal import JOURNAL_FILE, differences, unfinished_folder, write_text
+from slimgpt.pruning.journal import JOURNAL_FILE, open_unfinished, unfinished_folder, write_text
 
 CHOICES_FILE = "choices.json"
 
@@ -35,25 +34,7 @@ class Workspace:
             ResumeError: an unfinished run of another request, or one that was not asked for.
         """
         request = json.loads(json.dumps(request))  # as it will be read back
-        file = self.folder / JOURNAL_FILE
-        if self.folder.exists() and not file.is_file():  # killed before it had begun, or while it was cleared away
-            self.discard()
-        if self.folder.exists() and not resume:
-            if not overwrite:
-                raise ResumeError(
-                    f"an unfinished run is in {self.folder}; pass --resume to go on with it, or --overwrite to start "
-                    "anew"
-                )
-            self.discard()
-        if not self.folder.exists():
-            self.folder.mkdir(parents=True)
-            write_text(file, json.dumps(request, indent=1))
-        found = differences(json.loads(file.read_text(encoding="utf-8")), request)
-        if found:
-            raise ResumeError(
-                f"the unfinished run in {self.folder} is another one: {'; '.join(found)}. Give the same options again, "
-                "or --overwrite without --resume to start anew"
-            )
+        open_unfinished(self.folder, request, resume, overwrite, self.discard)
         if (choices := self.folder / CHOICES_FILE).is_file():
             self._choices = json.loads(choices.read_text(encoding="utf-8"))
         self.seconds = self._choices.setdefault("seconds", {})
