@@ -149,7 +149,8 @@ def prune(
     widths = plan_for(model.config, config, shape, kept_dtype)
     windows, source = calibration_windows(calibration, tokenizer, config, text_config(model.config).vocab_size)
     if isinstance(wanted, torch.dtype):
-        model.to(wanted)  # type: ignore[arg-type]
+        for parameter in model.parameters():  # not `model.to`: it would round rotary frequencies and other tables
+            parameter.data = parameter.data.to(wanted)
         model.config.dtype = wanted
     name = str(model.config.name_or_path or type(model).__name__)
     return run_plan(model, name, windows, source, widths, config, target, on_layer, budget, on_measured)
@@ -249,10 +250,10 @@ def run_plan(
     dtype = choose_forward_dtype(config.forward_dtype, stored, device)
     copied = dtype not in (None, stored) or next(model.parameters()).device != device
     placement = place(memory_need(model, windows, plan, config, dtype, copied), device, budget)
+    check_finite(model.state_dict().items())
     reports, allocation, run = [], {}, Run(device, placement, dtype)
     if config.allocation == "sensitivity" and measurable(shape := describe(model.config, model)):
         take = model.get_submodule(architecture_of(model.config, model).layers).get_submodule
-        check_finite(model.state_dict().items())
         plan, allocation = allocate(
             plan, shape, model, lambda index: take(str(index)), windows, config, run, on_measured
         )

@@ -131,8 +131,10 @@ def test_an_interrupted_run_leaves_a_model_that_runs_and_saves(tmp_path):
 
 def test_half_precision_and_dtype():
     model = tiny_model("llama")
+    frequencies = dict(model.named_buffers())["model.rotary_emb.inv_freq"].clone()
     report = slimgpt.prune(model, None, 0.3, IDS, dtype="bfloat16", device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(dict(model.named_buffers())["model.rotary_emb.inv_freq"], frequencies)
     assert report.plan.achieved == pytest.approx(0.3, abs=0.01)
     with torch.no_grad():
         assert model(IDS).logits.isfinite().all()

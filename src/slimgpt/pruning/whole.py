@@ -15,7 +15,6 @@ from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_l
 from slimgpt.models.mixtures import EXPERTS, Experts
 from slimgpt.models.slicing import output_matrix
 from slimgpt.models.stock import apply_sizes
-from slimgpt.models.weights import check_finite
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.memory import Need
 from slimgpt.pruning.report import LayerReport
@@ -25,19 +24,18 @@ from slimgpt.pruning.sequential import Run, prune_layers, solver_dtype
 def prune_model(
     model: PreTrainedModel, windows: Tensor, plan: Plan, config: PruneConfig, run: Run
 ) -> Iterator[LayerReport]:
-    """Prune a model in place, one layer per step.
+    """Prune a model in place, one layer per step; its weights are taken to be finite.
 
     Layers are moved to the device one at a time and back to where they were. The model is whole after every
     step: if the iteration ends early, the layers that are done stay narrow and the config says so.
 
     Raises:
-        NumericalError: NaN or infinity in weights or activations, or a Hessian that is not positive definite.
+        NumericalError: NaN or infinity in activations, or a Hessian that is not positive definite.
     """
     architecture = architecture_of(model.config, model)
     layers = model.get_submodule(architecture.layers)
     assert isinstance(layers, nn.ModuleList)
     sizes = layer_sizes(model.config)
-    check_finite(model.state_dict().items())
     try:
         for finished in prune_layers(model, layers.__getitem__, windows, plan, config, run):
             index = finished.report.layer
