@@ -42,8 +42,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def report_of(folder: Path) -> dict:
     """The report without seconds."""
     report = json.loads((folder / "slimgpt.json").read_text())
-    for part in (report, *report["layers"]):
-        part.pop("seconds")
+    for part in (report, *report["layers"], report["allocation"]):
+        part.pop("seconds", None)
     return report
 
 

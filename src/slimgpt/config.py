@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slimgpt.errors import UsageError
 
-ALLOCATIONS = ("schedule", "sensitivity")
+ALLOCATIONS = ("schedule", "sensitivity", "search")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class PruneConfig:
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, in
             [0, 1]; the rest is channels inside the experts that stay.
         allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
-            least by what was measured on the model.
+            least by what was measured on a trial run; ``search``: measured and spent again several times, the best is
+            taken. ``None`` becomes ``sensitivity`` for the method ``slimgpt``, and ``schedule`` for the others and
+            wherever a schedule, a plan or equal widths were asked for.
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
 
     Raises:
@@ -60,7 +62,7 @@ class PruneConfig:
     params: str | int | None = None
     bytes: str | int | None = None
     kv_cache: str | None = None
-    allocation: str = "schedule"
+    allocation: str | None = None
     plan: str | None = None
     whole_experts: float = 0.0
 
@@ -80,16 +82,20 @@ class PruneConfig:
             raise UsageError(
                 "a plan file says every width; leave out schedule, kv_cache, uniform, round_to and whole_experts"
             )
+        if self.allocation is None:
+            measured = self.method == "slimgpt" and not (self.schedule or self.plan or self.uniform)
+            measured = measured and (self.kv_cache is None or bool(sizes))
+            object.__setattr__(self, "allocation", "sensitivity" if measured else "schedule")
         if self.allocation not in ALLOCATIONS:
             raise UsageError(f"allocation '{self.allocation}' is unknown; choose {', '.join(ALLOCATIONS)}")
-        if self.allocation == "sensitivity":
+        if self.allocation != "schedule":
             if self.schedule or self.plan or self.uniform:
                 raise UsageError(
-                    "allocation 'sensitivity' chooses the widths itself; leave out schedule, plan and uniform"
+                    f"allocation '{self.allocation}' chooses the widths itself; leave out schedule, plan and uniform"
                 )
             if self.kv_cache is not None and not sizes:
                 raise UsageError(
-                    "allocation 'sensitivity' spends a size, and kv_cache alone names none; add ratio, params or bytes"
+                    f"allocation '{self.allocation}' spends a size, and kv_cache alone names none; add ratio, params or bytes"
                 )
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be 0 or more")

@@ -247,7 +247,7 @@ def _run(
     reports = []
     run = Run(p.device, placement, dtype, ranks, journal.scratch, journal)
     plan, allocation = p.plan, {}
-    if p.config.allocation == "sensitivity" and measurable(p.shape):
+    if p.config.allocation != "schedule" and measurable(p.shape):
         plan, allocation = _allocated(p, ranks, layers, run, journal, on_measured)
     for finished in prune_layers(model, layers, windows, plan, p.config, run):
         if ranks.main:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import MistralConfig
 
 from slimgpt.models.shape import describe
-from slimgpt.planning import Curve, Sensitivity, make_plan, spend
-from slimgpt.planning.budget import _cheapest, _options
+from slimgpt.planning import Contribution, Sensitivity, make_plan, spend, trial
+from slimgpt.planning.budget import FLOOR, _cheapest, _options
 
 LAYERS = 4
 CONFIG = MistralConfig(
@@ -21,11 +21,11 @@ CONFIG = MistralConfig(
 SHAPE = describe(CONFIG)
 
 
-def sensitivity(scales: list[float], heads: list[float], joint: dict[str, Curve] | None = None) -> Sensitivity:
-    """Convex costs, a scale per layer."""
-    ffn = [Curve(i, "ffn", (0.25, 0.5, 0.75), (s, 3 * s, 9 * s)) for i, s in enumerate(scales)]
-    query = [Curve(i, "query", (0.5,), (s,)) for i, s in enumerate(heads)]
-    return Sensitivity((*ffn, *query), joint or {})
+def sensitivity(scales: list[float], heads: list[float]) -> Sensitivity:
+    """A cost per layer at 40% of the channels and at one of three query heads."""
+    ffn = [Contribution(i, "ffn", 0.4, s) for i, s in enumerate(scales)]
+    query = [Contribution(i, "query", 1 / 3, s) for i, s in enumerate(heads)]
+    return Sensitivity(sum(scales) + sum(heads), (*ffn, *query))
 
 
 costs = st.lists(st.floats(1e-4, 1.0), min_size=LAYERS, max_size=LAYERS)
@@ -47,9 +47,9 @@ def test_as_much_is_removed_as_the_plan_says(ffn, heads, ratio, round_to):
 @given(costs, costs, st.floats(0.1, 0.5))
 def test_no_other_choice_that_removes_as_much_costs_less(ffn, heads, ratio):
     found = sensitivity(ffn, heads)
-    options = _options(SHAPE, found.curves, "query", 25, None)  # coarse: four widths, two numbers of heads
+    options = _options(SHAPE, found.raised(), "query", 25, None)  # coarse: four widths, two numbers of heads
     target = int(ratio * SHAPE.layer_parameters)
-    chosen = _cheapest(options, target, {"ffn": 1.0, "query": 1.0})
+    chosen = _cheapest(options, target)
     assert chosen is not None
     removed, cost = sum(o.removed for o in chosen.values()), sum(o.cost for o in chosen.values())
     best = min(
@@ -72,42 +72,40 @@ def test_equal_costs_give_equal_widths():
     assert max(widths) - min(widths) <= 1
 
 
-def test_heads_that_stand_in_for_each_other_are_dearer():
-    plan = make_plan(CONFIG, 0.3, shape=SHAPE)
-    alone = sensitivity([0.1] * 4, [0.01] * 4)
-    joint = sensitivity([0.1] * 4, [0.01] * 4, {"query": Curve(-1, "query", (0.5,), (4.0,))})
-    assert joint.dearer("query", 0.04) == pytest.approx(100)
-    assert joint.dearer("ffn", 0.4) == 1.0
-
-    def heads(costs):
-        return sum(sizes["num_attention_heads"] for sizes in spend(plan, SHAPE, costs).layers)
-
-    assert heads(alone) < heads(joint)
+def test_costs_pass_through_what_was_measured_and_grow_faster_than_the_share():
+    for unit in ("ffn", "query", "kv"):
+        cost = Contribution(0, unit, 0.4, 0.02)
+        assert cost.at(0) == 0
+        assert cost.at(0.4) == pytest.approx(0.02)
+        per_share = [cost.at(x / 100) / x for x in range(1, 101)]
+        assert per_share == sorted(per_share)
 
 
-def test_joint_cost_is_a_power_of_the_sum_between_its_points():
-    ffn = Curve(-1, "ffn", (0.25, 0.5, 0.75), (0.1, 0.9, 8.1))  # nine times for three: the square
-    found = sensitivity([0.025] * 4, [0.1] * 4, {"ffn": ffn})  # sums 0.1, 0.3, 0.9
-    for total in (0.1, 0.2, 0.5):
-        assert found.dearer("ffn", total) == pytest.approx(2 * 10 * total)
+def test_what_is_too_small_to_be_believed_is_raised():
+    found = {(c.layer, c.unit): c.cost for c in sensitivity([-0.1, 0.2, 0.3, 0.4], [0.01, 0.02, 0.02, 0.02]).raised()}
+    assert found[0, "ffn"] == pytest.approx(FLOOR * 0.25)
+    assert [found[i, "ffn"] for i in (1, 2, 3)] == [0.2, 0.3, 0.4]
+    assert found[0, "query"] == 0.01
 
 
-def test_curves_pass_through_what_was_measured():
-    curve = Curve(0, "ffn", (0.25, 0.5, 0.75), (0.01, 0.03, 0.07))
-    assert curve.at(0) == 0
-    for share, cost in zip(curve.removed, curve.cost):
-        assert curve.at(share) == pytest.approx(cost)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=3))
-def test_curves_grow_faster_than_the_share_whatever_was_measured(measured):
-    curve = Curve(0, "ffn", (0.25, 0.5, 0.75)[: len(measured)], tuple(measured))
-    per_share = [curve.at(x / 100) / x for x in range(1, 91)]
-    assert per_share == sorted(per_share)
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.05, 0.5))
+def test_a_trial_narrows_everything_and_removes_about_as_much(ratio):
+    plan = make_plan(CONFIG, ratio, shape=SHAPE)
+    tried = trial(plan, SHAPE)
+    for layer, sizes in zip(SHAPE.layers, tried.layers):
+        assert 0 < sizes["intermediate_size"] < layer.sizes["intermediate_size"]
+        assert 0 < sizes["num_attention_heads"] < layer.sizes["num_attention_heads"]
+        assert sizes["num_key_value_heads"] == layer.sizes["num_key_value_heads"]
+    if ratio >= 0.2:  # one head of three is a lot of less
+        assert tried.achieved == pytest.approx(plan.achieved, abs=0.01)
+    fixed = trial(plan, SHAPE, heads=False)
+    assert [sizes["num_attention_heads"] for sizes in fixed.layers] == [
+        sizes["num_attention_heads"] for sizes in plan.layers
+    ]
 
 
 def test_what_cannot_be_spent_leaves_the_plan_as_it_is():
     plan = make_plan(CONFIG, 0.5, shape=SHAPE)
-    few = Sensitivity((Curve(0, "ffn", (0.5,), (0.1,)),), {})
+    few = Sensitivity(0.1, (Contribution(0, "ffn", 0.5, 0.1),))
     assert spend(plan, SHAPE, few) is plan

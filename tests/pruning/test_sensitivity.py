@@ -1,106 +1,160 @@
-"""Measured costs against the dense model with one matrix narrowed by hand."""
+"""What structures have lost, against the narrowed model itself and against differences along the path."""
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import slimgpt
-from slimgpt.api import make_config
-from slimgpt.models.slicing import unit_rows
+from slimgpt.api import make_config, plan_for
+from slimgpt.models.shape import describe
+from slimgpt.planning import Sensitivity, spend, trial
 from slimgpt.pruning import Placement, Run, measure
-from slimgpt.pruning.sensitivity import divide
-from slimgpt.solver import CRITERIA, damp, group_sizes, reconstruct, select_channels
+from slimgpt.pruning.sensitivity import PATH, divide
+from slimgpt.pruning.sequential import prune_layers
+from slimgpt.pruning.whole import prune_model
 from tests.families import tiny_model, windows
 
 IDS = windows(12, 24)
+CONFIG = make_config(ratio=0.3, batch_size=5)
 
 
-def run(device="cpu"):
-    return Run(torch.device(device), Placement(0, "device", "device"))
+def run(place: str = "device") -> Run:
+    return Run(torch.device("cpu"), Placement(0 if place == "device" else 10**9, place, place))
 
 
-def hessian(model, matrix, ids, damping):
-    seen = []
-    hook = matrix.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1).double()))
+def case(family: str):
+    """A model in fp64, and a plan that narrows every structure of it."""
+    model = tiny_model(family).double()
+    shape = describe(model.config, model)
+    plan = trial(plan_for(model.config, CONFIG, shape), shape)
+    return model, plan, model.get_submodule(slimgpt.ARCHITECTURES[family].layers)
+
+
+def divergence(model, dense, ids) -> float:
     with torch.no_grad():
-        model(ids)
-    hook.remove()
-    x = torch.cat(seen)
-    return damp(x.T @ x / len(x), damping)
+        log_p, log_q = (m(ids).logits[:, 1:].log_softmax(-1) for m in (dense, model))
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
-def divergence(model, dense, ids):
-    with torch.no_grad():
-        log_q = model(ids).logits[:, 1::2].log_softmax(-1)
-    return float((dense.exp() * (dense - log_q)).sum(-1).mean())
-
-
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox"])
-@pytest.mark.parametrize("layer", [0, 2])
-def test_a_cost_is_the_divergence_of_the_model_narrowed_in_one_place(family, layer):
-    model = tiny_model(family)
-    config = make_config(ratio=0.3)
-    sizes = {"llama": (6, 3), "gemma2": (6, 3), "phi3": (6, 3)}.get(family)
-    unit = "query" if sizes else "kv"
-    layers = model.get_submodule(slimgpt.ARCHITECTURES[family].layers)
-    found = measure(model, layers.__getitem__, IDS, unit, config, run())
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox", "gpt2"])
+def test_the_divergence_is_that_of_the_pruned_model_and_its_parts_sum_up_to_it(family):
+    model, plan, layers = case(family)
+    found = measure(model, layers.__getitem__, IDS, plan, CONFIG, run())
     fit, probe = divide(IDS, 52)
     assert not {tuple(row) for row in fit.tolist()} & {tuple(row) for row in probe.tolist()}
-    with torch.no_grad():
-        dense = model(probe).logits[:, 1::2].log_softmax(-1)
-    for name in (unit, "ffn"):
-        structure = slimgpt.ARCHITECTURES[family].find(name)
-        matrix = layers[layer].get_submodule(structure.output)
-        curve = next(c for c in found.curves if (c.layer, c.unit) == (layer, name))
-        W, before = matrix.weight.data.double(), matrix.weight.data.clone()
-        H = hessian(model, matrix, fit, config.damping)
-        n = W.shape[1]
-        for share, cost in zip(curve.removed, curve.cost):
-            if name == "ffn":
-                keep = n - round(share * n)
-                kept = select_channels(W, H, keep, group_sizes(n - keep, smallest=max((n - keep) // 16, 1)))
-                columns = kept
+    slim = copy.deepcopy(model)
+    for _ in prune_model(slim, fit, plan, CONFIG, run()):
+        pass
+    assert found.divergence == pytest.approx(divergence(slim, model, probe), rel=1e-6)
+    assert sum(part.cost for part in found.contributions) == pytest.approx(found.divergence, rel=0.2 if family == "gemma2" else 0.02)
+    assert len(found.contributions) == 2 * len(layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_part_is_the_integral_of_the_slope_along_the_path(family):
+    model, plan, layers = case(family)
+    found = measure(model, layers.__getitem__, IDS, plan, CONFIG, run())
+    fit, probe = divide(IDS, 52)
+    structures = {s.unit: s for s in slimgpt.ARCHITECTURES[family].chosen(plan.head_unit)}
+    step = {}
+    for finished in prune_layers(model, layers.__getitem__, fit, plan, CONFIG, run()):
+        layer = finished.report.layer
+        for unit, structure in structures.items():
+            W = layers[layer].get_submodule(structure.output).weight
+            n = W.shape[0] if structure.transposed else W.shape[1]
+            kept = torch.tensor(finished.report.kept[structure.name])
+            width = n // structure.units(slimgpt.pruning.sequential.layer_sizes(model.config)[layer])
+            columns = (kept.unsqueeze(1) * width + torch.arange(width)).flatten()
+            full = torch.zeros_like(W.data)
+            narrow = finished.state[structure.key]
+            if structure.transposed:
+                full[columns] = narrow
             else:
-                units, groups = (6, 3) if name == "query" else (n // (n // 6), 1)
-                keep = round((1 - share) * units)
-                kept = CRITERIA["slimgpt"].heads(W, H, units, keep, groups, torch.Generator())
-                columns = unit_rows(n, units, kept)
-            matrix.weight.data.zero_()
-            matrix.weight.data[:, columns] = reconstruct(W @ H, H, columns).float()
-            assert cost == pytest.approx(divergence(model, dense, probe), rel=2e-2, abs=2e-6)
-            matrix.weight.data.copy_(before)
+                full[:, columns] = narrow
+            step[layer, unit] = full - W.data
+
+    def at(alphas: dict) -> float:
+        moved = copy.deepcopy(model)
+        inner = moved.get_submodule(slimgpt.ARCHITECTURES[family].layers)
+        for (layer, unit), change in step.items():
+            inner[layer].get_submodule(structures[unit].output).weight.data += alphas[layer, unit] * change
+        return divergence(moved, model, probe)
+
+    e = 0.01  # norms compute in fp32
+    for part in found.contributions:
+        key, expected = (part.layer, part.unit), 0.0
+        for alpha, weight in PATH:
+            there = dict.fromkeys(step, alpha)
+            slope = (at({**there, key: alpha + e}) - at({**there, key: alpha - e})) / (2 * e)
+            expected += weight * slope
+        assert part.cost == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
 
 def test_measuring_changes_nothing():
     model = tiny_model("llama")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    before = {name: (p.data.clone(), p.requires_grad) for name, p in model.named_parameters()}
     with torch.no_grad():
         logits = model(IDS).logits
-    measure(model, model.model.layers.__getitem__, IDS, "query", make_config(ratio=0.3), run())
+    shape = describe(model.config, model)
+    plan = trial(plan_for(model.config, CONFIG, shape), shape)
+    measure(model, model.model.layers.__getitem__, IDS, plan, CONFIG, run())
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, logits)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name][0])
+        assert parameter.requires_grad == before[name][1]
+        assert parameter.grad is None
+
+
+def test_what_is_kept_in_files_and_run_in_other_batches_gives_the_same():
+    model, plan, layers = case("llama")
+    found = [
+        measure(model, layers.__getitem__, IDS, plan, replace(CONFIG, batch_size=size), run(place))
+        for size, place in ((5, "device"), (5, "file"), (2, "device"))
+    ]
+    for other in found[1:]:
+        assert other.divergence == pytest.approx(found[0].divergence, rel=1e-6)
+        for one, two in zip(found[0].contributions, other.contributions):
+            assert two.cost == pytest.approx(one.cost, rel=1e-5, abs=1e-10)
+
+
+def test_a_search_takes_the_best_of_what_it_tried():
+    options = {"ratio": 0.3, "calibration": IDS, "batch_size": 5, "device": "cpu"}
+    report = slimgpt.prune(tiny_model("llama"), None, allocation="search", **options)
+    tried = report.allocation["tried"]
+    assert len(tried) == 6
+    model = tiny_model("llama")
+    found = measure(model, model.model.layers.__getitem__, IDS, report.plan, CONFIG, run())
+    assert found.divergence == pytest.approx(min(tried), rel=1e-3)
+    assert report.allocation["divergence"] == min(tried)
 
 
 def test_what_was_measured_is_followed_and_reported():
     options = {"ratio": 0.3, "calibration": IDS, "batch_size": 5, "device": "cpu"}
     report = slimgpt.prune(tiny_model("llama"), None, allocation="sensitivity", **options)
-    scheduled = slimgpt.prune(tiny_model("llama"), None, **options)
+    scheduled = slimgpt.prune(tiny_model("llama"), None, allocation="schedule", **options)
     assert report.allocation["by"] == "sensitivity"
     assert scheduled.allocation == {}
     assert report.plan.layers != scheduled.plan.layers
     assert report.plan.parameters <= scheduled.plan.parameters
     assert report.plan.achieved == pytest.approx(scheduled.plan.achieved, abs=0.002)
-    assert len(json.loads(json.dumps(report.to_json()))["allocation"]["curves"]) == 8
+    model = tiny_model("llama")
+    shape = describe(model.config, model)
+    costs = json.loads(json.dumps(report.to_json()))["allocation"]["contributions"]
+    costs = Sensitivity(0.0, tuple(slimgpt.planning.Contribution(**cost) for cost in costs))
+    assert spend(scheduled.plan, shape, costs).layers == report.plan.layers
 
 
 def test_a_smaller_cache_keeps_its_heads():
     options = {"params": 50_000, "kv_cache": "21KB@64", "calibration": IDS, "batch_size": 5, "device": "cpu"}
     report = slimgpt.prune(tiny_model("llama"), None, allocation="sensitivity", **options)
-    scheduled = slimgpt.prune(tiny_model("llama"), None, **options)
+    scheduled = slimgpt.prune(tiny_model("llama"), None, allocation="schedule", **options)
     for measured, by_rule in zip(report.plan.layers, scheduled.plan.layers):
         assert measured["num_key_value_heads"] == by_rule["num_key_value_heads"]
     assert report.plan.parameters <= 50_000

@@ -108,15 +108,17 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer,
 
     measured: list[float] = []
 
-    def measuring(index: int, layers: int, took: float) -> str:
-        measured.append(took * (layers + 1) / (index + 1))  # a layer takes longer the more variants pass through it
-        left = sum(measured) / len(measured) * sum(i + 1 for i in range(index + 1, layers)) / (layers + 1)
-        return f"measuring what its widths cost, about {timedelta(seconds=round(left))} left"
+    def measuring(steps: int, took: float) -> str:
+        measured.append(took)
+        left = sum(measured) / len(measured) * (steps - len(measured))
+        return f"measuring what each layer's widths cost, about {timedelta(seconds=round(left))} left"
 
     if not out.is_terminal:
 
-        def measured_line(index: int, layers: int, took: float) -> None:
-            out.print(f"layer {index}: {measuring(index, layers, took)}  {index + 1}/{layers} layers", soft_wrap=True)
+        def measured_line(step: int, steps: int, took: float) -> None:
+            said = measuring(steps, took)
+            if (step + 1) % 10 == 0 or step + 1 == steps:
+                out.print(f"{step + 1}/{steps} steps, {said}", soft_wrap=True)
 
         def line(report: LayerReport, plan: Plan) -> None:
             done = f"{report.layer + 1}/{len(plan.layers)} layers"
@@ -137,9 +139,9 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer,
             done, total = report.layer + 1, len(plan.layers)
             progress.update(task, completed=done, total=total, description=_describe(report), state=state(report, plan))
 
-        def measured_step(index: int, layers: int, took: float) -> None:
-            state = measuring(index, layers, took)
-            progress.update(task, completed=index + 1, total=layers, description=f"layer {index}", state=state)
+        def measured_step(step: int, steps: int, took: float) -> None:
+            state = measuring(steps, took)
+            progress.update(task, completed=step + 1, total=steps, description="step", state=state)
 
         yield step, measured_step
 

@@ -68,9 +68,13 @@ def prune(
         str, typer.Option(help="slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda or random.")
     ] = DEFAULTS.method,
     allocation: Annotated[
-        str,
-        typer.Option(help="schedule: as --schedule says; sensitivity: where it costs least, measured on the model."),
-    ] = DEFAULTS.allocation,
+        str | None,
+        typer.Option(
+            help="schedule: as --schedule says; sensitivity: where it costs least, measured on a trial run; search: "
+            "measured and spent again several times.",
+            show_default="sensitivity for the method slimgpt, else schedule",
+        ),
+    ] = None,
     calibration: Annotated[
         str,
         typer.Option(

@@ -1,6 +1,6 @@
 """A target becomes a plan of widths, from the config alone."""
 
-from slimgpt.planning.budget import Curve, Sensitivity, spend
+from slimgpt.planning.budget import Contribution, Sensitivity, spend, trial
 from slimgpt.planning.engines import ENGINES, Verdict, profile_for, verdicts
 from slimgpt.planning.plan import HEAD_UNITS, TOLERANCE, Plan, head_units, make_plan
 from slimgpt.planning.planfile import read_plan, to_toml
@@ -14,7 +14,7 @@ __all__ = [
     "RATIOS",
     "TOLERANCE",
     "CacheTarget",
-    "Curve",
+    "Contribution",
     "Plan",
     "Sensitivity",
     "Verdict",

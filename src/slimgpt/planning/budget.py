@@ -1,13 +1,13 @@
-"""Where to spend a budget of parameters: the cheapest widths that remove it, from measured costs.
+"""Where to spend a budget of parameters: the cheapest widths that remove it, from measured contributions.
 
-Costs of single structures do not simply add up. Heads especially stand in for each other: each of them alone is cheap
-to remove, all of them together are not. So the same structures are also narrowed *jointly*, in every layer at once,
-and what that costs beyond the sum makes each unit of that kind dearer the more of them go.
+Costs of structures narrowed alone do not add up: heads stand in for each other, and errors of neighbouring layers
+compound. So a model that is narrowed *everywhere* is looked at, and what was lost is divided among its structures;
+from there each structure's cost is taken to follow a power of the share of it that is removed.
 """
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,127 +16,109 @@ from slimgpt.models.architectures import CHANNELS
 from slimgpt.models.shape import ModelShape
 from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
 
-MOST = 0.75
-"""No more than this share of a layer's FFN channels goes: the largest at which costs are measured."""
+MOST, LEAST = 0.75, 0.02
+"""At most and, in a trial, at least this share of a layer's FFN channels goes."""
 
 STEPS = 64
 """In how many steps the width of an FFN is chosen; what is left over is given back channel by channel."""
 
-POWERS = (1.35, 4.0)
-"""Costs grow by a power of the share that is removed which is at least the one and at most the other."""
+POWERS = {"ffn": 1.5, "query": 4.0, "kv": 3.0}
+"""The cost of a structure grows by this power of the share that is removed. The channels' is what two texts and two
+models were served best by; heads are few, and the last ones do the work of all that went before."""
 
-ROUNDS = 12
-"""How often prices and what goes at them are brought into agreement."""
+FLOOR = 0.3
+"""No structure counts less than this share of the median of its kind: small contributions are mostly noise, and can
+come out negative."""
 
 
 @dataclass(frozen=True)
-class Curve:
-    """What it costs to remove a share of the units of one structure, everything else left as it is.
+class Contribution:
+    """What one structure has lost of the quality of a narrowed model.
 
     Args:
         layer: index of the layer.
         unit: ``kv``, ``query`` or ``ffn``.
-        removed: shares of the units, rising, in (0, 1).
-        cost: for each of them the cost, such as the divergence of the model's predictions from the dense model's.
+        removed: the share of its units that was removed, in (0, 1).
+        cost: its part of the divergence of the model's predictions from the dense model's, in nats per token.
     """
 
     layer: int
     unit: str
-    removed: tuple[float, ...]
-    cost: tuple[float, ...]
+    removed: float
+    cost: float
 
     def at(self, share: float) -> float:
-        """The cost of any share: straight between measured points on logarithmic axes, so that it is 0 at 0."""
-        if share <= 0:
-            return 0.0
-        xs, ys = self.removed, _convex(self.removed, self.cost)
-        if len(xs) == 1:
-            return ys[0] * (share / xs[0]) ** POWERS[0]
-        i = min(max(sum(x < share for x in xs), 1), len(xs) - 1)
-        slope = math.log(ys[i] / ys[i - 1]) / math.log(xs[i] / xs[i - 1])
-        return ys[i] * (share / xs[i]) ** slope
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
+        """The cost of any share."""
+        return self.cost * (share / self.removed) ** POWERS[self.unit]
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What was measured on a model.
+    """What was measured on a narrowed model.
 
     Args:
-        curves: one per structure, each narrowed alone.
-        joint: by unit, the cost of narrowing this structure in all layers at once; ``layer`` is -1.
+        divergence: ``KL(dense || narrowed)`` in nats per token.
+        contributions: of every structure that was narrowed; as measured.
     """
 
-    curves: tuple[Curve, ...]
-    joint: dict[str, Curve]
+    divergence: float
+    contributions: tuple[Contribution, ...]
 
-    def dearer(self, unit: str, total: float) -> float:
-        """How much dearer a structure of this unit is than alone, where costs of its kind sum up to ``total``.
-
-        The joint cost is taken to follow the sum of the single ones as a power between measured points; this is the
-        slope, ``d joint / d sum``.
-        """
-        joint = self.joint.get(unit)
-        if joint is None:
-            return 1.0
-        curves = [curve for curve in self.curves if curve.unit == unit]
-        sums = [sum(curve.at(share) for curve in curves) for share in joint.removed]
-        costs = _convex(sums, joint.cost) if len(sums) > 1 else joint.cost
-        if len(sums) == 1:
-            return costs[0] / sums[0]
-        i = min(max(sum(x < total for x in sums), 1), len(sums) - 1)
-        power = math.log(costs[i] / costs[i - 1]) / math.log(sums[i] / sums[i - 1])
-        return power * costs[i] / sums[i] * (max(total, sums[0] / 4) / sums[i]) ** (power - 1)
+    def raised(self) -> list[Contribution]:
+        """The contributions with those that are too small to be believed raised to the :data:`FLOOR`."""
+        out = []
+        for unit in sorted({c.unit for c in self.contributions}):
+            kind = [c for c in self.contributions if c.unit == unit]
+            floor = max(FLOOR * statistics.median(c.cost for c in kind), 1e-9)
+            out += [Contribution(c.layer, unit, c.removed, max(c.cost, floor)) for c in kind]
+        return out
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
 
 
-def _convex(shares: Sequence[float], costs: Sequence[float]) -> list[float]:
-    """Costs made positive and convex: between neighbouring points they grow by a power within :data:`POWERS`.
+def trial(plan: Plan, shape: ModelShape, heads: bool = True) -> Plan:
+    """A plan that removes about as much as ``plan`` does, and something of every structure of every layer.
 
-    Small costs are measured less exactly than large ones (rounding and few tokens add to them), so it is they that give
-    way. With costs that grow more slowly than in proportion, a budget would empty some structures and spare the others.
+    Args:
+        heads: whether heads may be chosen; else their numbers are those of ``plan``.
     """
-    out = [max(costs[-1], 1e-7)]
-    for i in range(len(costs) - 2, -1, -1):
-        least, most = (out[0] * (shares[i] / shares[i + 1]) ** power for power in reversed(POWERS))
-        out.insert(0, min(max(costs[i], least), most))
-    return out
+    target = plan.parameters_before - plan.parameters
+    share = target / shape.layer_parameters
+    layers = []
+    for layer, sizes in zip(shape.layers, plan.layers, strict=True):
+        units = head_units(layer.sizes, plan.head_unit)
+        keep = max(units - max(int(share * units), 1), min(units, 1))
+        dense = {CHANNELS: layer.sizes[CHANNELS]}
+        layers.append(with_heads(layer, plan.head_unit, keep, dense) if heads else {**sizes, **dense})
+    left = target - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
+    channels = sum(layer.unit_parameters.get("ffn", 0) * layer.sizes[CHANNELS] for layer in shape.layers)
+    narrowed = min(max(left / max(channels, 1), LEAST), MOST)
+    for layer, sizes in zip(shape.layers, layers):
+        if "ffn" in layer.unit_parameters:
+            sizes[CHANNELS] = max(layer.sizes[CHANNELS] - max(round(narrowed * layer.sizes[CHANNELS]), 1), 1)
+    return plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio)
 
 
 def spend(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to: int = 1, heads: bool = True) -> Plan:
     """A plan that removes as much as ``plan`` does, where it costs least.
 
     Every structure takes the step whose cost minus price times removed parameters is the lowest, at the one price for
-    which the target is met (a Lagrange multiplier); costs of each kind are scaled by how much dearer that kind is at
-    what goes of it, until the two agree. What is removed beyond the target is given back as channels.
+    which the target is met (a Lagrange multiplier). What is removed beyond the target is given back as channels.
 
     Args:
         plan: says how much goes, and the unit of heads.
         shape: the dense model.
-        costs: structures without a curve stay as they are in the model.
+        costs: structures without a contribution stay as they are in the model.
         round_to: every FFN width becomes a multiple of it.
         heads: whether heads may be chosen; else their numbers are those of ``plan``.
     """
     target = plan.parameters_before - plan.parameters
     given = None if heads else [head_units(sizes, plan.head_unit) for sizes in plan.layers]
-    options = _options(shape, costs.curves, plan.head_unit, round_to, given)
-    units = {plan.head_unit, "ffn"}
-    scale = dict.fromkeys(units, 1.0)
-    taken: dict[tuple[int, str], _Option] = {}
-    for _ in range(ROUNDS):
-        found = _cheapest(options, target, scale)
-        if found is None:
-            return plan  # what was measured cannot remove as much
-        taken = found
-        for unit in units:
-            total = sum(option.cost for (_, kind), option in taken.items() if kind == unit)
-            scale[unit] = math.sqrt(scale[unit] * costs.dearer(unit, total))
+    taken = _cheapest(_options(shape, costs.raised(), plan.head_unit, round_to, given), target)
+    if taken is None:
+        return plan  # what was measured cannot remove as much
     layers = []
     for index, layer in enumerate(shape.layers):
         kept = taken.get((index, plan.head_unit), _Option(head_units(layer.sizes, plan.head_unit), 0, 0.0)).keep
@@ -147,15 +129,12 @@ def spend(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to: int = 1, 
     return spent if spent.achieved - plan.achieved <= TOLERANCE else plan  # heads can be too coarse for a small budget
 
 
-def _cheapest(
-    options: dict[tuple[int, str], list[_Option]], target: int, scale: dict[str, float]
-) -> dict[tuple[int, str], _Option] | None:
+def _cheapest(options: dict[tuple[int, str], list[_Option]], target: int) -> dict[tuple[int, str], _Option] | None:
     """One option per structure that together remove ``target`` parameters or little more; ``None`` if none do."""
 
     def choice(price: float) -> dict[tuple[int, str], _Option]:
         return {
-            key: min(steps, key=lambda option: option.cost * scale[key[1]] - price * option.removed)
-            for key, steps in options.items()
+            key: min(steps, key=lambda option: option.cost - price * option.removed) for key, steps in options.items()
         }
 
     def removed(price: float) -> int:
@@ -180,21 +159,21 @@ class _Option:
 
 
 def _options(
-    shape: ModelShape, curves: Sequence[Curve], head_unit: str, round_to: int, kv_heads: Sequence[int] | None
+    shape: ModelShape, costs: Sequence[Contribution], head_unit: str, round_to: int, kv_heads: Sequence[int] | None
 ) -> dict[tuple[int, str], list[_Option]]:
     """For every layer and kind of structure what may be kept of it."""
     found: dict[tuple[int, str], list[_Option]] = {}
-    for curve in curves:
-        layer = shape.layers[curve.layer]
-        if curve.unit == "ffn":
+    for cost in costs:
+        layer = shape.layers[cost.layer]
+        if cost.unit == "ffn":
             size, each = layer.sizes[CHANNELS], layer.unit_parameters["ffn"]
             step = max(size // STEPS // round_to, 1) * round_to
             widths = [w for w in range(size // round_to * round_to, 0, -step) if w >= (1 - MOST) * size]
-            found[curve.layer, "ffn"] = [_Option(w, (size - w) * each, curve.at(1 - w / size)) for w in widths]
-        elif curve.unit == head_unit:
+            found[cost.layer, "ffn"] = [_Option(w, (size - w) * each, cost.at(1 - w / size)) for w in widths]
+        elif cost.unit == head_unit:
             units, each = head_units(layer.sizes, head_unit), layer.unit_parameters[head_unit]
-            keeps = range(units, 0, -1) if kv_heads is None else [kv_heads[curve.layer]]
-            found[curve.layer, head_unit] = [_Option(k, (units - k) * each, curve.at(1 - k / units)) for k in keeps]
+            keeps = range(units, 0, -1) if kv_heads is None else [kv_heads[cost.layer]]
+            found[cost.layer, head_unit] = [_Option(k, (units - k) * each, cost.at(1 - k / units)) for k in keeps]
     return found
 
 

@@ -1,144 +1,90 @@
-"""What it costs to narrow each structure alone: the divergence of the model's predictions from the dense model's.
+"""What each structure has lost of a narrowed model's quality, by the gradient along the path from the dense model to it.
 
-One pass through the layers measures all of them. The dense stream of some windows gives every structure's Hessian;
-every structure is solved at a few widths; and for each of these a variant of the stream of a few *other* windows
-leaves the layer, narrowed in that one place, and goes through the rest of the dense model with the variants of the
-layers before. A few more streams are narrowed in every layer, which shows what costs beyond the sum. Layers are
-visited once, in order, so a model that does not fit into memory can be measured too.
+A trial run prunes every structure of every layer, on few tokens. A structure's narrow matrix, with zeros where its
+columns are gone, is reached from the dense one on a straight line ``W + alpha (W' - W)``, all structures at once; with
+``D(alpha)`` the divergence of the model's predictions from the dense model's, ``D(1)`` is the sum over structures of
+the integrals of ``<dD/dW, W' - W>`` over ``alpha`` (the fundamental theorem of calculus; Aumann and Shapley's way to
+divide a cost). Layers are visited in order, forth and back, with their inputs
+kept in between, so that a model that does not fit into memory can be measured too.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
-from slimgpt.models.architectures import Sizes, Structure
-from slimgpt.models.heterogeneous import architecture_of, layer_sizes
+from slimgpt.models.architectures import Structure
+from slimgpt.models.heterogeneous import architecture_of, layer_sizes, text_config
 from slimgpt.models.shape import ModelShape
-from slimgpt.models.slicing import unit_rows
-from slimgpt.planning.budget import Curve, Sensitivity, spend
+from slimgpt.models.slicing import output_matrix, unit_rows
+from slimgpt.planning.budget import Contribution, Sensitivity, spend, trial
 from slimgpt.planning.plan import Plan
-from slimgpt.pruning.capture import Part, StandIn, Stream, capture, run_layer, run_with
+from slimgpt.pruning.capture import StandIn, Stream, capture, run_layer
 from slimgpt.pruning.memory import DEVICE, FILE, HOST, Shelf, trim, used_bytes
-from slimgpt.pruning.sequential import Run, gram_for, matrix_of, running_layer
-from slimgpt.solver import CRITERIA, Gram, damp, group_sizes, reconstruct, select_channels
+from slimgpt.pruning.sequential import Run, matrix_of, prune_layers, running_layer
 
-SHARES = (0.25, 0.5, 0.75)
-"""Shares of a structure's units at which its cost is measured."""
+PATH = ((0.5, 2 / 3), (1.0, 1 / 6))
+"""Points ``alpha`` of the path at which gradients are taken, and their weights: Simpson's rule, whose first point needs
+no gradient, since the divergence is least, and flat, at the dense model."""
 
-PROBE_TOKENS, PROBE_LENGTH = 1024, 512
+PROBE_TOKENS, PROBE_LENGTH = 4096, 512
 """Tokens whose predictions are compared, and the longest window of them."""
 
-FIT_TOKENS, FIT_PER_COLUMN = 16384, 4
-"""The Hessians see so many tokens, or so many per column of the widest matrix where that is more."""
+FIT_TOKENS, FIT_PER_COLUMN = 8192, 4
+"""The trial run sees so many tokens, or so many per column of the widest matrix where that is more."""
 
-JOINT = -1
-"""In place of a layer's index: narrowed in all layers at once."""
+LOGITS = 2**25
+"""Predictions are compared in pieces of at most so many logits."""
+
+SEARCH_ROUNDS = 5
+"""How often ``search`` measures what it has spent and spends it again."""
 
 OnMeasured = Callable[[int, int, float], None]
-"""Called after every layer with its index, the number of layers and the seconds it took."""
+"""Called after every step with its number, the number of all steps and the seconds it took."""
 
 
 @dataclass
-class _Variant:
-    """A stream that was narrowed in one place."""
+class _Narrow:
+    """Where the trial run left a structure: the columns that stay and the number its matrix has on the shelf."""
 
-    layer: int
-    unit: str
-    share: float
+    structure: Structure
+    columns: Tensor
+    number: int
 
 
-@torch.no_grad()
 def measure(
     model: PreTrainedModel,
     take: Callable[[int], nn.Module],
     windows: Tensor,
-    head_unit: str,
+    plan: Plan,
     config: PruneConfig,
     run: Run,
     on_measured: OnMeasured | None = None,
 ) -> Sensitivity:
-    """The cost of every structure of every layer by the share of its units that is removed.
-
-    The cost is the mean over tokens of ``KL(dense || narrowed)`` in nats.
+    """What a plan would lose, and each structure's part in it.
 
     Args:
-        model: what is around the layers.
+        model: what is around the layers; it stays as it is.
         take: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)`` long; the last ones are the ones whose predictions are compared.
-        head_unit: ``kv`` or ``query``.
+        plan: the widths to try; structures that it leaves as they are contribute nothing and are not in the result.
 
     Raises:
-        NumericalError: a Hessian that is not positive definite.
+        NumericalError: NaN or infinity on the way, or a Hessian that is not positive definite.
     """
-    architecture = architecture_of(model.config, model)
-    layers = model.get_submodule(architecture.layers)
-    assert isinstance(layers, nn.ModuleList)
-    sizes = layer_sizes(model.config)
-    fit, probe = divide(windows, max(max(layer.values()) for layer in sizes))
-    stream = capture(
-        model, layers, fit, config.batch_size, Shelf(run.placement.stream, run.device, run.scratch), run.dtype
-    )
-    held = capture(model, layers, probe, len(probe), Shelf("device", run.device), run.dtype)
-    dense = held.hidden.take(0)
-    # How far rounding alone moves the predictions: the dense stream, disturbed by half a unit in the last place.
-    noise = torch.rand(dense.shape, generator=torch.Generator().manual_seed(config.seed)).to(dense)
-    disturbed = dense * (1 + torch.finfo(dense.dtype).eps * (noise - 0.5))
-    variants = [_Variant(0, "rounding", 0.0)]
-    most = len(layers) * len(SHARES) * len(architecture.chosen(head_unit)) * dense.numel() * dense.element_size()
-    shelf = Shelf(_place(most, run), run.device, run.scratch)
-    shelf.put(0, disturbed)
-    tuples = False
-    joint: dict[tuple[str, float], Tensor] = {}
-    for index in range(len(layers)):
-        start = time.perf_counter()
-        layer = running_layer(take(index), model.config, index, run)
-        arguments = held.arguments[0][index]
-        tuples = isinstance(layer(shelf.get(0), **arguments), tuple) if index == 0 else tuples
-        for number in range(len(variants)):
-            shelf.put(number, run_layer(layer, shelf.get(number), arguments))
-        state = layer.state_dict()
-        structures = [s for s in architecture.chosen(head_unit) if s.key in state]
-        grams = _advance(layer, index, structures, stream, run)
-        given: dict[str, Any] = {}
-        before, passed = dense, set()
-        for structure, gram in zip(structures, grams):
-            part = run_with(layer, given, dense, arguments, until=structure.output)
-            W, bias = matrix_of(layer, structure)
-            for share, columns, W_kept in _narrowed(W, gram, structure, sizes[index], config, index):
-                result = part.rebuild(F.linear(part.inputs[..., columns], W_kept, bias))
-                shelf.put(len(variants), run_with(layer, {**given, part.place: result}, dense, arguments))
-                variants.append(_Variant(index, structure.unit, share))
-                key = (structure.unit, share)
-                hidden = joint.get(key, before)
-                joint[key] = _run_narrowed(layer, structure, columns, W_kept, bias, hidden, arguments)
-                passed.add(key)
-            given[part.place] = part.rebuild(F.linear(part.inputs, W, bias))
-        for key in joint.keys() - passed:  # a layer that has nothing of the kind, or too few units
-            joint[key] = run_layer(layer, joint[key], arguments)
-        dense = run_with(layer, given, dense, arguments)
-        del layer, grams
-        trim()
-        if on_measured:
-            on_measured(index, len(layers), time.perf_counter() - start)
-    for (unit, share), hidden in joint.items():
-        shelf.put(len(variants), hidden)
-        variants.append(_Variant(JOINT, unit, share))
-    costs = _divergences(model, layers, probe, dense, shelf, len(variants), tuples)
-    return _sensitivity(variants, costs, len(layers))
+    return _Measurement(model, take, plan, config, run, on_measured)(windows)
 
 
 def divide(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
-    """The windows that give the Hessians, and the (shorter) ones whose predictions are compared: never the same."""
+    """The windows for the trial run, and the (shorter) ones whose predictions are compared: never the same."""
     length = min(windows.shape[1], PROBE_LENGTH)
     count = min(max(PROBE_TOKENS // length, 1), max(len(windows) // 2, 1))
     tokens = max(FIT_TOKENS, FIT_PER_COLUMN * widest)
@@ -147,139 +93,199 @@ def divide(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
     return rest[:most], windows[-count:, :length]
 
 
-def _place(size: int, run: Run) -> str:
-    """Where the variants are kept: where the stream is, or farther off if they take more than a quarter of the room."""
-    room = run.placement.budget - used_bytes(run.device)
-    if run.placement.stream != DEVICE or size <= room // 4:
-        return run.placement.stream
-    return FILE if run.device.type == "cpu" else HOST
+class _Measurement:
+    """One trial run and the way forth and back through the layers."""
 
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        take: Callable[[int], nn.Module],
+        plan: Plan,
+        config: PruneConfig,
+        run: Run,
+        on_measured: OnMeasured | None,
+    ):
+        architecture = architecture_of(model.config, model)
+        layers = model.get_submodule(architecture.layers)
+        assert isinstance(layers, nn.ModuleList)
+        self.model, self.layers, self.take, self.plan, self.config = model, layers, take, plan, config
+        self.structures = architecture.chosen(plan.head_unit)
+        self.sizes = layer_sizes(model.config)
+        self.run = Run(run.device, run.placement, run.dtype, scratch=run.scratch)  # without a journal, in one process
+        self.on_measured, self.done = on_measured, 0
+        self.narrow: list[list[_Narrow]] = []
 
-def _advance(layer: nn.Module, index: int, structures: Sequence[Structure], stream: Stream, run: Run) -> list[Gram]:
-    """The Gram matrix of every structure's inputs; the dense stream is moved on behind the layer."""
-    grams: list[Gram] = []
-    for number in range(len(stream)):
-        hidden, arguments = stream.hidden.get(number), stream.arguments[number][index]
-        given: dict[str, Any] = {}
-        for place, structure in enumerate(structures):
-            part: Part = run_with(layer, given, hidden, arguments, until=structure.output)
-            W, bias = matrix_of(layer, structure)
-            if number == 0:
-                grams.append(gram_for(W.shape[1], run, f"gram-{structure.unit}"))
-            grams[place].add(part.inputs)
-            given[part.place] = part.rebuild(F.linear(part.inputs, W, bias))
-        after = run_with(layer, given, hidden, arguments)
-        if not bool(torch.isfinite(after).all()):
-            raise NumericalError(f"layer {index}: its output holds NaN or infinity on the calibration text")
-        stream.hidden.put(number, after)
-    return grams
+    def __call__(self, windows: Tensor) -> Sensitivity:
+        fit, probe = divide(windows, max(max(layer.values()) for layer in self.sizes))
+        self.matrices = self._shelf(self.model.get_input_embeddings().weight.element_size() * self._narrow_numbers())
+        self._try(fit)
+        stream = capture(
+            self.model, self.layers, probe, self.config.batch_size, Shelf(DEVICE, self.run.device), self.run.dtype
+        )
+        dense, ends = self._forth(stream)
+        divergences, gradients = self._compare(dense, ends, probe)
+        return Sensitivity(divergences[-1], tuple(self._back(stream, gradients)))
 
+    def _try(self, fit: Tensor) -> None:
+        """Prune on a few windows and keep every narrow matrix."""
+        count = 0
+        for finished in self._steps(
+            prune_layers(self.model, self.take, fit, self.plan, self.config, self.run), len(self.layers)
+        ):
+            index, sizes, found = finished.report.layer, self.sizes[finished.report.layer], []
+            for structure in self.structures:
+                kept = finished.report.kept.get(structure.name)
+                if kept is None or len(kept) == structure.units(sizes):
+                    continue
+                W = output_matrix(finished.state, structure)
+                n = W.shape[1] * structure.units(sizes) // len(kept)
+                found.append(_Narrow(structure, unit_rows(n, structure.units(sizes), torch.tensor(kept)), count))
+                self.matrices.put(count, W)
+                count += 1
+            assert index == len(self.narrow)
+            self.narrow.append(found)
 
-def _run_narrowed(
-    layer: nn.Module,
-    structure: Structure,
-    columns: Tensor,
-    W_kept: Tensor,
-    bias: Tensor | None,
-    hidden: Tensor,
-    arguments: dict[str, Any],
-) -> Tensor:
-    """The hidden states after a layer of which one structure is narrowed."""
-    part = run_with(layer, {}, hidden, arguments, until=structure.output)
-    result = part.rebuild(F.linear(part.inputs[..., columns], W_kept, bias))
-    return run_with(layer, {part.place: result}, hidden, arguments)
+    @torch.no_grad()
+    def _forth(self, stream: Stream) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """The hidden states behind the last layer of the dense model and at every point of the path; by batch."""
+        batches = range(len(stream))
+        dense = [stream.hidden.take(number) for number in batches]
+        ends = [list(dense) for _ in PATH]
+        inputs = len(PATH) * len(self.layers) * sum(hidden.numel() * hidden.element_size() for hidden in dense)
+        self.inputs = self._shelf(inputs)
+        for index in self._steps(range(len(self.layers)), len(self.layers)):
+            layer = self._layer(index)
+            if index == 0:
+                self.tuples = isinstance(layer(dense[0], **stream.arguments[0][0]), tuple)
+            dense = [run_layer(layer, dense[number], stream.arguments[number][index]) for number in batches]
+            for point, _, _ in self._narrowed(layer, index):
+                for number in batches:
+                    self.inputs.put(self._number(point, index, number, len(batches)), ends[point][number])
+                    ends[point][number] = run_layer(layer, ends[point][number], stream.arguments[number][index])
+            if not all(bool(torch.isfinite(hidden).all()) for hidden in (*dense, *ends[-1])):
+                raise NumericalError(f"layer {index}: its output holds NaN or infinity on the calibration text")
+        return dense, ends
 
+    def _compare(
+        self, dense: list[Tensor], ends: list[list[Tensor]], probe: Tensor
+    ) -> tuple[list[float], list[list[Tensor]]]:
+        """``KL(dense || narrowed)`` per token at every point of the path, and the gradient of its sum over the tokens.
 
-def _narrowed(
-    W: Tensor, gram: Gram, structure: Structure, sizes: Sizes, config: PruneConfig, index: int
-) -> list[tuple[float, Tensor, Tensor]]:
-    """For every share: the share there is, the columns that stay and the repaired matrix ``(out, columns)``."""
-    units, groups = structure.units(sizes), structure.group_count(sizes)
-    per_group = units // groups
-    removals = sorted({min(max(round(share * per_group), 1), per_group - 1) for share in SHARES} - {0})
-    n, dtype = W.shape[1], gram.sum.dtype
-    H = damp(gram.mean(), config.damping)
-    exact = W.to(dtype)
-    G = exact @ H
-    found = []
-    try:
-        for removed in removals:
-            keep = (per_group - removed) * groups
-            if structure.name == "heads":
-                criterion, generator = CRITERIA[config.method], torch.Generator().manual_seed(config.seed)
-                kept = criterion.heads(exact, H, units, keep, groups, generator)
-            else:  # an estimate: fewer, larger groups
-                going = n - keep
-                kept = select_channels(exact, H, keep, group_sizes(going, smallest=max(going // 16, 1)))
-            columns = unit_rows(n, units, kept).to(W.device)
-            found.append((removed / per_group, columns, reconstruct(G, H, columns).to(W.dtype)))
-    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-        raise NumericalError(
-            f"layer {index}, {structure.output}: the Hessian is not positive definite with damping "
-            f"{config.damping:g}; raise --damping (0.01 is usual) or give more calibration tokens"
-        ) from error
-    return found
+        The first position is left out: nothing is known there, yet what holds attention sinks up shows in it.
+        The model's own code computes the predictions, its layers being stood in for.
+        """
+        embedding = next(self.model.get_input_embeddings().parameters())
+        most = max(LOGITS // text_config(self.model.config).vocab_size, 1)
+        hidden = dense[0]
 
+        def predictions(stream: Tensor, ids: Tensor) -> Tensor:
+            nonlocal hidden
+            hidden = stream.to(embedding)
+            logits = self.model(input_ids=ids.to(embedding.device), use_cache=False).logits
+            return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-def _divergences(
-    model: PreTrainedModel,
-    layers: nn.ModuleList,
-    probe: Tensor,
-    dense: Tensor,
-    shelf: Shelf,
-    count: int,
-    tuples: bool,
-) -> list[float]:
-    """``KL(dense || variant)`` at every second position, in nats per token, for every variant.
+        originals = list(self.layers)
+        frozen = [(p, p.requires_grad) for p in self.model.parameters()]
+        totals = [0.0] * len(PATH)
+        gradients = [[torch.zeros_like(end) for end in path] for path in ends]
+        try:
+            self.model.requires_grad_(False)
+            for index, layer in enumerate(originals):
+                self.layers[index] = StandIn(layer, lambda *_, **__: (hidden,) if self.tuples else hidden)
+            for number, ids in enumerate(probe.split(self.config.batch_size)):
+                for row in range(len(ids)):
+                    for start in range(1, ids.shape[1], most):
+                        place = (slice(row, row + 1), slice(start, start + most))
+                        with torch.no_grad():
+                            log_p = predictions(dense[number][place], ids[place])
+                        for point in range(len(PATH)):
+                            leaf = ends[point][number][place].detach().requires_grad_()
+                            with torch.enable_grad():
+                                total = (log_p.exp() * (log_p - predictions(leaf, ids[place]))).sum()
+                            gradients[point][number][place] = torch.autograd.grad(total, leaf)[0]
+                            totals[point] += float(total.detach())
+        finally:
+            for index, layer in enumerate(originals):
+                self.layers[index] = layer
+            for parameter, wanted in frozen:
+                parameter.requires_grad_(wanted)
+        self.tokens = probe.shape[0] * (probe.shape[1] - 1)
+        return [total / self.tokens for total in totals], gradients
 
-    The first position is left out: nothing is known there, yet what holds attention sinks up shows in it.
-    The model's own code computes the predictions from the streams, its layers being stood in for.
+    def _back(self, stream: Stream, gradients: list[list[Tensor]]) -> list[Contribution]:
+        """The part of every structure in the divergence."""
+        parts: list[Contribution] = []
+        batches = range(len(stream))
+        for index in self._steps(reversed(range(len(self.layers))), len(self.layers)):
+            layer = self._layer(index)
+            costs = [0.0] * len(self.narrow[index])
+            for point, weights, steps in self._narrowed(layer, index):
+                for number in batches:
+                    hidden = self.inputs.take(self._number(point, index, number, len(batches))).detach()
+                    hidden.requires_grad_()
+                    with torch.enable_grad():
+                        after = run_layer(layer, hidden, stream.arguments[number][index])
+                    found = torch.autograd.grad(after, [hidden, *weights], gradients[point][number])
+                    gradients[point][number] = found[0]
+                    for place, (gradient, step) in enumerate(zip(found[1:], steps)):
+                        costs[place] += PATH[point][1] * float((gradient.to(step) * step).sum()) / self.tokens
+            for narrow, cost in zip(self.narrow[index], costs):
+                structure, sizes = narrow.structure, self.sizes[index]
+                removed = 1 - structure.units(self.plan.layers[index]) / structure.units(sizes)
+                parts.append(Contribution(index, structure.unit, removed, cost))
+        return sorted(parts, key=lambda part: (part.layer, part.unit))
 
-    Args:
-        tuples: whether the layers return tuples.
-    """
-    originals = list(layers)
-    embedding = next(model.get_input_embeddings().parameters())
-    stream = dense
+    def _narrowed(self, layer: nn.Module, index: int) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
+        """The layer at every point of the path: its number, the matrices there, and the whole way ``W' - W``."""
+        steps = []
+        for narrow in self.narrow[index]:
+            W, _ = matrix_of(layer, narrow.structure)
+            full = torch.zeros_like(W, dtype=torch.promote_types(W.dtype, torch.float32))
+            full[:, narrow.columns.to(W.device)] = self.matrices.get(narrow.number).to(full)
+            step = full.sub_(W)
+            steps.append(step.T.contiguous() if narrow.structure.transposed else step)
+        modules = [layer.get_submodule(narrow.structure.output) for narrow in self.narrow[index]]
+        dense = [module.weight.detach() for module in modules]
+        for point, (alpha, _) in enumerate(PATH):
+            for module, W, step in zip(modules, dense, steps):
+                module.weight = nn.Parameter((W + alpha * step).to(W.dtype))
+            yield point, [module.weight for module in modules], steps
 
-    def predictions(window: int) -> Tensor:
-        nonlocal stream
-        stream = dense if variant is None else shelf.get(variant)
-        stream = stream[window : window + 1, 1::2].to(embedding)
-        return model(input_ids=probe[window : window + 1, 1::2].to(embedding.device), use_cache=False).logits.float()
+    def _layer(self, index: int) -> nn.Module:
+        layer = running_layer(self.take(index), self.model.config, index, self.run)
+        for name, tensor in layer.named_parameters():  # those of the model itself may be trained later
+            _put(layer, name, nn.Parameter(tensor.detach(), requires_grad=False))
+        return layer
 
-    costs = [0.0] * count
-    try:
-        for index, layer in enumerate(originals):
-            layers[index] = StandIn(layer, lambda *_, **__: (stream,) if tuples else stream)
-        for window in range(len(probe)):
-            variant = None
-            log_p = predictions(window).log_softmax(-1)
-            p = log_p.exp()
-            for variant in range(count):
-                log_q = predictions(window).log_softmax(-1)
-                costs[variant] += float((p * (log_p - log_q)).sum(-1).mean()) / len(probe)
-    finally:
-        for index, layer in enumerate(originals):
-            layers[index] = layer
-    return costs
+    def _number(self, point: int, index: int, number: int, batches: int) -> int:
+        return (point * len(self.layers) + index) * batches + number
 
+    def _narrow_numbers(self) -> int:
+        """How many numbers all narrow matrices hold."""
+        return sum(
+            layer.state_dict()[structure.key].numel() if structure.key in layer.state_dict() else 0
+            for layer in self.layers.children()
+            for structure in self.structures
+        )
 
-def _sensitivity(variants: Sequence[_Variant], costs: Sequence[float], count: int) -> Sensitivity:
-    """Costs by structure, less what rounding alone does in the layers behind it."""
-    floor = costs[0]
-    points: dict[tuple[int, str], list[tuple[float, float]]] = {}
-    for variant, cost in sorted(zip(variants[1:], costs[1:]), key=lambda pair: pair[0].share):
-        rounding = floor * (count - max(variant.layer, 0)) / count
-        points.setdefault((variant.layer, variant.unit), []).append((variant.share, max(cost - rounding, 0.0)))
-    curves = [
-        Curve(layer, unit, tuple(share for share, _ in found), tuple(cost for _, cost in found))
-        for (layer, unit), found in sorted(points.items())
-    ]
-    return Sensitivity(
-        tuple(curve for curve in curves if curve.layer >= 0),
-        {curve.unit: curve for curve in curves if curve.layer == JOINT},
-    )
+    def _shelf(self, size: int) -> Shelf:
+        """A shelf where the stream is, or farther off if what it is to hold takes more than a quarter of the room."""
+        room = self.run.placement.budget - used_bytes(self.run.device)
+        place = self.run.placement.stream
+        if place == DEVICE and size > room // 4:
+            place = FILE if self.run.device.type == "cpu" else HOST
+        return Shelf(place, self.run.device, self.run.scratch)
+
+    def _steps(self, items: Any, count: int) -> Iterator[Any]:
+        """Report after every item; there are three passes through the layers."""
+        start = time.perf_counter()
+        for item in items:
+            yield item
+            del item
+            trim()
+            if self.on_measured:
+                self.on_measured(self.done, 3 * count, time.perf_counter() - start)
+            self.done, start = self.done + 1, time.perf_counter()
 
 
 def allocate(
@@ -294,16 +300,51 @@ def allocate(
 ) -> tuple[Plan, dict[str, Any]]:
     """A plan that removes as much as ``plan`` does, where it costs least by measurement, and what a report says of it.
 
+    ``sensitivity`` measures one trial plan and spends by what it shows. ``search`` goes on: what was spent is measured
+    in turn and spent again, and of all plans, ``plan`` among them, the one whose predictions diverge least is taken.
+
     Raises:
         NumericalError: see :func:`measure`.
     """
     start = time.perf_counter()
-    costs = measure(model, take, windows, plan.head_unit, config, run, on_measured)
-    better = spend(plan, shape, costs, config.round_to, heads=config.kv_cache is None)
-    seconds = time.perf_counter() - start
-    return better, {"by": "sensitivity", "seconds": seconds, **costs.to_json()}
+    heads = config.kv_cache is None
+    rounds = SEARCH_ROUNDS if config.allocation == "search" else 0
+    looks, count = rounds + 1 + (rounds > 0), 0
+
+    def on_step(_: int, steps: int, seconds: float) -> None:
+        nonlocal count
+        if on_measured:
+            on_measured(count, steps * looks, seconds)
+        count += 1
+
+    def look_at(widths: Plan) -> Sensitivity:
+        return measure(model, take, windows, widths, config, run, on_step)
+
+    costs = look_at(trial(plan, shape, heads))
+    chosen = spend(plan, shape, costs, config.round_to, heads)
+    tried: list[tuple[float, Plan]] = []
+    if rounds:
+        tried.append((look_at(plan).divergence, plan))
+    for _ in range(rounds):
+        found = look_at(chosen)
+        tried.append((found.divergence, chosen))
+        # A structure that is whole now has no part in the loss; what is known of it stays.
+        known = {(part.layer, part.unit): part for part in costs.contributions}
+        known |= {(part.layer, part.unit): part for part in found.contributions}
+        costs = Sensitivity(found.divergence, tuple(known[key] for key in sorted(known)))
+        chosen = spend(plan, shape, costs, config.round_to, heads)
+    said = {"by": config.allocation, "seconds": time.perf_counter() - start, **costs.to_json()}
+    if tried:
+        said["tried"] = [divergence for divergence, _ in tried]
+        said["divergence"], chosen = min(tried, key=lambda pair: pair[0])
+    return chosen, said
 
 
 def measurable(shape: ModelShape) -> bool:
     """Whether all that can be removed are heads and channels; experts go by the schedule."""
     return all(layer.experts is None for layer in shape.layers)
+
+
+def _put(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(layer.get_submodule(owner), leaf, parameter)
