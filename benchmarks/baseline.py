@@ -82,7 +82,14 @@ def main(
             slim = copy.deepcopy(dense)
             start = time.perf_counter()
             report = slimgpt.prune(
-                slim, None, ratio=ratio, calibration=windows, method=method, head_unit=head_unit, device=device
+                slim,
+                None,
+                ratio=ratio,
+                calibration=windows,
+                method=method,
+                head_unit=head_unit,
+                allocation="schedule",
+                device=device,
             )
             seconds = time.perf_counter() - start
             row = {
@@ -110,7 +117,7 @@ def table(result: dict) -> str:
         f"# Baseline: {result['model']}{form}",
         "",
         f"Perplexity on `{result['text']}` at window {result['window']} ({extent}, no overlap, fp32), after pruning "
-        f"on {c['num_samples']} x {c['seq_len']} tokens of `{c['source']}`; no retraining. "
+        f"on {c['num_samples']} x {c['seq_len']} tokens of `{c['source']}`; no retraining, widths by the log_increase schedule. "
         "Written by `benchmarks/baseline.py`; the settings and seconds by part are in the JSON file beside it.",
         "",
         "| removed | method | head unit | achieved | parameters | perplexity | seconds |",

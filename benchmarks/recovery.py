@@ -101,6 +101,7 @@ def main(
                 slim,
                 ratio=float(ratio),
                 calibration=str(c4),
+                allocation="schedule",
                 num_samples=num_samples,
                 seq_len=seq_len,
                 resume=True,

@@ -51,7 +51,9 @@ def test_the_divergence_is_that_of_the_pruned_model_and_its_parts_sum_up_to_it(f
     for _ in prune_model(slim, fit, plan, CONFIG, run()):
         pass
     assert found.divergence == pytest.approx(divergence(slim, model, probe), rel=1e-6)
-    assert sum(part.cost for part in found.contributions) == pytest.approx(found.divergence, rel=0.2 if family == "gemma2" else 0.02)
+    assert sum(part.cost for part in found.contributions) == pytest.approx(
+        found.divergence, rel=0.2 if family == "gemma2" else 0.02
+    )
     assert len(found.contributions) == 2 * len(layers)
 
 

@@ -41,7 +41,7 @@ PROBE_TOKENS, PROBE_LENGTH = 4096, 512
 FIT_TOKENS, FIT_PER_COLUMN = 8192, 4
 """The trial run sees so many tokens, or so many per column of the widest matrix where that is more."""
 
-LOGITS = 2**25
+LOGITS = 2**24
 """Predictions are compared in pieces of at most so many logits."""
 
 SEARCH_ROUNDS = 5
@@ -269,11 +269,14 @@ class _Measurement:
         )
 
     def _shelf(self, size: int) -> Shelf:
-        """A shelf where the stream is, or farther off if what it is to hold takes more than a quarter of the room."""
+        """A shelf where the stream is, or farther off if what it is to hold takes more than a quarter of the room.
+
+        What grows with the depth of the model is never in the memory of a run from folder to folder on a CPU.
+        """
+        place, on_cpu = self.run.placement.stream, self.run.device.type == "cpu"
         room = self.run.placement.budget - used_bytes(self.run.device)
-        place = self.run.placement.stream
-        if place == DEVICE and size > room // 4:
-            place = FILE if self.run.device.type == "cpu" else HOST
+        if place == DEVICE and (size > room // 4 or (on_cpu and self.run.scratch is not None)):
+            place = FILE if on_cpu else HOST
         return Shelf(place, self.run.device, self.run.scratch)
 
     def _steps(self, items: Any, count: int) -> Iterator[Any]:
