@@ -117,7 +117,8 @@ def table(result: dict) -> str:
         f"# Baseline: {result['model']}{form}",
         "",
         f"Perplexity on `{result['text']}` at window {result['window']} ({extent}, no overlap, fp32), after pruning "
-        f"on {c['num_samples']} x {c['seq_len']} tokens of `{c['source']}`; no retraining, widths by the log_increase schedule. "
+        f"on {c['num_samples']} x {c['seq_len']} tokens of `{c['source']}`; no retraining, widths by the "
+        "log_increase schedule. "
         "Written by `benchmarks/baseline.py`; the settings and seconds by part are in the JSON file beside it.",
         "",
         "| removed | method | head unit | achieved | parameters | perplexity | seconds |",

@@ -95,7 +95,8 @@ class PruneConfig:
                 )
             if self.kv_cache is not None and not sizes:
                 raise UsageError(
-                    f"allocation '{self.allocation}' spends a size, and kv_cache alone names none; add ratio, params or bytes"
+                    f"allocation '{self.allocation}' spends a size, and kv_cache alone names none; "
+                    "add ratio, params or bytes"
                 )
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be 0 or more")

@@ -28,5 +28,6 @@ __all__ = [
     "read_plan",
     "spend",
     "to_toml",
+    "trial",
     "verdicts",
 ]

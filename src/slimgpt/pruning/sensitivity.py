@@ -1,4 +1,4 @@
-"""What each structure has lost of a narrowed model's quality, by the gradient along the path from the dense model to it.
+"""What each structure has lost of a narrowed model's quality: gradients along the path from the dense model to it.
 
 A trial run prunes every structure of every layer, on few tokens. A structure's narrow matrix, with zeros where its
 columns are gone, is reached from the dense one on a straight line ``W + alpha (W' - W)``, all structures at once; with
