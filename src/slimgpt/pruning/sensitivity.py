@@ -117,7 +117,8 @@ class _Measurement:
 
     def __call__(self, windows: Tensor) -> Sensitivity:
         fit, probe = divide(windows, max(max(layer.values()) for layer in self.sizes))
-        self.matrices = self._shelf(self.model.get_input_embeddings().weight.element_size() * self._narrow_numbers())
+        each = next(self.model.get_input_embeddings().parameters()).element_size()
+        self.matrices = self._shelf(each * self._narrow_numbers())
         self._try(fit)
         stream = capture(
             self.model, self.layers, probe, self.config.batch_size, Shelf(DEVICE, self.run.device), self.run.dtype
@@ -244,12 +245,13 @@ class _Measurement:
             full[:, narrow.columns.to(W.device)] = self.matrices.get(narrow.number).to(full)
             step = full.sub_(W)
             steps.append(step.T.contiguous() if narrow.structure.transposed else step)
-        modules = [layer.get_submodule(narrow.structure.output) for narrow in self.narrow[index]]
-        dense = [module.weight.detach() for module in modules]
+        names = [narrow.structure.key for narrow in self.narrow[index]]
+        dense = [layer.get_parameter(name).detach() for name in names]
         for point, (alpha, _) in enumerate(PATH):
-            for module, W, step in zip(modules, dense, steps):
-                module.weight = nn.Parameter((W + alpha * step).to(W.dtype))
-            yield point, [module.weight for module in modules], steps
+            there: list[Tensor] = [nn.Parameter((W + alpha * step).to(W.dtype)) for W, step in zip(dense, steps)]
+            for name, W in zip(names, there):
+                _put(layer, name, W)
+            yield point, there, steps
 
     def _layer(self, index: int) -> nn.Module:
         layer = running_layer(self.take(index), self.model.config, index, self.run)
@@ -348,6 +350,6 @@ def measurable(shape: ModelShape) -> bool:
     return all(layer.experts is None for layer in shape.layers)
 
 
-def _put(layer: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _put(layer: nn.Module, name: str, parameter: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(layer.get_submodule(owner), leaf, parameter)
