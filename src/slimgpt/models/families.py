@@ -249,6 +249,7 @@ ARCHITECTURES: dict[str, Entry] = {
     "lfm3": Architecture((*grouped("self_attn.o_proj", *_QKV, along=("self_attn.g_proj",)), _LFM_FFN)),
     "recurrent_gemma": _recurrent_gemma,
     "internlm3": _SEPARATE,
+    "iquestcoder": _SEPARATE,
 }
 """Supported families by ``config.model_type``."""
 
