@@ -250,6 +250,7 @@ ARCHITECTURES: dict[str, Entry] = {
     "recurrent_gemma": _recurrent_gemma,
     "internlm3": _SEPARATE,
     "iquestcoder": _SEPARATE,
+    "doge": replace(_FFN_ONLY, refused={"heads": "its attention mask is made of all value heads together"}),
 }
 """Supported families by ``config.model_type``."""
 
