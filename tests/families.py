@@ -121,6 +121,12 @@ OWN: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "intermediate_size": 104,
     },
+    "modernbert-decoder": {
+        **FILLED,
+        "local_attention": 12,
+        "layer_types": ALTERNATING,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
+    },
 }
 """What differs from :data:`COMMON` in a family's tiny model; ``None`` leaves a field out."""
 

@@ -251,6 +251,13 @@ ARCHITECTURES: dict[str, Entry] = {
     "internlm3": _SEPARATE,
     "iquestcoder": _SEPARATE,
     "doge": replace(_FFN_ONLY, refused={"heads": "its attention mask is made of all value heads together"}),
+    "modernbert-decoder": Architecture(
+        (
+            heads("attn.Wo", *in_module("attn", "q_proj", "k_proj", "v_proj")),
+            ffn("mlp.Wo", Fused("mlp.Wi", (CHANNELS, CHANNELS), (0, 1))),
+        ),
+        resized=True,
+    ),
 }
 """Supported families by ``config.model_type``."""
 
