@@ -127,6 +127,7 @@ OWN: dict[str, dict[str, Any]] = {
         "layer_types": ALTERNATING,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
     },
+    "diffllama": {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 2},
 }
 """What differs from :data:`COMMON` in a family's tiny model; ``None`` leaves a field out."""
 

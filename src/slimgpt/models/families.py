@@ -258,6 +258,7 @@ ARCHITECTURES: dict[str, Entry] = {
         ),
         resized=True,
     ),
+    "diffllama": replace(_FFN_ONLY, refused={"heads": "its heads work in pairs that subtract from one another"}),
 }
 """Supported families by ``config.model_type``."""
 
