@@ -87,12 +87,29 @@ save_file({key: value.contiguous() for key, value in found.items()}, out)
 
 
 def prune(model, **options):
-    options = {"ratio": 0.3, "calibration": windows(), "batch_size": 5, "device": "cpu", **options}
+    """Widths by the schedule: every structure of every layer loses something."""
+    options = {
+        "ratio": 0.3,
+        "calibration": windows(),
+        "batch_size": 5,
+        "device": "cpu",
+        "allocation": "schedule",
+        **options,
+    }
     return slimgpt.prune(model, None, **options)
 
 
 def layers_of(model):
     return model.get_submodule(lookup(model.config).layers)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_was_lost_is_divided_among_the_structures(name):
+    report = prune(tiny_model(name), ratio=ratio(name), allocation="sensitivity")
+    found = report.allocation
+    assert len(found["contributions"]) >= len(report.layers) // 2
+    assert sum(part["cost"] for part in found["contributions"]) == pytest.approx(found["divergence"], rel=0.1)
+    assert report.plan.achieved == pytest.approx(ratio(name), abs=0.01)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
