@@ -116,6 +116,7 @@ def _command(report: PruneReport) -> str:
     options = {
         **size,
         "method": settings.method,
+        "allocation": settings.allocation,
         "head-unit": report.plan.head_unit,
         "calibration": calibration["source"],
         "num-samples": calibration["num_samples"],
