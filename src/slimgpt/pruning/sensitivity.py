@@ -210,7 +210,7 @@ class _Measurement:
                 self.layers[index] = layer
             for parameter, wanted in frozen:
                 parameter.requires_grad_(wanted)
-        self.tokens = probe.shape[0] * (probe.shape[1] - 1)
+        self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
         return [total / self.tokens for total in totals], gradients
 
     def _back(self, stream: Stream, gradients: list[list[Tensor]]) -> list[Contribution]:
