@@ -142,11 +142,11 @@ def train(
     slim: Path, target: Path, sources: list[str], teacher: str, settings: dict[str, Any], core_minutes: float
 ) -> dict[str, Any]:
     """Train for the given CPU time, as nearly as a few timed steps foretell."""
-    record = target.with_suffix(".train.json")
+    record = target.with_name(f"{target.name}.train.json")
     if record.is_file() and target.is_dir():
         return json.loads(record.read_text(encoding="utf-8"))
     settings = {**SHARED, **settings} | ({"teacher": teacher} if settings["method"] == "distill" else {})
-    draft = target.with_suffix(".steps.json")
+    draft = target.with_name(f"{target.name}.steps.json")
     if not draft.is_file():
         draft.write_text(json.dumps(planned_steps(slim, target, sources, settings, core_minutes)), encoding="utf-8")
     steps = json.loads(draft.read_text(encoding="utf-8"))
