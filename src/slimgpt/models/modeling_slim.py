@@ -81,6 +81,14 @@ class SlimMixin:
             layers[index] = layer
         self.post_init()
 
+    def initialize_weights(self: Any) -> None:
+        """As in transformers, and also for the model around the layers.
+
+        For custom code, modules without weights of their own are left out; this one fills tables that no file has.
+        """
+        super().initialize_weights()  # type: ignore[misc]
+        self.base_model._init_weights(self.base_model)
+
     @classmethod
     def _can_set_experts_implementation(cls: Any) -> bool:
         # transformers looks for the experts in the file of the class, and they are in the stock class's.
