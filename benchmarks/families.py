@@ -121,6 +121,7 @@ def run(names: list[str]) -> dict[str, dict[str, list[str]]]:
     outcomes = Outcomes()
     arguments = [
         str(ROOT / "tests/test_families.py"),
+        str(ROOT / "tests/test_mixtures.py"),
         "-m",
         "families",
         "-q",
