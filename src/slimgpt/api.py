@@ -33,11 +33,11 @@ from slimgpt.pruning import (
     PruneReport,
     Run,
     allocate,
-    measurable,
     memory_need,
     parse_bytes,
     place,
     prune_model,
+    to_measure,
 )
 from slimgpt.solver import CRITERIA
 
@@ -69,7 +69,7 @@ def prune(
     params: str | int | None = None,
     bytes: str | int | None = None,
     kv_cache: str | None = None,
-    allocation: str | None = None,
+    allocation: str = "auto",
     plan: str | None = None,
     whole_experts: float = 0.0,
     on_layer: OnLayer | None = None,
@@ -104,9 +104,8 @@ def prune(
         bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``, never exceeded.
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``; whole KV heads go until it fits.
         allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
-            least, measured on a trial run; ``search``: measured and spent again several times. By default
-            ``sensitivity`` for the method ``slimgpt``, and ``schedule`` for others or where a schedule, a plan or equal
-            widths are given.
+            least, measured on a trial run; ``search``: measured and spent again several times. ``auto``:
+            ``sensitivity`` for the method ``slimgpt`` where there are enough calibration tokens, else ``schedule``.
         plan: a file of widths that ``slimgpt plan --save`` wrote.
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, from
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
@@ -254,7 +253,7 @@ def run_plan(
     placement = place(memory_need(model, windows, plan, config, dtype, copied), device, budget)
     check_finite(model.state_dict().items())
     reports, allocation, run = [], {}, Run(device, placement, dtype)
-    if config.allocation != "schedule" and measurable(shape := describe(model.config, model)):
+    if to_measure(config, shape := describe(model.config, model), windows):
         take = model.get_submodule(architecture_of(model.config, model).layers).get_submodule
         plan, allocation = allocate(
             plan, shape, model, lambda index: take(str(index)), windows, config, run, on_measured

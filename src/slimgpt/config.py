@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slimgpt.errors import UsageError
 
-ALLOCATIONS = ("schedule", "sensitivity", "search")
+ALLOCATIONS = ("auto", "schedule", "sensitivity", "search")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class PruneConfig:
             [0, 1]; the rest is channels inside the experts that stay.
         allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
             least by what was measured on a trial run; ``search``: measured and spent again several times, the best is
-            taken. ``None`` becomes ``sensitivity`` for the method ``slimgpt``, and ``schedule`` for the others and
-            wherever a schedule, a plan or equal widths were asked for.
+            taken. ``auto``: ``sensitivity`` for the method ``slimgpt`` where there are enough calibration tokens, and
+            ``schedule`` for the others and wherever a schedule, a plan or equal widths were asked for.
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
 
     Raises:
@@ -62,7 +62,7 @@ class PruneConfig:
     params: str | int | None = None
     bytes: str | int | None = None
     kv_cache: str | None = None
-    allocation: str | None = None
+    allocation: str = "auto"
     plan: str | None = None
     whole_experts: float = 0.0
 
@@ -82,13 +82,13 @@ class PruneConfig:
             raise UsageError(
                 "a plan file says every width; leave out schedule, kv_cache, uniform, round_to and whole_experts"
             )
-        if self.allocation is None:
+        if self.allocation == "auto":
             measured = self.method == "slimgpt" and not (self.schedule or self.plan or self.uniform)
-            measured = measured and (self.kv_cache is None or bool(sizes))
-            object.__setattr__(self, "allocation", "sensitivity" if measured else "schedule")
+            if not measured or (self.kv_cache is not None and not sizes):
+                object.__setattr__(self, "allocation", "schedule")
         if self.allocation not in ALLOCATIONS:
             raise UsageError(f"allocation '{self.allocation}' is unknown; choose {', '.join(ALLOCATIONS)}")
-        if self.allocation != "schedule":
+        if self.allocation in ("sensitivity", "search"):
             if self.schedule or self.plan or self.uniform:
                 raise UsageError(
                     f"allocation '{self.allocation}' chooses the widths itself; leave out schedule, plan and uniform"

@@ -47,10 +47,10 @@ from slimgpt.pruning import (
     PruneReport,
     Run,
     allocate,
-    measurable,
     memory_need,
     place,
     prune_layers,
+    to_measure,
 )
 from slimgpt.pruning.journal import write_text
 from slimgpt.pruning.memory import free_bytes, hold_to
@@ -247,7 +247,7 @@ def _run(
     reports = []
     run = Run(p.device, placement, dtype, ranks, journal.scratch, journal)
     plan, allocation = p.plan, {}
-    if p.config.allocation != "schedule" and measurable(p.shape):
+    if to_measure(p.config, p.shape, p.windows):
         plan, allocation = _allocated(p, ranks, layers, run, journal, on_measured)
     for finished in prune_layers(model, layers, windows, plan, p.config, run):
         if ranks.main:

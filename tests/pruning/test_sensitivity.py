@@ -171,3 +171,15 @@ def test_two_ways_to_choose_widths_are_refused(other):
 def test_an_unknown_allocation_lists_the_known_ones():
     with pytest.raises(slimgpt.SlimGPTError, match="sensitivity"):
         make_config(ratio=0.3, allocation="best")
+
+
+def test_by_default_it_is_measured_where_there_are_tokens_enough():
+    found = {}
+    for count in (8, 40):
+        model = tiny_model("llama")  # 52 channels: 208 tokens for the trial run, beside those that are compared
+        found[count] = slimgpt.prune(model, None, 0.3, windows(count, 24), device="cpu").allocation
+    assert found[8] == {}
+    assert found[40]["by"] == "sensitivity"
+    paper = slimgpt.prune(tiny_model("llama"), None, 0.3, windows(40, 24), device="cpu", method="paper")
+    assert paper.settings.allocation == "schedule"
+    assert paper.allocation == {}

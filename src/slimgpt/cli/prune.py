@@ -68,13 +68,12 @@ def prune(
         str, typer.Option(help="slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda or random.")
     ] = DEFAULTS.method,
     allocation: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="schedule: as --schedule says; sensitivity: where it costs least, measured on a trial run; search: "
-            "measured and spent again several times.",
-            show_default="sensitivity for the method slimgpt, else schedule",
+            "measured and spent again several times; auto: sensitivity for the method slimgpt if the text is enough.",
         ),
-    ] = None,
+    ] = "auto",
     calibration: Annotated[
         str,
         typer.Option(

@@ -3,7 +3,7 @@
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.memory import Placement, parse_bytes, place
 from slimgpt.pruning.report import LayerReport, PruneReport, total_seconds
-from slimgpt.pruning.sensitivity import OnMeasured, allocate, measurable, measure
+from slimgpt.pruning.sensitivity import OnMeasured, allocate, measure, to_measure
 from slimgpt.pruning.sequential import Finished, Run, prune_layers
 from slimgpt.pruning.whole import memory_need, prune_model
 
@@ -16,12 +16,12 @@ __all__ = [
     "PruneReport",
     "Run",
     "allocate",
-    "measurable",
     "measure",
     "memory_need",
     "parse_bytes",
     "place",
     "prune_layers",
     "prune_model",
+    "to_measure",
     "total_seconds",
 ]

@@ -338,11 +338,23 @@ def allocate(
         known |= {(part.layer, part.unit): part for part in found.contributions}
         costs = Sensitivity(found.divergence, tuple(known[key] for key in sorted(known)))
         chosen = spend(plan, shape, costs, config.round_to, heads)
-    said = {"by": config.allocation, "seconds": time.perf_counter() - start, **costs.to_json()}
+    said = {"by": "search" if rounds else "sensitivity", "seconds": time.perf_counter() - start, **costs.to_json()}
     if tried:
         said["tried"] = [divergence for divergence, _ in tried]
         said["divergence"], chosen = min(tried, key=lambda pair: pair[0])
     return chosen, said
+
+
+def to_measure(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:
+    """Whether widths are chosen by measurement.
+
+    ``auto`` measures where enough tokens are left for the trial run beside those whose predictions are compared: with
+    fewer, the trial fits its own windows and says little of any others.
+    """
+    if config.allocation == "schedule" or not measurable(shape):
+        return False
+    widest = max(max(layer.sizes.values()) for layer in shape.layers)
+    return config.allocation != "auto" or divide(windows, widest)[0].numel() >= FIT_PER_COLUMN * widest
 
 
 def measurable(shape: ModelShape) -> bool:
