@@ -321,7 +321,7 @@ def test_remote_code_is_refused_without_the_flag(refused, dense_folder, tmp_path
 
 
 def test_ctrl_c_leaves_no_folder_that_looks_finished(tmp_path, tokenizer, text_file):
-    model = tiny_model("llama", num_hidden_layers=24, hidden_size=240, intermediate_size=2048)
+    model = tiny_model("llama", num_hidden_layers=48, hidden_size=240, intermediate_size=2048)
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     words = ["prune", tmp_path / "dense", tmp_path / "slim", "--calibration", text_file, "--num-samples", "60",
