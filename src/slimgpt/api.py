@@ -19,7 +19,7 @@ from slimgpt.calibration import digest, sample_windows
 from slimgpt.config import PruneConfig, parse_schedule
 from slimgpt.errors import CalibrationError, UsageError
 from slimgpt.evaluation import Perplexity, Text, perplexity, read_text
-from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes, text_config
+from slimgpt.models.heterogeneous import decoder_layers, empty_model, layer_sizes, text_config
 from slimgpt.models.loading import as_device, as_dtype
 from slimgpt.models.loading import forward_dtype as choose_forward_dtype
 from slimgpt.models.shape import ModelShape, describe
@@ -111,8 +111,8 @@ def prune(
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
-        on_measured: called after every layer while costs are measured, with its index, the number of layers and the
-            seconds it took.
+        on_measured: called after every step while costs are measured, with its number, the number of all steps and
+            the seconds it took.
 
     Returns:
         What was asked for, planned and done.
@@ -254,10 +254,8 @@ def run_plan(
     check_finite(model.state_dict().items())
     reports, allocation, run = [], {}, Run(device, placement, dtype)
     if to_measure(config, shape := describe(model.config, model), windows):
-        take = model.get_submodule(architecture_of(model.config, model).layers).get_submodule
-        plan, allocation = allocate(
-            plan, shape, model, lambda index: take(str(index)), windows, config, run, on_measured
-        )
+        take = decoder_layers(model).__getitem__
+        plan, allocation = allocate(plan, shape, model, take, windows, config, run, on_measured)
     for report in prune_model(model, windows, plan, config, run):
         reports.append(report)
         if on_layer:

@@ -28,7 +28,7 @@ from slimgpt.checkpoint import assemble, check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import NumericalError, RankError
 from slimgpt.models import adapters
-from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
+from slimgpt.models.heterogeneous import architecture_of, decoder_layers, empty_model, layer_sizes
 from slimgpt.models.loading import (
     DTYPES,
     forward_dtype,
@@ -89,8 +89,7 @@ class _Layers:
     def __call__(self, index: int) -> nn.Module:
         if self.streamed is not None:
             return self.streamed.layer(index)
-        layers = self.model.get_submodule(architecture_of(self.model.config, self.model).layers)
-        return layers.get_submodule(str(index))
+        return decoder_layers(self.model)[index]
 
     def check_finite(self, ranks: Ranks) -> None:
         if self.streamed is not None:

@@ -73,7 +73,7 @@ def prune(
             help="schedule: as --schedule says; sensitivity: where it costs least, measured on a trial run; search: "
             "measured and spent again several times; auto: sensitivity for the method slimgpt if the text is enough.",
         ),
-    ] = "auto",
+    ] = DEFAULTS.allocation,
     calibration: Annotated[
         str,
         typer.Option(

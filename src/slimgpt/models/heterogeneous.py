@@ -141,6 +141,17 @@ def architecture_of(config: PreTrainedConfig, model: nn.Module | None = None) ->
     )
 
 
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model of a family in the table.
+
+    Raises:
+        UnsupportedFamilyError: its family is not there.
+    """
+    layers = model.get_submodule(architecture_of(model.config, model).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
 def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
     """The first module of a description that no layer of a model has, or that one has only in part."""
     try:

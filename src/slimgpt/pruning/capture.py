@@ -61,6 +61,19 @@ class StandIn(nn.Module):
         return self.function(*args, **kwargs)
 
 
+@contextmanager
+def stood_in(layers: nn.ModuleList, function: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Every layer replaced by a :class:`StandIn` for a while; ``function`` gives for each what is called instead."""
+    originals = list(layers)
+    try:
+        for index, layer in enumerate(originals):
+            layers[index] = StandIn(layer, function(layer))
+        yield
+    finally:
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
 @torch.no_grad()
 def capture(
     model: PreTrainedModel,
@@ -78,7 +91,6 @@ def capture(
         hidden: where the hidden states are to be kept.
         dtype: convert what is floating-point to it; ``None`` leaves it as the model makes it.
     """
-    originals = list(layers)
     arguments: list[list[Arguments]] = []
     known: dict[int, list[Arguments]] = {}  # windows are unpadded: equal batch sizes give equal arguments
     embedding_device = next(model.get_input_embeddings().parameters()).device
@@ -93,9 +105,7 @@ def capture(
         calls.append((calls[0][0] if calls else hidden_states, named))
         return (calls[0][0], None) if unpacked else calls[0][0]
 
-    try:
-        for index, layer in enumerate(originals):
-            layers[index] = StandIn(layer, partial(record, layer))
+    with stood_in(layers, lambda layer: partial(record, layer)):
         for number, batch in enumerate(windows.split(batch_size)):
             inputs = {"input_ids": batch.to(embedding_device), "use_cache": False}
             try:
@@ -107,16 +117,13 @@ def capture(
                 unpacked = True
                 calls.clear()
                 model.base_model(**inputs)
-            if len(calls) != len(originals):
-                raise ModelError(f"{len(calls)} of {len(originals)} layers were called in one forward pass")
+            if len(calls) != len(layers):
+                raise ModelError(f"{len(calls)} of {len(layers)} layers were called in one forward pass")
             move = _Mover(hidden.device, dtype)
             hidden.put(number, move(calls[0][0]))
             if len(batch) not in known:
                 known[len(batch)] = [move(kwargs) for _, kwargs in calls]
             arguments.append(known[len(batch)])
-    finally:
-        for index, layer in enumerate(originals):
-            layers[index] = layer
     return Stream(hidden, arguments)
 
 

@@ -102,7 +102,7 @@ class PruneReport:
         evaluation: figures added afterwards, shown in the model card.
         execution: how it ran: type of the forward passes, where activations were kept, processes.
         request: SHA-256 of everything that decides the result; empty for a model pruned in memory.
-        allocation: where widths were chosen by what they cost: the measured curves and the seconds that took.
+        allocation: where widths were chosen by what they cost: what every structure contributed, and the seconds.
         recovery: every training run after pruning: settings, data, losses by step.
     """
 

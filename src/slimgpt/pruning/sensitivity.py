@@ -4,32 +4,33 @@ A trial run prunes every structure of every layer, on few tokens. A structure's 
 columns are gone, is reached from the dense one on a straight line ``W + alpha (W' - W)``, all structures at once; with
 ``D(alpha)`` the divergence of the model's predictions from the dense model's, ``D(1)`` is the sum over structures of
 the integrals of ``<dD/dW, W' - W>`` over ``alpha`` (the fundamental theorem of calculus; Aumann and Shapley's way to
-divide a cost). Layers are visited in order, forth and back, with their inputs
-kept in between, so that a model that does not fit into memory can be measured too.
+divide a cost). Layers are visited in order, forth and back, with their inputs kept in between, so that a model that
+does not fit into memory can be measured too.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
-from slimgpt.errors import NumericalError
 from slimgpt.models.architectures import Structure
-from slimgpt.models.heterogeneous import architecture_of, layer_sizes, text_config
+from slimgpt.models.heterogeneous import architecture_of, decoder_layers, layer_sizes, text_config
 from slimgpt.models.shape import ModelShape
 from slimgpt.models.slicing import output_matrix, unit_rows
 from slimgpt.planning.budget import Contribution, Sensitivity, spend, trial
 from slimgpt.planning.plan import Plan
-from slimgpt.pruning.capture import StandIn, Stream, capture, run_layer
+from slimgpt.pruning.capture import Stream, capture, run_layer, stood_in
 from slimgpt.pruning.memory import DEVICE, FILE, HOST, Shelf, trim, used_bytes
-from slimgpt.pruning.sequential import Run, matrix_of, prune_layers, running_layer
+from slimgpt.pruning.sequential import Run, check_output, matrix_of, prune_layers, running_layer
+
+T = TypeVar("T")
 
 PATH = ((0.5, 2 / 3), (1.0, 1 / 6))
 """Points ``alpha`` of the path at which gradients are taken, and their weights: Simpson's rule, whose first point needs
@@ -105,11 +106,9 @@ class _Measurement:
         run: Run,
         on_measured: OnMeasured | None,
     ):
-        architecture = architecture_of(model.config, model)
-        layers = model.get_submodule(architecture.layers)
-        assert isinstance(layers, nn.ModuleList)
-        self.model, self.layers, self.take, self.plan, self.config = model, layers, take, plan, config
-        self.structures = architecture.chosen(plan.head_unit)
+        self.model, self.layers, self.take = model, decoder_layers(model), take
+        self.plan, self.config = plan, config
+        self.structures = architecture_of(model.config, model).chosen(plan.head_unit)
         self.sizes = layer_sizes(model.config)
         self.run = Run(run.device, run.placement, run.dtype, scratch=run.scratch)  # without a journal, in one process
         self.on_measured, self.done = on_measured, 0
@@ -130,9 +129,7 @@ class _Measurement:
     def _try(self, fit: Tensor) -> None:
         """Prune on a few windows and keep every narrow matrix."""
         count = 0
-        for finished in self._steps(
-            prune_layers(self.model, self.take, fit, self.plan, self.config, self.run), len(self.layers)
-        ):
+        for finished in self._steps(prune_layers(self.model, self.take, fit, self.plan, self.config, self.run)):
             index, sizes, found = finished.report.layer, self.sizes[finished.report.layer], []
             for structure in self.structures:
                 kept = finished.report.kept.get(structure.name)
@@ -154,7 +151,7 @@ class _Measurement:
         ends = [list(dense) for _ in PATH]
         inputs = len(PATH) * len(self.layers) * sum(hidden.numel() * hidden.element_size() for hidden in dense)
         self.inputs = self._shelf(inputs)
-        for index in self._steps(range(len(self.layers)), len(self.layers)):
+        for index in self._steps(range(len(self.layers))):
             layer = self._layer(index)
             if index == 0:
                 self.tuples = isinstance(layer(dense[0], **stream.arguments[0][0]), tuple)
@@ -163,8 +160,8 @@ class _Measurement:
                 for number in batches:
                     self.inputs.put(self._number(point, index, number, len(batches)), ends[point][number])
                     ends[point][number] = run_layer(layer, ends[point][number], stream.arguments[number][index])
-            if not all(bool(torch.isfinite(hidden).all()) for hidden in (*dense, *ends[-1])):
-                raise NumericalError(f"layer {index}: its output holds NaN or infinity on the calibration text")
+            for hidden in (*dense, *ends[-1]):
+                check_output(index, hidden)
         return dense, ends
 
     def _compare(
@@ -185,29 +182,25 @@ class _Measurement:
             logits = self.model(input_ids=ids.to(embedding.device), use_cache=False).logits
             return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-        originals = list(self.layers)
         frozen = [(p, p.requires_grad) for p in self.model.parameters()]
         totals = [0.0] * len(PATH)
         gradients = [[torch.zeros_like(end) for end in path] for path in ends]
         try:
             self.model.requires_grad_(False)
-            for index, layer in enumerate(originals):
-                self.layers[index] = StandIn(layer, lambda *_, **__: (hidden,) if self.tuples else hidden)
-            for number, ids in enumerate(probe.split(self.config.batch_size)):
-                for row in range(len(ids)):
-                    for start in range(1, ids.shape[1], most):
-                        place = (slice(row, row + 1), slice(start, start + most))
-                        with torch.no_grad():
-                            log_p = predictions(dense[number][place], ids[place])
-                        for point in range(len(PATH)):
-                            leaf = ends[point][number][place].detach().requires_grad_()
-                            with torch.enable_grad():
-                                total = (log_p.exp() * (log_p - predictions(leaf, ids[place]))).sum()
-                            gradients[point][number][place] = torch.autograd.grad(total, leaf)[0]
-                            totals[point] += float(total.detach())
+            with stood_in(self.layers, lambda _: lambda *_, **__: (hidden,) if self.tuples else hidden):
+                for number, ids in enumerate(probe.split(self.config.batch_size)):
+                    for row in range(len(ids)):
+                        for start in range(1, ids.shape[1], most):
+                            place = (slice(row, row + 1), slice(start, start + most))
+                            with torch.no_grad():
+                                log_p = predictions(dense[number][place], ids[place])
+                            for point in range(len(PATH)):
+                                leaf = ends[point][number][place].detach().requires_grad_()
+                                with torch.enable_grad():
+                                    total = (log_p.exp() * (log_p - predictions(leaf, ids[place]))).sum()
+                                gradients[point][number][place] = torch.autograd.grad(total, leaf)[0]
+                                totals[point] += float(total.detach())
         finally:
-            for index, layer in enumerate(originals):
-                self.layers[index] = layer
             for parameter, wanted in frozen:
                 parameter.requires_grad_(wanted)
         self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
@@ -217,7 +210,7 @@ class _Measurement:
         """The part of every structure in the divergence."""
         parts: list[Contribution] = []
         batches = range(len(stream))
-        for index in self._steps(reversed(range(len(self.layers))), len(self.layers)):
+        for index in self._steps(reversed(range(len(self.layers)))):
             layer = self._layer(index)
             costs = [0.0] * len(self.narrow[index])
             for point, weights, steps in self._narrowed(layer, index):
@@ -264,11 +257,8 @@ class _Measurement:
 
     def _narrow_numbers(self) -> int:
         """How many numbers all narrow matrices hold."""
-        return sum(
-            layer.state_dict()[structure.key].numel() if structure.key in layer.state_dict() else 0
-            for layer in self.layers.children()
-            for structure in self.structures
-        )
+        states = (layer.state_dict() for layer in self.layers)
+        return sum(state[s.key].numel() for state in states for s in self.structures if s.key in state)
 
     def _shelf(self, size: int) -> Shelf:
         """A shelf where the stream is, or farther off if what it is to hold takes more than a quarter of the room.
@@ -281,7 +271,7 @@ class _Measurement:
             place = FILE if on_cpu else HOST
         return Shelf(place, self.run.device, self.run.scratch)
 
-    def _steps(self, items: Any, count: int) -> Iterator[Any]:
+    def _steps(self, items: Iterable[T]) -> Iterator[T]:
         """Report after every item; there are three passes through the layers."""
         start = time.perf_counter()
         for item in items:
@@ -289,7 +279,7 @@ class _Measurement:
             del item
             trim()
             if self.on_measured:
-                self.on_measured(self.done, 3 * count, time.perf_counter() - start)
+                self.on_measured(self.done, 3 * len(self.layers), time.perf_counter() - start)
             self.done, start = self.done + 1, time.perf_counter()
 
 

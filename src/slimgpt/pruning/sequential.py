@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
 from slimgpt.models.architectures import Sizes, Structure
-from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
+from slimgpt.models.heterogeneous import architecture_of, decoder_layers, layer_sizes, rebuild_layer
 from slimgpt.models.mixtures import Experts, Mixture
 from slimgpt.models.shape import count
 from slimgpt.models.slicing import State, output_matrix, slice_state, unit_rows
@@ -107,8 +107,7 @@ def prune_layers(
     """
     architecture = architecture_of(model.config, model)
     structures = architecture.chosen(plan.head_unit)
-    layers = model.get_submodule(architecture.layers)
-    assert isinstance(layers, nn.ModuleList)
+    layers = decoder_layers(model)
     hidden = Shelf(run.placement.stream, run.device, run.scratch)
     stream = capture(model, layers, windows, config.batch_size, hidden, run.dtype)
     for index, (sizes, target) in enumerate(zip(layer_sizes(model.config), plan.layers, strict=True)):
@@ -156,6 +155,16 @@ def matrix_of(layer: nn.Module, structure: Structure) -> tuple[Tensor, Tensor | 
     linear = layer.get_submodule(structure.output)
     W = cast(Tensor, linear.weight).detach()
     return W.T if structure.transposed else W, cast(Tensor | None, linear.bias)
+
+
+def check_output(index: int, hidden: Tensor) -> None:
+    """Refuse hidden states behind a layer that are not finite.
+
+    Raises:
+        NumericalError: they hold NaN or infinity; the layer is named.
+    """
+    if not bool(torch.isfinite(hidden).all()):
+        raise NumericalError(f"layer {index}: its output holds NaN or infinity on the calibration text")
 
 
 def gram_for(n: int, run: Run, name: str = "gram") -> Gram:
@@ -280,8 +289,7 @@ class Layer:
     def _leave(self, number: int, result: dict[str, Any] | None = None) -> None:
         """Let one batch leave the layer."""
         after = self._run(number, result)
-        if not bool(torch.isfinite(after).all()):
-            raise NumericalError(f"layer {self.index}: its output holds NaN or infinity on the calibration text")
+        check_output(self.index, after)
         self.stream.hidden.put(number, after)
 
     def _run(self, number: int, result: dict[str, Any] | None = None, until: str | None = None) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.models.alignment import align
 from slimgpt.models.architectures import CHANNELS
-from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
+from slimgpt.models.heterogeneous import architecture_of, decoder_layers, layer_sizes, rebuild_layer
 from slimgpt.models.mixtures import EXPERTS, Experts
 from slimgpt.models.slicing import output_matrix
 from slimgpt.models.stock import apply_sizes
@@ -33,8 +33,7 @@ def prune_model(
         NumericalError: NaN or infinity in activations, or a Hessian that is not positive definite.
     """
     architecture = architecture_of(model.config, model)
-    layers = model.get_submodule(architecture.layers)
-    assert isinstance(layers, nn.ModuleList)
+    layers = decoder_layers(model)
     sizes = layer_sizes(model.config)
     try:
         for finished in prune_layers(model, layers.__getitem__, windows, plan, config, run):
@@ -61,7 +60,7 @@ def memory_need(
         copied: whether a layer's weights are copied to be run (another device or type), or used where they are.
     """
     architecture = architecture_of(model.config, model)
-    layers = model.get_submodule(architecture.layers)
+    layers = decoder_layers(model)
     tokens, batch = windows.numel(), min(config.batch_size, len(windows)) * windows.shape[1]
     layer_bytes = solver_bytes = widest = item = out = 0
     streams = 2
