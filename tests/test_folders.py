@@ -42,7 +42,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def report_of(folder: Path) -> dict:
     """The report without seconds."""
     report = json.loads((folder / "slimgpt.json").read_text())
-    for part in (report, *report["layers"], report["allocation"]):
+    for part in (report, *report["layers"], report["allocation"], report["distillation"]):
         part.pop("seconds", None)
     return report
 
@@ -259,18 +259,89 @@ def test_killed_at_every_layer_and_resumed_is_the_same_to_the_byte(wide, text_fi
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "resumed"]
 
 
+@pytest.fixture
+def same_text(tmp_path_factory) -> Path:
+    """A text whose windows are all the same: what helps with one of them helps with the others."""
+    file = tmp_path_factory.mktemp("text") / "same.txt"
+    file.write_text("strong " * 4000, encoding="utf-8")
+    return file
+
+
+def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_text, tmp_path, monkeypatch):
+    monkeypatch.setattr("slimgpt.pruning.distillation.STEP_TOKENS", 24)
+    options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0, "distill": 120}
+    plain = slimgpt.prune_folder(str(wide), tmp_path / "plain", **options)
+    assert plain.distillation["kept"]
+    assert plain.distillation["steps"] == 5
+
+    class Killed(BaseException):
+        pass
+
+    def kill(step, *_):
+        if step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        slimgpt.prune_folder(str(wide), tmp_path / "resumed", on_distilled=kill, **options)
+    write, count = slimgpt.pruning.journal.write_tensors, 0
+
+    def write_two(tensors, file):
+        nonlocal count
+        count += file.parent.name == "distilled"
+        if count == 3:
+            raise Killed
+        write(tensors, file)
+
+    def never(*_):
+        raise Killed
+
+    # While trained layers are written, and when the training is finished and the folder is not.
+    for name, instead in (("pruning.journal.write_tensors", write_two), ("folders.assemble", never)):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"slimgpt.{name}", instead)
+            with pytest.raises(Killed):
+                slimgpt.prune_folder(str(wide), tmp_path / "resumed", resume=True, **options)
+    steps = []
+    slimgpt.prune_folder(
+        str(wide), tmp_path / "resumed", resume=True, on_distilled=lambda *s: steps.append(s), **options
+    )
+    assert steps == []
+    assert files_of(tmp_path / "plain") == files_of(tmp_path / "resumed")
+    assert report_of(tmp_path / "plain") == report_of(tmp_path / "resumed")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "resumed"]
+
+
+def test_streamed_training_is_the_same_as_in_memory(wide, same_text, tmp_path, monkeypatch):
+    monkeypatch.setattr("slimgpt.pruning.distillation.STEP_TOKENS", 24)
+    options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0}
+    said = slimgpt.prune_folder(str(wide), tmp_path / "streamed", distill=120, **options).distillation
+    model, tokenizer = slimgpt.load(str(wide))
+    there = slimgpt.prune(model, tokenizer, distill=120, **options).distillation
+    assert said["curve"] == pytest.approx(there["curve"], rel=1e-3)
+    assert said["divergence"] == pytest.approx(there["divergence"], rel=1e-3)
+    slim, _ = slimgpt.load(str(tmp_path / "streamed"))
+    untrained, _ = slimgpt.load(str(wide))
+    slimgpt.prune(untrained, tokenizer, distill="off", **options)
+    with torch.no_grad():
+        logits = [m(IDS).logits for m in (slim, model, untrained)]
+    assert (logits[0] - logits[1]).norm() < 0.05 * (logits[0] - logits[2]).norm()
+    reloaded = slimgpt.inspect(tmp_path / "streamed")
+    assert reloaded is not None
+    assert "trained together on 120 of the calibration tokens" in (tmp_path / "streamed" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments(kills, wide, text_file, tmp_path):
-    """After some delay without mercy; moments cover start-up, the layers, writing and the end of the run."""
+    """After some delay without mercy: moments of start-up, measuring, layers, training, writing, and of the end."""
     chance = random.Random(0)
     began = time.perf_counter()
-    plain = start(command(wide, tmp_path / "plain", text_file))
+    plain = start(command(wide, tmp_path / "plain", text_file, "--distill", "1500"))
     output, _ = plain.communicate(timeout=300)
     assert plain.returncode == 0, output
     duration = time.perf_counter() - began
     killed = 0
     while True:
-        process = start(command(wide, tmp_path / "resumed", text_file, "--resume"))
+        process = start(command(wide, tmp_path / "resumed", text_file, "--distill", "1500", "--resume"))
         if killed < kills:
             try:
                 process.wait(chance.uniform(0.3, 1.0) * duration)

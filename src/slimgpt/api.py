@@ -27,7 +27,9 @@ from slimgpt.models.weights import check_finite
 from slimgpt.planning import Plan, make_plan, parse_cache, parse_count, parse_size, read_plan
 from slimgpt.planning.targets import parameters_for
 from slimgpt.pruning import (
+    Distillation,
     LayerReport,
+    OnDistilled,
     OnMeasured,
     Placement,
     PruneReport,
@@ -37,7 +39,9 @@ from slimgpt.pruning import (
     parse_bytes,
     place,
     prune_model,
+    rehearse,
     to_measure,
+    tokens_to_distill,
 )
 from slimgpt.solver import CRITERIA
 
@@ -72,8 +76,10 @@ def prune(
     allocation: str = "auto",
     plan: str | None = None,
     whole_experts: float = 0.0,
+    distill: str | int = "auto",
     on_layer: OnLayer | None = None,
     on_measured: OnMeasured | None = None,
+    on_distilled: OnDistilled | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -109,10 +115,15 @@ def prune(
         plan: a file of widths that ``slimgpt plan --save`` wrote.
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, from
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
+        distill: on how many calibration tokens the output matrices are trained together after pruning, towards what
+            the dense model predicts, or ``off``. ``auto``: on half of them for the method ``slimgpt`` where these are
+            enough, and not at all for the others.
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
         on_measured: called after every step while costs are measured, with its number, the number of all steps and
             the seconds it took.
+        on_distilled: called after every step of that training with its number, the number of all steps, the divergence
+            per token and the seconds it took.
 
     Returns:
         What was asked for, planned and done.
@@ -142,6 +153,7 @@ def prune(
         allocation=allocation,
         plan=plan,
         whole_experts=whole_experts,
+        distill=distill,
     )
     budget = parse_bytes(memory) if memory else None
     target, wanted = as_device(device), as_dtype(dtype)
@@ -154,7 +166,8 @@ def prune(
             parameter.data = parameter.data.to(wanted)
         model.config.dtype = wanted
     name = str(model.config.name_or_path or type(model).__name__)
-    return run_plan(model, name, windows, source, widths, config, target, on_layer, budget, on_measured)
+    calls = (on_measured, on_distilled)
+    return run_plan(model, name, windows, source, widths, config, target, on_layer, budget, *calls)
 
 
 def make_config(**settings: Any) -> PruneConfig:
@@ -242,6 +255,7 @@ def run_plan(
     on_layer: OnLayer | None,
     budget: int | None = None,
     on_measured: OnMeasured | None = None,
+    on_distilled: OnDistilled | None = None,
 ) -> PruneReport:
     """Prune a model in memory and gather the reports of its layers."""
     check_context(model.config, windows)
@@ -253,13 +267,22 @@ def run_plan(
     placement = place(memory_need(model, windows, plan, config, dtype, copied), device, budget)
     check_finite(model.state_dict().items())
     reports, allocation, run = [], {}, Run(device, placement, dtype)
-    if to_measure(config, shape := describe(model.config, model), windows):
-        take = decoder_layers(model).__getitem__
+    shape, take = describe(model.config, model), decoder_layers(model).__getitem__
+    tokens = tokens_to_distill(config, shape, windows)
+    if to_measure(config, shape, windows):
         plan, allocation = allocate(plan, shape, model, take, windows, config, run, on_measured)
+    # What the dense model makes of the text has to be known before it is pruned.
+    lesson = rehearse(model, take, windows, tokens, config, run) if tokens else None
     for report in prune_model(model, windows, plan, config, run):
         reports.append(report)
         if on_layer:
             on_layer(report, plan)
+    distillation: dict[str, Any] = {}
+    if lesson is not None:
+        training = Distillation(model, take, plan, lesson, config, run)
+        distillation = training(on_distilled)
+        if distillation["kept"]:
+            training.apply(model)
     return PruneReport(
         base_model=name,
         model_type=model.config.model_type,
@@ -272,6 +295,7 @@ def run_plan(
         seconds=time.perf_counter() - start,
         execution=execution(dtype or stored, placement),
         allocation=allocation,
+        distillation=distillation,
     )
 
 

@@ -41,6 +41,9 @@ class PruneConfig:
             taken. ``auto``: ``sensitivity`` for the method ``slimgpt`` where there are enough calibration tokens, and
             ``schedule`` for the others and wherever a schedule, a plan or equal widths were asked for.
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
+        distill: on how many calibration tokens the output matrices are trained together after pruning, towards what
+            the dense model predicts; 0 or ``off``: not at all. ``auto``: on half of them for the method ``slimgpt``
+            where these are enough, on none for the others, without repair, and for mixtures of experts.
 
     Raises:
         UsageError: a number outside its range.
@@ -65,6 +68,7 @@ class PruneConfig:
     allocation: str = "auto"
     plan: str | None = None
     whole_experts: float = 0.0
+    distill: str | int = "auto"
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "seq_len", "batch_size", "round_to"):
@@ -98,6 +102,17 @@ class PruneConfig:
                     f"allocation '{self.allocation}' spends a size, and kv_cache alone names none; "
                     "add ratio, params or bytes"
                 )
+        distill = 0 if self.distill == "off" else self.distill
+        if distill == "auto" and (self.method != "slimgpt" or self.repair is False):
+            distill = 0
+        if distill != "auto":
+            try:
+                distill = int(distill)
+            except ValueError:
+                distill = -1
+            if distill < 0:
+                raise UsageError(f"distill is {self.distill}; it must be auto, off, or a number of tokens")
+        object.__setattr__(self, "distill", distill)
         if self.seed < 0:
             raise UsageError(f"seed is {self.seed}; it must be 0 or more")
 

@@ -18,7 +18,7 @@ from slimgpt.evaluation import measure_speed, peak_memory
 from slimgpt.folders import execute
 from slimgpt.models.loading import load, load_model
 from slimgpt.preparing import prepare
-from slimgpt.pruning import OnMeasured, PruneReport
+from slimgpt.pruning import OnDistilled, OnMeasured, PruneReport
 
 PROMPT = "The greatest challenge that our country faces is"
 WINDOW = 512
@@ -76,6 +76,7 @@ def run_demo(
     say: Callable[[str], object] | None = None,
     on_layer: OnLayer | None = None,
     on_measured: OnMeasured | None = None,
+    on_distilled: OnDistilled | None = None,
 ) -> DemoResult:
     """Prune the demo model, and measure it before and after.
 
@@ -102,7 +103,7 @@ def run_demo(
     before = _quality(model, tokenizer)
 
     say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
-    slim, report = execute(prepared, model, on_layer, on_measured)
+    slim, report = execute(prepared, model, on_layer, on_measured, on_distilled)
 
     say("measuring the slim model")
     after = _quality(slim, tokenizer)

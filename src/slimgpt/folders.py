@@ -28,7 +28,7 @@ from slimgpt.checkpoint import assemble, check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import NumericalError, RankError
 from slimgpt.models import adapters
-from slimgpt.models.heterogeneous import architecture_of, decoder_layers, empty_model, layer_sizes
+from slimgpt.models.heterogeneous import architecture_of, decoder_layers, empty_model, layer_sizes, rebuild_layer
 from slimgpt.models.loading import (
     DTYPES,
     forward_dtype,
@@ -36,12 +36,15 @@ from slimgpt.models.loading import (
     weights_folder,
 )
 from slimgpt.models.naming import ConvertedFiles
+from slimgpt.models.slicing import State
 from slimgpt.models.weights import StreamedModel, WeightFiles, check_finite, fingerprint, misfit
 from slimgpt.planning import Plan
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.preparing import Prepared, prepare
 from slimgpt.pruning import (
+    Distillation,
     Journal,
+    OnDistilled,
     OnMeasured,
     Placement,
     PruneReport,
@@ -50,7 +53,9 @@ from slimgpt.pruning import (
     memory_need,
     place,
     prune_layers,
+    rehearse,
     to_measure,
+    tokens_to_distill,
 )
 from slimgpt.pruning.journal import write_text
 from slimgpt.pruning.memory import free_bytes, hold_to
@@ -68,13 +73,15 @@ def execute(
     model: PreTrainedModel | None = None,
     on_layer: OnLayer | None = None,
     on_measured: OnMeasured | None = None,
+    on_distilled: OnDistilled | None = None,
 ) -> tuple[PreTrainedModel, PruneReport]:
     """Load (unless the model is given) and prune in memory what :func:`prepare` has checked."""
     p = prepared
     if model is None:
         model = load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code)
+    calls = (on_measured, on_distilled)
     report = run_plan(
-        model, p.source.name, p.windows, p.calibration, p.plan, p.config, p.device, on_layer, p.budget, on_measured
+        model, p.source.name, p.windows, p.calibration, p.plan, p.config, p.device, on_layer, p.budget, *calls
     )
     return model, report
 
@@ -117,6 +124,7 @@ def run_to_folder(
     on_layer: OnLayer | None = None,
     on_start: OnStart | None = None,
     on_measured: OnMeasured | None = None,
+    on_distilled: OnDistilled | None = None,
 ) -> PruneReport:
     """Prune what :func:`prepare` has checked and write the folder; other processes of a distributed run take part.
 
@@ -147,7 +155,7 @@ def run_to_folder(
         try:
             while True:
                 try:
-                    calls = (on_layer, on_start, on_measured)
+                    calls = (on_layer, on_start, on_measured, on_distilled)
                     return _run(p, ranks, windows, dtype, journal, request_digest, done, budget, *calls)
                 except torch.OutOfMemoryError as error:
                     budget = _smaller(p, budget, ranks, error)
@@ -230,6 +238,7 @@ def _run(
     on_layer: OnLayer | None,
     on_start: OnStart | None,
     on_measured: OnMeasured | None,
+    on_distilled: OnDistilled | None,
 ) -> PruneReport:
     start = time.perf_counter()
     layers = open_model(p)
@@ -255,6 +264,9 @@ def _run(
             if on_layer:
                 on_layer(finished.report, plan)
         del finished
+    distillation: dict[str, Any] = {}
+    if ranks.main and (tokens := tokens_to_distill(p.config, p.shape, p.windows)):
+        distillation = _distilled(p, tokens, layers, plan, run, journal, on_distilled)
     earlier = sum(sum(report.seconds.values()) for report in reports[:done])
     report = PruneReport(
         base_model=p.source.name,
@@ -269,6 +281,7 @@ def _run(
         execution=execution(dtype or p.stored, placement, ranks.world),
         request=digest,
         allocation=allocation,
+        distillation=distillation,
     )
     if ranks.main:
         assemble(journal, model, p.tokenizer, report, weights_folder(p.source))
@@ -295,6 +308,37 @@ def _allocated(
     return plan_of_widths(p.shape, chosen, p.plan.head_unit, ratio=p.plan.ratio), allocation
 
 
+def _distilled(
+    p: Prepared,
+    tokens: int,
+    layers: _Layers,
+    plan: Plan,
+    run: Run,
+    journal: Journal,
+    on_distilled: OnDistilled | None,
+) -> dict[str, Any]:
+    """Train the finished layers of the journal, unless an earlier run has; what is said of it."""
+    said = journal.said_of_distilled()
+    if said is not None:
+        return said
+    model = layers.model
+
+    def state(index: int) -> State:
+        finished = journal(index)
+        assert finished is not None
+        return finished.state
+
+    def take(index: int) -> nn.Module:
+        return rebuild_layer(layers(index), model.config, index, state(index), plan.layers[index])
+
+    lesson = rehearse(model, layers, p.windows, tokens, p.config, run)
+    training = Distillation(model, take, plan, lesson, p.config, run)
+    said = training(on_distilled)
+    trained = ({**state(index), **training.matrices(index)} for index in range(len(plan.layers)))
+    journal.write_distilled(trained if said["kept"] else (), said)
+    return said
+
+
 def prune_folder(
     model: str,
     output: str | Path,
@@ -309,6 +353,7 @@ def prune_folder(
     memory: str | None = None,
     on_layer: OnLayer | None = None,
     on_measured: OnMeasured | None = None,
+    on_distilled: OnDistilled | None = None,
     **settings: Any,
 ) -> PruneReport:
     """Prune from a model's name to a new folder, layer by layer; the model need not fit into memory.
@@ -327,4 +372,4 @@ def prune_folder(
     """
     config = make_config(ratio=ratio, **settings)
     prepared = prepare(model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory)
-    return run_to_folder(prepared, on_layer, on_measured=on_measured)
+    return run_to_folder(prepared, on_layer, on_measured=on_measured, on_distilled=on_distilled)

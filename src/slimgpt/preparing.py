@@ -34,9 +34,7 @@ from slimgpt.models.loading import (
 from slimgpt.models.shape import ModelShape, describe
 from slimgpt.models.weights import WeightFiles
 from slimgpt.planning import Plan
-from slimgpt.pruning import (
-    parse_bytes,
-)
+from slimgpt.pruning import parse_bytes, tokens_to_distill
 from slimgpt.pruning.ranks import local_device, rank_of_environment
 
 SIDE_FILES = 64 << 20
@@ -137,4 +135,5 @@ def prepare(
         calibration, prepared.tokenizer, config, text_config(model_config).vocab_size
     )
     check_context(model_config, prepared.windows)
+    tokens_to_distill(config, shape, prepared.windows)
     return prepared

@@ -68,7 +68,7 @@ def assemble(
         config.save_pretrained(work)
         with torch.device("meta"):
             shell = cls(config)
-        files = [journal.files(layer.layer)[0] for layer in report.layers]
+        files = [journal.weights(layer.layer) for layer in report.layers]
         _write_weights(work, around, files, partial(revert_weight_conversion, shell))
         write_sidecars(work, model, tokenizer, report, source)
         for file in PROCESSOR_FILES:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     OnLayer = Callable[[LayerReport, Plan], None]
     OnMeasured = Callable[[int, int, float], None]
+    OnDistilled = Callable[[int, int, float, float], None]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -88,8 +89,9 @@ def count_bar(unit: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
 
 
 @contextmanager
-def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer, OnMeasured]]:
-    """A bar; where the output is no terminal, a line per layer: what to call after every pruned and measured layer.
+def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer, OnMeasured, OnDistilled]]:
+    """A bar; where the output is no terminal, lines: what to call after every pruned and measured layer and every step
+    of the training.
 
     The time left is that of the layers seen so far times those to come. Layers that a resumed run finds finished
     count with what they took when they were pruned, so the figure is right from the first of them on.
@@ -113,7 +115,22 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer,
         left = sum(measured) / len(measured) * (steps - len(measured))
         return f"measuring what each layer's widths cost, about {timedelta(seconds=round(left))} left"
 
+    trained: list[float] = []
+
+    def training(steps: int, divergence: float, took: float) -> str:
+        trained.append(took)
+        left = sum(trained) / len(trained) * (steps - len(trained))
+        return (
+            f"training towards the dense model, divergence {divergence:.3f} nats per token, "
+            f"about {timedelta(seconds=round(left))} left"
+        )
+
     if not out.is_terminal:
+
+        def distilled_line(step: int, steps: int, divergence: float, took: float) -> None:
+            said = training(steps, divergence, took)
+            if (step + 1) % 4 == 0 or step + 1 == steps:
+                out.print(f"{step + 1}/{steps} steps, {said}", soft_wrap=True)
 
         def measured_line(step: int, steps: int, took: float) -> None:
             said = measuring(steps, took)
@@ -124,26 +141,31 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer,
             done = f"{report.layer + 1}/{len(plan.layers)} layers"
             out.print(f"{_describe(report)}  {done}, {state(report, plan)}", soft_wrap=True)
 
-        yield line, measured_line
+        yield line, measured_line, distilled_line
         return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("layers, {task.fields[state]}"),
+        TextColumn("{task.fields[state]}"),
     )
     with Progress(*columns, TimeElapsedColumn(), console=out) as progress:
         task = progress.add_task("", total=None, state="")
 
         def step(report: LayerReport, plan: Plan) -> None:
             done, total = report.layer + 1, len(plan.layers)
-            progress.update(task, completed=done, total=total, description=_describe(report), state=state(report, plan))
+            said = f"layers, {state(report, plan)}"
+            progress.update(task, completed=done, total=total, description=_describe(report), state=said)
 
         def measured_step(step: int, steps: int, took: float) -> None:
             state = measuring(steps, took)
             progress.update(task, completed=step + 1, total=steps, description="step", state=state)
 
-        yield step, measured_step
+        def distilled_step(step: int, steps: int, divergence: float, took: float) -> None:
+            state = training(steps, divergence, took)
+            progress.update(task, completed=step + 1, total=steps, description="step", state=state)
+
+        yield step, measured_step, distilled_step
 
 
 def _describe(report: LayerReport) -> str:

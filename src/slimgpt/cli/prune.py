@@ -101,6 +101,14 @@ def prune(
         float,
         typer.Option(help="Mixtures: the share of what experts lose that is taken as whole experts, from 0 to 1."),
     ] = DEFAULTS.whole_experts,
+    distill: Annotated[
+        str,
+        typer.Option(
+            metavar="TOKENS",
+            help="Train the output matrices together on so many calibration tokens afterwards, towards what the dense "
+            "model predicts, or off; auto: on half of them for the method slimgpt if the text is enough.",
+        ),
+    ] = str(DEFAULTS.distill),
     repair: Annotated[
         bool | None,
         typer.Option("--repair/--no-repair", help="Solve for the weights that stay.", show_default="as the method"),
@@ -151,6 +159,7 @@ def prune(
         allocation=allocation,
         plan=plan,
         whole_experts=whole_experts,
+        distill=distill,
     )
     with out.status("checking the request and reading the text"):
         prepared = prepare(
@@ -171,8 +180,8 @@ def prune(
             "columns: the repair fits them and not the text behind them; raise --num-samples or --seq-len",
             soft_wrap=True,
         )
-    with layer_progress(prepared.windows.numel(), prepared.device) as (on_layer, on_measured):
-        report = run_to_folder(prepared, on_layer, _print_start, on_measured)
+    with layer_progress(prepared.windows.numel(), prepared.device) as (on_layer, on_measured, on_distilled):
+        report = run_to_folder(prepared, on_layer, _print_start, on_measured, on_distilled)
     _print_report(report, weight_bytes(prepared.output), prepared.output)
     if export_to is not None and os.environ.get("RANK", "0") == "0":
         from slimgpt.cli.export import print_export
@@ -245,6 +254,13 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
             f"[yellow]note:[/] {len(starved)} experts saw fewer tokens than they have channels (layer "
             f"{starved[0][0]}: expert {starved[0][1]}; all in slimgpt.json); tokens of the whole layer were added for "
             "them. More calibration text helps",
+            soft_wrap=True,
+        )
+    if said := report.distillation:
+        before, after = said["divergence"]["before"], said["divergence"]["after"]
+        out.print(
+            f"trained on {said['tokens']:,} tokens in {said['seconds']:.0f} s: divergence from the dense model on "
+            f"held-out text {before:.3f} -> {after:.3f} nats per token" + ("" if said["kept"] else "; not kept"),
             soft_wrap=True,
         )
     out.print(

@@ -1,5 +1,6 @@
 """The only room that changes a model."""
 
+from slimgpt.pruning.distillation import Distillation, OnDistilled, rehearse, tokens_to_distill
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.memory import Placement, parse_bytes, place
 from slimgpt.pruning.report import LayerReport, PruneReport, total_seconds
@@ -8,9 +9,11 @@ from slimgpt.pruning.sequential import Finished, Run, prune_layers
 from slimgpt.pruning.whole import memory_need, prune_model
 
 __all__ = [
+    "Distillation",
     "Finished",
     "Journal",
     "LayerReport",
+    "OnDistilled",
     "OnMeasured",
     "Placement",
     "PruneReport",
@@ -22,6 +25,8 @@ __all__ = [
     "place",
     "prune_layers",
     "prune_model",
+    "rehearse",
     "to_measure",
+    "tokens_to_distill",
     "total_seconds",
 ]

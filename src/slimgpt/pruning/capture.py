@@ -168,6 +168,12 @@ def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def put_parameter(layer: nn.Module, name: str, parameter: Tensor) -> None:
+    """Set a parameter of a layer by its full name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(layer.get_submodule(owner), leaf, parameter)
+
+
 class _Stop(Exception):
     """Ends a partial run of a layer; carries what the container would have returned."""
 

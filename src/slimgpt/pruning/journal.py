@@ -5,6 +5,8 @@ A run that will write ``OUT`` works in ``.OUT.unfinished`` beside it::
     journal.json                what the run was asked for; another request is refused
     layers/00012.json           the report of a layer
     layers/00012.safetensors    its weights under their final names: the file is a shard of the checkpoint to be
+    distilled/00012.safetensors the same layer with the matrices that were trained afterwards, if they are better
+    distillation.json           what that training gave; it is finished once this is there
     scratch/                    activations that memory had no room for
     folder/                     the checkpoint while it is put together
     replaced/                   what was at OUT before, until the new checkpoint is there
@@ -17,7 +19,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +28,12 @@ from safetensors import SafetensorError, safe_open
 
 from slimgpt.errors import OutputError, ResumeError
 from slimgpt.models.alignment import write_tensors
+from slimgpt.models.slicing import State
 from slimgpt.pruning.report import LayerReport
 from slimgpt.pruning.sequential import Finished
 
 JOURNAL_FILE = "journal.json"
+DISTILLATION_FILE = "distillation.json"
 
 
 class Journal:
@@ -45,6 +50,7 @@ class Journal:
         self.request = json.loads(json.dumps(request))  # as it will be read back
         self.folder = unfinished_folder(output)
         self.layers = self.folder / "layers"
+        self.distilled = self.folder / "distilled"
         self.scratch = self.folder / "scratch"
 
     def open(self, resume: bool, overwrite: bool = False) -> int:
@@ -88,17 +94,49 @@ class Journal:
         Raises:
             OutputError: the disk is full.
         """
-        weights, report = self.files(finished.report.layer)
-        start = f"{self.prefix}.{finished.report.layer}."
-        try:
+        index = finished.report.layer
+        weights, report = self.files(index)
+        with self._writing(weights, kept=index > 0):
             write_text(report, json.dumps(finished.report.to_json()))
-            draft = weights.with_suffix(".tmp")
-            write_tensors({start + name: tensor for name, tensor in finished.state.items()}, draft)
-            publish(draft, weights)
+            self._write_state(weights, index, finished.state)
+
+    def write_distilled(self, states: Iterable[State], said: dict[str, Any]) -> None:
+        """Keep what training made of all layers, and what is said of it.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        with self._writing(self.distilled, kept=True):
+            self.distilled.mkdir(exist_ok=True)
+            for index, state in enumerate(states):
+                self._write_state(self.distilled / self.files(index)[0].name, index, state)
+            write_text(self.folder / DISTILLATION_FILE, json.dumps(said))
+
+    def said_of_distilled(self) -> dict[str, Any] | None:
+        """What was said of the training, if it is finished."""
+        file = self.folder / DISTILLATION_FILE
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def weights(self, index: int) -> Path:
+        """The file of a layer's weights as they are to be saved."""
+        layer = self.files(index)[0]
+        trained = self.distilled / layer.name
+        return trained if trained.is_file() else layer
+
+    def _write_state(self, file: Path, index: int, state: State) -> None:
+        start = f"{self.prefix}.{index}."
+        draft = file.with_suffix(".tmp")
+        write_tensors({start + name: tensor for name, tensor in state.items()}, draft)
+        publish(draft, file)
+
+    @contextmanager
+    def _writing(self, file: Path, kept: bool) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise OutputError(
-                f"writing {weights} failed: {error}; free some space, then go on with --resume"
-                if finished.report.layer
+                f"writing {file} failed: {error}; free some space, then go on with --resume"
+                if kept
                 else f"writing {self.output} failed, nothing was left there: {error}"
             ) from error
 

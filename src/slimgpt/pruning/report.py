@@ -103,6 +103,8 @@ class PruneReport:
         execution: how it ran: type of the forward passes, where activations were kept, processes.
         request: SHA-256 of everything that decides the result; empty for a model pruned in memory.
         allocation: where widths were chosen by what they cost: what every structure contributed, and the seconds.
+        distillation: of the training that belongs to pruning: tokens, steps, the divergence per token from the dense
+            model on held-out windows before and after, and whether it was kept.
         recovery: every training run after pruning: settings, data, losses by step.
     """
 
@@ -119,6 +121,7 @@ class PruneReport:
     execution: dict[str, Any] = field(default_factory=dict)
     request: str = ""
     allocation: dict[str, Any] = field(default_factory=dict)
+    distillation: dict[str, Any] = field(default_factory=dict)
     recovery: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:

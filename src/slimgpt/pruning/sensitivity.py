@@ -21,14 +21,15 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.models.architectures import Structure
-from slimgpt.models.heterogeneous import architecture_of, decoder_layers, layer_sizes, text_config
+from slimgpt.models.heterogeneous import architecture_of, decoder_layers, layer_sizes
 from slimgpt.models.shape import ModelShape
 from slimgpt.models.slicing import output_matrix, unit_rows
 from slimgpt.planning.budget import Contribution, Sensitivity, spend, trial
 from slimgpt.planning.plan import Plan
-from slimgpt.pruning.capture import Stream, capture, run_layer, stood_in
-from slimgpt.pruning.memory import DEVICE, FILE, HOST, Shelf, trim, used_bytes
-from slimgpt.pruning.sequential import Run, check_output, matrix_of, prune_layers, running_layer
+from slimgpt.pruning.capture import Stream, capture, put_parameter, run_layer
+from slimgpt.pruning.memory import DEVICE, Shelf, trim
+from slimgpt.pruning.predictions import brought, divergences, returns_tuple
+from slimgpt.pruning.sequential import Run, check_output, matrix_of, prune_layers, running_layer, shelf_for
 
 T = TypeVar("T")
 
@@ -41,9 +42,6 @@ PROBE_TOKENS, PROBE_LENGTH = 4096, 512
 
 FIT_TOKENS, FIT_PER_COLUMN = 8192, 4
 """The trial run sees so many tokens, or so many per column of the widest matrix where that is more."""
-
-LOGITS = 2**24
-"""Predictions are compared in pieces of at most so many logits."""
 
 SEARCH_ROUNDS = 5
 """How often ``search`` measures what it has spent and spends it again."""
@@ -117,14 +115,15 @@ class _Measurement:
     def __call__(self, windows: Tensor) -> Sensitivity:
         fit, probe = divide(windows, max(max(layer.values()) for layer in self.sizes))
         each = next(self.model.get_input_embeddings().parameters()).element_size()
-        self.matrices = self._shelf(each * self._narrow_numbers())
+        self.matrices = shelf_for(self.run, each * self._narrow_numbers())
         self._try(fit)
         stream = capture(
             self.model, self.layers, probe, self.config.batch_size, Shelf(DEVICE, self.run.device), self.run.dtype
         )
         dense, ends = self._forth(stream)
-        divergences, gradients = self._compare(dense, ends, probe)
-        return Sensitivity(divergences[-1], tuple(self._back(stream, gradients)))
+        with brought(self.model, self.run.device):
+            found, gradients = self._compare(dense, ends, probe)
+        return Sensitivity(found[-1], tuple(self._back(stream, gradients)))
 
     def _try(self, fit: Tensor) -> None:
         """Prune on a few windows and keep every narrow matrix."""
@@ -150,11 +149,11 @@ class _Measurement:
         dense = [stream.hidden.take(number) for number in batches]
         ends = [list(dense) for _ in PATH]
         inputs = len(PATH) * len(self.layers) * sum(hidden.numel() * hidden.element_size() for hidden in dense)
-        self.inputs = self._shelf(inputs)
+        self.inputs = shelf_for(self.run, inputs)
         for index in self._steps(range(len(self.layers))):
             layer = self._layer(index)
             if index == 0:
-                self.tuples = isinstance(layer(dense[0], **stream.arguments[0][0]), tuple)
+                self.tuples = returns_tuple(layer, dense[0], stream.arguments[0][0])
             dense = [run_layer(layer, dense[number], stream.arguments[number][index]) for number in batches]
             for point, _, _ in self._narrowed(layer, index):
                 for number in batches:
@@ -167,42 +166,13 @@ class _Measurement:
     def _compare(
         self, dense: list[Tensor], ends: list[list[Tensor]], probe: Tensor
     ) -> tuple[list[float], list[list[Tensor]]]:
-        """``KL(dense || narrowed)`` per token at every point of the path, and the gradient of its sum over the tokens.
-
-        The first position is left out: nothing is known there, yet what holds attention sinks up shows in it.
-        The model's own code computes the predictions, its layers being stood in for.
-        """
-        embedding = next(self.model.get_input_embeddings().parameters())
-        most = max(LOGITS // text_config(self.model.config).vocab_size, 1)
-        hidden = dense[0]
-
-        def predictions(stream: Tensor, ids: Tensor) -> Tensor:
-            nonlocal hidden
-            hidden = stream.to(embedding)
-            logits = self.model(input_ids=ids.to(embedding.device), use_cache=False).logits
-            return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-        frozen = [(p, p.requires_grad) for p in self.model.parameters()]
-        totals = [0.0] * len(PATH)
-        gradients = [[torch.zeros_like(end) for end in path] for path in ends]
-        try:
-            self.model.requires_grad_(False)
-            with stood_in(self.layers, lambda _: lambda *_, **__: (hidden,) if self.tuples else hidden):
-                for number, ids in enumerate(probe.split(self.config.batch_size)):
-                    for row in range(len(ids)):
-                        for start in range(1, ids.shape[1], most):
-                            place = (slice(row, row + 1), slice(start, start + most))
-                            with torch.no_grad():
-                                log_p = predictions(dense[number][place], ids[place])
-                            for point in range(len(PATH)):
-                                leaf = ends[point][number][place].detach().requires_grad_()
-                                with torch.enable_grad():
-                                    total = (log_p.exp() * (log_p - predictions(leaf, ids[place]))).sum()
-                                gradients[point][number][place] = torch.autograd.grad(total, leaf)[0]
-                                totals[point] += float(total.detach())
-        finally:
-            for parameter, wanted in frozen:
-                parameter.requires_grad_(wanted)
+        """``KL(dense || narrowed)`` per token at every point of the path, and the gradient of its sum."""
+        totals, gradients = [0.0] * len(PATH), [list(path) for path in ends]
+        for number, ids in enumerate(probe.split(self.config.batch_size)):
+            found, slopes = divergences(self.model, dense[number], [path[number] for path in ends], ids, self.tuples)
+            for point in range(len(PATH)):
+                totals[point] += found[point]
+                gradients[point][number] = slopes[point]
         self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
         return [total / self.tokens for total in totals], gradients
 
@@ -243,13 +213,13 @@ class _Measurement:
         for point, (alpha, _) in enumerate(PATH):
             there: list[Tensor] = [nn.Parameter((W + alpha * step).to(W.dtype)) for W, step in zip(dense, steps)]
             for name, W in zip(names, there):
-                _put(layer, name, W)
+                put_parameter(layer, name, W)
             yield point, there, steps
 
     def _layer(self, index: int) -> nn.Module:
         layer = running_layer(self.take(index), self.model.config, index, self.run)
         for name, tensor in layer.named_parameters():  # those of the model itself may be trained later
-            _put(layer, name, nn.Parameter(tensor.detach(), requires_grad=False))
+            put_parameter(layer, name, nn.Parameter(tensor.detach(), requires_grad=False))
         return layer
 
     def _number(self, point: int, index: int, number: int, batches: int) -> int:
@@ -259,17 +229,6 @@ class _Measurement:
         """How many numbers all narrow matrices hold."""
         states = (layer.state_dict() for layer in self.layers)
         return sum(state[s.key].numel() for state in states for s in self.structures if s.key in state)
-
-    def _shelf(self, size: int) -> Shelf:
-        """A shelf where the stream is, or farther off if what it is to hold takes more than a quarter of the room.
-
-        What grows with the depth of the model is never in the memory of a run from folder to folder on a CPU.
-        """
-        place, on_cpu = self.run.placement.stream, self.run.device.type == "cpu"
-        room = self.run.placement.budget - used_bytes(self.run.device)
-        if place == DEVICE and (size > room // 4 or (on_cpu and self.run.scratch is not None)):
-            place = FILE if on_cpu else HOST
-        return Shelf(place, self.run.device, self.run.scratch)
 
     def _steps(self, items: Iterable[T]) -> Iterator[T]:
         """Report after every item; there are three passes through the layers."""
@@ -350,8 +309,3 @@ def to_measure(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:
 def measurable(shape: ModelShape) -> bool:
     """Whether all that can be removed are heads and channels; experts go by the schedule."""
     return all(layer.experts is None for layer in shape.layers)
-
-
-def _put(layer: nn.Module, name: str, parameter: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(layer.get_submodule(owner), leaf, parameter)

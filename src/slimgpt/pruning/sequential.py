@@ -29,7 +29,7 @@ from slimgpt.models.shape import count
 from slimgpt.models.slicing import State, output_matrix, slice_state, unit_rows
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.capture import Part, Stream, arguments_of, capture, run_with
-from slimgpt.pruning.memory import FILE, RECOMPUTE, Placement, Shelf, mapped, trim
+from slimgpt.pruning.memory import DEVICE, FILE, HOST, RECOMPUTE, Placement, Shelf, mapped, trim, used_bytes
 from slimgpt.pruning.mixture import MixtureWork
 from slimgpt.pruning.ranks import Ranks
 from slimgpt.pruning.report import ExpertsReport, LayerReport
@@ -144,10 +144,14 @@ def as_run(tensor: Tensor, run: Run) -> Tensor:
     return tensor.to(run.device, run.dtype if run.dtype is not None and tensor.is_floating_point() else tensor.dtype)
 
 
-def running_layer(dense: nn.Module, model_config: Any, index: int, run: Run) -> nn.Module:
-    """A layer on the device and in the type of the forward passes."""
-    running = {name: as_run(tensor, run) for name, tensor in dense.state_dict().items()}
-    return rebuild_layer(dense, model_config, index, running).to(run.device)
+def running_layer(layer: nn.Module, model_config: Any, index: int, run: Run, sizes: Sizes | None = None) -> nn.Module:
+    """A layer on the device and in the type of the forward passes.
+
+    Args:
+        sizes: its widths; by default what the config says.
+    """
+    running = {name: as_run(tensor, run) for name, tensor in layer.state_dict().items()}
+    return rebuild_layer(layer, model_config, index, running, sizes).to(run.device)
 
 
 def matrix_of(layer: nn.Module, structure: Structure) -> tuple[Tensor, Tensor | None]:
@@ -179,6 +183,18 @@ def gram_for(n: int, run: Run, name: str = "gram") -> Gram:
     if run.scratch is None or not (wide or run.placement.gram == FILE):
         return Gram(n, run.device, dtype)
     return Gram(n, dtype=dtype, storage=mapped(run.scratch / name, (n, n), dtype))
+
+
+def shelf_for(run: Run, size: int) -> Shelf:
+    """A shelf for ``size`` bytes: where the stream is, or farther off if they take more than a quarter of the room.
+
+    What grows with the depth of the model is never in the memory of a run from folder to folder on a CPU.
+    """
+    place, on_cpu = run.placement.stream, run.device.type == "cpu"
+    room = run.placement.budget - used_bytes(run.device)
+    if place == DEVICE and (size > room // 4 or (on_cpu and run.scratch is not None)):
+        place = FILE if on_cpu else HOST
+    return Shelf(place, run.device, run.scratch)
 
 
 class Layer:

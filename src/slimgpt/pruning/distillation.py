@@ -1,0 +1,346 @@
+"""What the repair of single matrices cannot reach: a short training of the pruned model on the calibration text.
+
+The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
+matrices, those of all layers, are moved together towards what the dense model predicts: a few dozen steps of Adam on
+``KL(dense || pruned)``, every token seen once. Layers are visited in order, forth and back, with their inputs kept in
+between and each layer's weights moved as soon as its gradient is known, so that one layer at a time is on the device.
+
+A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
+rate serves models whose weights differ in scale.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.config import PruneConfig
+from slimgpt.errors import UsageError
+from slimgpt.models.heterogeneous import architecture_of, decoder_layers, text_config
+from slimgpt.models.shape import ModelShape
+from slimgpt.models.slicing import State
+from slimgpt.planning.plan import Plan
+from slimgpt.pruning.capture import Stream, capture, put_parameter, run_layer
+from slimgpt.pruning.memory import Shelf, trim
+from slimgpt.pruning.predictions import brought, divergences, returns_tuple
+from slimgpt.pruning.sensitivity import measurable
+from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
+
+SHARE, LEAST_TOKENS = 0.5, 4096
+"""The share of the calibration tokens that is trained on by default, if these are so many at least."""
+
+HELD_TOKENS = 2048
+"""So many tokens are not trained on: the training is kept only if it helps there."""
+
+LENGTH = 512
+"""Longer windows are cut."""
+
+STEPS, STEP_TOKENS = 32, 1024
+"""At most so many steps of at least so many tokens."""
+
+RATE, WARMUP = 2.6e-3, 0.1
+"""How far a step moves a matrix at most, as a share of its root mean square and for a divergence of one nat, and the
+share of steps until then. A divergence is like the square of a distance, so its root is what steps are scaled by."""
+
+BETAS = (0.9, 0.95)
+"""Adam's memory of the mean and of the square of the gradient."""
+
+STRIDE = 2
+"""Predictions are compared at every so many positions, in turn the odd and the even ones: heads cost much."""
+
+OnDistilled = Callable[[int, int, float, float], None]
+"""Called after every step with its number, the number of all steps, the divergence per token and the seconds."""
+
+
+@dataclass
+class Lesson:
+    """Text, and what the dense model makes of it.
+
+    Args:
+        ids: the tokens of every batch, ``(batch, seq_len)``.
+        held: so many batches, the first ones, are not trained on.
+        per_step: how many of the others make a step.
+        stream: the inputs of the first layer, and how to call each.
+        dense: the hidden states behind the dense model's last layer, by batch.
+        tuples: see :func:`slimgpt.pruning.predictions.returns_tuple`.
+    """
+
+    ids: Sequence[Tensor]
+    held: int
+    per_step: int
+    stream: Stream
+    dense: Shelf
+    tuples: bool
+
+    @property
+    def steps(self) -> list[list[int]]:
+        """The numbers of the batches of every step."""
+        trained = range(self.held, len(self.ids))
+        return [list(trained[start : start + self.per_step]) for start in range(0, len(trained), self.per_step)]
+
+    def count(self, numbers: Iterable[int]) -> int:
+        """How many tokens some batches have."""
+        return sum(self.ids[number].numel() for number in numbers)
+
+
+def tokens_to_distill(config: PruneConfig, shape: ModelShape, windows: Tensor) -> int:
+    """On how many tokens a pruned model is trained; 0: not at all.
+
+    Raises:
+        UsageError: it was asked for and cannot be done.
+    """
+    if config.distill == 0:
+        return 0
+    room = windows.numel() - _held_tokens(windows)
+    if config.distill == "auto":
+        tokens = min(int(SHARE * windows.numel()), room)
+        return tokens if measurable(shape) and tokens >= LEAST_TOKENS else 0
+    if not measurable(shape):
+        raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
+    if int(config.distill) > room:
+        raise UsageError(
+            f"distill is {config.distill} tokens; of the {windows.numel()} calibration tokens {room} can be trained "
+            "on; lower it or raise num_samples"
+        )
+    return int(config.distill)
+
+
+def rehearse(
+    model: PreTrainedModel,
+    take: Callable[[int], nn.Module],
+    windows: Tensor,
+    tokens: int,
+    config: PruneConfig,
+    run: Run,
+) -> Lesson:
+    """Choose the text to train on and run the dense model over it.
+
+    Args:
+        model: what is around the layers.
+        take: gives the dense layer of an index.
+        windows: ``(num_samples, seq_len)`` long; the last ones are held out.
+        tokens: see :func:`tokens_to_distill`.
+    """
+    run = _running(model, run)
+    length = min(windows.shape[1], LENGTH)
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    per_step = max(STEP_TOKENS, tokens // STEPS) // length
+    batch = max(min(config.batch_size, per_step), 1)
+    held = max(_held_tokens(windows) // length // batch, 1) * batch
+    rest = pieces[:-held]
+    # Pieces of one document are spread over the steps.
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
+    chosen = torch.cat([pieces[-held:], rest[order[: max(tokens // length, 1)]]])
+    layers = decoder_layers(model)
+    each = next(model.get_input_embeddings().parameters()).element_size()
+    stream = capture(model, layers, chosen, batch, shelf_for(run, chosen.numel() * each * _width(model)), run.dtype)
+    dense, tuples = shelf_for(run, chosen.numel() * each * _width(model)), False
+    with torch.no_grad():
+        for index in range(len(layers)):
+            layer = running_layer(take(index), model.config, index, run)
+            before = dense if index else stream.hidden
+            tuples = tuples or returns_tuple(layer, before.get(0), stream.arguments[0][index])
+            for number in range(len(stream)):
+                dense.put(number, run_layer(layer, before.get(number), stream.arguments[number][index]))
+            del layer
+            trim()
+    return Lesson(chosen.split(batch), held // batch, max(per_step // batch, 1), stream, dense, tuples)
+
+
+class Distillation:
+    """The training of a pruned model.
+
+    Args:
+        model: what is around the layers; it stays as it is.
+        take: gives the pruned layer of an index; it stays as it is.
+        plan: its widths.
+        lesson: what :func:`rehearse` gave.
+        run: as the model was pruned.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        take: Callable[[int], nn.Module],
+        plan: Plan,
+        lesson: Lesson,
+        config: PruneConfig,
+        run: Run,
+    ):
+        self.model, self.take, self.plan, self.lesson, self.config = model, take, plan, lesson, config
+        self.run = _running(model, run)
+        self.names: list[dict[str, int]] = []  # of every layer's matrices, with their numbers on the shelves
+        self.types: list[torch.dtype] = []
+        self.scales: list[float] = []
+        self.trained = 0
+
+    def __call__(self, on_distilled: OnDistilled | None = None) -> dict[str, Any]:
+        """Train, and say what it gave; ``kept`` is whether the held-out text is better off for it.
+
+        Raises:
+            NumericalError: NaN or infinity behind a layer.
+        """
+        start = time.perf_counter()
+        self._begin()
+        steps, held = self.lesson.steps, list(range(self.lesson.held))
+        curve: list[float] = []
+        with brought(self.model, self.run.device):
+            before, _ = self._forth(held, stride=1)
+            highest = RATE * math.sqrt(min(max(before, 0.0), 1.0))
+            for number, batches in enumerate(steps):
+                began = time.perf_counter()
+                first = 1 + number % STRIDE
+                divergence, gradients = self._forth(batches, first, STRIDE)
+                self._back(batches, gradients, highest * _rate(number, len(steps)))
+                self.trained += 1
+                curve.append(divergence)
+                trim()
+                if on_distilled:
+                    on_distilled(number, len(steps), divergence, time.perf_counter() - began)
+            after, _ = self._forth(held, stride=1)
+        return {
+            "tokens": self.lesson.count(number for step in steps for number in step),
+            "steps": len(steps),
+            "rate": highest,
+            "held_out_tokens": self.lesson.count(held),
+            "divergence": {"before": before, "after": after},
+            "curve": curve,
+            "kept": after < before,
+            "seconds": time.perf_counter() - start,
+        }
+
+    def matrices(self, index: int) -> State:
+        """The trained matrices of a layer by name, on the CPU, in the type they were stored in."""
+        return {
+            name: self.weights.get(number).to("cpu", self.types[number]) for name, number in self.names[index].items()
+        }
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Put the trained matrices into a pruned model that is in memory."""
+        for index, layer in enumerate(decoder_layers(model)):
+            for name, matrix in self.matrices(index).items():
+                layer.get_parameter(name).data.copy_(matrix)
+
+    def _begin(self) -> None:
+        """Bring every matrix to the shelves, in fp32: single steps are smaller than what 16 bits can tell apart."""
+        keys = {
+            structure.key for structure in architecture_of(self.model.config, self.model).chosen(self.plan.head_unit)
+        }
+        layers = range(len(self.plan.layers))
+        found = [{n: p for n, p in self.take(index).named_parameters() if n in keys} for index in layers]
+        count = sum(parameter.numel() for named in found for parameter in named.values())
+        self.weights, self.means, self.squares = (shelf_for(self.run, size * count) for size in (4, 2, 2))
+        for named in found:
+            self.names.append({})
+            for name, parameter in named.items():
+                number = len(self.types)
+                self.names[-1][name] = number
+                self.types.append(parameter.dtype)
+                weight = parameter.detach().to(self.run.device, torch.float32, copy=True)
+                self.weights.put(number, weight)
+                self.scales.append(float(weight.square().mean().sqrt()))
+            trim()
+
+    def _layer(self, index: int) -> nn.Module:
+        """A layer with the weights it has by now, of which gradients can be taken."""
+        layer = running_layer(self.take(index), self.model.config, index, self.run, self.plan.layers[index])
+        for name, parameter in layer.named_parameters():
+            number = self.names[index].get(name)
+            weight = parameter.detach() if number is None else self.weights.get(number).to(parameter.dtype)
+            put_parameter(layer, name, nn.Parameter(weight, requires_grad=number is not None))
+        return layer
+
+    def _forth(self, batches: list[int], first: int = 1, stride: int = 1) -> tuple[float, list[Tensor]]:
+        """The divergence per token of some batches, and its gradients behind the last layer."""
+        arguments = self.lesson.stream.arguments
+        hidden = [self.lesson.stream.hidden.get(number) for number in batches]
+        self.inputs = shelf_for(self.run, len(self.plan.layers) * sum(tensor.nbytes for tensor in hidden))
+        with torch.no_grad():
+            for index in range(len(self.plan.layers)):
+                layer = self._layer(index)
+                for place, number in enumerate(batches):
+                    self.inputs.put(index * len(batches) + place, hidden[place])
+                    hidden[place] = run_layer(layer, hidden[place], arguments[number][index])
+                check_output(index, hidden[-1])
+                del layer
+        total, gradients, tokens = 0.0, [], 0
+        for place, number in enumerate(batches):
+            ids = self.lesson.ids[number]
+            found, slopes = divergences(
+                self.model,
+                self.lesson.dense.get(number),
+                [hidden[place]],
+                ids,
+                self.lesson.tuples,
+                first,
+                stride,
+                self.run.dtype if self.run.dtype in (torch.bfloat16, torch.float16) else None,
+            )
+            total += found[0]
+            gradients += slopes
+            tokens += ids.shape[0] * len(range(first, ids.shape[1], stride))
+        return total / max(tokens, 1), gradients
+
+    def _back(self, batches: list[int], gradients: list[Tensor], rate: float) -> None:
+        """Gradients of every layer from the last to the first; each is moved once its own are known."""
+        arguments = self.lesson.stream.arguments
+        for index in reversed(range(len(self.plan.layers))):
+            layer = self._layer(index)
+            names = self.names[index]
+            weights = [layer.get_parameter(name) for name in names]
+            totals: list[Tensor] = []
+            for place, number in enumerate(batches):
+                hidden = self.inputs.get(index * len(batches) + place).detach().requires_grad_()
+                with torch.enable_grad():
+                    after = run_layer(layer, hidden, arguments[number][index])
+                found = torch.autograd.grad(after, [hidden, *weights], gradients[place])
+                gradients[place] = found[0]
+                sums = totals or [0.0] * len(weights)
+                totals = [total + gradient.float() for total, gradient in zip(sums, found[1:])]
+            for number, gradient in zip(names.values(), totals):
+                self._move(number, gradient, rate)
+            del layer
+
+    def _move(self, number: int, gradient: Tensor, rate: float) -> None:
+        """One step of Adam."""
+        weight, fresh = self.weights.get(number), self.trained == 0
+        mean = torch.zeros_like(weight) if fresh else self.means.get(number).float()
+        square = torch.zeros_like(weight) if fresh else self.squares.get(number).float()
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square(), 1 - BETAS[1])
+        count = self.trained + 1
+        spread = (square / (1 - BETAS[1] ** count)).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+        weight.addcdiv_(mean, spread, value=-rate * self.scales[number] / (1 - BETAS[0] ** count))
+        self.weights.put(number, weight)
+        self.means.put(number, mean.bfloat16())
+        self.squares.put(number, square.bfloat16())
+
+
+def _rate(step: int, steps: int) -> float:
+    """The rate of a step, as a share of the highest: it rises, then falls to nothing on a cosine."""
+    rise = max(int(WARMUP * steps), 1)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+
+
+def _running(model: PreTrainedModel, run: Run) -> Run:
+    """The run without a journal and in one process; gradients do not fit into float16, so bfloat16 takes its place."""
+    stored = next(model.get_input_embeddings().parameters()).dtype
+    dtype = torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype
+    return Run(run.device, run.placement, dtype, scratch=run.scratch)
+
+
+def _held_tokens(windows: Tensor) -> int:
+    return min(HELD_TOKENS, windows.numel() // 4)
+
+
+def _width(model: PreTrainedModel) -> int:
+    return text_config(model.config).hidden_size

@@ -1,0 +1,98 @@
+"""How far a narrowed model's predictions are from the dense model's, given what is behind the last layer of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.models.heterogeneous import architecture_of, decoder_layers, text_config
+from slimgpt.pruning.capture import Arguments, stood_in
+
+LOGITS = 2**24
+"""Predictions are compared in pieces of at most so many logits."""
+
+
+@torch.no_grad()
+def returns_tuple(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> bool:
+    """Whether a layer returns the hidden states as the first item of a tuple, which its stand-ins then must too."""
+    return isinstance(layer(hidden, **arguments), tuple)
+
+
+def divergences(
+    model: PreTrainedModel,
+    dense: Tensor,
+    narrowed: Sequence[Tensor],
+    ids: Tensor,
+    tuples: bool,
+    first: int = 1,
+    stride: int = 1,
+    dtype: torch.dtype | None = None,
+) -> tuple[list[float], list[Tensor]]:
+    """``KL(dense || narrowed)`` summed over tokens, and its gradient, for each of several narrowed models.
+
+    The model's own code computes the predictions, its layers being stood in for. The first position is left out by
+    default: nothing is known there, yet what holds attention sinks up shows in it.
+
+    Args:
+        model: what is around the layers: norm, head, and what lies between; it stays as it is.
+        dense: the dense model's hidden states behind the last layer, ``(batch, seq_len, hidden_size)``.
+        narrowed: those of the others; gradients are with respect to these.
+        ids: the tokens, ``(batch, seq_len)``.
+        tuples: see :func:`returns_tuple`.
+        first: the first position whose predictions are compared.
+        stride: only every so many positions are compared from there.
+        dtype: 16 bits to multiply in; ``None`` multiplies as the model's weights are.
+    """
+    embedding = next(model.get_input_embeddings().parameters())
+    most = max(LOGITS // text_config(model.config).vocab_size, 1) * stride
+    hidden = dense
+
+    def predictions(stream: Tensor, tokens: Tensor) -> Tensor:
+        nonlocal hidden
+        hidden = stream.to(embedding)
+        with torch.autocast(embedding.device.type, dtype) if dtype is not None else nullcontext():
+            logits = model(input_ids=tokens.to(embedding.device), use_cache=False).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    totals = [0.0] * len(narrowed)
+    gradients = [torch.zeros_like(other) for other in narrowed]
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        with stood_in(decoder_layers(model), lambda _: lambda *_, **__: (hidden,) if tuples else hidden):
+            for row in range(len(ids)):
+                for start in range(first, ids.shape[1], most):
+                    place = (slice(row, row + 1), slice(start, start + most, stride))
+                    with torch.no_grad():
+                        log_p = predictions(dense[place], ids[place])
+                    for number, other in enumerate(narrowed):
+                        leaf = other[place].detach().requires_grad_()
+                        with torch.enable_grad():
+                            total = (log_p.exp() * (log_p - predictions(leaf, ids[place]))).sum()
+                        gradients[number][place] = torch.autograd.grad(total, leaf)[0]
+                        totals[number] += float(total.detach())
+    finally:
+        for parameter, wanted in frozen:
+            parameter.requires_grad_(wanted)
+    return totals, gradients
+
+
+@contextmanager
+def brought(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
+    """What is around the layers on a device for a while: a head multiplies more than any layer does."""
+    inside = f"{architecture_of(model.config, model).layers}."
+    named = chain(model.named_parameters(), model.named_buffers())
+    homes = [(tensor, tensor.data) for name, tensor in named if not name.startswith(inside)]
+    homes = [(tensor, data) for tensor, data in homes if data.device != device and not data.is_meta]
+    try:
+        for tensor, data in homes:
+            tensor.data = data.to(device)
+        yield
+    finally:
+        for tensor, data in homes:
+            tensor.data = data

@@ -1,0 +1,162 @@
+"""The training after pruning, against PyTorch's own gradients and Adam through the whole model."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+import slimgpt
+from slimgpt.api import make_config, plan_for
+from slimgpt.models.heterogeneous import decoder_layers
+from slimgpt.models.shape import describe
+from slimgpt.pruning import Distillation, Placement, Run, distillation, rehearse
+from slimgpt.pruning.whole import prune_model
+from tests.families import tiny_model, windows
+
+IDS = windows(24, 24)
+CONFIG = make_config(ratio=0.4, batch_size=3, allocation="schedule")
+OPTIONS = {"ratio": 0.4, "calibration": IDS, "batch_size": 3, "device": "cpu", "allocation": "schedule"}
+
+
+@pytest.fixture(autouse=True)
+def short_steps(monkeypatch):
+    monkeypatch.setattr(distillation, "STEP_TOKENS", 144)  # two batches of three windows
+
+
+def run(place: str = "device") -> Run:
+    return Run(torch.device("cpu"), Placement(0 if place == "device" else 10**9, place, place))
+
+
+def case(family: str, place: str = "device"):
+    """A dense and a pruned model in fp64, and the training between them."""
+    dense = tiny_model(family).double()
+    plan = plan_for(dense.config, CONFIG, describe(dense.config, dense))
+    slim = copy.deepcopy(dense)
+    for _ in prune_model(slim, IDS, plan, CONFIG, run()):
+        pass
+    lesson = rehearse(dense, decoder_layers(dense).__getitem__, IDS, 300, CONFIG, run(place))
+    return dense, slim, Distillation(slim, decoder_layers(slim).__getitem__, plan, lesson, CONFIG, run(place))
+
+
+def divergence(model, dense, ids, first=1, stride=1):
+    log_p, log_q = (m(ids).logits[:, first::stride].log_softmax(-1) for m in (dense, model))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox", "gpt2"])
+def test_it_is_adam_on_the_divergence_through_the_whole_model(family):
+    dense, slim, training = case(family)
+    lesson = training.lesson
+    steps = lesson.steps
+    assert [len(step) for step in steps] == [2, 2]
+    assert lesson.count(range(lesson.held)) == 144
+    mirror = copy.deepcopy(slim)
+    said = training()
+
+    mirror.requires_grad_(False)
+    keys = {s.key for s in slimgpt.ARCHITECTURES[family].chosen("kv")}
+    names = [n for n, _ in mirror.named_parameters() if any(n.endswith(f".{key}") for key in keys)]
+    assert len(names) == 2 * len(decoder_layers(mirror))
+    groups = []
+    for name in names:
+        weight = mirror.get_parameter(name).requires_grad_()
+        groups.append({"params": [weight], "scale": float(weight.detach().square().mean().sqrt())})
+    adam = torch.optim.Adam(groups, lr=0.0, betas=distillation.BETAS, eps=0.0)
+    curve = []
+    for number, step in enumerate(steps):
+        adam.zero_grad()
+        losses = [divergence(mirror, dense, lesson.ids[b], 1 + number % 2, 2) for b in step]
+        loss = torch.cat([part.flatten() for part in losses]).sum()
+        loss.backward()
+        curve.append(float(loss.detach()) / sum(part.numel() for part in losses))
+        for group in adam.param_groups:
+            group["lr"] = said["rate"] * distillation._rate(number, len(steps)) * group["scale"]
+        adam.step()
+    assert said["curve"] == pytest.approx(curve, rel=1e-5)
+    assert said["rate"] == pytest.approx(distillation.RATE * said["divergence"]["before"] ** 0.5)
+    with torch.no_grad():
+        held = torch.cat([divergence(mirror, dense, lesson.ids[b]).flatten() for b in range(lesson.held)]).mean()
+    assert said["divergence"]["after"] == pytest.approx(float(held), rel=1e-4)
+    training.apply(slim)
+    prefix = slimgpt.ARCHITECTURES[family].layers
+    for name, parameter in slim.named_parameters():
+        moved = name in names
+        expected = mirror.get_parameter(name).detach()
+        # Moments are kept in bfloat16: 3 digits of a step, and a step is RATE of the matrix.
+        scale = float(expected.square().mean().sqrt()) if moved else 1.0
+        assert float((parameter - expected).abs().max()) <= ((0.02 * said["rate"] + 1e-6) * scale if moved else 0.0), (
+            name
+        )
+        assert not moved or name.startswith(prefix)
+
+
+def test_held_out_text_is_not_trained_on():
+    lesson = case("llama")[2].lesson
+    held = {tuple(row) for batch in lesson.ids[: lesson.held] for row in batch.tolist()}
+    trained = {tuple(row) for batch in lesson.ids[lesson.held :] for row in batch.tolist()}
+    assert held == {tuple(row) for row in IDS[-6:].tolist()}
+    assert not held & trained
+    assert trained <= {tuple(row) for row in IDS.tolist()}
+
+
+def test_what_is_kept_in_files_gives_the_same():
+    found = [case("llama", place)[2] for place in ("device", "file")]
+    said = [training() for training in found]
+    assert said[0]["curve"] == said[1]["curve"]
+    for index in range(3):
+        one, two = (training.matrices(index) for training in found)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_model_in_memory_is_trained_if_that_helps(monkeypatch):
+    plain, trained, spoilt = tiny_model("llama"), tiny_model("llama"), tiny_model("llama")
+    calls, options = [], {**OPTIONS, "calibration": IDS[:6].repeat(4, 1)}  # what helps the one part helps the other
+    assert slimgpt.prune(plain, None, distill="off", **options).distillation == {}
+    report = slimgpt.prune(trained, None, distill=360, on_distilled=lambda *said: calls.append(said), **options)
+    said = report.distillation
+    assert said["kept"]
+    assert said["divergence"]["after"] < said["divergence"]["before"]
+    assert said["tokens"] == 360
+    assert [(step, steps) for step, steps, _, _ in calls] == [(n, said["steps"]) for n in range(said["steps"])]
+    back = slimgpt.pruning.PruneReport.from_json(json.loads(json.dumps(report.to_json())))
+    assert back.distillation == said
+    dense = tiny_model("llama")
+    with torch.no_grad():
+        found = [float(divergence(model, dense, IDS[:6]).mean()) for model in (plain, trained)]
+    assert found == pytest.approx([said["divergence"]["before"], said["divergence"]["after"]], rel=1e-4)
+    monkeypatch.setattr(distillation, "RATE", 50.0)
+    assert not slimgpt.prune(spoilt, None, distill=360, **options).distillation["kept"]
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, spoilt.get_parameter(name)), name
+
+
+def test_by_default_it_is_done_where_there_are_tokens_enough(monkeypatch):
+    assert slimgpt.prune(tiny_model("llama"), None, **OPTIONS).distillation == {}
+    monkeypatch.setattr(distillation, "LEAST_TOKENS", 200)
+    report = slimgpt.prune(tiny_model("llama"), None, **OPTIONS)
+    assert report.distillation["tokens"] == IDS.numel() // 2
+    for other in ({"method": "paper"}, {"method": "wanda"}, {"repair": False}):
+        assert slimgpt.prune(tiny_model("llama"), None, **OPTIONS, **other).distillation == {}
+
+
+@pytest.mark.parametrize("value", [-1, "much", "1e3"])
+def test_what_is_no_number_of_tokens_is_refused(value):
+    with pytest.raises(slimgpt.SlimGPTError, match="distill"):
+        make_config(ratio=0.3, distill=value)
+
+
+def test_more_tokens_than_there_are_are_refused_before_anything_is_done():
+    model = tiny_model("llama")
+    with pytest.raises(slimgpt.SlimGPTError, match="432 can be trained on"):
+        slimgpt.prune(model, None, distill=500, **OPTIONS)
+    assert model.config.intermediate_size == tiny_model("llama").config.intermediate_size
+
+
+def test_mixtures_are_not_trained(monkeypatch):
+    monkeypatch.setattr(distillation, "LEAST_TOKENS", 1)
+    assert slimgpt.prune(tiny_model("mixtral"), None, **OPTIONS).distillation == {}
+    with pytest.raises(slimgpt.SlimGPTError, match="experts"):
+        slimgpt.prune(tiny_model("mixtral"), None, distill=100, **OPTIONS)
