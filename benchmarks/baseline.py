@@ -89,6 +89,7 @@ def main(
                 method=method,
                 head_unit=head_unit,
                 allocation="schedule",
+                distill="off",
                 device=device,
             )
             seconds = time.perf_counter() - start

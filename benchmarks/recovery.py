@@ -102,6 +102,7 @@ def main(
                 ratio=float(ratio),
                 calibration=str(c4),
                 allocation="schedule",
+                distill="off",
                 num_samples=num_samples,
                 seq_len=seq_len,
                 resume=True,

@@ -39,7 +39,7 @@ SHARE, LEAST_TOKENS = 0.5, 4096
 HELD_TOKENS = 2048
 """So many tokens are not trained on: the training is kept only if it helps there."""
 
-LENGTH = 512
+LENGTH = 256
 """Longer windows are cut."""
 
 STEPS, STEP_TOKENS = 32, 1024
