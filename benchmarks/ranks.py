@@ -40,7 +40,19 @@ def main(
         folder = work / f"ranks-{count}"
         shutil.rmtree(folder, ignore_errors=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-        words = [sys.executable, *launcher, "-m", "slimgpt", "prune", "demo", str(folder), "--ratio", str(ratio), "--distill", "off"]
+        words = [
+            sys.executable,
+            *launcher,
+            "-m",
+            "slimgpt",
+            "prune",
+            "demo",
+            str(folder),
+            "--ratio",
+            str(ratio),
+            "--distill",
+            "off",
+        ]
         words += ["--calibration", calibration, "--num-samples", str(num_samples), "--seq-len", str(seq_len)]
         subprocess.run([*words, "--device", "cpu"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         report = json.loads((folder / "slimgpt.json").read_text())

@@ -33,7 +33,7 @@ from slimgpt.pruning.predictions import brought, divergences, returns_tuple
 from slimgpt.pruning.sensitivity import measurable
 from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
 
-SHARE, LEAST_TOKENS = 0.5, 4096
+SHARE, LEAST_TOKENS = 0.5, 16384
 """The share of the calibration tokens that is trained on by default, if these are so many at least."""
 
 HELD_TOKENS = 2048
