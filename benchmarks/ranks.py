@@ -40,21 +40,10 @@ def main(
         folder = work / f"ranks-{count}"
         shutil.rmtree(folder, ignore_errors=True)
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"] if count > 1 else []
-        words = [
-            sys.executable,
-            *launcher,
-            "-m",
-            "slimgpt",
-            "prune",
-            "demo",
-            str(folder),
-            "--ratio",
-            str(ratio),
-            "--distill",
-            "off",
-        ]
+        words = [sys.executable, *launcher, "-m", "slimgpt", "prune", "demo", str(folder), "--ratio", str(ratio)]
         words += ["--calibration", calibration, "--num-samples", str(num_samples), "--seq-len", str(seq_len)]
-        subprocess.run([*words, "--device", "cpu"], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        words += ["--device", "cpu", "--distill", "off"]
+        subprocess.run(words, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         report = json.loads((folder / "slimgpt.json").read_text())
         seconds = {part: sum(layer["seconds"][part] for layer in report["layers"]) for part in (*DIVIDED, "solver")}
         found[count] = {"report": report, "weights": load_file(folder / "model.safetensors"), "seconds": seconds}

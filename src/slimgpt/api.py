@@ -166,8 +166,8 @@ def prune(
             parameter.data = parameter.data.to(wanted)
         model.config.dtype = wanted
     name = str(model.config.name_or_path or type(model).__name__)
-    calls = (on_measured, on_distilled)
-    return run_plan(model, name, windows, source, widths, config, target, on_layer, budget, *calls)
+    calls = (on_layer, budget, on_measured, on_distilled)
+    return run_plan(model, name, windows, source, shape, widths, config, target, *calls)
 
 
 def make_config(**settings: Any) -> PruneConfig:
@@ -249,6 +249,7 @@ def run_plan(
     name: str,
     windows: Tensor,
     source: str,
+    shape: ModelShape,
     plan: Plan,
     config: PruneConfig,
     device: torch.device,
@@ -259,6 +260,7 @@ def run_plan(
 ) -> PruneReport:
     """Prune a model in memory and gather the reports of its layers."""
     check_context(model.config, windows)
+    tokens = tokens_to_distill(config, shape, windows)
     start = time.perf_counter()
     dense = tuple(layer_sizes(model.config))
     stored = next(model.parameters()).dtype
@@ -267,8 +269,7 @@ def run_plan(
     placement = place(memory_need(model, windows, plan, config, dtype, copied), device, budget)
     check_finite(model.state_dict().items())
     reports, allocation, run = [], {}, Run(device, placement, dtype)
-    shape, take = describe(model.config, model), decoder_layers(model).__getitem__
-    tokens = tokens_to_distill(config, shape, windows)
+    take = decoder_layers(model).__getitem__
     if to_measure(config, shape, windows):
         plan, allocation = allocate(plan, shape, model, take, windows, config, run, on_measured)
     # What the dense model makes of the text has to be known before it is pruned.
@@ -279,7 +280,7 @@ def run_plan(
             on_layer(report, plan)
     distillation: dict[str, Any] = {}
     if lesson is not None:
-        training = Distillation(model, take, plan, lesson, config, run)
+        training = Distillation(model, take, plan, lesson, run)
         distillation = training(on_distilled)
         if distillation["kept"]:
             training.apply(model)

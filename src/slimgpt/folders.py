@@ -36,7 +36,6 @@ from slimgpt.models.loading import (
     weights_folder,
 )
 from slimgpt.models.naming import ConvertedFiles
-from slimgpt.models.slicing import State
 from slimgpt.models.weights import StreamedModel, WeightFiles, check_finite, fingerprint, misfit
 from slimgpt.planning import Plan
 from slimgpt.planning.plan import plan_of_widths
@@ -79,9 +78,19 @@ def execute(
     p = prepared
     if model is None:
         model = load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code)
-    calls = (on_measured, on_distilled)
     report = run_plan(
-        model, p.source.name, p.windows, p.calibration, p.plan, p.config, p.device, on_layer, p.budget, *calls
+        model,
+        p.source.name,
+        p.windows,
+        p.calibration,
+        p.shape,
+        p.plan,
+        p.config,
+        p.device,
+        on_layer,
+        p.budget,
+        on_measured,
+        on_distilled,
     )
     return model, report
 
@@ -321,20 +330,15 @@ def _distilled(
     said = journal.said_of_distilled()
     if said is not None:
         return said
-    model = layers.model
-
-    def state(index: int) -> State:
+    model, slim = layers.model, []
+    for index, (shell, sizes) in enumerate(zip(decoder_layers(model), plan.layers, strict=True)):
         finished = journal(index)
         assert finished is not None
-        return finished.state
-
-    def take(index: int) -> nn.Module:
-        return rebuild_layer(layers(index), model.config, index, state(index), plan.layers[index])
-
+        slim.append(rebuild_layer(shell, model.config, index, finished.state, sizes))  # mapped, not read
     lesson = rehearse(model, layers, p.windows, tokens, p.config, run)
-    training = Distillation(model, take, plan, lesson, p.config, run)
+    training = Distillation(model, slim.__getitem__, plan, lesson, run)
     said = training(on_distilled)
-    trained = ({**state(index), **training.matrices(index)} for index in range(len(plan.layers)))
+    trained = ({**layer.state_dict(), **training.matrices(index)} for index, layer in enumerate(slim))
     journal.write_distilled(trained if said["kept"] else (), said)
     return said
 

@@ -38,7 +38,7 @@ def case(family: str, place: str = "device"):
     for _ in prune_model(slim, IDS, plan, CONFIG, run()):
         pass
     lesson = rehearse(dense, decoder_layers(dense).__getitem__, IDS, 300, CONFIG, run(place))
-    return dense, slim, Distillation(slim, decoder_layers(slim).__getitem__, plan, lesson, CONFIG, run(place))
+    return dense, slim, Distillation(slim, decoder_layers(slim).__getitem__, plan, lesson, run(place))
 
 
 def divergence(model, dense, ids, first=1, stride=1):

@@ -87,16 +87,14 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
 
 def _training(report: PruneReport) -> str:
     """Whether and how the model was trained after pruning."""
-    said, first = report.distillation, "It is not retrained."
+    said, texts = report.distillation, []
     if said.get("kept"):
         before, after = said["divergence"]["before"], said["divergence"]["after"]
-        first = (
+        texts.append(
             f"Its output matrices were then trained together on {said['tokens']:,} of the calibration tokens, towards "
             f"what the dense model predicts: {before:.3f} nats per token away from it before, {after:.3f} after, on "
             "calibration text that was not trained on. The errors by layer below are those before."
         )
-    if not report.recovery:
-        return first
     runs = []
     for run in report.recovery:
         settings, data, curve = run["settings"], run["data"], run["curve"]
@@ -108,10 +106,12 @@ def _training(report: PruneReport) -> str:
             f"examples of {', '.join(f'`{source}`' for source in data['sources'])} at learning rate "
             f"{settings['learning_rate']:g}{held_out}"
         )
-    return (f"{first} " if said.get("kept") else "") + (
-        f"Afterwards it was trained ({'; then '.join(runs)}): see `recovery.json` and `recovery.png`; the errors by "
-        "layer below are those of pruning."
-    )
+    if runs:
+        texts.append(
+            f"Afterwards it was trained ({'; then '.join(runs)}): see `recovery.json` and `recovery.png`; the errors "
+            "by layer below are those of pruning."
+        )
+    return " ".join(texts) or "It is not retrained."
 
 
 def _command(report: PruneReport) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,75 +97,54 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer,
     count with what they took when they were pruned, so the figure is right from the first of them on.
     """
     seconds: list[float] = []
-
-    def state(report: LayerReport, plan: Plan) -> str:
-        from slimgpt.pruning.memory import used_bytes
-
-        seconds.append(sum(report.seconds.values()))
-        left = sum(seconds) / len(seconds) * (len(plan.layers) - report.layer - 1)
-        return (
-            f"{tokens / max(seconds[-1], 1e-9):,.0f} tokens/s, {used_bytes(device) / 1e9:.2f} GB in use, "
-            f"about {timedelta(seconds=round(left))} left"
-        )
-
     measured: list[float] = []
-
-    def measuring(steps: int, took: float) -> str:
-        measured.append(took)
-        left = sum(measured) / len(measured) * (steps - len(measured))
-        return f"measuring what each layer's widths cost, about {timedelta(seconds=round(left))} left"
-
     trained: list[float] = []
-
-    def training(steps: int, divergence: float, took: float) -> str:
-        trained.append(took)
-        left = sum(trained) / len(trained) * (steps - len(trained))
-        return (
-            f"training towards the dense model, divergence {divergence:.3f} nats per token, "
-            f"about {timedelta(seconds=round(left))} left"
-        )
-
-    if not out.is_terminal:
-
-        def distilled_line(step: int, steps: int, divergence: float, took: float) -> None:
-            said = training(steps, divergence, took)
-            if (step + 1) % 4 == 0 or step + 1 == steps:
-                out.print(f"{step + 1}/{steps} steps, {said}", soft_wrap=True)
-
-        def measured_line(step: int, steps: int, took: float) -> None:
-            said = measuring(steps, took)
-            if (step + 1) % 10 == 0 or step + 1 == steps:
-                out.print(f"{step + 1}/{steps} steps, {said}", soft_wrap=True)
-
-        def line(report: LayerReport, plan: Plan) -> None:
-            done = f"{report.layer + 1}/{len(plan.layers)} layers"
-            out.print(f"{_describe(report)}  {done}, {state(report, plan)}", soft_wrap=True)
-
-        yield line, measured_line, distilled_line
-        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
     )
-    with Progress(*columns, TimeElapsedColumn(), console=out) as progress:
-        task = progress.add_task("", total=None, state="")
+    with Progress(*columns, console=out) if out.is_terminal else nullcontext() as progress:
+        task = progress.add_task("", total=None, state="") if progress else None
 
-        def step(report: LayerReport, plan: Plan) -> None:
+        def on_layer(report: LayerReport, plan: Plan) -> None:
+            from slimgpt.pruning.memory import used_bytes
+
+            seconds.append(sum(report.seconds.values()))
             done, total = report.layer + 1, len(plan.layers)
-            said = f"layers, {state(report, plan)}"
-            progress.update(task, completed=done, total=total, description=_describe(report), state=said)
+            said = (
+                f"layers, {tokens / max(seconds[-1], 1e-9):,.0f} tokens/s, {used_bytes(device) / 1e9:.2f} GB in use, "
+                f"{_left(seconds, total - done)}"
+            )
+            if progress and task is not None:
+                progress.update(task, completed=done, total=total, description=_describe(report), state=said)
+            else:
+                out.print(f"{_describe(report)}  {done}/{total} {said}", soft_wrap=True)
 
-        def measured_step(step: int, steps: int, took: float) -> None:
-            state = measuring(steps, took)
-            progress.update(task, completed=step + 1, total=steps, description="step", state=state)
+        def on_step(done: int, total: int, said: str, every: int) -> None:
+            if progress and task is not None:
+                progress.update(task, completed=done, total=total, description="step", state=said)
+            elif done % every == 0 or done == total:
+                out.print(f"{done}/{total} steps, {said}", soft_wrap=True)
 
-        def distilled_step(step: int, steps: int, divergence: float, took: float) -> None:
-            state = training(steps, divergence, took)
-            progress.update(task, completed=step + 1, total=steps, description="step", state=state)
+        def on_measured(step: int, steps: int, took: float) -> None:
+            measured.append(took)
+            left = _left(measured, steps - len(measured))
+            on_step(step + 1, steps, f"measuring what each layer's widths cost, {left}", 10)
 
-        yield step, measured_step, distilled_step
+        def on_distilled(step: int, steps: int, divergence: float, took: float) -> None:
+            trained.append(took)
+            said = f"training towards the dense model, divergence {divergence:.3f} nats per token"
+            on_step(step + 1, steps, f"{said}, {_left(trained, steps - len(trained))}", 4)
+
+        yield on_layer, on_measured, on_distilled
+
+
+def _left(seconds: list[float], to_come: int) -> str:
+    """The time that what is to come will take if it takes what the others took."""
+    return f"about {timedelta(seconds=round(sum(seconds) / len(seconds) * to_come))} left"
 
 
 def _describe(report: LayerReport) -> str:

@@ -140,13 +140,15 @@ def rehearse(
     chosen = torch.cat([pieces[-held:], rest[order[: max(tokens // length, 1)]]])
     layers = decoder_layers(model)
     each = next(model.get_input_embeddings().parameters()).element_size()
-    stream = capture(model, layers, chosen, batch, shelf_for(run, chosen.numel() * each * _width(model)), run.dtype)
-    dense, tuples = shelf_for(run, chosen.numel() * each * _width(model)), False
+    size = chosen.numel() * each * text_config(model.config).hidden_size
+    stream = capture(model, layers, chosen, batch, shelf_for(run, size), run.dtype)
+    dense, tuples = shelf_for(run, size), False
     with torch.no_grad():
         for index in range(len(layers)):
             layer = running_layer(take(index), model.config, index, run)
             before = dense if index else stream.hidden
-            tuples = tuples or returns_tuple(layer, before.get(0), stream.arguments[0][index])
+            if index == 0:
+                tuples = returns_tuple(layer, before.get(0), stream.arguments[0][index])
             for number in range(len(stream)):
                 dense.put(number, run_layer(layer, before.get(number), stream.arguments[number][index]))
             del layer
@@ -171,10 +173,9 @@ class Distillation:
         take: Callable[[int], nn.Module],
         plan: Plan,
         lesson: Lesson,
-        config: PruneConfig,
         run: Run,
     ):
-        self.model, self.take, self.plan, self.lesson, self.config = model, take, plan, lesson, config
+        self.model, self.take, self.plan, self.lesson = model, take, plan, lesson
         self.run = _running(model, run)
         self.names: list[dict[str, int]] = []  # of every layer's matrices, with their numbers on the shelves
         self.types: list[torch.dtype] = []
@@ -281,7 +282,7 @@ class Distillation:
                 self.lesson.tuples,
                 first,
                 stride,
-                self.run.dtype if self.run.dtype in (torch.bfloat16, torch.float16) else None,
+                self.run.dtype if self.run.dtype == torch.bfloat16 else None,
             )
             total += found[0]
             gradients += slopes
@@ -332,15 +333,10 @@ def _rate(step: int, steps: int) -> float:
 
 
 def _running(model: PreTrainedModel, run: Run) -> Run:
-    """The run without a journal and in one process; gradients do not fit into float16, so bfloat16 takes its place."""
+    """The run as the training needs it: gradients do not fit into float16, so bfloat16 takes its place."""
     stored = next(model.get_input_embeddings().parameters()).dtype
-    dtype = torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype
-    return Run(run.device, run.placement, dtype, scratch=run.scratch)
+    return run.alone(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
 
 
 def _held_tokens(windows: Tensor) -> int:
     return min(HELD_TOKENS, windows.numel() // 4)
-
-
-def _width(model: PreTrainedModel) -> int:
-    return text_config(model.config).hidden_size

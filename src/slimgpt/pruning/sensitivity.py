@@ -108,7 +108,7 @@ class _Measurement:
         self.plan, self.config = plan, config
         self.structures = architecture_of(model.config, model).chosen(plan.head_unit)
         self.sizes = layer_sizes(model.config)
-        self.run = Run(run.device, run.placement, run.dtype, scratch=run.scratch)  # without a journal, in one process
+        self.run = run.alone(run.dtype)
         self.on_measured, self.done = on_measured, 0
         self.narrow: list[list[_Narrow]] = []
 

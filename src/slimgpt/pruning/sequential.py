@@ -84,6 +84,14 @@ class Run:
     finished: Finder = lambda _: None
     choice: Choice | None = None
 
+    def alone(self, dtype: torch.dtype | None) -> Run:
+        """The same in one process and without a journal, for work beside the loop.
+
+        Args:
+            dtype: of its forward passes.
+        """
+        return Run(self.device, self.placement, dtype, scratch=self.scratch)
+
 
 @torch.no_grad()
 def prune_layers(
