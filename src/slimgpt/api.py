@@ -40,6 +40,7 @@ from slimgpt.pruning import (
     place,
     prune_model,
     rehearse,
+    repaired_on,
     to_measure,
     tokens_to_distill,
 )
@@ -274,7 +275,7 @@ def run_plan(
         plan, allocation = allocate(plan, shape, model, take, windows, config, run, on_measured)
     # What the dense model makes of the text has to be known before it is pruned.
     lesson = rehearse(model, take, windows, tokens, config, run) if tokens else None
-    for report in prune_model(model, windows, plan, config, run):
+    for report in prune_model(model, repaired_on(windows, tokens), plan, config, run):
         reports.append(report)
         if on_layer:
             on_layer(report, plan)

@@ -53,6 +53,7 @@ from slimgpt.pruning import (
     place,
     prune_layers,
     rehearse,
+    repaired_on,
     to_measure,
     tokens_to_distill,
 )
@@ -144,7 +145,7 @@ def run_to_folder(
     """
     p = prepared
     with join(p.device) as ranks:
-        windows = ranks.share(p.windows)
+        windows = ranks.share(repaired_on(p.windows, tokens_to_distill(p.config, p.shape, p.windows)))
         stored = p.stored
         dtype = forward_dtype(p.config.forward_dtype, stored, p.device)
         names = list(DTYPES.values())

@@ -1,6 +1,6 @@
 """The only room that changes a model."""
 
-from slimgpt.pruning.distillation import Distillation, OnDistilled, rehearse, tokens_to_distill
+from slimgpt.pruning.distillation import Distillation, OnDistilled, rehearse, repaired_on, tokens_to_distill
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.memory import Placement, parse_bytes, place
 from slimgpt.pruning.report import LayerReport, PruneReport, total_seconds
@@ -26,6 +26,7 @@ __all__ = [
     "prune_layers",
     "prune_model",
     "rehearse",
+    "repaired_on",
     "to_measure",
     "tokens_to_distill",
     "total_seconds",

@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,8 @@ from slimgpt.models.heterogeneous import architecture_of, decoder_layers, text_c
 from slimgpt.models.shape import ModelShape
 from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
-from slimgpt.pruning.capture import Stream, capture, put_parameter, run_layer
-from slimgpt.pruning.memory import Shelf, trim
+from slimgpt.pruning.capture import Arguments, Stream, capture, put_parameter, run_layer
+from slimgpt.pruning.memory import DEVICE, Shelf, trim, used_bytes
 from slimgpt.pruning.predictions import brought, divergences, returns_tuple
 from slimgpt.pruning.sensitivity import measurable
 from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
@@ -37,7 +37,7 @@ SHARE, LEAST_TOKENS = 0.5, 16384
 """The share of the calibration tokens that is trained on by default, if these are so many at least."""
 
 HELD_TOKENS = 2048
-"""So many tokens are not trained on: the training is kept only if it helps there."""
+"""So many tokens are neither repaired nor trained on: the training is kept only if it helps there."""
 
 LENGTH = 256
 """Longer windows are cut."""
@@ -98,7 +98,7 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, windows: Tensor) -
     """
     if config.distill == 0:
         return 0
-    room = windows.numel() - _held_tokens(windows)
+    room = repaired_on(windows, 1).numel()
     if config.distill == "auto":
         tokens = min(int(SHARE * windows.numel()), room)
         return tokens if measurable(shape) and tokens >= LEAST_TOKENS else 0
@@ -110,6 +110,18 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, windows: Tensor) -
             "on; lower it or raise num_samples"
         )
     return int(config.distill)
+
+
+def repaired_on(windows: Tensor, tokens: int) -> Tensor:
+    """The windows that pruning calibrates on: if the pruned model is to be trained, the last ones are left out of it.
+
+    What the repair has seen would speak for the model as the repair left it.
+
+    Args:
+        tokens: see :func:`tokens_to_distill`.
+    """
+    held = max(min(HELD_TOKENS, windows.numel() // 4) // windows.shape[1], 1)
+    return windows[:-held] if tokens else windows
 
 
 def rehearse(
@@ -131,13 +143,14 @@ def rehearse(
     run = _running(model, run)
     length = min(windows.shape[1], LENGTH)
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    rest = pieces[: len(repaired_on(windows, tokens)) * (windows.shape[1] // length)]
+    held = pieces[len(rest) :]
     per_step = max(STEP_TOKENS, tokens // STEPS) // length
-    batch = max(min(config.batch_size, per_step), 1)
-    held = max(_held_tokens(windows) // length // batch, 1) * batch
-    rest = pieces[:-held]
+    batch = max(min(config.batch_size, per_step, len(held)), 1)
+    held = held[: len(held) // batch * batch]
     # Pieces of one document are spread over the steps.
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
-    chosen = torch.cat([pieces[-held:], rest[order[: max(tokens // length, 1)]]])
+    chosen = torch.cat([held, rest[order[: max(tokens // length, 1)]]])
     layers = decoder_layers(model)
     each = next(model.get_input_embeddings().parameters()).element_size()
     size = chosen.numel() * each * text_config(model.config).hidden_size
@@ -153,7 +166,16 @@ def rehearse(
                 dense.put(number, run_layer(layer, before.get(number), stream.arguments[number][index]))
             del layer
             trim()
-    return Lesson(chosen.split(batch), held // batch, max(per_step // batch, 1), stream, dense, tuples)
+    return Lesson(chosen.split(batch), len(held) // batch, max(per_step // batch, 1), stream, dense, tuples)
+
+
+@dataclass
+class _Passed:
+    """One batch that has gone through a layer: what went in, the weights to be moved, and what came out."""
+
+    hidden: Tensor
+    weights: list[Tensor]
+    after: Tensor
 
 
 class Distillation:
@@ -181,6 +203,7 @@ class Distillation:
         self.types: list[torch.dtype] = []
         self.scales: list[float] = []
         self.trained = 0
+        self.trail: list[list[_Passed] | None] = []  # of every layer on the way forth
 
     def __call__(self, on_distilled: OnDistilled | None = None) -> dict[str, Any]:
         """Train, and say what it gave; ``kept`` is whether the held-out text is better off for it.
@@ -192,20 +215,21 @@ class Distillation:
         self._begin()
         steps, held = self.lesson.steps, list(range(self.lesson.held))
         curve: list[float] = []
-        with brought(self.model, self.run.device):
-            before, _ = self._forth(held, stride=1)
+        with brought(self.model, self.run.device, self.run.dtype):
+            before = self._look(held)
             highest = RATE * math.sqrt(min(max(before, 0.0), 1.0))
             for number, batches in enumerate(steps):
                 began = time.perf_counter()
                 first = 1 + number % STRIDE
-                divergence, gradients = self._forth(batches, first, STRIDE)
+                hidden = self._forth(batches, learn=True)
+                divergence, gradients = self._compare(batches, hidden, first, STRIDE)
                 self._back(batches, gradients, highest * _rate(number, len(steps)))
                 self.trained += 1
                 curve.append(divergence)
                 trim()
                 if on_distilled:
                     on_distilled(number, len(steps), divergence, time.perf_counter() - began)
-            after, _ = self._forth(held, stride=1)
+            after = self._look(held)
         return {
             "tokens": self.lesson.count(number for step in steps for number in step),
             "steps": len(steps),
@@ -258,56 +282,82 @@ class Distillation:
             put_parameter(layer, name, nn.Parameter(weight, requires_grad=number is not None))
         return layer
 
-    def _forth(self, batches: list[int], first: int = 1, stride: int = 1) -> tuple[float, list[Tensor]]:
-        """The divergence per token of some batches, and its gradients behind the last layer."""
-        arguments = self.lesson.stream.arguments
+    def _look(self, batches: list[int]) -> float:
+        """The divergence per token of some batches."""
+        return self._compare(batches, self._forth(batches), slopes=False)[0]
+
+    def _forth(self, batches: list[int], learn: bool = False) -> list[Tensor]:
+        """The hidden states of some batches behind the last layer.
+
+        Args:
+            learn: whether the way back will be gone. Every layer's inputs are kept for it, and with them, as long as
+                there is room, all that gradients are made of, so that the layer need not be run again.
+        """
+        arguments, device = self.lesson.stream.arguments, self.run.device
         hidden = [self.lesson.stream.hidden.get(number) for number in batches]
         self.inputs = shelf_for(self.run, len(self.plan.layers) * sum(tensor.nbytes for tensor in hidden))
-        with torch.no_grad():
-            for index in range(len(self.plan.layers)):
-                layer = self._layer(index)
-                for place, number in enumerate(batches):
+        self.trail = []
+        used = used_bytes(device)
+        ceiling = used + (self.run.placement.budget - used) // 2 if self.inputs.place == DEVICE else 0
+        for index in range(len(self.plan.layers)):
+            layer, passed = self._layer(index), list[_Passed]()
+            keep = learn and used_bytes(device) < ceiling
+            for place, number in enumerate(batches):
+                if keep:
+                    passed.append(self._pass(layer, index, hidden[place], arguments[number][index]))
+                    hidden[place] = passed[-1].after.detach()
+                    continue
+                if learn:
                     self.inputs.put(index * len(batches) + place, hidden[place])
+                with torch.no_grad():
                     hidden[place] = run_layer(layer, hidden[place], arguments[number][index])
-                check_output(index, hidden[-1])
-                del layer
+            check_output(index, hidden[-1])
+            self.trail.append(passed or None)
+            del layer
+        return hidden
+
+    def _compare(
+        self, batches: list[int], hidden: list[Tensor], first: int = 1, stride: int = 1, slopes: bool = True
+    ) -> tuple[float, list[Tensor]]:
+        """The divergence per token of some batches, and its gradients behind the last layer."""
         total, gradients, tokens = 0.0, [], 0
         for place, number in enumerate(batches):
-            ids = self.lesson.ids[number]
-            found, slopes = divergences(
-                self.model,
-                self.lesson.dense.get(number),
-                [hidden[place]],
-                ids,
-                self.lesson.tuples,
-                first,
-                stride,
-                self.run.dtype if self.run.dtype == torch.bfloat16 else None,
+            ids, dense = self.lesson.ids[number], self.lesson.dense.get(number)
+            found, steep = divergences(
+                self.model, dense, [hidden[place]], ids, self.lesson.tuples, first, stride, slopes
             )
             total += found[0]
-            gradients += slopes
+            gradients += steep
             tokens += ids.shape[0] * len(range(first, ids.shape[1], stride))
         return total / max(tokens, 1), gradients
+
+    def _pass(self, layer: nn.Module, index: int, hidden: Tensor, arguments: Arguments) -> _Passed:
+        """Run a layer so that gradients can be taken."""
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            after = run_layer(layer, leaf, arguments)
+        return _Passed(leaf, [layer.get_parameter(name) for name in self.names[index]], after)
 
     def _back(self, batches: list[int], gradients: list[Tensor], rate: float) -> None:
         """Gradients of every layer from the last to the first; each is moved once its own are known."""
         arguments = self.lesson.stream.arguments
         for index in reversed(range(len(self.plan.layers))):
-            layer = self._layer(index)
-            names = self.names[index]
-            weights = [layer.get_parameter(name) for name in names]
+            passed = self.trail.pop()
+            layer = self._layer(index) if passed is None else None
             totals: list[Tensor] = []
             for place, number in enumerate(batches):
-                hidden = self.inputs.get(index * len(batches) + place).detach().requires_grad_()
-                with torch.enable_grad():
-                    after = run_layer(layer, hidden, arguments[number][index])
-                found = torch.autograd.grad(after, [hidden, *weights], gradients[place])
+                if layer is not None:
+                    hidden = self.inputs.get(index * len(batches) + place)
+                    one = self._pass(layer, index, hidden, arguments[number][index])
+                else:
+                    one = cast(list[_Passed], passed)[place]
+                found = torch.autograd.grad(one.after, [one.hidden, *one.weights], gradients[place])
                 gradients[place] = found[0]
-                sums = totals or [0.0] * len(weights)
+                sums = totals or [0.0] * len(one.weights)
                 totals = [total + gradient.float() for total, gradient in zip(sums, found[1:])]
-            for number, gradient in zip(names.values(), totals):
+            for number, gradient in zip(self.names[index].values(), totals):
                 self._move(number, gradient, rate)
-            del layer
+            del passed, layer
 
     def _move(self, number: int, gradient: Tensor, rate: float) -> None:
         """One step of Adam."""
@@ -336,7 +386,3 @@ def _running(model: PreTrainedModel, run: Run) -> Run:
     """The run as the training needs it: gradients do not fit into float16, so bfloat16 takes its place."""
     stored = next(model.get_input_embeddings().parameters()).dtype
     return run.alone(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
-
-
-def _held_tokens(windows: Tensor) -> int:
-    return min(HELD_TOKENS, windows.numel() // 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -31,7 +31,7 @@ def divergences(
     tuples: bool,
     first: int = 1,
     stride: int = 1,
-    dtype: torch.dtype | None = None,
+    slopes: bool = True,
 ) -> tuple[list[float], list[Tensor]]:
     """``KL(dense || narrowed)`` summed over tokens, and its gradient, for each of several narrowed models.
 
@@ -46,7 +46,7 @@ def divergences(
         tuples: see :func:`returns_tuple`.
         first: the first position whose predictions are compared.
         stride: only every so many positions are compared from there.
-        dtype: 16 bits to multiply in; ``None`` multiplies as the model's weights are.
+        slopes: whether gradients are wanted; without, they are zero.
     """
     embedding = next(model.get_input_embeddings().parameters())
     most = max(LOGITS // text_config(model.config).vocab_size, 1) * stride
@@ -55,8 +55,7 @@ def divergences(
     def predictions(stream: Tensor, tokens: Tensor) -> Tensor:
         nonlocal hidden
         hidden = stream.to(embedding)
-        with torch.autocast(embedding.device.type, dtype) if dtype is not None else nullcontext():
-            logits = model(input_ids=tokens.to(embedding.device), use_cache=False).logits
+        logits = model(input_ids=tokens.to(embedding.device), use_cache=False).logits
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     totals = [0.0] * len(narrowed)
@@ -71,10 +70,11 @@ def divergences(
                     with torch.no_grad():
                         log_p = predictions(dense[place], ids[place])
                     for number, other in enumerate(narrowed):
-                        leaf = other[place].detach().requires_grad_()
-                        with torch.enable_grad():
+                        leaf = other[place].detach().requires_grad_(slopes)
+                        with torch.set_grad_enabled(slopes):
                             total = (log_p.exp() * (log_p - predictions(leaf, ids[place]))).sum()
-                        gradients[number][place] = torch.autograd.grad(total, leaf)[0]
+                        if slopes:
+                            gradients[number][place] = torch.autograd.grad(total, leaf)[0]
                         totals[number] += float(total.detach())
     finally:
         for parameter, wanted in frozen:
@@ -83,15 +83,18 @@ def divergences(
 
 
 @contextmanager
-def brought(model: PreTrainedModel, device: torch.device) -> Iterator[None]:
-    """What is around the layers on a device for a while: a head multiplies more than any layer does."""
+def brought(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """What is around the layers on a device for a while: a head multiplies more than any layer does.
+
+    Args:
+        dtype: of its parameters meanwhile; ``None`` leaves them as they are.
+    """
     inside = f"{architecture_of(model.config, model).layers}."
     named = chain(model.named_parameters(), model.named_buffers())
-    homes = [(tensor, tensor.data) for name, tensor in named if not name.startswith(inside)]
-    homes = [(tensor, data) for tensor, data in homes if data.device != device and not data.is_meta]
+    homes = [(tensor, tensor.data) for name, tensor in named if not name.startswith(inside) and not tensor.is_meta]
     try:
         for tensor, data in homes:
-            tensor.data = data.to(device)
+            tensor.data = data.to(device, dtype if isinstance(tensor, nn.Parameter) else None)
         yield
     finally:
         for tensor, data in homes:
