@@ -17,7 +17,7 @@ def pruned(model: PreTrainedModel, job: Job, **arguments: Any) -> None:
         arguments: what makes the method; the job's own arguments come on top.
     """
     layers = model.config.num_hidden_layers
-    slimgpt.prune(
+    report = slimgpt.prune(
         model,
         None,
         ratio=job.ratio,
@@ -29,3 +29,9 @@ def pruned(model: PreTrainedModel, job: Job, **arguments: Any) -> None:
         on_layer=lambda report, _: job.on_step(report.layer + 1, layers),
         **{**arguments, "repair": job.repair, **dict(job.arguments)},
     )
+    job.said["seconds_by_part"] = {
+        "measuring": report.allocation.get("seconds", 0.0),
+        "training": report.distillation.get("seconds", 0.0),
+        "in_all": report.seconds,
+    }
+    job.said["distillation"] = {name: value for name, value in report.distillation.items() if name != "curve"}

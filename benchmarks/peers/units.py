@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -43,6 +43,7 @@ class Job:
         dtype: of the forward passes over the calibration tokens: ``float32`` or ``bfloat16``.
         arguments: of ``slimgpt.prune``, for the methods that it has.
         on_step: called with steps done and steps in all.
+        said: what a method has to say of its run, to be kept with the row.
     """
 
     windows: Tensor
@@ -53,6 +54,7 @@ class Job:
     dtype: str = "float32"
     arguments: tuple[tuple[str, Any], ...] = ()
     on_step: Callable[[int, int], None] = quiet
+    said: dict[str, Any] = field(default_factory=dict)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

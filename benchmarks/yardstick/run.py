@@ -165,6 +165,7 @@ class Bench:
             "core_seconds": core_seconds,
             "calibration_sha256": digest(windows),
             "widths": layer_sizes(model.config),
+            **job.said,
         }
         return model, tokenizer, {**found, **about}
 
