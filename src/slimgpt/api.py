@@ -357,6 +357,7 @@ def evaluate(
     batch_size: int = 8,
     data_dir: str | Path | None = None,
     by_position: bool = False,
+    bos: str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """Perplexity of a model on a text; see :func:`slimgpt.evaluation.perplexity` for the protocol.
@@ -373,5 +374,5 @@ def evaluate(
     limits = [n for n in (max_tokens, found.max_windows and found.max_windows * window) if n is not None]
     limit = min(limits) if limits else None
     return perplexity(
-        model, tokenizer, found.content, window, limit, batch_size, progress, stride, found.joining, by_position
+        model, tokenizer, found.content, window, limit, batch_size, progress, stride, found.joining, by_position, bos
     )

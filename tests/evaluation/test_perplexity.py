@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
+from tokenizers import processors
 
 import slimgpt
 from slimgpt.errors import UsageError
@@ -37,6 +39,40 @@ def test_smollm2_at_the_windows_of_the_literature(window, tokens, smollm2):
         found = perplexity(model, tokenizer, text, window, tokens, batch_size)
         assert found.perplexity == pytest.approx(expected, rel=1e-6)
         assert found.predicted == predicted
+
+
+@pytest.mark.parametrize("stride", [1, 7, 19, None])
+def test_bos_in_every_window(stride, tokenizer, text_file):
+    starting = copy.deepcopy(tokenizer)
+    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", 2)]
+    )
+    model, text, step = tiny_model("llama"), text_file.read_text(), stride or 19
+    ids = starting(text)["input_ids"][:200]
+    found = perplexity(model, starting, text, 20, 200, batch_size=3, stride=stride, bos="window")
+    total, seen = [], 1
+    for start in range(1, len(ids) - 18, step):
+        piece = torch.tensor([2, *ids[start : start + 19]])
+        with torch.no_grad():
+            values = model(piece[None]).logits[0].double().log_softmax(-1)
+        total += [-float(values[p - 1, piece[p]]) for p in range(1, 20) if start + p - 1 >= seen]
+        seen = start + 19
+    assert found.perplexity == pytest.approx(math.exp(sum(total) / len(total)), rel=1e-6)
+    assert (found.predicted, found.tokens) == (len(total), len(total))
+    assert found.protocol["special_tokens"].endswith("every window")
+    assert found.perplexity != perplexity(model, starting, text, 20, 200, stride=stride).perplexity
+
+
+def test_gemma_gets_bos_in_every_window(tokenizer, text_file):
+    starting = copy.deepcopy(tokenizer)
+    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", 2)]
+    )
+    model, text = tiny_model("gemma2"), text_file.read_text()
+    found = [perplexity(model, starting, text, 20, 200, bos=bos).perplexity for bos in ("auto", "window", "once")]
+    assert found[0] == found[1] != found[2]
+    with pytest.raises(UsageError, match="auto, once, window"):
+        perplexity(model, starting, text, 20, bos="twice")
 
 
 @pytest.mark.parametrize("stride", [1, 7, 19, 20, None])

@@ -54,6 +54,9 @@ def evaluate(
     by_position: Annotated[
         bool, typer.Option("--by-position", help="Also perplexity by position in the window, for long ones.")
     ] = False,
+    bos: Annotated[
+        str, typer.Option(help="Start the text ('once') or every 'window' with BOS, if the tokenizer adds one.")
+    ] = "auto",
     tasks: Annotated[str | None, typer.Option(help=TasksHelp)] = None,
     limit: LimitOption = None,
     num_fewshot: FewshotOption = None,
@@ -69,7 +72,7 @@ def evaluate(
     """Perplexity of MODEL on a text, its scores on tasks, its memory over long texts; each with its protocol."""
     from slimgpt.api import evaluate as run
     from slimgpt.checkpoint import read_report
-    from slimgpt.evaluation import evaluate_tasks, leak_note, read_text, task_names
+    from slimgpt.evaluation import BOS, evaluate_tasks, leak_note, read_text, task_names
     from slimgpt.evaluation import passkey as run_passkey
     from slimgpt.models.loading import load, locate
 
@@ -79,6 +82,8 @@ def evaluate(
         raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
     if window < 2:
         raise UsageError(f"window {window} is too small: a window of n tokens predicts n - 1 of them")
+    if bos not in BOS:
+        raise UsageError(f"bos is '{bos}'; it must be one of {', '.join(BOS)}")
     lengths = whole_numbers(passkey, "--passkey") if passkey else []
     names = task_names(tasks) if tasks is not None else []
     if data_dir is not None and not data_dir.is_dir():
@@ -100,6 +105,7 @@ def evaluate(
                 max_tokens=max_tokens,
                 batch_size=batch_size,
                 by_position=by_position,
+                bos=bos,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
         leak = leak_note(report, content)
@@ -135,12 +141,15 @@ def whole_numbers(text: str, option: str) -> list[int]:
 
 def print_perplexity(result: Perplexity, text: str, leak: str | None) -> None:
     """One line with all that the number depends on, the leak among it; positions below."""
+    from slimgpt.evaluation.perplexity import EVERY
+
     protocol = result.protocol
-    stride = "" if protocol["stride"] == result.window else f", stride {protocol['stride']}"
+    stride = f", stride {protocol['stride']}" if protocol["overlap"] else ""
+    bos = ", each with BOS" if protocol["special_tokens"].endswith(EVERY) else ""
     out.print(
-        f"perplexity [bold]{result.perplexity:.4f}[/] at window {result.window}{stride} over {result.tokens:,} tokens "
-        f"({result.predicted:,} predicted) of {text}, {protocol['joining']}, {protocol['dtype']}; "
-        f"per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}"
+        f"perplexity [bold]{result.perplexity:.4f}[/] at window {result.window}{stride}{bos} over "
+        f"{result.tokens:,} tokens ({result.predicted:,} predicted) of {text}, {protocol['joining']}, "
+        f"{protocol['dtype']}; per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}"
         + (f"  [bold yellow]{leak}[/]" if leak else ""),
         highlight=False,
         soft_wrap=True,

@@ -2,13 +2,14 @@
 
 from slimgpt.evaluation.leaks import leak_note
 from slimgpt.evaluation.long import Passkey, passkey
-from slimgpt.evaluation.perplexity import Perplexity, perplexity
+from slimgpt.evaluation.perplexity import BOS, Perplexity, perplexity
 from slimgpt.evaluation.speed import Speed, measure_speed, peak_memory
 from slimgpt.evaluation.tasks import ALIASES, TaskScores, evaluate_tasks, task_names
 from slimgpt.evaluation.texts import CORPORA, Text, read_text
 
 __all__ = [
     "ALIASES",
+    "BOS",
     "CORPORA",
     "Passkey",
     "Perplexity",

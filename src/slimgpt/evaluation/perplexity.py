@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimgpt.calibration import leading_ids
 from slimgpt.errors import UsageError
+
+BOS = ("auto", "once", "window")
+"""Where the tokens stand that the tokenizer puts before a text: at its start, or at the start of every window.
+``auto`` is ``window`` for the models below and ``once``, the literature's way, for all others."""
+
+EVERY = "to every window"
+
+LEAN_ON_BOS = ("gemma",)
+"""How the names of model types begin that predict badly where a window does not start with BOS."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ class Perplexity:
             the text's tokens per word (what stands between white space).
         byte_perplexity: the same per byte of UTF-8.
         window: tokens per window; numbers at different windows do not compare.
-        tokens: tokens in all windows.
+        tokens: tokens of the text in all windows.
         predicted: tokens that were predicted: all of a window but its first and those an earlier window predicted.
         protocol: everything else that changes the number.
         by_position: by the first token position of a bucket, the perplexity of the tokens in it; only if asked for.
@@ -58,12 +68,13 @@ def perplexity(
     stride: int | None = None,
     joining: str = "as in the file",
     by_position: bool = False,
+    bos: str = "auto",
 ) -> Perplexity:
     """Perplexity of a text.
 
     The text is tokenised as a whole, the way the tokenizer does it by default, and cut into windows; what is left
-    over at the end is not used. Without ``stride`` the windows do not overlap: with ``window`` 128 and 2048 these are
-    the two conventions of the literature.
+    over at the end is not used. Without ``stride`` no token of the text is in two windows: with ``window`` 128 and
+    2048 these are the two conventions of the literature.
 
     Args:
         window: tokens per window, at least 2.
@@ -72,24 +83,32 @@ def perplexity(
         stride: tokens from one window to the next; only what the window before has not seen is predicted.
         joining: how the rows of the corpus became one text; goes into the protocol.
         by_position: also tell the perplexity by position in the window, in buckets that double.
+        bos: one of :data:`BOS`.
 
     Raises:
-        UsageError: the window does not fit the model or the text.
+        UsageError: the window does not fit the model or the text, or an unknown ``bos``.
     """
+    if bos not in BOS:
+        raise UsageError(f"bos is '{bos}'; it must be one of {', '.join(BOS)}")
     if window < 2:
         raise UsageError(f"window {window} is too small: a window of n tokens predicts n - 1 of them")
-    step = window if stride is None else stride
-    if not 1 <= step <= window:
-        raise UsageError(f"stride {step} must lie between 1 and the window of {window} tokens")
+    leans = model.config.get_text_config(decoder=True).model_type.startswith(LEAN_ON_BOS)
+    in_window = bos == "window" or (bos == "auto" and leans)
+    prefix = leading_ids(tokenizer) if in_window else []
+    body = window - len(prefix)  # of the text in a window
+    step = body if stride is None else stride
+    if not 1 <= step <= body:
+        raise UsageError(f"stride {step} must lie between 1 and the window's {body} tokens of text")
     all_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    ids = all_ids if max_tokens is None else all_ids[:max_tokens]
-    if len(ids) < window:
+    ids = (all_ids if max_tokens is None else all_ids[:max_tokens])[len(prefix) :]
+    if len(ids) < body:
         raise UsageError(f"the text gives {len(ids):,} tokens, fewer than one window of {window}")
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and window > longest:
         raise UsageError(f"window {window} is longer than the model's context of {longest} tokens")
-    windows = ids.unfold(0, window, step)  # (count, window)
-    count = len(windows)
+    pieces = ids.unfold(0, body, step)  # (count, body)
+    count = len(pieces)
+    windows = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), pieces], 1)
     # Logits are the largest thing here: keep a batch's under about 2^25 numbers.
     size = max(1, min(batch_size, (1 << 25) // (window * model.config.get_text_config(decoder=True).vocab_size)))
     sums = torch.zeros(window - 1, dtype=torch.float64)
@@ -111,7 +130,7 @@ def perplexity(
         word_perplexity=_exp(mean * len(all_ids) / max(words, 1)),
         byte_perplexity=_exp(mean * len(all_ids) / max(size_in_bytes, 1)),
         window=window,
-        tokens=window + (count - 1) * step,
+        tokens=body + (count - 1) * step,
         predicted=predicted,
         protocol={
             "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -121,9 +140,10 @@ def perplexity(
             "joining": joining,
             "tokenizer": type(tokenizer).__name__,
             "vocabulary": len(tokenizer),
-            "special_tokens": "as the tokenizer adds them, once for the whole text",
-            "bos": len(ids) > 0 and tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id,
+            "special_tokens": f"as the tokenizer adds them, {EVERY if in_window else 'once for the whole text'}",
+            "bos": tokenizer.bos_token_id is not None and int(windows[0, 0]) == tokenizer.bos_token_id,
             "stride": step,
+            "overlap": body - step,
             "first_token_of_window_predicted": False,
             "max_tokens": max_tokens,
             "dtype": str(model.dtype).removeprefix("torch."),
