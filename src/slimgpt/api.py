@@ -117,8 +117,8 @@ def prune(
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, from
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
         distill: on how many calibration tokens the output matrices are trained together after pruning, towards what
-            the dense model predicts, or ``off``. ``auto``: on half of them for the method ``slimgpt`` where these are
-            enough, and not at all for the others.
+            the dense model predicts, or ``off``. ``auto``: for the method ``slimgpt``, where there are
+            enough, on as many as cost 1.6 forward passes over all of them, and not at all for the others.
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
         on_measured: called after every step while costs are measured, with its number, the number of all steps and
@@ -261,7 +261,7 @@ def run_plan(
 ) -> PruneReport:
     """Prune a model in memory and gather the reports of its layers."""
     check_context(model.config, windows)
-    tokens = tokens_to_distill(config, shape, windows)
+    tokens = tokens_to_distill(config, shape, plan, windows)
     start = time.perf_counter()
     dense = tuple(layer_sizes(model.config))
     stored = next(model.parameters()).dtype

@@ -42,8 +42,9 @@ class PruneConfig:
             ``schedule`` for the others and wherever a schedule, a plan or equal widths were asked for.
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
         distill: on how many calibration tokens the output matrices are trained together after pruning, towards what
-            the dense model predicts; 0 or ``off``: not at all. ``auto``: on half of them for the method ``slimgpt``
-            where these are enough, on none for the others, without repair, and for mixtures of experts.
+            the dense model predicts; 0 or ``off``: not at all. ``auto``: for the method ``slimgpt``, where
+            there are enough, on as many as cost 1.6 forward passes over all of them; on none for the other methods,
+            without repair, and for mixtures of experts.
 
     Raises:
         UsageError: a number outside its range.

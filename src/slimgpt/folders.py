@@ -145,7 +145,8 @@ def run_to_folder(
     """
     p = prepared
     with join(p.device) as ranks:
-        windows = ranks.share(repaired_on(p.windows, tokens_to_distill(p.config, p.shape, p.windows)))
+        tokens = tokens_to_distill(p.config, p.shape, p.plan, p.windows)
+        windows = ranks.share(repaired_on(p.windows, tokens))
         stored = p.stored
         dtype = forward_dtype(p.config.forward_dtype, stored, p.device)
         names = list(DTYPES.values())
@@ -166,7 +167,7 @@ def run_to_folder(
             while True:
                 try:
                     calls = (on_layer, on_start, on_measured, on_distilled)
-                    return _run(p, ranks, windows, dtype, journal, request_digest, done, budget, *calls)
+                    return _run(p, ranks, windows, tokens, dtype, journal, request_digest, done, budget, *calls)
                 except torch.OutOfMemoryError as error:
                     budget = _smaller(p, budget, ranks, error)
                     done = journal.open(resume=True)
@@ -240,6 +241,7 @@ def _run(
     p: Prepared,
     ranks: Ranks,
     windows: Tensor,
+    tokens: int,
     dtype: torch.dtype | None,
     journal: Journal,
     digest: str,
@@ -275,7 +277,7 @@ def _run(
                 on_layer(finished.report, plan)
         del finished
     distillation: dict[str, Any] = {}
-    if ranks.main and (tokens := tokens_to_distill(p.config, p.shape, p.windows)):
+    if ranks.main and tokens:
         distillation = _distilled(p, tokens, layers, plan, run, journal, on_distilled)
     earlier = sum(sum(report.seconds.values()) for report in reports[:done])
     report = PruneReport(

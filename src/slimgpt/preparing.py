@@ -135,5 +135,5 @@ def prepare(
         calibration, prepared.tokenizer, config, text_config(model_config).vocab_size
     )
     check_context(model_config, prepared.windows)
-    tokens_to_distill(config, shape, prepared.windows)
+    tokens_to_distill(config, shape, plan, prepared.windows)
     return prepared

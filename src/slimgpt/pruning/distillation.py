@@ -33,8 +33,9 @@ from slimgpt.pruning.predictions import brought, divergences, returns_tuple
 from slimgpt.pruning.sensitivity import measurable
 from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
 
-SHARE, LEAST_TOKENS = 0.5, 16384
-"""The share of the calibration tokens that is trained on by default, if these are so many at least."""
+PASSES, LEAST_TOKENS = 1.6, 32768
+"""How many forward passes of the dense layers over the calibration tokens the training may cost by default, and how
+many calibration tokens there must be for it."""
 
 HELD_TOKENS = 2048
 """So many tokens are neither repaired nor trained on: the training is kept only if it helps there."""
@@ -42,7 +43,7 @@ HELD_TOKENS = 2048
 LENGTH = 256
 """Longer windows are cut."""
 
-STEPS, STEP_TOKENS = 32, 1024
+STEPS, STEP_TOKENS = 64, 512
 """At most so many steps of at least so many tokens."""
 
 RATE, WARMUP = 2.6e-3, 0.1
@@ -90,8 +91,11 @@ class Lesson:
         return sum(self.ids[number].numel() for number in numbers)
 
 
-def tokens_to_distill(config: PruneConfig, shape: ModelShape, windows: Tensor) -> int:
+def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
     """On how many tokens a pruned model is trained; 0: not at all.
+
+    A token costs a pass through the dense layers, one through the pruned ones, the same once more for gradients of
+    what goes into every matrix, and a third of it for those of the output matrices.
 
     Raises:
         UsageError: it was asked for and cannot be done.
@@ -100,8 +104,8 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, windows: Tensor) -
         return 0
     room = repaired_on(windows, 1).numel()
     if config.distill == "auto":
-        tokens = min(int(SHARE * windows.numel()), room)
-        return tokens if measurable(shape) and tokens >= LEAST_TOKENS else 0
+        tokens = int(PASSES * windows.numel() / (1 + 7 / 3 * (1 - plan.achieved)))
+        return min(tokens, room) if measurable(shape) and windows.numel() >= LEAST_TOKENS else 0
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
     if int(config.distill) > room:
