@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import MistralConfig
 
 from slimgpt.models.shape import describe
-from slimgpt.planning import Contribution, Sensitivity, make_plan, spend, trial
+from slimgpt.planning import Contribution, Sensitivity, between, make_plan, spend, trial
 from slimgpt.planning.budget import FLOOR, _cheapest, _options
 
 LAYERS = 4
@@ -41,6 +41,33 @@ def test_as_much_is_removed_as_the_plan_says(ffn, heads, ratio, round_to):
     for sizes in spent.layers:
         assert sizes["intermediate_size"] % round_to == 0
         assert sizes["num_attention_heads"] % sizes["num_key_value_heads"] == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(costs, costs, st.floats(0.05, 0.5), st.floats(0, 1), st.sampled_from([1, 4]))
+def test_a_plan_between_two_removes_as_much(ffn, heads, ratio, share, round_to):
+    plan = make_plan(CONFIG, ratio, shape=SHAPE, round_to=round_to)
+    spent = spend(plan, SHAPE, sensitivity(ffn, heads), round_to)
+    found = between(plan, spent, SHAPE, share, round_to)
+    step = round_to * SHAPE.layers[0].unit_parameters["ffn"]
+    assert 0 <= plan.parameters - found.parameters < max(step, 0.002 * SHAPE.layer_parameters)
+    if found == spent:
+        return
+    # A head is rounded by half of one; as many parameters are made up for in channels, evenly.
+    slack = (SHAPE.layers[0].unit_parameters["query"] // (2 * step) + 2) * round_to
+    for one, two, middle in zip(plan.layers, spent.layers, found.layers):
+        assert middle["intermediate_size"] % round_to == 0
+        for name in one:
+            low, high = sorted((one[name], two[name]))
+            more = slack if name == "intermediate_size" else 0
+            assert low - more <= middle[name] <= high + more
+
+
+def test_the_ends_of_the_way_are_the_plans():
+    plan = make_plan(CONFIG, 0.3, shape=SHAPE)
+    spent = spend(plan, SHAPE, sensitivity([1.0, 0.1, 0.1, 1.0], [0.5] * LAYERS))
+    assert between(plan, spent, SHAPE, 0.0).layers == plan.layers != spent.layers
+    assert between(plan, spent, SHAPE, 1.0).layers == spent.layers
 
 
 @settings(max_examples=25, deadline=None)

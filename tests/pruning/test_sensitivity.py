@@ -12,7 +12,7 @@ import torch
 import slimgpt
 from slimgpt.api import make_config, plan_for
 from slimgpt.models.shape import describe
-from slimgpt.planning import Sensitivity, spend, trial
+from slimgpt.planning import Sensitivity, between, spend, trial
 from slimgpt.pruning import Placement, Run, measure
 from slimgpt.pruning.sensitivity import PATH, divide
 from slimgpt.pruning.sequential import prune_layers
@@ -150,7 +150,10 @@ def test_what_was_measured_is_followed_and_reported():
     shape = describe(model.config, model)
     costs = json.loads(json.dumps(report.to_json()))["allocation"]["contributions"]
     costs = Sensitivity(0.0, tuple(slimgpt.planning.Contribution(**cost) for cost in costs))
-    assert spend(scheduled.plan, shape, costs).layers == report.plan.layers
+    cheapest = spend(scheduled.plan, shape, costs)
+    expected = between(scheduled.plan, cheapest, shape, 1 - scheduled.plan.achieved)
+    assert expected.layers == report.plan.layers
+    assert cheapest.layers != expected.layers
 
 
 def test_a_smaller_cache_keeps_its_heads():

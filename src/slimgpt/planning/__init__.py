@@ -1,6 +1,6 @@
 """A target becomes a plan of widths, from the config alone."""
 
-from slimgpt.planning.budget import Contribution, Sensitivity, spend, trial
+from slimgpt.planning.budget import Contribution, Sensitivity, between, spend, trial
 from slimgpt.planning.engines import ENGINES, Verdict, profile_for, verdicts
 from slimgpt.planning.plan import HEAD_UNITS, TOLERANCE, Plan, head_units, make_plan
 from slimgpt.planning.planfile import read_plan, to_toml
@@ -18,6 +18,7 @@ __all__ = [
     "Plan",
     "Sensitivity",
     "Verdict",
+    "between",
     "head_units",
     "layer_ratios",
     "make_plan",

@@ -129,6 +129,35 @@ def spend(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to: int = 1, 
     return spent if spent.achieved - plan.achieved <= TOLERANCE else plan  # heads can be too coarse for a small budget
 
 
+def between(plan: Plan, spent: Plan, shape: ModelShape, share: float, round_to: int = 1) -> Plan:
+    """Widths on the way from one plan to another, which remove as much as the first one.
+
+    What is measured scatters, and the cheapest widths follow it into extremes; a schedule knows nothing of the model
+    but has no outliers. Costs grow faster than what is removed, so a mean of two plans costs less than they do on
+    average.
+
+    Args:
+        plan: says how much goes, and the unit of heads.
+        spent: what :func:`spend` gave for it.
+        share: of the way that is gone: 0 is ``plan``, 1 is ``spent``.
+        round_to: every FFN width becomes a multiple of it.
+    """
+    target = plan.parameters_before - plan.parameters
+
+    def mean(one: int, two: int) -> float:
+        return (1 - share) * one + share * two
+
+    layers = []
+    for layer, one, two in zip(shape.layers, plan.layers, spent.layers, strict=True):
+        heads = round(mean(head_units(one, plan.head_unit), head_units(two, plan.head_unit)))
+        channels = round(mean(one[CHANNELS], two[CHANNELS]) / round_to) * round_to
+        layers.append(with_heads(layer, plan.head_unit, heads, {CHANNELS: channels}))
+    _take_away(shape, layers, target, round_to)
+    _give_back(shape, layers, target, round_to)
+    found = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio)
+    return found if abs(found.achieved - plan.achieved) <= TOLERANCE else spent
+
+
 def _cheapest(options: dict[tuple[int, str], list[_Option]], target: int) -> dict[tuple[int, str], _Option] | None:
     """One option per structure that together remove ``target`` parameters or little more; ``None`` if none do."""
 
@@ -175,6 +204,19 @@ def _options(
             keeps = range(units, 0, -1) if kv_heads is None else [kv_heads[cost.layer]]
             found[cost.layer, head_unit] = [_Option(k, (units - k) * each, cost.at(1 - k / units)) for k in keeps]
     return found
+
+
+def _take_away(shape: ModelShape, layers: list[dict[str, int]], target: int, round_to: int) -> None:
+    """Narrow FFNs in place, one step each in turn, until the target is met or none can be narrowed."""
+    missing = target - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
+    moved = True
+    while moved and missing > 0:
+        moved = False
+        for layer, sizes in zip(shape.layers, layers):
+            if missing > 0 and "ffn" in layer.unit_parameters and sizes[CHANNELS] > round_to:
+                sizes[CHANNELS] -= round_to
+                missing -= round_to * layer.unit_parameters["ffn"]
+                moved = True
 
 
 def _give_back(shape: ModelShape, layers: list[dict[str, int]], target: int, round_to: int) -> None:

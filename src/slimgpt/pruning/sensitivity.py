@@ -24,7 +24,7 @@ from slimgpt.models.architectures import Structure
 from slimgpt.models.heterogeneous import architecture_of, decoder_layers, layer_sizes
 from slimgpt.models.shape import ModelShape
 from slimgpt.models.slicing import output_matrix, unit_rows
-from slimgpt.planning.budget import Contribution, Sensitivity, spend, trial
+from slimgpt.planning.budget import Contribution, Sensitivity, between, spend, trial
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.capture import Stream, capture, put_parameter, run_layer
 from slimgpt.pruning.memory import DEVICE, Shelf, trim
@@ -274,8 +274,13 @@ def allocate(
     def look_at(widths: Plan) -> Sensitivity:
         return measure(model, take, windows, widths, config, run, on_step)
 
+    def spent(costs: Sensitivity) -> Plan:
+        cheapest = spend(plan, shape, costs, config.round_to, heads)
+        # The more is removed, the more it costs to follow what is measured into extremes.
+        return between(plan, cheapest, shape, 1 - plan.achieved, config.round_to)
+
     costs = look_at(trial(plan, shape, heads))
-    chosen = spend(plan, shape, costs, config.round_to, heads)
+    chosen = spent(costs)
     tried: list[tuple[float, Plan]] = []
     if rounds:
         tried.append((look_at(plan).divergence, plan))
@@ -286,7 +291,7 @@ def allocate(
         known = {(part.layer, part.unit): part for part in costs.contributions}
         known |= {(part.layer, part.unit): part for part in found.contributions}
         costs = Sensitivity(found.divergence, tuple(known[key] for key in sorted(known)))
-        chosen = spend(plan, shape, costs, config.round_to, heads)
+        chosen = spent(costs)
     said = {"by": "search" if rounds else "sensitivity", "seconds": time.perf_counter() - start, **costs.to_json()}
     if tried:
         said["tried"] = [divergence for divergence, _ in tried]
