@@ -67,8 +67,8 @@ def main(
     lines = [
         f"# {processes} processes beside one",
         "",
-        f"SmolLM2-135M-Instruct, {ratio:.0%} removed by the schedule on {num_samples} x {seq_len} tokens, no training, Gloo, "
-        "one thread each.",
+        f"SmolLM2-135M-Instruct, {ratio:.0%} removed by the schedule on {num_samples} x {seq_len} tokens, no training, "
+        "Gloo, one thread each.",
         "Written by `benchmarks/ranks.py`.",
         "",
         f"| | 1 process | {processes} processes | ratio |",
