@@ -7,17 +7,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
 
 from slimgpt.api import plan_for
 from slimgpt.config import PruneConfig
-from slimgpt.models.heterogeneous import empty_model
+from slimgpt.models.heterogeneous import empty_model, text_config
 from slimgpt.models.loading import as_device, as_dtype, load_config, locate
-from slimgpt.models.shape import describe
+from slimgpt.models.shape import ModelShape, describe
 from slimgpt.planning import Plan, Verdict, verdicts
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
 from slimgpt.planning.targets import cache_bytes
 from slimgpt.preparing import stored_dtype
-from slimgpt.pruning import memory_need
+from slimgpt.pruning import divide, looks, memory_need, to_measure, tokens_to_distill
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,37 @@ class Forecast:
                 first = index + 1
 
 
+def all_flops(
+    model_config: PreTrainedConfig, config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor
+) -> dict[str, float]:
+    """Multiplications and additions by part of all that pruning does: measuring, the loop itself, training.
+
+    Args:
+        windows: ``(num_samples, seq_len)``; only its shape counts.
+    """
+    dense = [layer.sizes for layer in shape.layers]
+
+    def loop(tokens: int) -> dict[str, float]:
+        return pruning_flops(model_config, dense, plan.layers, tokens, config.seq_len)
+
+    flops = loop(windows.numel())
+    each = flops["dense forward"] / windows.numel()
+    head = 2.0 * text_config(model_config).vocab_size * text_config(model_config).hidden_size
+    back = 4 / 3  # gradients of what goes into every matrix, and of the output matrices
+    flops["gradients"] = 0.0
+    if to_measure(config, shape, windows):
+        fit, probe = divide(windows, max(max(layer.sizes.values()) for layer in shape.layers))
+        trial = loop(fit.numel())
+        for part in ("forward", "hessian", "solver"):
+            flops[part] += looks(config) * trial[part]
+        # Forth: the dense model and two points of the path. Back: both points again, with gradients.
+        flops["gradients"] += looks(config) * probe.numel() * (each * (3 + 2 * (1 + back)) + 5 * head)
+    if tokens := tokens_to_distill(config, shape, plan, windows):
+        # The dense model once; every other position's predictions, of the dense model, the pruned one and back.
+        flops["gradients"] += tokens * (each * (1 + (1 + back) * (1 - plan.achieved)) + 1.5 * head)
+    return flops
+
+
 def forecast(
     model: str,
     config: PruneConfig,
@@ -90,7 +123,7 @@ def forecast(
     dense = [layer.sizes for layer in shape.layers]
     tokens = torch.empty(config.num_samples, config.seq_len, device="meta")
     need = memory_need(empty, tokens, plan, config, stored, copied=target.type != "cpu")
-    flops = pruning_flops(model_config, dense, plan.layers, tokens.numel(), config.seq_len)
+    flops = all_flops(model_config, config, shape, plan, tokens)
     caches = [[sizes["num_key_value_heads"] for sizes in layers] for layers in (dense, plan.layers)]
     return Forecast(
         model=source.name,

@@ -112,13 +112,14 @@ def machine_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def pruning_seconds(flops: dict[str, float], device: torch.device, dtype: torch.dtype) -> float:
-    """About how long pruning takes here: the operations at the rate of a plain product, and half as fast for the rest.
+    """About how long pruning takes here: the operations at the rate of a plain product, times what was measured.
 
     Loading and saving are left out.
     """
     forward = machine_rate(device, dtype)
     full = forward if device.type != "cpu" else machine_rate(device, torch.float32)
-    return 1.25 * flops["forward"] / forward + 0.65 * flops["hessian"] / full + 4 * flops["solver"] / full
+    passes = 1.25 * flops["forward"] + 2 * flops.get("gradients", 0.0)
+    return passes / forward + (0.65 * flops["hessian"] + 4 * flops["solver"]) / full
 
 
 def _widths(layer: Sizes) -> tuple[int, int, int]:

@@ -4,7 +4,7 @@ from slimgpt.pruning.distillation import Distillation, OnDistilled, rehearse, re
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.memory import Placement, parse_bytes, place
 from slimgpt.pruning.report import LayerReport, PruneReport, total_seconds
-from slimgpt.pruning.sensitivity import OnMeasured, allocate, measure, to_measure
+from slimgpt.pruning.sensitivity import OnMeasured, allocate, divide, looks, measure, to_measure
 from slimgpt.pruning.sequential import Finished, Run, prune_layers
 from slimgpt.pruning.whole import memory_need, prune_model
 
@@ -19,6 +19,8 @@ __all__ = [
     "PruneReport",
     "Run",
     "allocate",
+    "divide",
+    "looks",
     "measure",
     "memory_need",
     "parse_bytes",

@@ -262,13 +262,12 @@ def allocate(
     """
     start = time.perf_counter()
     heads = config.kv_cache is None
-    rounds = SEARCH_ROUNDS if config.allocation == "search" else 0
-    looks, count = rounds + 1 + (rounds > 0), 0
+    rounds, count = SEARCH_ROUNDS if config.allocation == "search" else 0, 0
 
     def on_step(_: int, steps: int, seconds: float) -> None:
         nonlocal count
         if on_measured:
-            on_measured(count, steps * looks, seconds)
+            on_measured(count, steps * looks(config), seconds)
         count += 1
 
     def look_at(widths: Plan) -> Sensitivity:
@@ -297,6 +296,11 @@ def allocate(
         said["tried"] = [divergence for divergence, _ in tried]
         said["divergence"], chosen = min(tried, key=lambda pair: pair[0])
     return chosen, said
+
+
+def looks(config: PruneConfig) -> int:
+    """How many plans are measured, if any: a trial; in a search also the plan given and one in every round."""
+    return 2 + SEARCH_ROUNDS if config.allocation == "search" else 1
 
 
 def to_measure(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:

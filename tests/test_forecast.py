@@ -1,0 +1,51 @@
+"""What pruning will cost, counted from shapes alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from slimgpt.api import make_config, plan_for
+from slimgpt.forecast import all_flops
+from slimgpt.models.shape import describe
+from slimgpt.planning.cost import pruning_flops, pruning_seconds
+
+CONFIG = LlamaConfig(
+    hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=160,
+    head_dim=16, vocab_size=500,
+)  # fmt: skip
+SHAPE = describe(CONFIG)
+WINDOWS = torch.empty(128, 512, device="meta")
+
+
+def flops(**options):
+    config = make_config(ratio=0.5, num_samples=128, seq_len=512, **options)
+    plan = plan_for(CONFIG, config, SHAPE)
+    return all_flops(CONFIG, config, SHAPE, plan, WINDOWS), plan
+
+
+def test_a_schedule_without_training_costs_the_loop_alone():
+    found, plan = flops(allocation="schedule", distill="off")
+    dense = [layer.sizes for layer in SHAPE.layers]
+    assert found == {**pruning_flops(CONFIG, dense, plan.layers, WINDOWS.numel(), 512), "gradients": 0.0}
+    assert flops(method="paper")[0]["gradients"] == 0.0
+
+
+def test_training_costs_forward_passes_as_many_as_promised_and_its_heads():
+    found, plan = flops(allocation="schedule")
+    tokens = int(1.6 * WINDOWS.numel() / (1 + 7 / 3 * (1 - plan.achieved)))
+    heads = tokens * 1.5 * 2 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert found["gradients"] == pytest.approx(1.6 * found["dense forward"] + heads, rel=1e-3)
+    half = flops(allocation="schedule", distill=tokens // 2)[0]["gradients"]
+    assert half == pytest.approx(found["gradients"] / 2, rel=1e-3)
+
+
+def test_a_search_measures_seven_times():
+    plain = flops(allocation="schedule", distill="off")[0]
+    one, seven = (flops(allocation=name, distill="off")[0] for name in ("sensitivity", "search"))
+    for part in ("forward", "hessian", "solver", "gradients"):
+        assert one[part] - plain[part] > 0
+        assert seven[part] - plain[part] == pytest.approx(7 * (one[part] - plain[part]))
+    cpu = torch.device("cpu")
+    assert pruning_seconds(seven, cpu, torch.float32) > 0
