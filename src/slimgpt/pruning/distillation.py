@@ -102,7 +102,7 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     """
     if config.distill == 0:
         return 0
-    room = repaired_on(windows, 1).numel()
+    room = (len(windows) - _held_windows(windows)) * windows.shape[1]
     if config.distill == "auto":
         tokens = int(PASSES * windows.numel() / (1 + 7 / 3 * (1 - plan.achieved)))
         return min(tokens, room) if measurable(shape) and windows.numel() >= LEAST_TOKENS else 0
@@ -124,8 +124,7 @@ def repaired_on(windows: Tensor, tokens: int) -> Tensor:
     Args:
         tokens: see :func:`tokens_to_distill`.
     """
-    held = max(min(HELD_TOKENS, windows.numel() // 4) // windows.shape[1], 1)
-    return windows[:-held] if tokens else windows
+    return windows[: -_held_windows(windows)] if tokens else windows
 
 
 def rehearse(
@@ -390,3 +389,7 @@ def _running(model: PreTrainedModel, run: Run) -> Run:
     """The run as the training needs it: gradients do not fit into float16, so bfloat16 takes its place."""
     stored = next(model.get_input_embeddings().parameters()).dtype
     return run.alone(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
+
+
+def _held_windows(windows: Tensor) -> int:
+    return max(min(HELD_TOKENS, windows.numel() // 4) // windows.shape[1], 1)
