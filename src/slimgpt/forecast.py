@@ -19,7 +19,7 @@ from slimgpt.planning import Plan, Verdict, verdicts
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
 from slimgpt.planning.targets import cache_bytes
 from slimgpt.preparing import stored_dtype
-from slimgpt.pruning import divide, looks, memory_need, to_measure, tokens_to_distill
+from slimgpt.pruning import BACK, divide, looks, memory_need, passes_per_token, to_measure, tokens_to_distill
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,17 @@ def all_flops(
     flops = loop(windows.numel())
     each = flops["dense forward"] / windows.numel()
     head = 2.0 * text_config(model_config).vocab_size * text_config(model_config).hidden_size
-    back = 4 / 3  # gradients of what goes into every matrix, and of the output matrices
     flops["gradients"] = 0.0
     if to_measure(config, shape, windows):
-        fit, probe = divide(windows, max(max(layer.sizes.values()) for layer in shape.layers))
+        fit, probe = divide(windows, shape.widest)
         trial = loop(fit.numel())
         for part in ("forward", "hessian", "solver"):
             flops[part] += looks(config) * trial[part]
         # Forth: the dense model and two points of the path. Back: both points again, with gradients.
-        flops["gradients"] += looks(config) * probe.numel() * (each * (3 + 2 * (1 + back)) + 5 * head)
+        flops["gradients"] += looks(config) * probe.numel() * (each * (3 + 2 * (1 + BACK)) + 5 * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; every other position's predictions, of the dense model, the pruned one and back.
-        flops["gradients"] += tokens * (each * (1 + (1 + back) * (1 - plan.achieved)) + 1.5 * head)
+        flops["gradients"] += tokens * (each * passes_per_token(plan) + 1.5 * head)
     return flops
 
 

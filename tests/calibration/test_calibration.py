@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import processors
 
 import slimgpt
 from slimgpt.calibration import digest, leading_ids, read_documents, sample_windows
@@ -100,13 +99,9 @@ def test_chat_goes_through_the_template(tokenizer, tmp_path):
     assert sample_windows(chatty, str(file), 1, 20).tolist()[0] == tokenizer(text)["input_ids"][:20]
 
 
-def test_every_window_starts_as_the_tokenizer_starts_a_text(tokenizer, tmp_path):
+def test_every_window_starts_as_the_tokenizer_starts_a_text(tokenizer, starting, tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [{"text": sentence} for sentence in SENTENCES])
     assert leading_ids(tokenizer) == []
-    starting = copy.deepcopy(tokenizer)
-    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A", special_tokens=[("<start>", 2)]
-    )
     assert leading_ids(starting) == [2]
     found = sample_windows(starting, str(file), 3, 10)
     assert found.shape == (3, 10)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
-from tokenizers import processors
 
 import slimgpt
 from slimgpt.errors import UsageError
@@ -42,11 +40,7 @@ def test_smollm2_at_the_windows_of_the_literature(window, tokens, smollm2):
 
 
 @pytest.mark.parametrize("stride", [1, 7, 19, None])
-def test_bos_in_every_window(stride, tokenizer, text_file):
-    starting = copy.deepcopy(tokenizer)
-    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A", special_tokens=[("<start>", 2)]
-    )
+def test_bos_in_every_window(stride, starting, text_file):
     model, text, step = tiny_model("llama"), text_file.read_text(), stride or 19
     ids = starting(text)["input_ids"][:200]
     found = perplexity(model, starting, text, 20, 200, batch_size=3, stride=stride, bos="window")
@@ -63,11 +57,7 @@ def test_bos_in_every_window(stride, tokenizer, text_file):
     assert found.perplexity != perplexity(model, starting, text, 20, 200, stride=stride).perplexity
 
 
-def test_gemma_gets_bos_in_every_window(tokenizer, text_file):
-    starting = copy.deepcopy(tokenizer)
-    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A", special_tokens=[("<start>", 2)]
-    )
+def test_gemma_gets_bos_in_every_window(starting, text_file):
     model, text = tiny_model("gemma2"), text_file.read_text()
     found = [perplexity(model, starting, text, 20, 200, bos=bos).perplexity for bos in ("auto", "window", "once")]
     assert found[0] == found[1] != found[2]

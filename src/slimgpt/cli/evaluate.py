@@ -72,7 +72,7 @@ def evaluate(
     """Perplexity of MODEL on a text, its scores on tasks, its memory over long texts; each with its protocol."""
     from slimgpt.api import evaluate as run
     from slimgpt.checkpoint import read_report
-    from slimgpt.evaluation import BOS, evaluate_tasks, leak_note, read_text, task_names
+    from slimgpt.evaluation import check_protocol, evaluate_tasks, leak_note, read_text, task_names
     from slimgpt.evaluation import passkey as run_passkey
     from slimgpt.models.loading import load, locate
 
@@ -80,10 +80,7 @@ def evaluate(
     check_json(json_file, overwrite)
     if text is None and tasks is None and passkey is None:
         raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
-    if window < 2:
-        raise UsageError(f"window {window} is too small: a window of n tokens predicts n - 1 of them")
-    if bos not in BOS:
-        raise UsageError(f"bos is '{bos}'; it must be one of {', '.join(BOS)}")
+    check_protocol(window, bos)
     lengths = whole_numbers(passkey, "--passkey") if passkey else []
     names = task_names(tasks) if tasks is not None else []
     if data_dir is not None and not data_dir.is_dir():
@@ -141,11 +138,10 @@ def whole_numbers(text: str, option: str) -> list[int]:
 
 def print_perplexity(result: Perplexity, text: str, leak: str | None) -> None:
     """One line with all that the number depends on, the leak among it; positions below."""
-    from slimgpt.evaluation.perplexity import EVERY
-
     protocol = result.protocol
     stride = f", stride {protocol['stride']}" if protocol["overlap"] else ""
-    bos = ", each with BOS" if protocol["special_tokens"].endswith(EVERY) else ""
+    of_text = protocol["stride"] + protocol["overlap"]
+    bos = ", each with BOS" if of_text < result.window else ""
     out.print(
         f"perplexity [bold]{result.perplexity:.4f}[/] at window {result.window}{stride}{bos} over "
         f"{result.tokens:,} tokens ({result.predicted:,} predicted) of {text}, {protocol['joining']}, "

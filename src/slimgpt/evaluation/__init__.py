@@ -2,20 +2,20 @@
 
 from slimgpt.evaluation.leaks import leak_note
 from slimgpt.evaluation.long import Passkey, passkey
-from slimgpt.evaluation.perplexity import BOS, Perplexity, perplexity
+from slimgpt.evaluation.perplexity import Perplexity, check_protocol, perplexity
 from slimgpt.evaluation.speed import Speed, measure_speed, peak_memory
 from slimgpt.evaluation.tasks import ALIASES, TaskScores, evaluate_tasks, task_names
 from slimgpt.evaluation.texts import CORPORA, Text, read_text
 
 __all__ = [
     "ALIASES",
-    "BOS",
     "CORPORA",
     "Passkey",
     "Perplexity",
     "Speed",
     "TaskScores",
     "Text",
+    "check_protocol",
     "evaluate_tasks",
     "leak_note",
     "measure_speed",

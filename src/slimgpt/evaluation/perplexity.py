@@ -20,8 +20,6 @@ BOS = ("auto", "once", "window")
 """Where the tokens stand that the tokenizer puts before a text: at its start, or at the start of every window.
 ``auto`` is ``window`` for the models below and ``once``, the literature's way, for all others."""
 
-EVERY = "to every window"
-
 LEAN_ON_BOS = ("gemma",)
 """How the names of model types begin that predict badly where a window does not start with BOS."""
 
@@ -56,6 +54,18 @@ class Perplexity:
         return asdict(self)
 
 
+def check_protocol(window: int, bos: str) -> None:
+    """Refuse what no model and no text can be measured with.
+
+    Raises:
+        UsageError: a window that predicts nothing, or an unknown ``bos``.
+    """
+    if bos not in BOS:
+        raise UsageError(f"bos is '{bos}'; it must be one of {', '.join(BOS)}")
+    if window < 2:
+        raise UsageError(f"window {window} is too small: a window of n tokens predicts n - 1 of them")
+
+
 @torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
@@ -88,12 +98,10 @@ def perplexity(
     Raises:
         UsageError: the window does not fit the model or the text, or an unknown ``bos``.
     """
-    if bos not in BOS:
-        raise UsageError(f"bos is '{bos}'; it must be one of {', '.join(BOS)}")
-    if window < 2:
-        raise UsageError(f"window {window} is too small: a window of n tokens predicts n - 1 of them")
-    leans = model.config.get_text_config(decoder=True).model_type.startswith(LEAN_ON_BOS)
-    in_window = bos == "window" or (bos == "auto" and leans)
+    check_protocol(window, bos)
+    config = model.config.get_text_config(decoder=True)
+    in_window = bos == "window" or (bos == "auto" and config.model_type.startswith(LEAN_ON_BOS))
+    where = "to every window" if in_window else "once for the whole text"
     prefix = leading_ids(tokenizer) if in_window else []
     body = window - len(prefix)  # of the text in a window
     step = body if stride is None else stride
@@ -110,7 +118,7 @@ def perplexity(
     count = len(pieces)
     windows = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), pieces], 1)
     # Logits are the largest thing here: keep a batch's under about 2^25 numbers.
-    size = max(1, min(batch_size, (1 << 25) // (window * model.config.get_text_config(decoder=True).vocab_size)))
+    size = max(1, min(batch_size, (1 << 25) // (window * config.vocab_size)))
     sums = torch.zeros(window - 1, dtype=torch.float64)
     for start in range(0, count, size):
         losses = _losses(model, windows[start : start + size].to(model.device)).double().cpu()
@@ -140,7 +148,7 @@ def perplexity(
             "joining": joining,
             "tokenizer": type(tokenizer).__name__,
             "vocabulary": len(tokenizer),
-            "special_tokens": f"as the tokenizer adds them, {EVERY if in_window else 'once for the whole text'}",
+            "special_tokens": f"as the tokenizer adds them, {where}",
             "bos": tokenizer.bos_token_id is not None and int(windows[0, 0]) == tokenizer.bos_token_id,
             "stride": step,
             "overlap": body - step,

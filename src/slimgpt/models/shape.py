@@ -79,6 +79,11 @@ class ModelShape:
         return sum(layer.parameters for layer in self.layers)
 
     @property
+    def widest(self) -> int:
+        """The largest of all sizes."""
+        return max(max(layer.sizes.values()) for layer in self.layers)
+
+    @property
     def parameters(self) -> int:
         """Parameters of the whole model."""
         return self.layer_parameters + self.other_parameters

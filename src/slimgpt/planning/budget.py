@@ -124,7 +124,7 @@ def spend(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to: int = 1, 
         kept = taken.get((index, plan.head_unit), _Option(head_units(layer.sizes, plan.head_unit), 0, 0.0)).keep
         channels = taken.get((index, "ffn"), _Option(layer.sizes[CHANNELS], 0, 0.0)).keep
         layers.append(with_heads(layer, plan.head_unit, kept, {CHANNELS: channels}))
-    _give_back(shape, layers, target, round_to)
+    _settle(shape, layers, target, round_to)
     spent = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio)
     return spent if spent.achieved - plan.achieved <= TOLERANCE else plan  # heads can be too coarse for a small budget
 
@@ -152,8 +152,7 @@ def between(plan: Plan, spent: Plan, shape: ModelShape, share: float, round_to: 
         heads = round(mean(head_units(one, plan.head_unit), head_units(two, plan.head_unit)))
         channels = round(mean(one[CHANNELS], two[CHANNELS]) / round_to) * round_to
         layers.append(with_heads(layer, plan.head_unit, heads, {CHANNELS: channels}))
-    _take_away(shape, layers, target, round_to)
-    _give_back(shape, layers, target, round_to)
+    _settle(shape, layers, target, round_to)
     found = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio)
     return found if abs(found.achieved - plan.achieved) <= TOLERANCE else spent
 
@@ -206,27 +205,27 @@ def _options(
     return found
 
 
-def _take_away(shape: ModelShape, layers: list[dict[str, int]], target: int, round_to: int) -> None:
-    """Narrow FFNs in place, one step each in turn, until the target is met or none can be narrowed."""
-    missing = target - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
-    moved = True
-    while moved and missing > 0:
-        moved = False
-        for layer, sizes in zip(shape.layers, layers):
-            if missing > 0 and "ffn" in layer.unit_parameters and sizes[CHANNELS] > round_to:
-                sizes[CHANNELS] -= round_to
-                missing -= round_to * layer.unit_parameters["ffn"]
-                moved = True
-
-
-def _give_back(shape: ModelShape, layers: list[dict[str, int]], target: int, round_to: int) -> None:
-    """Widen narrowed FFNs in place, one step each in turn, as long as the target is still met."""
+def _settle(shape: ModelShape, layers: list[dict[str, int]], target: int, round_to: int) -> None:
+    """Narrow FFNs in place, one step each in turn, until the target is met or none can be narrowed; then widen them the
+    same way as long as it still is."""
     over = sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers)) - target
+    steps = [
+        (round_to * layer.unit_parameters["ffn"], layer, sizes)
+        for layer, sizes in zip(shape.layers, layers)
+        if "ffn" in layer.unit_parameters
+    ]
+    moved = True
+    while moved and over < 0:
+        moved = False
+        for each, _, sizes in steps:
+            if over < 0 and sizes[CHANNELS] > round_to:
+                sizes[CHANNELS] -= round_to
+                over += each
+                moved = True
     moved = True
     while moved:
         moved = False
-        for layer, sizes in zip(shape.layers, layers):
-            each = round_to * layer.unit_parameters.get("ffn", over + 1)
+        for each, layer, sizes in steps:
             if over >= each and sizes[CHANNELS] + round_to <= layer.sizes[CHANNELS]:
                 sizes[CHANNELS] += round_to
                 over -= each

@@ -115,10 +115,13 @@ def pruning_seconds(flops: dict[str, float], device: torch.device, dtype: torch.
     """About how long pruning takes here: the operations at the rate of a plain product, times what was measured.
 
     Loading and saving are left out.
+
+    Args:
+        flops: by part: ``forward``, ``hessian``, ``solver``, and ``gradients`` for all passes that take some.
     """
     forward = machine_rate(device, dtype)
     full = forward if device.type != "cpu" else machine_rate(device, torch.float32)
-    passes = 1.25 * flops["forward"] + 2 * flops.get("gradients", 0.0)
+    passes = 1.25 * flops["forward"] + 2 * flops["gradients"]
     return passes / forward + (0.65 * flops["hessian"] + 4 * flops["solver"]) / full
 
 

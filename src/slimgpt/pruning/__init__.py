@@ -1,6 +1,14 @@
 """The only room that changes a model."""
 
-from slimgpt.pruning.distillation import Distillation, OnDistilled, rehearse, repaired_on, tokens_to_distill
+from slimgpt.pruning.distillation import (
+    BACK,
+    Distillation,
+    OnDistilled,
+    passes_per_token,
+    rehearse,
+    repaired_on,
+    tokens_to_distill,
+)
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.memory import Placement, parse_bytes, place
 from slimgpt.pruning.report import LayerReport, PruneReport, total_seconds
@@ -9,6 +17,7 @@ from slimgpt.pruning.sequential import Finished, Run, prune_layers
 from slimgpt.pruning.whole import memory_need, prune_model
 
 __all__ = [
+    "BACK",
     "Distillation",
     "Finished",
     "Journal",
@@ -24,6 +33,7 @@ __all__ = [
     "measure",
     "memory_need",
     "parse_bytes",
+    "passes_per_token",
     "place",
     "prune_layers",
     "prune_model",

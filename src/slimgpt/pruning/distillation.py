@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_f
 PASSES, LEAST_TOKENS = 1.6, 32768
 """How many forward passes of the dense layers over the calibration tokens the training may cost by default, and how
 many calibration tokens there must be for it."""
+
+BACK = 4 / 3
+"""What the way back costs, in forward passes: gradients of what goes into every matrix, and a third of it for those of
+the output matrices."""
 
 HELD_TOKENS = 2048
 """So many tokens are neither repaired nor trained on: the training is kept only if it helps there."""
@@ -91,11 +95,14 @@ class Lesson:
         return sum(self.ids[number].numel() for number in numbers)
 
 
+def passes_per_token(plan: Plan) -> float:
+    """What a token of the training costs, heads left out, in forward passes of the dense layers: one through these,
+    and the way forth and back through the pruned ones."""
+    return 1 + (1 + BACK) * (1 - plan.achieved)
+
+
 def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
     """On how many tokens a pruned model is trained; 0: not at all.
-
-    A token costs a pass through the dense layers, one through the pruned ones, the same once more for gradients of
-    what goes into every matrix, and a third of it for those of the output matrices.
 
     Raises:
         UsageError: it was asked for and cannot be done.
@@ -104,7 +111,7 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
         return 0
     room = (len(windows) - _held_windows(windows)) * windows.shape[1]
     if config.distill == "auto":
-        tokens = int(PASSES * windows.numel() / (1 + 7 / 3 * (1 - plan.achieved)))
+        tokens = int(PASSES * windows.numel() / passes_per_token(plan))
         return min(tokens, room) if measurable(shape) and windows.numel() >= LEAST_TOKENS else 0
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
@@ -206,7 +213,7 @@ class Distillation:
         self.types: list[torch.dtype] = []
         self.scales: list[float] = []
         self.trained = 0
-        self.trail: list[list[_Passed] | None] = []  # of every layer on the way forth
+        self.trail: list[list[_Passed]] = []  # of every layer on the way forth; empty where it is to be run again
 
     def __call__(self, on_distilled: OnDistilled | None = None) -> dict[str, Any]:
         """Train, and say what it gave; ``kept`` is whether the held-out text is better off for it.
@@ -315,7 +322,7 @@ class Distillation:
                 with torch.no_grad():
                     hidden[place] = run_layer(layer, hidden[place], arguments[number][index])
             check_output(index, hidden[-1])
-            self.trail.append(passed or None)
+            self.trail.append(passed)
             del layer
         return hidden
 
@@ -343,24 +350,22 @@ class Distillation:
 
     def _back(self, batches: list[int], gradients: list[Tensor], rate: float) -> None:
         """Gradients of every layer from the last to the first; each is moved once its own are known."""
-        arguments = self.lesson.stream.arguments
         for index in reversed(range(len(self.plan.layers))):
-            passed = self.trail.pop()
-            layer = self._layer(index) if passed is None else None
             totals: list[Tensor] = []
-            for place, number in enumerate(batches):
-                if layer is not None:
-                    hidden = self.inputs.get(index * len(batches) + place)
-                    one = self._pass(layer, index, hidden, arguments[number][index])
-                else:
-                    one = cast(list[_Passed], passed)[place]
+            for place, one in enumerate(self.trail.pop() or self._again(index, batches)):
                 found = torch.autograd.grad(one.after, [one.hidden, *one.weights], gradients[place])
                 gradients[place] = found[0]
                 sums = totals or [0.0] * len(one.weights)
                 totals = [total + gradient.float() for total, gradient in zip(sums, found[1:])]
             for number, gradient in zip(self.names[index].values(), totals):
                 self._move(number, gradient, rate)
-            del passed, layer
+
+    def _again(self, index: int, batches: list[int]) -> Iterator[_Passed]:
+        """Run a layer a second time, one batch after the other, on the inputs that were kept."""
+        layer = self._layer(index)
+        for place, number in enumerate(batches):
+            hidden = self.inputs.get(index * len(batches) + place)
+            yield self._pass(layer, index, hidden, self.lesson.stream.arguments[number][index])
 
     def _move(self, number: int, gradient: Tensor, rate: float) -> None:
         """One step of Adam."""

@@ -311,8 +311,7 @@ def to_measure(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:
     """
     if config.allocation == "schedule" or not measurable(shape):
         return False
-    widest = max(max(layer.sizes.values()) for layer in shape.layers)
-    return config.allocation != "auto" or divide(windows, widest)[0].numel() >= FIT_PER_COLUMN * widest
+    return config.allocation != "auto" or divide(windows, shape.widest)[0].numel() >= FIT_PER_COLUMN * shape.widest
 
 
 def measurable(shape: ModelShape) -> bool:
