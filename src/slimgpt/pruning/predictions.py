@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimgpt.logits import kullback_leibler
 from slimgpt.models.heterogeneous import architecture_of, decoder_layers, text_config
 from slimgpt.pruning.capture import Arguments, stood_in
 
@@ -55,8 +56,7 @@ def divergences(
     def predictions(stream: Tensor, tokens: Tensor) -> Tensor:
         nonlocal hidden
         hidden = stream.to(embedding)
-        logits = model(input_ids=tokens.to(embedding.device), use_cache=False).logits
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        return model(input_ids=tokens.to(embedding.device), use_cache=False).logits[0]
 
     totals = [0.0] * len(narrowed)
     gradients = [torch.zeros_like(other) for other in narrowed]
@@ -68,14 +68,15 @@ def divergences(
                 for start in range(first, ids.shape[1], most):
                     place = (slice(row, row + 1), slice(start, start + most, stride))
                     with torch.no_grad():
-                        log_p = predictions(dense[place], ids[place])
+                        teacher = predictions(dense[place], ids[place])
                     for number, other in enumerate(narrowed):
                         leaf = other[place].detach().requires_grad_(slopes)
                         with torch.set_grad_enabled(slopes):
-                            total = (log_p.exp() * (log_p - predictions(leaf, ids[place]))).sum()
-                        if slopes:
-                            gradients[number][place] = torch.autograd.grad(total, leaf)[0]
-                        totals[number] += float(total.detach())
+                            student = predictions(leaf, ids[place])
+                        total, slope = kullback_leibler(teacher, student.detach(), slopes)
+                        if slope is not None:
+                            gradients[number][place] = torch.autograd.grad(student, leaf, slope)[0]
+                        totals[number] += total
     finally:
         for parameter, wanted in frozen:
             parameter.requires_grad_(wanted)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from slimgpt.logits import log_probabilities
 
 def predicted(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of ``values`` ``(batch, n, ...)`` that predict a learned token, ``(tokens, ...)``, and those tokens."""
@@ -15,7 +15,7 @@ def predicted(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def text_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy of ``logits`` ``(tokens, vocabulary)`` with what the text says, summed."""
-    return F.cross_entropy(logits.float(), tokens, reduction="sum")
+    return -log_probabilities(logits, tokens[:, None]).sum()
 
 
 def divergence(logits: Tensor, ids: Tensor, log_p: Tensor) -> Tensor:
@@ -30,8 +30,7 @@ def divergence(logits: Tensor, ids: Tensor, log_p: Tensor) -> Tensor:
         ids: the teacher's most likely tokens, ``(tokens, k)``.
         log_p: their logarithmic probabilities, ``(tokens, k)``.
     """
-    logits, log_p = logits.float(), log_p.float()
-    log_q = logits.gather(-1, ids) - logits.logsumexp(-1, keepdim=True)
+    log_p, log_q = log_p.float(), log_probabilities(logits, ids)
     p, q = log_p.exp(), log_q.exp()
     total = (p * (log_p - log_q)).sum()
     if ids.shape[-1] < logits.shape[-1]:

@@ -170,7 +170,6 @@ class RecoveryTrainer(Trainer):
             output_hidden_states=compare,
         )
         logits, tokens = predicted(outputs.logits, labels)
-        logits = logits.float()
         if self.cache is None:
             total = text_loss(logits, tokens)
         else:
