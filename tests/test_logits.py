@@ -10,7 +10,7 @@ from slimgpt import logits as module
 from slimgpt.logits import kullback_leibler, log_probabilities
 
 TYPES = pytest.mark.parametrize(
-    "dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
 PIECES = pytest.mark.parametrize("cached", [1, 30, 10**6])  # one row at once, two rows, all
 

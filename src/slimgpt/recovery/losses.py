@@ -7,6 +7,7 @@ from torch import Tensor
 
 from slimgpt.logits import log_probabilities
 
+
 def predicted(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of ``values`` ``(batch, n, ...)`` that predict a learned token, ``(tokens, ...)``, and those tokens."""
     wanted = labels[:, 1:] != -100
