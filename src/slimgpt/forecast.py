@@ -19,7 +19,7 @@ from slimgpt.planning import Plan, Verdict, verdicts
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
 from slimgpt.planning.targets import cache_bytes
 from slimgpt.preparing import stored_dtype
-from slimgpt.pruning import BACK, divide, looks, memory_need, passes_per_token, to_measure, tokens_to_distill
+from slimgpt.pruning import BACK, divide, looks, memory_need, passes_to_distill, to_measure, tokens_to_distill
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def all_flops(
         flops["gradients"] += looks(config) * probe.numel() * (each * (3 + 2 * (1 + BACK)) + 5 * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; every other position's predictions, of the dense model, the pruned one and back.
-        flops["gradients"] += tokens * (each * passes_per_token(plan) + 1.5 * head)
+        flops["gradients"] += each * passes_to_distill(plan, windows, tokens) + tokens * 1.5 * head
     return flops
 
 

@@ -150,11 +150,32 @@ def test_what_is_no_number_of_tokens_is_refused(value):
         make_config(ratio=0.3, distill=value)
 
 
-def test_more_tokens_than_there_are_are_refused_before_anything_is_done():
-    model = tiny_model("llama")
-    with pytest.raises(slimgpt.SlimGPTError, match="432 can be trained on"):
-        slimgpt.prune(model, None, distill=500, **OPTIONS)
-    assert model.config.intermediate_size == tiny_model("llama").config.intermediate_size
+def test_more_tokens_than_there_are_come_again_in_another_order():
+    dense, _, training = case("llama")
+    assert training.lesson.steps == [[2, 3], [4, 5]]
+    layers = decoder_layers(dense)
+    lesson = rehearse(dense, layers.__getitem__, IDS, 1100, CONFIG, run())
+    # 18 windows in batches of 3, behind the two batches that are held out; 45 windows are asked for.
+    order = [number for step in lesson.steps for number in step]
+    assert order[:6] == [2, 3, 4, 5, 6, 7]
+    assert sorted(order[6:12]) == order[:6] != order[6:12]
+    assert len(order) == 15
+    assert len(set(order[12:])) == 3
+    assert lesson.count(order) == 1080
+    assert [len(step) for step in lesson.steps] == [2] * 7 + [1]
+
+
+def test_a_search_trains_longer(monkeypatch):
+    monkeypatch.setattr(distillation, "LEAST_TOKENS", 200)
+    shape = describe(tiny_model("llama").config)
+    plan = plan_for(tiny_model("llama").config, CONFIG, shape)
+    room, dearer = 18 * 24, 7 / 3 * (1 - plan.achieved)
+    for allocation, passes in (("auto", 1.6), ("search", 6.0)):
+        config = make_config(ratio=0.4, batch_size=3, allocation=allocation)
+        tokens = distillation.tokens_to_distill(config, shape, plan, IDS)
+        assert (tokens > room) == (allocation == "search")
+        assert min(tokens, room) + tokens * dearer == pytest.approx(passes * IDS.numel(), rel=0.01)
+        assert distillation.passes_to_distill(plan, IDS, tokens) == pytest.approx(passes * IDS.numel(), rel=0.01)
 
 
 def test_mixtures_are_not_trained(monkeypatch):

@@ -2,7 +2,7 @@
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
 matrices, those of all layers, are moved together towards what the dense model predicts: a few dozen steps of Adam on
-``KL(dense || pruned)``, every token seen once. Layers are visited in order, forth and back, with their inputs kept in
+``KL(dense || pruned)``, every token seen once (several times in a search). Layers are visited in order, forth and back, with their inputs kept in
 between and each layer's weights moved as soon as its gradient is known, so that one layer at a time is on the device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
@@ -33,9 +33,9 @@ from slimgpt.pruning.predictions import brought, divergences, returns_tuple
 from slimgpt.pruning.sensitivity import measurable
 from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
 
-PASSES, LEAST_TOKENS = 1.6, 32768
-"""How many forward passes of the dense layers over the calibration tokens the training may cost by default, and how
-many calibration tokens there must be for it."""
+PASSES, SEARCH_PASSES, LEAST_TOKENS = 1.6, 6.0, 32768
+"""How many forward passes of the dense layers over the calibration tokens the training may cost by default and with
+``--allocation search``, and how many calibration tokens there must be for it."""
 
 BACK = 4 / 3
 """What the way back costs, in forward passes: gradients of what goes into every matrix, and a third of it for those of
@@ -72,6 +72,8 @@ class Lesson:
         ids: the tokens of every batch, ``(batch, seq_len)``.
         held: so many batches, the first ones, are not trained on.
         per_step: how many of the others make a step.
+        taught: how many of them the training takes, some several times where it takes more than there are.
+        seed: of their order from the second time on.
         stream: the inputs of the first layer, and how to call each.
         dense: the hidden states behind the dense model's last layer, by batch.
         tuples: see :func:`slimgpt.pruning.predictions.returns_tuple`.
@@ -80,6 +82,8 @@ class Lesson:
     ids: Sequence[Tensor]
     held: int
     per_step: int
+    taught: int
+    seed: int
     stream: Stream
     dense: Shelf
     tuples: bool
@@ -87,39 +91,40 @@ class Lesson:
     @property
     def steps(self) -> list[list[int]]:
         """The numbers of the batches of every step."""
-        trained = range(self.held, len(self.ids))
-        return [list(trained[start : start + self.per_step]) for start in range(0, len(trained), self.per_step)]
+        trained, order = list(range(self.held, len(self.ids))), list[int]()
+        generator = torch.Generator().manual_seed(self.seed)
+        while len(order) < self.taught:
+            order += [trained[place] for place in torch.randperm(len(trained), generator=generator)] if order else trained
+        order = order[: self.taught]
+        return [order[start : start + self.per_step] for start in range(0, len(order), self.per_step)]
 
     def count(self, numbers: Iterable[int]) -> int:
         """How many tokens some batches have."""
         return sum(self.ids[number].numel() for number in numbers)
 
 
-def passes_per_token(plan: Plan) -> float:
-    """What a token of the training costs, heads left out, in forward passes of the dense layers: one through these,
-    and the way forth and back through the pruned ones."""
-    return 1 + (1 + BACK) * (1 - plan.achieved)
+def passes_to_distill(plan: Plan, windows: Tensor, tokens: int) -> float:
+    """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
+    token that there is, and for every token trained on the way forth and back through the pruned layers."""
+    return min(tokens, _room(windows)) + tokens * (1 + BACK) * (1 - plan.achieved)
 
 
 def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
-    """On how many tokens a pruned model is trained; 0: not at all.
+    """On how many tokens a pruned model is trained; 0: not at all. If they are more than there are, some come again.
 
     Raises:
         UsageError: it was asked for and cannot be done.
     """
     if config.distill == 0:
         return 0
-    room = (len(windows) - _held_windows(windows)) * windows.shape[1]
     if config.distill == "auto":
-        tokens = int(PASSES * windows.numel() / passes_per_token(plan))
-        return min(tokens, room) if measurable(shape) and windows.numel() >= LEAST_TOKENS else 0
+        if not measurable(shape) or windows.numel() < LEAST_TOKENS:
+            return 0
+        passes = (SEARCH_PASSES if config.allocation == "search" else PASSES) * windows.numel()
+        forth_and_back = (1 + BACK) * (1 - plan.achieved)
+        return int(max(min(passes / (1 + forth_and_back), _room(windows)), (passes - _room(windows)) / forth_and_back))
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
-    if int(config.distill) > room:
-        raise UsageError(
-            f"distill is {config.distill} tokens; of the {windows.numel()} calibration tokens {room} can be trained "
-            "on; lower it or raise num_samples"
-        )
     return int(config.distill)
 
 
@@ -160,7 +165,8 @@ def rehearse(
     held = held[: len(held) // batch * batch]
     # Pieces of one document are spread over the steps.
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
-    chosen = torch.cat([held, rest[order[: max(tokens // length, 1)]]])
+    pieces = max(tokens // length, 1)
+    chosen = torch.cat([held, rest[order[:pieces]]])
     layers = decoder_layers(model)
     each = next(model.get_input_embeddings().parameters()).element_size()
     size = chosen.numel() * each * text_config(model.config).hidden_size
@@ -176,7 +182,9 @@ def rehearse(
                 dense.put(number, run_layer(layer, before.get(number), stream.arguments[number][index]))
             del layer
             trim()
-    return Lesson(chosen.split(batch), len(held) // batch, max(per_step // batch, 1), stream, dense, tuples)
+    ids, aside = chosen.split(batch), len(held) // batch
+    taught = len(ids) - aside if pieces <= len(rest) else pieces // batch
+    return Lesson(ids, aside, max(per_step // batch, 1), taught, config.seed, stream, dense, tuples)
 
 
 @dataclass
@@ -394,6 +402,11 @@ def _running(model: PreTrainedModel, run: Run) -> Run:
     """The run as the training needs it: gradients do not fit into float16, so bfloat16 takes its place."""
     stored = next(model.get_input_embeddings().parameters()).dtype
     return run.alone(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
+
+
+def _room(windows: Tensor) -> int:
+    """How many calibration tokens can be trained on."""
+    return (len(windows) - _held_windows(windows)) * windows.shape[1]
 
 
 def _held_windows(windows: Tensor) -> int:
