@@ -37,7 +37,7 @@ GAP = """
 - **The output matrix** ({vocab:,} x {hidden:,}) and the embedding stay as they are: {head_share:.0%} of the dense
   model's FLOPs per new token, {slim_head_share:.0%} of the slim one's. The ratio of FLOPs above has that in it already.
 - **Decoding reads every weight once per token** at batch 1: its bound is the ratio of bytes, {bytes:.2f}, not that of
-  FLOPs. A larger batch moves it towards FLOPs.
+  FLOPs.
 - **What every layer costs whatever its width**: {layers} times two norms, rotary positions, cache updates, and the
   calls from Python. Timed alone, as a model of the same depth whose matrices are cut to almost nothing, it is
   {floor:.1f} ms per new token of the dense model's {dense_ms:.1f} ms and the slim one's {slim_ms:.1f} ms at batch 1.
@@ -91,62 +91,65 @@ def main(
     config = model.config
     assert config.model_type in ARCHITECTURES
     floor = floor_ms(model, prompt, new_tokens, rounds)
-    values = {**found.to_json(), "floor_ms": floor}
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    values = {**found.to_json(), "floor_ms": floor, "dense": sizes}
     for row in [*values["rows"], *values["ratios"]]:
         row["model"] = Path(row["model"]).name
     values["base"] = Path(dense).name
     out.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n")
+    out.with_suffix(".md").write_text(page(values))
+
+
+def page(values: dict[str, Any]) -> str:
+    """What was measured, as Markdown."""
     lines = [
         PROSE.rstrip(),
         "",
         "| | batch | dense | slim | slim / dense | FLOPs promise |",
         "|---|---|---|---|---|---|",
     ]
-    ratios = {ratio["batch"]: ratio for ratio in values["ratios"]}
-    for size in batches:
-        one, two = [row for row in found.rows if row.batch == size]
-        for name, title, style, promise in (
-            ("prefill", "prefill, tokens per second", ",.0f", "prefill_flops"),
-            ("decode", "decode, tokens per second", ",.1f", "decode_flops"),
+    rows, protocol, sizes = values["rows"], values["protocol"], values["dense"]
+    for ratio in values["ratios"]:
+        size = ratio["batch"]
+        one, two = [row for row in rows if row["batch"] == size]
+        for title, name, unit, style in (
+            ("prefill, tokens per second", "prefill", 1.0, ",.0f"),
+            ("decode, tokens per second", "decode", 1.0, ",.1f"),
+            ("first token, ms", "first_token", 1e3, ",.0f"),
+            ("peak memory, MB", "peak_memory", 1e-6, ",.0f"),
         ):
-            a, b = getattr(one, name), getattr(two, name)
-            lines.append(
-                f"| {title} | {size} | {a:{style}} | {b:{style}} | {b / a:.2f} | {ratios[size][promise]:.2f} |"
-            )
-        a, b = one.first_token, two.first_token
-        lines.append(f"| first token, ms | {size} | {1e3 * a:,.0f} | {1e3 * b:,.0f} | {b / a:.2f} | |")
-        if one.peak_memory and two.peak_memory:
-            a, b = one.peak_memory, two.peak_memory
-            lines.append(f"| peak memory, MB | {size} | {a / 1e6:,.0f} | {b / 1e6:,.0f} | {b / a:.2f} | |")
-    one, two = found.rows[0], found.rows[1]
-    a, b = one.bytes, two.bytes
-    lines.append(f"| bytes on disk | | {a:,} | {b:,} | {b / a:.2f} | |")
-    protocol = found.protocol
+            a, b, promise = one[name], two[name], ratio.get(f"{name}_flops")
+            if a and b:
+                promised = f"{promise:.2f}" if promise else ""
+                lines.append(
+                    f"| {title} | {size} | {unit * a:{style}} | {unit * b:{style}} | {b / a:.2f} | {promised} |"
+                )
+    one, two = rows[0], rows[1]
+    a, b = one["parameters"], two["parameters"]
+    lines.append(f"| parameters | | {a:,} | {b:,} | {b / a:.2f} | |")
+    head = 2.0 * sizes["vocab_size"] * sizes["hidden_size"]
+    dense_ms, slim_ms, floor = 1e3 / one["decode"], 1e3 / two["decode"], values["floor_ms"]
     lines += [
         "",
-        f"SmolLM2-135M-Instruct and its version with half of the decoder layers removed, {prompt} prompt tokens, "
-        f"{new_tokens} new ones, {protocol['dtype']}, {protocol['threads']} thread(s) of {protocol['processors']} "
-        f"processors, medians of {rounds} rounds; `benchmarks/speed.py` wrote this page.",
+        "SmolLM2-135M-Instruct and its version with half of the decoder layers removed, "
+        f"{protocol['prompt']} prompt tokens, {protocol['new_tokens']} new ones, {protocol['dtype']}, "
+        f"{protocol['threads']} thread(s) of {protocol['processors']} processors, medians of {protocol['rounds']} "
+        "rounds; `benchmarks/speed.py` wrote this page. The dense model comes from a quantised file, whose reading is "
+        "part of its peak memory.",
     ]
-    head = 2.0 * config.vocab_size * config.hidden_size
-    dense_ms, slim_ms = 1e3 / one.decode, 1e3 / two.decode
-    text = (
-        "\n".join(lines)
-        + "\n"
-        + GAP.format(
-            vocab=config.vocab_size,
-            hidden=config.hidden_size,
-            head_share=head / one.decode_flops,
-            slim_head_share=head / two.decode_flops,
-            bytes=one.bytes / two.bytes,
-            layers=config.num_hidden_layers,
-            floor=floor,
-            dense_ms=dense_ms,
-            slim_ms=slim_ms,
-            without=(dense_ms - floor) / max(slim_ms - floor, 1e-9),
-        )
+    gap = GAP.format(
+        vocab=sizes["vocab_size"],
+        hidden=sizes["hidden_size"],
+        head_share=head / one["decode_flops"],
+        slim_head_share=head / two["decode_flops"],
+        bytes=a / b,
+        layers=sizes["num_hidden_layers"],
+        floor=floor,
+        dense_ms=dense_ms,
+        slim_ms=slim_ms,
+        without=(dense_ms - floor) / max(slim_ms - floor, 1e-9),
     )
-    out.with_suffix(".md").write_text(text)
+    return "\n".join(lines) + "\n" + gap
 
 
 if __name__ == "__main__":
