@@ -2,8 +2,9 @@
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
 matrices, those of all layers, are moved together towards what the dense model predicts: a few dozen steps of Adam on
-``KL(dense || pruned)``, every token seen once (several times in a search). Layers are visited in order, forth and back, with their inputs kept in
-between and each layer's weights moved as soon as its gradient is known, so that one layer at a time is on the device.
+``KL(dense || pruned)``, every token seen once, or several times in a search. Layers are
+visited in order, forth and back, with their inputs kept in between and each layer's weights moved as soon as its
+gradient is known, so that one layer at a time is on the device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
 rate serves models whose weights differ in scale.
@@ -33,7 +34,7 @@ from slimgpt.pruning.predictions import brought, divergences, returns_tuple
 from slimgpt.pruning.sensitivity import measurable
 from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
 
-PASSES, SEARCH_PASSES, LEAST_TOKENS = 1.6, 6.0, 32768
+PASSES, SEARCH_PASSES, LEAST_TOKENS = 1.6, 8.0, 32768
 """How many forward passes of the dense layers over the calibration tokens the training may cost by default and with
 ``--allocation search``, and how many calibration tokens there must be for it."""
 
@@ -47,8 +48,8 @@ HELD_TOKENS = 2048
 LENGTH = 256
 """Longer windows are cut."""
 
-STEPS, STEP_TOKENS = 64, 512
-"""At most so many steps of at least so many tokens."""
+STEPS, SEARCH_STEPS, STEP_TOKENS = 64, 256, 512
+"""At most so many steps (in a search, the second number) of at least so many tokens."""
 
 RATE, WARMUP = 2.6e-3, 0.1
 """How far a step moves a matrix at most, as a share of its root mean square and for a divergence of one nat, and the
@@ -94,7 +95,8 @@ class Lesson:
         trained, order = list(range(self.held, len(self.ids))), list[int]()
         generator = torch.Generator().manual_seed(self.seed)
         while len(order) < self.taught:
-            order += [trained[place] for place in torch.randperm(len(trained), generator=generator)] if order else trained
+            places = torch.randperm(len(trained), generator=generator).tolist() if order else range(len(trained))
+            order += [trained[place] for place in places]
         order = order[: self.taught]
         return [order[start : start + self.per_step] for start in range(0, len(order), self.per_step)]
 
@@ -160,7 +162,8 @@ def rehearse(
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     rest = pieces[: len(repaired_on(windows, tokens)) * (windows.shape[1] // length)]
     held = pieces[len(rest) :]
-    per_step = max(STEP_TOKENS, tokens // STEPS) // length
+    steps = SEARCH_STEPS if config.allocation == "search" else STEPS
+    per_step = max(STEP_TOKENS, tokens // steps) // length
     batch = max(min(config.batch_size, per_step, len(held)), 1)
     held = held[: len(held) // batch * batch]
     # Pieces of one document are spread over the steps.
