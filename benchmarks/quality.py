@@ -93,6 +93,10 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Of each held-out text; 0 takes all.")] = 32_768,
     tasks: Annotated[int, typer.Option(help="Examples of each zero-shot task; 0 leaves them out.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of forward passes: float32, or bfloat16 where it is faster.")] = "float32",
+    keep_models: Annotated[
+        bool,
+        typer.Option(help="Keep our methods' slim models too: measures are then added without pruning again."),
+    ] = False,
     validation: Annotated[bool, typer.Option(help="Measure on the validation texts, to choose settings.")] = False,
     show: Annotated[bool, typer.Option("--list", help="Show the rows and do nothing.")] = False,
     anew: Annotated[bool, typer.Option(help="Measure the chosen rows again.")] = False,
@@ -110,7 +114,7 @@ def main(
         )
         compared = list(main_rows(wanted, chosen(methods, METHODS, "method"), shares, changed))
         ablated = list(ablation_rows(wanted, shares[0], settings)) if ablations else []
-        bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings)
+        bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings, keep_models=keep_models)
         selected = [
             row
             for row in dict.fromkeys([*compared, *ablated])

@@ -17,6 +17,7 @@ from peers.units import Job, decoder_parameters, quiet
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import slimgpt
 from slimgpt.api import versions
 from slimgpt.calibration import digest
 from slimgpt.errors import CalibrationError
@@ -71,8 +72,9 @@ Say = Callable[[str, int, int], None]
 class Bench:
     """Works rows out; models and windows are brought once."""
 
-    def __init__(self, texts: Texts, store: Store, settings: Settings, say: Say = quiet):
+    def __init__(self, texts: Texts, store: Store, settings: Settings, say: Say = quiet, keep_models: bool = False):
         self.texts, self.store, self.settings, self.say = texts, store, settings, say
+        self.keep_models = keep_models
         self._model: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._windows: dict[tuple[Any, ...], Tensor] = {}
 
@@ -127,12 +129,30 @@ class Bench:
         missing = [name for name, settings in wanted.items() if not result.has(name, settings)]
         if not missing:
             return result
-        model, tokenizer, result.found = self._slim(row)
+        model, tokenizer, result.found = self._kept(row, result) or self._slim(row)
+        if self.keep_models and row.method != DENSE and METHODS[row.method].ours:
+            self._keep(row, result, model, tokenizer)
         run_in(model, getattr(torch, self.settings.dtype))
         for name in missing:
             result.measures[name] = self._measure(model, tokenizer, name, wanted[name])
             self.store.put(row, result)
         return result
+
+    def _folder(self, row: Row, result: Result) -> Path:
+        """Where the slim model of a row is kept."""
+        return self.store.file(row, result.settings).with_suffix("")
+
+    def _kept(self, row: Row, result: Result) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]] | None:
+        """The slim model of a row from where it was kept, if it was and the row knows of it."""
+        folder = self._folder(row, result)
+        if not result.found or not folder.is_dir():
+            return None
+        return *slimgpt.load(str(folder), dtype="float32"), result.found
+
+    def _keep(self, row: Row, result: Result, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not (folder := self._folder(row, result)).is_dir():
+            slimgpt.save(model, tokenizer, None, folder)
+            self.store.put(row, result)
 
     def _slim(self, row: Row) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
         dense, tokenizer = self._bring(row.model)

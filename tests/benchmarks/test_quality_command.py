@@ -63,6 +63,23 @@ def test_single_rows_can_be_chosen_and_changed(run, tmp_path):
     assert states["gemma3/paper/0.30"] == "to"
 
 
+def test_a_kept_model_is_measured_again_without_pruning_it_again(run, tmp_path, monkeypatch):
+    def values() -> dict[str, float]:
+        (file,) = (tmp_path / "rows").glob("*.json")
+        return {name: measure["value"] for name, measure in json.loads(file.read_text())["measures"].items()}
+
+    chosen = ("--methods", "paper", "--rows", "gemma3/paper*", "--keep-models")
+    assert run(*chosen).exit_code == 0
+    first = values()
+    (folder,) = (path for path in (tmp_path / "rows").iterdir() if path.is_dir())
+    assert (folder / "config.json").is_file()
+    monkeypatch.setattr(Bench, "_slim", None)  # calling it would fail
+    assert run(*chosen, "--max-tokens", "80").exit_code == 0
+    assert run(*chosen).exit_code == 0
+    assert values() == first
+    assert len(first) == len(TINY)
+
+
 def test_a_row_that_fails_is_named_and_the_others_go_on(run, tmp_path):
     result = run("--methods", "slimgpt,magnitude", "--set", "num_samples=99999", "--rows", "0.30")
     assert result.exit_code == 1
