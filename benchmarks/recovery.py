@@ -60,7 +60,7 @@ def main(
     model: str = "demo",
     ratios: str = "0.5,0.2",
     methods: str = "distill,lora",
-    only: Annotated[str | None, typer.Option(help="ratio:method, this part alone.")] = None,
+    only: Annotated[str | None, typer.Option(help="ratio:method,..., these parts alone.")] = None,
     core_minutes: float = 40.0,
     num_samples: int = 128,
     seq_len: int = 512,
@@ -90,7 +90,7 @@ def main(
 
     parts = [
         part.split(":")
-        for part in ([only] if only else [f"{r}:{m}" for r in ratios.split(",") for m in methods.split(",")])
+        for part in (only.split(",") if only else [f"{r}:{m}" for r in ratios.split(",") for m in methods.split(",")])
     ]
     dense = quality("dense", model)
     console.print(f"dense {dense}")
