@@ -162,12 +162,12 @@ def run_to_folder(
             return before
         done = journal.open(p.resume, p.overwrite) if ranks.main else 0
         done = ranks.agree(done)
-        budget = p.budget
+        calls = Calls(on_layer, on_start, on_measured, on_distilled)
+        run, budget = _FolderRun(p, ranks, windows, tokens, dtype, journal, request_digest, calls), p.budget
         try:
             while True:
                 try:
-                    calls = (on_layer, on_start, on_measured, on_distilled)
-                    return _run(p, ranks, windows, tokens, dtype, journal, request_digest, done, budget, *calls)
+                    return run(done, budget)
                 except torch.OutOfMemoryError as error:
                     budget = _smaller(p, budget, ranks, error)
                     done = journal.open(resume=True)
@@ -237,113 +237,126 @@ def _request(p: Prepared, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _run(
-    p: Prepared,
-    ranks: Ranks,
-    windows: Tensor,
-    tokens: int,
-    dtype: torch.dtype | None,
-    journal: Journal,
-    digest: str,
-    done: int,
-    budget: int | None,
-    on_layer: OnLayer | None,
-    on_start: OnStart | None,
-    on_measured: OnMeasured | None,
-    on_distilled: OnDistilled | None,
-) -> PruneReport:
-    start = time.perf_counter()
-    layers = open_model(p)
-    layers.check_finite(ranks)
-    model = layers.model
-    copied = dtype is not None or p.device.type != "cpu"
-    need = memory_need(model, windows, p.plan, p.config, dtype, copied)
-    placement = place(need, p.device, budget)
-    if p.device.type == "cuda" and p.budget is not None:
-        hold_to(p.device, p.budget)
-    if on_start is not None and ranks.main:
-        on_start(placement, done)
-    dense = tuple(layer_sizes(model.config))
-    reports = []
-    run = Run(p.device, placement, dtype, ranks, journal.scratch, journal)
-    plan, allocation = p.plan, {}
-    if to_measure(p.config, p.shape, p.windows):
-        plan, allocation = _allocated(p, ranks, layers, run, journal, on_measured)
-    for finished in prune_layers(model, layers, windows, plan, p.config, run):
+@dataclass(frozen=True)
+class Calls:
+    """Whom to tell of what is done."""
+
+    on_layer: OnLayer | None = None
+    on_start: OnStart | None = None
+    on_measured: OnMeasured | None = None
+    on_distilled: OnDistilled | None = None
+
+
+@dataclass(frozen=True)
+class _FolderRun:
+    """One process's part of a run from a model's name to a folder.
+
+    Args:
+        windows: this process's share of those that are repaired on.
+        tokens: how many are trained on afterwards.
+        dtype: of the forward passes where it is another than that of the weights.
+        digest: of the request.
+    """
+
+    p: Prepared
+    ranks: Ranks
+    windows: Tensor
+    tokens: int
+    dtype: torch.dtype | None
+    journal: Journal
+    digest: str
+    calls: Calls
+
+    def __call__(self, done: int, budget: int | None) -> PruneReport:
+        """Prune, train, and write the folder.
+
+        Args:
+            done: how many layers an earlier run has finished.
+            budget: bytes that may be used on the device; ``None``: what is free.
+        """
+        p, ranks, dtype = self.p, self.ranks, self.dtype
+        start = time.perf_counter()
+        layers = open_model(p)
+        layers.check_finite(ranks)
+        model = layers.model
+        copied = dtype is not None or p.device.type != "cpu"
+        need = memory_need(model, self.windows, p.plan, p.config, dtype, copied)
+        placement = place(need, p.device, budget)
+        if p.device.type == "cuda" and p.budget is not None:
+            hold_to(p.device, p.budget)
+        if self.calls.on_start is not None and ranks.main:
+            self.calls.on_start(placement, done)
+        dense = tuple(layer_sizes(model.config))
+        reports = []
+        run = Run(p.device, placement, dtype, ranks, self.journal.scratch, self.journal)
+        plan, allocation = p.plan, {}
+        if to_measure(p.config, p.shape, p.windows):
+            plan, allocation = self._allocated(layers, run)
+        for finished in prune_layers(model, layers, self.windows, plan, p.config, run):
+            if ranks.main:
+                self.journal.write(finished)
+                reports.append(finished.report)
+                if self.calls.on_layer:
+                    self.calls.on_layer(finished.report, plan)
+            del finished
+        distillation = self._distilled(layers, plan, run) if ranks.main and self.tokens else {}
+        earlier = sum(sum(report.seconds.values()) for report in reports[:done])
+        report = PruneReport(
+            base_model=p.source.name,
+            model_type=model.config.model_type,
+            settings=p.config,
+            plan=plan,
+            dense_sizes=dense,
+            layers=tuple(reports),
+            calibration=described(p.windows, p.calibration),
+            versions=versions(p.device),
+            seconds=earlier + time.perf_counter() - start,
+            execution=execution(dtype or p.stored, placement, ranks.world),
+            request=self.digest,
+            allocation=allocation,
+            distillation=distillation,
+        )
         if ranks.main:
-            journal.write(finished)
-            reports.append(finished.report)
-            if on_layer:
-                on_layer(finished.report, plan)
-        del finished
-    distillation: dict[str, Any] = {}
-    if ranks.main and tokens:
-        distillation = _distilled(p, tokens, layers, plan, run, journal, on_distilled)
-    earlier = sum(sum(report.seconds.values()) for report in reports[:done])
-    report = PruneReport(
-        base_model=p.source.name,
-        model_type=model.config.model_type,
-        settings=p.config,
-        plan=plan,
-        dense_sizes=dense,
-        layers=tuple(reports),
-        calibration=described(p.windows, p.calibration),
-        versions=versions(p.device),
-        seconds=earlier + time.perf_counter() - start,
-        execution=execution(dtype or p.stored, placement, ranks.world),
-        request=digest,
-        allocation=allocation,
-        distillation=distillation,
-    )
-    if ranks.main:
-        assemble(journal, model, p.tokenizer, report, weights_folder(p.source))
-    return report
+            assemble(self.journal, model, p.tokenizer, report, weights_folder(p.source))
+        return report
 
+    def _allocated(self, layers: _Layers, run: Run) -> tuple[Plan, dict[str, Any]]:
+        """The plan by measured costs; rank 0 measures, or reads what an earlier run measured, and the others follow."""
+        p = self.p
+        names = list(p.plan.layers[0])
+        widths = torch.empty(len(p.plan.layers), len(names), dtype=torch.long)
+        allocation: dict[str, Any] = {}
+        file = self.journal.folder / PLAN_FILE
+        if self.ranks.main:
+            if not file.is_file():
+                plan, allocation = allocate(
+                    p.plan, p.shape, layers.model, layers, p.windows, p.config, run, self.calls.on_measured
+                )
+                write_text(file, json.dumps({"layers": plan.layers, "allocation": allocation}))
+            found = json.loads(file.read_text(encoding="utf-8"))
+            allocation = found["allocation"]
+            widths = torch.tensor([[layer[name] for name in names] for layer in found["layers"]])
+        rows = self.ranks.broadcast(widths.to(p.device)).tolist()
+        chosen = [dict(zip(names, row)) for row in rows]
+        return plan_of_widths(p.shape, chosen, p.plan.head_unit, ratio=p.plan.ratio), allocation
 
-def _allocated(
-    p: Prepared, ranks: Ranks, layers: _Layers, run: Run, journal: Journal, on_measured: OnMeasured | None
-) -> tuple[Plan, dict[str, Any]]:
-    """The plan by measured costs; rank 0 measures, or reads what an earlier run has measured, and the others follow."""
-    names = list(p.plan.layers[0])
-    widths = torch.empty(len(p.plan.layers), len(names), dtype=torch.long)
-    allocation: dict[str, Any] = {}
-    file = journal.folder / PLAN_FILE
-    if ranks.main:
-        if not file.is_file():
-            plan, allocation = allocate(p.plan, p.shape, layers.model, layers, p.windows, p.config, run, on_measured)
-            write_text(file, json.dumps({"layers": plan.layers, "allocation": allocation}))
-        found = json.loads(file.read_text(encoding="utf-8"))
-        allocation = found["allocation"]
-        widths = torch.tensor([[layer[name] for name in names] for layer in found["layers"]])
-    rows = ranks.broadcast(widths.to(p.device)).tolist()
-    chosen = [dict(zip(names, row)) for row in rows]
-    return plan_of_widths(p.shape, chosen, p.plan.head_unit, ratio=p.plan.ratio), allocation
-
-
-def _distilled(
-    p: Prepared,
-    tokens: int,
-    layers: _Layers,
-    plan: Plan,
-    run: Run,
-    journal: Journal,
-    on_distilled: OnDistilled | None,
-) -> dict[str, Any]:
-    """Train the finished layers of the journal, unless an earlier run has; what is said of it."""
-    said = journal.said_of_distilled()
-    if said is not None:
+    def _distilled(self, layers: _Layers, plan: Plan, run: Run) -> dict[str, Any]:
+        """Train the finished layers of the journal, unless an earlier run has; what is said of it."""
+        p, journal = self.p, self.journal
+        said = journal.said_of_distilled()
+        if said is not None:
+            return said
+        model, slim = layers.model, []
+        for index, (shell, sizes) in enumerate(zip(decoder_layers(model), plan.layers, strict=True)):
+            finished = journal(index)
+            assert finished is not None
+            slim.append(rebuild_layer(shell, model.config, index, finished.state, sizes))  # mapped, not read
+        lesson = rehearse(model, layers, p.windows, self.tokens, p.config, run)
+        training = Distillation(model, slim.__getitem__, plan, lesson, run)
+        said = training(self.calls.on_distilled)
+        trained = ({**layer.state_dict(), **training.matrices(index)} for index, layer in enumerate(slim))
+        journal.write_distilled(trained if said["kept"] else (), said)
         return said
-    model, slim = layers.model, []
-    for index, (shell, sizes) in enumerate(zip(decoder_layers(model), plan.layers, strict=True)):
-        finished = journal(index)
-        assert finished is not None
-        slim.append(rebuild_layer(shell, model.config, index, finished.state, sizes))  # mapped, not read
-    lesson = rehearse(model, layers, p.windows, tokens, p.config, run)
-    training = Distillation(model, slim.__getitem__, plan, lesson, run)
-    said = training(on_distilled)
-    trained = ({**layer.state_dict(), **training.matrices(index)} for index, layer in enumerate(slim))
-    journal.write_distilled(trained if said["kept"] else (), said)
-    return said
 
 
 def prune_folder(
