@@ -19,6 +19,9 @@ Rows = Sequence[tuple[Row, Result]]
 EXACT = 0.002
 """How far the achieved share may be from the ratio."""
 
+CUT = 30
+"""The plots end at so many times the dense model's perplexity."""
+
 
 ABOUT_ABLATIONS = (
     "What is in brackets differs from the settings above. A row that calibrates on `wikitext2` (train text) is "
@@ -102,13 +105,15 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
     lines = [
         "# Quality at the same size",
         "",
-        f"Perplexity after removing a share of the decoder layers' parameters, no retraining. Every method had the "
-        f"same {settings.num_samples} x {settings.seq_len} tokens of `{settings.source}` (seed {settings.seed}); "
-        f"{extent}, windows of 128 or 512 tokens without overlap; {settings.dtype} forward passes"
+        f"Perplexity after removing a share of the decoder layers' parameters. Every method had the same "
+        f"{settings.num_samples} x {settings.seq_len} tokens of `{settings.source}` (seed {settings.seed}), "
+        f"and none had other text: the default's short training is on it, too; {extent}, "
+        f"windows of 128 or 512 tokens without overlap; {settings.dtype} forward passes"
         + (f"; zero-shot mean of seven tasks, {settings.tasks} examples each" if settings.tasks else "")
         + ". C4 documents that are measured on are none that are calibrated on. `(!)` marks a share that is more than "
         "0.2 points off. *Share of `paper`'s increase*: how much log-perplexity rises over dense, `paper` being 1. "
-        "Core-seconds are processor time, which a busy machine changes less than seconds.",
+        "Core-seconds are processor time, which a busy machine changes less than seconds. The plots end at "
+        f"{CUT} times the dense model's perplexity.",
         "",
         "Written by `benchmarks/quality.py`"
         + (" on the validation texts." if settings.validation else ".")
@@ -161,8 +166,10 @@ def plot_ratio(rows: Rows, settings: Settings, file: Path) -> None:
                 x, y = zip(*sorted(dense + points))
                 axis.plot(x, y, marker="o", markersize=4, color=f"C{number % 10}", label=method, **_weight(method))
             axis.set(yscale="log", xlabel="share of the decoder removed", ylabel=f"perplexity, {measure}")
-            axis.set_title(model, fontsize=10)
-            axis.grid(alpha=0.3, which="both")
+            if dense:
+                axis.set_ylim(top=min(axis.get_ylim()[1], CUT * dense[0][1]))
+            _plain_ticks(axis)
+            axis.set_title(MODELS[model].title, fontsize=9)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -195,6 +202,16 @@ def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _plain_ticks(axis: Any) -> None:
+    """Perplexities as people write them."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.3)
 
 
 def _weight(method: str) -> dict[str, Any]:
