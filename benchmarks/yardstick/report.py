@@ -152,7 +152,10 @@ def plot_ratio(rows: Rows, settings: Settings, file: Path) -> None:
 
     models = list(dict.fromkeys(row.model for row, result in rows if result.measures))
     measures = measure_names(settings.validation)[1:]
-    figure, axes = plt.subplots(len(measures), len(models), figsize=(5 * len(models), 7), squeeze=False)
+    figure, axes = plt.subplots(
+        len(measures), len(models), figsize=(5 * len(models), 7), squeeze=False, layout="constrained"
+    )
+    colours, shown = _colours(rows), set[str]()
     for column, model in enumerate(models):
         for line, measure in enumerate(measures):
             axis = axes[line][column]
@@ -162,16 +165,17 @@ def plot_ratio(rows: Rows, settings: Settings, file: Path) -> None:
                 if row.model == model and not row.repair and value is not None:
                     series.setdefault(row.method, []).append((result.found["achieved"], value))
             dense = series.pop(DENSE, [])
-            for number, (method, points) in enumerate(series.items()):
+            for method, points in series.items():
                 x, y = zip(*sorted(dense + points))
-                axis.plot(x, y, marker="o", markersize=4, color=f"C{number % 10}", label=method, **_weight(method))
+                label = None if method in shown else method
+                shown.add(method)
+                axis.plot(x, y, marker="o", markersize=4, color=colours[method], label=label, **_weight(method))
             axis.set(yscale="log", xlabel="share of the decoder removed", ylabel=f"perplexity, {measure}")
             if dense:
                 axis.set_ylim(top=min(axis.get_ylim()[1], CUT * dense[0][1]))
             _plain_ticks(axis)
             axis.set_title(MODELS[model].title, fontsize=9)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -186,7 +190,7 @@ def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
     measure = measure_names(settings.validation)[1]
     pruned = [(row, result) for row, result in rows if row.method != DENSE and not row.repair and result.measures]
     models, ratios = (list(dict.fromkeys(items)) for items in zip(*((row.model, row.ratio) for row, _ in pruned)))
-    colours = {name: f"C{n % 10}" for n, name in enumerate(dict.fromkeys(row.method for row, _ in pruned))}
+    colours = _colours(pruned)
     figure, axes = plt.subplots(len(ratios), len(models), figsize=(5 * len(models), 3.4 * len(ratios)), squeeze=False)
     for row, result in pruned:
         value = result.value(measure)
@@ -202,6 +206,12 @@ def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _colours(rows: Rows) -> dict[str, str]:
+    """The same for a method in every panel."""
+    methods = dict.fromkeys(row.method for row, result in rows if row.method != DENSE and result.measures)
+    return {name: f"C{number % 10}" for number, name in enumerate(methods)}
 
 
 def _plain_ticks(axis: Any) -> None:
