@@ -35,7 +35,7 @@ SHARED: dict[str, Any] = {
     "max_length": 256,
     "batch_size": 4,
     "micro_batch": 4,
-    "epochs": 2.0,
+    "epochs": 1.0,
     "held_out": 16,
     "evaluations": 8,
     "patience": 0,
@@ -127,8 +127,6 @@ def main(
         "max_tokens": max_tokens,
         "core_minutes": core_minutes,
         "threads": torch.get_num_threads(),
-        "shared": SHARED,
-        "methods": METHODS,
         "versions": versions(torch.device("cpu")),
         "rows": rows,
     }
@@ -163,6 +161,7 @@ def train(
     )  # fmt: skip
     row = {
         **steps,
+        "settings": settings,
         "core_minutes": (time.process_time() - start) / 60,
         "examples": recovery.data["examples"],
         "predicted_tokens": recovery.data["predicted_tokens"],
@@ -210,7 +209,7 @@ def table(result: dict[str, Any], name: str) -> str:
     texts = list(result["dense"])
     pruning = result["pruning"]
     trios = [f"{text}: {what}" for text in texts for what in ("slim", "recovered", "gap closed")]
-    columns = ["removed", "method", "core-minutes", "steps", *trios]
+    columns = ["removed", "method", "core-minutes", "steps", "windows per step", "epochs", *trios]
     lines = [
         "# Recovery in minutes",
         "",
@@ -226,6 +225,7 @@ def table(result: dict[str, Any], name: str) -> str:
     ]
     for row in result["rows"]:
         cells = [f"{row['ratio']:.0%}", row["method"], f"{row['core_minutes']:.1f}", str(row["steps"])]
+        cells += [f"{row['settings'][name]:g}" for name in ("batch_size", "epochs")]
         for text in texts:
             cells += [f"{row['before'][text]:.2f}", f"{row['after'][text]:.2f}", f"{row['closed'][text]:.0%}"]
         lines.append(f"| {' | '.join(cells)} |")
