@@ -327,7 +327,12 @@ def test_ctrl_c_leaves_no_folder_that_looks_finished(tmp_path, tokenizer, text_f
     words = ["prune", tmp_path / "dense", tmp_path / "slim", "--calibration", text_file, "--num-samples", "60",
              "--seq-len", "60", "--device", "cpu"]  # fmt: skip
     command = [sys.executable, "-u", "-m", "slimgpt", *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+
+    def heed() -> None:  # where tests run in a shell's background, Ctrl-C is ignored and so it is by their children
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, preexec_fn=heed, stdout=pipe, stderr=pipe, text=True) as process:
         for line in process.stdout:
             if line.startswith("layer 0"):
                 process.send_signal(signal.SIGINT)
