@@ -42,12 +42,12 @@ SHARED: dict[str, Any] = {
     "warmup": 0.1,
 }
 METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"method": "lora", "rank": 16, "learning_rate": 8e-4},
+    "lora": {"method": "lora", "rank": 16, "rate": 8e-4},
     "lora-paper": {"method": "lora", "rank": 8, "learning_rate": 1e-4},
-    "full": {"method": "full", "learning_rate": 4e-4},
-    "distill": {"method": "distill", "learning_rate": 4e-4, "layer_weight": 1.0, "layers": 6},
+    "full": {"method": "full", "rate": 4e-4},
+    "distill": {"method": "distill", "rate": 4e-4, "layer_weight": 1.0, "layers": 6},
 }
-"""The learning rate goes with the root of the ratio: the less there is to be won, the smaller the steps."""
+"""A ``rate`` times the root of the ratio is the learning rate: the less there is to be won, the smaller the steps."""
 
 COLORS = {"lora": "#b54708", "lora-paper": "#98a2b3", "full": "#067647", "distill": "#175cd3"}
 TIMED = 4
@@ -111,8 +111,9 @@ def main(
             )
         before = quality(slim.name, str(slim))
         target = work / f"{method}-{ratio}"
-        settings = METHODS[method]
-        settings = {**settings, "learning_rate": settings["learning_rate"] * math.sqrt(float(ratio))}
+        settings = dict(METHODS[method])
+        if "rate" in settings:
+            settings["learning_rate"] = settings.pop("rate") * math.sqrt(float(ratio))
         row = train(slim, target, sources, model, settings, core_minutes)
         after = quality(target.name, str(target))
         row |= {"ratio": float(ratio), "method": method, "before": before, "after": after}

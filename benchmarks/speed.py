@@ -19,6 +19,7 @@ import torch
 import typer
 
 import slimgpt
+from slimgpt import assets
 from slimgpt.comparison import time_models
 from slimgpt.models.families import ARCHITECTURES
 
@@ -30,6 +31,8 @@ process that loads the folder with plain transformers and generates. On a GPU th
 hand for these figures.
 
 """
+
+QUANTISED = " The dense model comes from a quantised file, whose reading is part of its peak memory."
 
 GAP = """
 ## What stands between FLOPs and speed
@@ -134,8 +137,7 @@ def page(values: dict[str, Any]) -> str:
         "SmolLM2-135M-Instruct and its version with half of the decoder layers removed, "
         f"{protocol['prompt']} prompt tokens, {protocol['new_tokens']} new ones, {protocol['dtype']}, "
         f"{protocol['threads']} thread(s) of {protocol['processors']} processors, medians of {protocol['rounds']} "
-        "rounds; `benchmarks/speed.py` wrote this page. The dense model comes from a quantised file, whose reading is "
-        "part of its peak memory.",
+        "rounds; `benchmarks/speed.py` wrote this page." + (QUANTISED if values["base"] == assets.DEMO else ""),
     ]
     gap = GAP.format(
         vocab=sizes["vocab_size"],

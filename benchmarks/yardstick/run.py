@@ -129,9 +129,13 @@ class Bench:
         missing = [name for name, settings in wanted.items() if not result.has(name, settings)]
         if not missing:
             return result
-        model, tokenizer, result.found = self._kept(row, result) or self._slim(row)
-        if self.keep_models and row.method != DENSE and METHODS[row.method].ours:
-            self._keep(row, result, model, tokenizer)
+        if (kept := self._kept(row, result)) is not None:
+            model, tokenizer = kept
+        else:
+            model, tokenizer, result.found = self._slim(row)
+            if self.keep_models and row.method != DENSE and METHODS[row.method].ours:
+                slimgpt.save(model, tokenizer, None, self._folder(row, result), overwrite=True)
+                self.store.put(row, result)
         run_in(model, getattr(torch, self.settings.dtype))
         for name in missing:
             result.measures[name] = self._measure(model, tokenizer, name, wanted[name])
@@ -142,17 +146,12 @@ class Bench:
         """Where the slim model of a row is kept."""
         return self.store.file(row, result.settings).with_suffix("")
 
-    def _kept(self, row: Row, result: Result) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]] | None:
+    def _kept(self, row: Row, result: Result) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
         """The slim model of a row from where it was kept, if it was and the row knows of it."""
         folder = self._folder(row, result)
         if not result.found or not folder.is_dir():
             return None
-        return *slimgpt.load(str(folder), dtype="float32"), result.found
-
-    def _keep(self, row: Row, result: Result, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        if not (folder := self._folder(row, result)).is_dir():
-            slimgpt.save(model, tokenizer, None, folder)
-            self.store.put(row, result)
+        return slimgpt.load(str(folder), dtype="float32")
 
     def _slim(self, row: Row) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
         dense, tokenizer = self._bring(row.model)

@@ -162,7 +162,7 @@ def run_to_folder(
             return before
         done = journal.open(p.resume, p.overwrite) if ranks.main else 0
         done = ranks.agree(done)
-        calls = Calls(on_layer, on_start, on_measured, on_distilled)
+        calls = _Calls(on_layer, on_start, on_measured, on_distilled)
         run, budget = _FolderRun(p, ranks, windows, tokens, dtype, journal, request_digest, calls), p.budget
         try:
             while True:
@@ -238,7 +238,7 @@ def _request(p: Prepared, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Calls:
+class _Calls:
     """Whom to tell of what is done."""
 
     on_layer: OnLayer | None = None
@@ -265,7 +265,7 @@ class _FolderRun:
     dtype: torch.dtype | None
     journal: Journal
     digest: str
-    calls: Calls
+    calls: _Calls
 
     def __call__(self, done: int, budget: int | None) -> PruneReport:
         """Prune, train, and write the folder.

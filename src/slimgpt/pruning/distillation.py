@@ -2,9 +2,9 @@
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
 matrices, those of all layers, are moved together towards what the dense model predicts: a few dozen steps of Adam on
-``KL(dense || pruned)``, every token seen once, or several times in a search. Layers are
-visited in order, forth and back, with their inputs kept in between and each layer's weights moved as soon as its
-gradient is known, so that one layer at a time is on the device.
+``KL(dense || pruned)``, every token seen once, or several times in a search. Layers are visited in order, forth and
+back, with their inputs kept in between and each layer's weights moved as soon as its gradient is known, so that one
+layer at a time is on the device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
 rate serves models whose weights differ in scale.
@@ -108,7 +108,7 @@ class Lesson:
 def passes_to_distill(plan: Plan, windows: Tensor, tokens: int) -> float:
     """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
     token that there is, and for every token trained on the way forth and back through the pruned layers."""
-    return min(tokens, _room(windows)) + tokens * (1 + BACK) * (1 - plan.achieved)
+    return min(tokens, _room(windows)) + tokens * _forth_and_back(plan)
 
 
 def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
@@ -123,8 +123,8 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
         if not measurable(shape) or windows.numel() < LEAST_TOKENS:
             return 0
         passes = (SEARCH_PASSES if config.allocation == "search" else PASSES) * windows.numel()
-        forth_and_back = (1 + BACK) * (1 - plan.achieved)
-        return int(max(min(passes / (1 + forth_and_back), _room(windows)), (passes - _room(windows)) / forth_and_back))
+        again, room = _forth_and_back(plan), _room(windows)
+        return int(max(min(passes / (1 + again), room), (passes - room) / again))
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
     return int(config.distill)
@@ -168,8 +168,8 @@ def rehearse(
     held = held[: len(held) // batch * batch]
     # Pieces of one document are spread over the steps.
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
-    pieces = max(tokens // length, 1)
-    chosen = torch.cat([held, rest[order[:pieces]]])
+    count = max(tokens // length, 1)
+    chosen = torch.cat([held, rest[order[:count]]])
     layers = decoder_layers(model)
     each = next(model.get_input_embeddings().parameters()).element_size()
     size = chosen.numel() * each * text_config(model.config).hidden_size
@@ -186,7 +186,7 @@ def rehearse(
             del layer
             trim()
     ids, aside = chosen.split(batch), len(held) // batch
-    taught = len(ids) - aside if pieces <= len(rest) else pieces // batch
+    taught = len(ids) - aside if count <= len(rest) else count // batch
     return Lesson(ids, aside, max(per_step // batch, 1), taught, config.seed, stream, dense, tuples)
 
 
@@ -405,6 +405,11 @@ def _running(model: PreTrainedModel, run: Run) -> Run:
     """The run as the training needs it: gradients do not fit into float16, so bfloat16 takes its place."""
     stored = next(model.get_input_embeddings().parameters()).dtype
     return run.alone(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
+
+
+def _forth_and_back(plan: Plan) -> float:
+    """What a token costs on the way through the pruned layers and back, in forward passes of the dense ones."""
+    return (1 + BACK) * (1 - plan.achieved)
 
 
 def _room(windows: Tensor) -> int:
