@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from slimgpt.recovery.losses import divergence, layer_distance, predicted, text_loss
+from slimgpt.recovery.losses import divergence, layer_distance, predicted, text_loss, text_loss_and_divergence
 from tests.families import tiny_model, windows
 
 
@@ -46,6 +46,17 @@ def test_divergence_of_the_top_tokens_is_between_zero_and_the_exact_one(seed, k)
     exact = divergence(student, *top(teacher, 11))
     assert -1e-4 <= float(divergence(student, *top(teacher, k))) <= float(exact) + 1e-3
     assert float(divergence(teacher, *top(teacher, k))) == pytest.approx(0, abs=1e-4)
+
+
+@given(seed=st.integers(0, 10_000), k=st.integers(1, 11))
+def test_both_losses_at_once_are_the_two_with_their_gradients(seed, k):
+    student, teacher = pair(seed)
+    student, tokens, said = student.requires_grad_(), student.detach().argmin(-1), top(teacher, k)
+    both = text_loss_and_divergence(student, tokens, *said)
+    for found, alone in zip(both, (text_loss(student, tokens), divergence(student, *said))):
+        torch.testing.assert_close(found, alone)
+        slopes = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (found, alone)]
+        torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-3)
 
 
 def test_divergence_moves_the_student_to_the_teacher():

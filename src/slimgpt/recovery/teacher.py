@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimgpt.errors import NumericalError, OutputError
+from slimgpt.logits import log_probabilities
 from slimgpt.pruning.journal import write_text
 from slimgpt.recovery.examples import Example, collate
 from slimgpt.recovery.losses import predicted
@@ -126,9 +127,8 @@ class TeacherCache:
         labels = batch.pop("labels")
         outputs = teacher(**batch, use_cache=False, output_hidden_states=bool(numbers))
         logits, _ = predicted(outputs.logits, labels)
-        logits = logits.float()
-        values, tokens = logits.topk(self.top_k, -1)
-        log_p = values - logits.logsumexp(-1, keepdim=True)
+        tokens = logits.topk(self.top_k, -1).indices
+        log_p = log_probabilities(logits, tokens)
         if not log_p.isfinite().all():
             raise NumericalError("the dense model's predictions are NaN or infinite; try --dtype float32")
         found = {"tokens": tokens.int().cpu().numpy(), "log_p": log_p.half().cpu().numpy()}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from slimgpt.errors import NumericalError
 from slimgpt.recovery import state as states
 from slimgpt.recovery.examples import Example, collate
-from slimgpt.recovery.losses import divergence, layer_distance, predicted, text_loss
+from slimgpt.recovery.losses import layer_distance, predicted, text_loss, text_loss_and_divergence
 from slimgpt.recovery.settings import RecoverConfig
 from slimgpt.recovery.teacher import TeacherCache, layer_numbers
 
@@ -173,11 +173,8 @@ class RecoveryTrainer(Trainer):
         if self.cache is None:
             total = text_loss(logits, tokens)
         else:
-            total = logits.new_zeros(())
-            if c.text_weight:
-                total = total + c.text_weight * text_loss(logits, tokens)
-            if c.distill_weight:
-                total = total + c.distill_weight * divergence(logits, inputs["teacher_tokens"], inputs["teacher_log_p"])
+            text, apart = text_loss_and_divergence(logits, tokens, inputs["teacher_tokens"], inputs["teacher_log_p"])
+            total = c.text_weight * text + c.distill_weight * apart
             if compare:
                 numbers = layer_numbers(inputs["teacher_layers"].shape[1], len(outputs.hidden_states) - 1)
                 own = torch.stack([predicted(outputs.hidden_states[number], labels)[0] for number in numbers], 1)
