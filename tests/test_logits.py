@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from slimgpt import logits as module
-from slimgpt.logits import kullback_leibler, log_probabilities
+from slimgpt.logits import compare, log_probabilities
 
 TYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
@@ -49,7 +49,25 @@ def test_divergence_and_its_gradient_are_those_of_kl_div(monkeypatch, dtype, tol
     expected = F.kl_div(
         student.to(wide).log_softmax(-1), teacher.to(wide).log_softmax(-1), log_target=True, reduction="sum"
     )
-    total, gradient = kullback_leibler(teacher, student.detach())
+    total, surprise, gradient = compare(teacher, student.detach())
     assert total == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert surprise == 0
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0], rtol=tolerance, atol=tolerance)
-    assert kullback_leibler(teacher, student.detach(), slopes=False) == (total, None)
+    assert compare(teacher, student.detach(), slopes=False) == (total, 0, None)
+
+
+@TYPES
+@PIECES
+def test_gradient_with_the_text_is_that_of_both_losses(monkeypatch, dtype, tolerance, cached):
+    monkeypatch.setattr(module, "CACHED", cached)
+    teacher, student = numbers(0, 7, 11).to(dtype), numbers(1, 7, 11).to(dtype).requires_grad_()
+    says = torch.tensor([3, 0, -100, 10, 3, -100, 7])  # at two places the text says nothing
+    log_q = student.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
+    log_p = teacher.to(log_q).log_softmax(-1)
+    expected = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
+    text = F.nll_loss(log_q, says, ignore_index=-100, reduction="sum")
+    both = expected + 0.5 * text
+    total, surprise, gradient = compare(teacher, student.detach(), says, 0.5)
+    assert total == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert surprise == pytest.approx(float(text.detach()), rel=1e-5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(both, student)[0], rtol=tolerance, atol=tolerance)

@@ -8,7 +8,7 @@ logits' own type, once. Everything is computed in fp32, or in fp64 where the log
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,24 +27,51 @@ def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     return _LogProbabilities.apply(logits, ids)
 
 
+class Losses(NamedTuple):
+    """What :func:`compare` finds, summed over tokens.
+
+    Args:
+        divergence: ``KL(teacher || student)``.
+        surprise: the student's cross-entropy with what the text says, or 0.
+        gradient: of ``divergence + weight * surprise`` with respect to the student's logits, in their type.
+    """
+
+    divergence: float
+    surprise: float
+    gradient: Tensor | None
+
+
 @torch.no_grad()
-def kullback_leibler(teacher: Tensor, student: Tensor, slopes: bool = True) -> tuple[float, Tensor | None]:
-    """``KL(teacher || student)`` summed over tokens, and its gradient with respect to the student's logits.
+def compare(
+    teacher: Tensor, student: Tensor, says: Tensor | None = None, weight: float = 0.0, slopes: bool = True
+) -> Losses:
+    """How far a student is from its teacher, and from the text.
 
     Args:
         teacher: logits ``(tokens, vocabulary)``.
         student: the same.
+        says: the tokens that the text says, ``(tokens,)``; -100 where it says nothing.
+        weight: see :class:`Losses`.
         slopes: whether the gradient is wanted.
     """
     gradient = torch.empty_like(student) if slopes else None
-    total = 0.0
+    divergence = surprise = 0.0
     for piece in _pieces(student):
         log_p, log_q = (_wide(logits[piece]).log_softmax(-1) for logits in (teacher, student))
+        there = said = None
+        if says is not None:
+            there = says[piece, None].to(log_q.device)
+            said = (there >= 0).to(log_q)
+            surprise -= float((said * log_q.gather(-1, there.clamp_min(0))).sum())
         p = log_p.exp()
-        total += float((p * log_p.sub_(log_q)).sum())
+        divergence += float((p * log_p.sub_(log_q)).sum())
         if gradient is not None:
-            gradient[piece] = log_q.exp_().sub_(p)
-    return total, gradient
+            q = log_q.exp_()
+            if there is not None and said is not None and weight:
+                q *= 1 + weight * said
+                q.scatter_add_(-1, there.clamp_min(0), -weight * said)
+            gradient[piece] = q.sub_(p)
+    return Losses(divergence, surprise, gradient)
 
 
 class _LogProbabilities(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -30,14 +31,15 @@ def run(place: str = "device") -> Run:
     return Run(torch.device("cpu"), Placement(10**12, place, place))
 
 
-def case(family: str, place: str = "device"):
+def case(family: str, place: str = "device", allocation: str = "schedule"):
     """A dense and a pruned model in fp64, and the training between them."""
+    config = dataclasses.replace(CONFIG, allocation=allocation)
     dense = tiny_model(family).double()
     plan = plan_for(dense.config, CONFIG, describe(dense.config, dense))
     slim = copy.deepcopy(dense)
     for _ in prune_model(slim, IDS, plan, CONFIG, run()):
         pass
-    lesson = rehearse(dense, decoder_layers(dense).__getitem__, IDS, 300, CONFIG, run(place))
+    lesson = rehearse(dense, decoder_layers(dense).__getitem__, IDS, 300, config, run(place))
     return dense, slim, Distillation(slim, decoder_layers(slim).__getitem__, plan, lesson, run(place))
 
 
@@ -46,9 +48,16 @@ def divergence(model, dense, ids, first=1, stride=1):
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def said_by(model, ids, first, stride):
+    """The cross-entropy with the tokens that follow; the last position has none."""
+    log_q = model(ids).logits.log_softmax(-1)[:, :-1]
+    return -log_q.gather(-1, ids[:, 1:, None])[:, first::stride, 0].sum()
+
+
+@pytest.mark.parametrize("allocation", ["schedule", "search"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox", "gpt2"])
-def test_it_is_adam_on_the_divergence_through_the_whole_model(family):
-    dense, slim, training = case(family)
+def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, allocation):
+    dense, slim, training = case(family, allocation=allocation)
     lesson = training.lesson
     steps = lesson.steps
     assert [len(step) for step in steps] == [2, 2]
@@ -58,8 +67,12 @@ def test_it_is_adam_on_the_divergence_through_the_whole_model(family):
 
     mirror.requires_grad_(False)
     keys = {s.key for s in slimgpt.ARCHITECTURES[family].chosen("kv")}
+    inside = f"{slimgpt.ARCHITECTURES[family].layers}."
     names = [n for n, _ in mirror.named_parameters() if any(n.endswith(f".{key}") for key in keys)]
     assert len(names) == 2 * len(decoder_layers(mirror))
+    if allocation == "search":
+        names = [n for n, p in mirror.named_parameters() if n.startswith(inside) and p.ndim == 2]
+        assert len(names) >= 4 * len(decoder_layers(mirror))
     groups = []
     for name in names:
         weight = mirror.get_parameter(name).requires_grad_()
@@ -70,18 +83,23 @@ def test_it_is_adam_on_the_divergence_through_the_whole_model(family):
         adam.zero_grad()
         losses = [divergence(mirror, dense, lesson.ids[b], 1 + number % 2, 2) for b in step]
         loss = torch.cat([part.flatten() for part in losses]).sum()
-        loss.backward()
+        text = sum(said_by(mirror, lesson.ids[b], 1 + number % 2, 2) for b in step)
+        (loss + said["text_weight"] * text).backward()
         curve.append(float(loss.detach()) / sum(part.numel() for part in losses))
         for group in adam.param_groups:
             group["lr"] = said["rate"] * distillation._rate(number, len(steps)) * group["scale"]
         adam.step()
     assert said["curve"] == pytest.approx(curve, rel=1e-5)
     assert said["rate"] == pytest.approx(distillation.RATE * said["divergence"]["before"] ** 0.5)
+    assert said["text_weight"] == pytest.approx(distillation.TEXT * said["divergence"]["before"] ** 0.5)
     with torch.no_grad():
-        held = torch.cat([divergence(mirror, dense, lesson.ids[b]).flatten() for b in range(lesson.held)]).mean()
-    assert said["divergence"]["after"] == pytest.approx(float(held), rel=1e-4)
+        held = torch.cat([divergence(mirror, dense, lesson.ids[b]).flatten() for b in range(lesson.held)])
+        text = sum(said_by(mirror, lesson.ids[b], 1, 1) for b in range(lesson.held)) / len(held)
+    assert said["divergence"]["after"] == pytest.approx(float(held.mean()), rel=1e-4)
+    assert said["cross_entropy"]["after"] == pytest.approx(float(text), rel=1e-4)
+    both = [said["divergence"][at] + said["text_weight"] * said["cross_entropy"][at] for at in ("before", "after")]
+    assert said["kept"] == (both[1] < both[0])
     training.apply(slim)
-    prefix = slimgpt.ARCHITECTURES[family].layers
     for name, parameter in slim.named_parameters():
         moved = name in names
         expected = mirror.get_parameter(name).detach()
@@ -90,7 +108,7 @@ def test_it_is_adam_on_the_divergence_through_the_whole_model(family):
         assert float((parameter - expected).abs().max()) <= ((0.02 * said["rate"] + 1e-6) * scale if moved else 0.0), (
             name
         )
-        assert not moved or name.startswith(prefix)
+        assert not moved or name.startswith(inside)
 
 
 def test_held_out_text_is_not_trained_on():
@@ -169,13 +187,14 @@ def test_a_search_trains_longer(monkeypatch):
     monkeypatch.setattr(distillation, "LEAST_TOKENS", 200)
     shape = describe(tiny_model("llama").config)
     plan = plan_for(tiny_model("llama").config, CONFIG, shape)
-    room, dearer = 18 * 24, 7 / 3 * (1 - plan.achieved)
-    for allocation, passes in (("auto", 1.6), ("search", 8.0)):
+    room = 18 * 24
+    for allocation, passes, way in (("auto", 1.6, 7 / 3), ("search", 8.0, 3)):
         config = make_config(ratio=0.4, batch_size=3, allocation=allocation)
         tokens = distillation.tokens_to_distill(config, shape, plan, IDS)
         assert (tokens > room) == (allocation == "search")
-        assert min(tokens, room) + tokens * dearer == pytest.approx(passes * IDS.numel(), rel=0.01)
-        assert distillation.passes_to_distill(plan, IDS, tokens) == pytest.approx(passes * IDS.numel(), rel=0.01)
+        assert min(tokens, room) + tokens * way * (1 - plan.achieved) == pytest.approx(passes * IDS.numel(), rel=0.01)
+        cost = distillation.passes_to_distill(config, plan, IDS, tokens)
+        assert cost == pytest.approx(passes * IDS.numel(), rel=0.01)
 
 
 def test_mixtures_are_not_trained(monkeypatch):

@@ -91,9 +91,10 @@ def _training(report: PruneReport) -> str:
     if said.get("kept"):
         before, after = said["divergence"]["before"], said["divergence"]["after"]
         texts.append(
-            f"Its output matrices were then trained together on {said['tokens']:,} of the calibration tokens, towards "
-            f"what the dense model predicts: {before:.3f} nats per token away from it before, {after:.3f} after, on "
-            "calibration text that was not trained on. The errors by layer below are those before."
+            f"Its layers were then trained together on {said['tokens']:,} calibration tokens, towards what the dense "
+            f"model predicts and the text says: {before:.3f} nats per token away from the dense model before, "
+            f"{after:.3f} after, on calibration text that was not trained on. The errors by layer below are those "
+            "before."
         )
     runs = []
     for run in report.recovery:

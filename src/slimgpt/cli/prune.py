@@ -259,10 +259,12 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
             soft_wrap=True,
         )
     if said := report.distillation:
-        before, after = said["divergence"]["before"], said["divergence"]["after"]
+        far, text = (
+            f"{said[name]['before']:.3f} -> {said[name]['after']:.3f}" for name in ("divergence", "cross_entropy")
+        )
         out.print(
-            f"trained on {said['tokens']:,} tokens in {said['seconds']:.0f} s: divergence from the dense model on "
-            f"held-out text {before:.3f} -> {after:.3f} nats per token" + ("" if said["kept"] else "; not kept"),
+            f"trained on {said['tokens']:,} tokens in {said['seconds']:.0f} s: on held-out text, divergence from the "
+            f"dense model {far}, cross-entropy {text} nats per token" + ("" if said["kept"] else "; not kept"),
             soft_wrap=True,
         )
     out.print(

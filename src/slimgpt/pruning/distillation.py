@@ -1,10 +1,10 @@
 """What the repair of single matrices cannot reach: a short training of the pruned model on the calibration text.
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
-matrices, those of all layers, are moved together towards what the dense model predicts: a few dozen steps of Adam on
-``KL(dense || pruned)``, every token seen once, or several times in a search. Layers are visited in order, forth and
-back, with their inputs kept in between and each layer's weights moved as soon as its gradient is known, so that one
-layer at a time is on the device.
+matrices, those of all layers, are moved together towards what the dense model predicts and the text says: a few dozen
+steps of Adam, every token seen once. A search moves all matrices of the layers, and sees tokens several times. Layers
+are visited in order, forth and back, with their inputs kept in between and each layer's weights moved as soon as its
+gradient is known, so that one layer at a time is on the device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
 rate serves models whose weights differ in scale.
@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +38,12 @@ PASSES, SEARCH_PASSES, LEAST_TOKENS = 1.6, 8.0, 32768
 """How many forward passes of the dense layers over the calibration tokens the training may cost by default and with
 ``--allocation search``, and how many calibration tokens there must be for it."""
 
-BACK = 4 / 3
-"""What the way back costs, in forward passes: gradients of what goes into every matrix, and a third of it for those of
-the output matrices."""
+BACK, SEARCH_BACK = 4 / 3, 2.0
+"""What the way back costs, in forward passes: gradients of what goes into every matrix, and for those of the matrices a
+third of it (output matrices alone), or as much again (all of them, in a search)."""
 
 HELD_TOKENS = 2048
-"""So many tokens are neither repaired nor trained on: the training is kept only if it helps there."""
+"""So many tokens are neither repaired nor trained on: the training is kept only if its losses fell there."""
 
 LENGTH = 256
 """Longer windows are cut."""
@@ -61,6 +61,10 @@ BETAS = (0.9, 0.95)
 STRIDE = 2
 """Predictions are compared at every so many positions, in turn the odd and the even ones: heads cost much."""
 
+TEXT = 1.0
+"""Weight of the text's own cross-entropy beside the divergence, where that is a nat or more at first. Below, it shrinks
+as the rate does: what the text says is the larger surprise, and would drown what the dense model says."""
+
 OnDistilled = Callable[[int, int, float, float], None]
 """Called after every step with its number, the number of all steps, the divergence per token and the seconds."""
 
@@ -75,6 +79,7 @@ class Lesson:
         per_step: how many of the others make a step.
         taught: how many of them the training takes, some several times where it takes more than there are.
         seed: of their order from the second time on.
+        everything: whether all matrices of the layers are trained, or the output matrices alone.
         stream: the inputs of the first layer, and how to call each.
         dense: the hidden states behind the dense model's last layer, by batch.
         tuples: see :func:`slimgpt.pruning.predictions.returns_tuple`.
@@ -85,6 +90,7 @@ class Lesson:
     per_step: int
     taught: int
     seed: int
+    everything: bool
     stream: Stream
     dense: Shelf
     tuples: bool
@@ -105,10 +111,10 @@ class Lesson:
         return sum(self.ids[number].numel() for number in numbers)
 
 
-def passes_to_distill(plan: Plan, windows: Tensor, tokens: int) -> float:
+def passes_to_distill(config: PruneConfig, plan: Plan, windows: Tensor, tokens: int) -> float:
     """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
     token that there is, and for every token trained on the way forth and back through the pruned layers."""
-    return min(tokens, _room(windows)) + tokens * _forth_and_back(plan)
+    return min(tokens, _room(windows)) + tokens * _forth_and_back(config, plan)
 
 
 def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
@@ -123,7 +129,7 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
         if not measurable(shape) or windows.numel() < LEAST_TOKENS:
             return 0
         passes = (SEARCH_PASSES if config.allocation == "search" else PASSES) * windows.numel()
-        again, room = _forth_and_back(plan), _room(windows)
+        again, room = _forth_and_back(config, plan), _room(windows)
         return int(max(min(passes / (1 + again), room), (passes - room) / again))
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
@@ -162,8 +168,8 @@ def rehearse(
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     rest = pieces[: len(repaired_on(windows, tokens)) * (windows.shape[1] // length)]
     held = pieces[len(rest) :]
-    steps = SEARCH_STEPS if config.allocation == "search" else STEPS
-    per_step = max(STEP_TOKENS, tokens // steps) // length
+    searching = config.allocation == "search"
+    per_step = max(STEP_TOKENS, tokens // (SEARCH_STEPS if searching else STEPS)) // length
     batch = max(min(config.batch_size, per_step, len(held)), 1)
     held = held[: len(held) // batch * batch]
     # Pieces of one document are spread over the steps.
@@ -187,7 +193,7 @@ def rehearse(
             trim()
     ids, aside = chosen.split(batch), len(held) // batch
     taught = len(ids) - aside if count <= len(rest) else count // batch
-    return Lesson(ids, aside, max(per_step // batch, 1), taught, config.seed, stream, dense, tuples)
+    return Lesson(ids, aside, max(per_step // batch, 1), taught, config.seed, searching, stream, dense, tuples)
 
 
 @dataclass
@@ -197,6 +203,17 @@ class _Passed:
     hidden: Tensor
     weights: list[Tensor]
     after: Tensor
+
+
+class _Found(NamedTuple):
+    """The losses per compared token."""
+
+    divergence: float
+    surprise: float
+
+    def loss(self, text: float) -> float:
+        """What is minimised."""
+        return self.divergence + text * self.surprise
 
 
 class Distillation:
@@ -224,10 +241,11 @@ class Distillation:
         self.types: list[torch.dtype] = []
         self.scales: list[float] = []
         self.trained = 0
+        self.text = 0.0  # the weight of the text
         self.trail: list[list[_Passed]] = []  # of every layer on the way forth; empty where it is to be run again
 
     def __call__(self, on_distilled: OnDistilled | None = None) -> dict[str, Any]:
-        """Train, and say what it gave; ``kept`` is whether the held-out text is better off for it.
+        """Train, and say what it gave, per token; ``kept`` is whether the losses on the held-out text fell.
 
         Raises:
             NumericalError: NaN or infinity behind a layer.
@@ -238,27 +256,30 @@ class Distillation:
         curve: list[float] = []
         with brought(self.model, self.run.device, self.run.dtype):
             before = self._look(held)
-            highest = RATE * math.sqrt(min(max(before, 0.0), 1.0))
+            far = math.sqrt(min(max(before.divergence, 0.0), 1.0))
+            highest, self.text = RATE * far, TEXT * far
             for number, batches in enumerate(steps):
                 began = time.perf_counter()
                 first = 1 + number % STRIDE
                 hidden = self._forth(batches, learn=True)
-                divergence, gradients = self._compare(batches, hidden, first, STRIDE)
+                found, gradients = self._compare(batches, hidden, first, STRIDE)
                 self._back(batches, gradients, highest * _rate(number, len(steps)))
                 self.trained += 1
-                curve.append(divergence)
+                curve.append(found.divergence)
                 trim()
                 if on_distilled:
-                    on_distilled(number, len(steps), divergence, time.perf_counter() - began)
+                    on_distilled(number, len(steps), found.divergence, time.perf_counter() - began)
             after = self._look(held)
         return {
             "tokens": self.lesson.count(number for step in steps for number in step),
             "steps": len(steps),
             "rate": highest,
             "held_out_tokens": self.lesson.count(held),
-            "divergence": {"before": before, "after": after},
+            "text_weight": self.text,
+            "divergence": {"before": before.divergence, "after": after.divergence},
+            "cross_entropy": {"before": before.surprise, "after": after.surprise},
             "curve": curve,
-            "kept": after < before,
+            "kept": after.loss(self.text) < before.loss(self.text),
             "seconds": time.perf_counter() - start,
         }
 
@@ -280,7 +301,11 @@ class Distillation:
             structure.key for structure in architecture_of(self.model.config, self.model).chosen(self.plan.head_unit)
         }
         layers = range(len(self.plan.layers))
-        found = [{n: p for n, p in self.take(index).named_parameters() if n in keys} for index in layers]
+
+        def moved(name: str, parameter: Tensor) -> bool:
+            return name in keys or (self.lesson.everything and parameter.ndim == 2)
+
+        found = [{n: p for n, p in self.take(index).named_parameters() if moved(n, p)} for index in layers]
         count = sum(parameter.numel() for named in found for parameter in named.values())
         self.weights, self.means, self.squares = (shelf_for(self.run, size * count) for size in (4, 2, 2))
         for named in found:
@@ -303,8 +328,7 @@ class Distillation:
             put_parameter(layer, name, nn.Parameter(weight, requires_grad=number is not None))
         return layer
 
-    def _look(self, batches: list[int]) -> float:
-        """The divergence per token of some batches."""
+    def _look(self, batches: list[int]) -> _Found:
         return self._compare(batches, self._forth(batches), slopes=False)[0]
 
     def _forth(self, batches: list[int], learn: bool = False) -> list[Tensor]:
@@ -339,18 +363,18 @@ class Distillation:
 
     def _compare(
         self, batches: list[int], hidden: list[Tensor], first: int = 1, stride: int = 1, slopes: bool = True
-    ) -> tuple[float, list[Tensor]]:
-        """The divergence per token of some batches, and its gradients behind the last layer."""
-        total, gradients, tokens = 0.0, [], 0
+    ) -> tuple[_Found, list[Tensor]]:
+        """The losses of some batches, and their gradients behind the last layer."""
+        divergence, surprise, gradients, tokens = 0.0, 0.0, [], 0
         for place, number in enumerate(batches):
             ids, dense = self.lesson.ids[number], self.lesson.dense.get(number)
-            found, steep = divergences(
-                self.model, dense, [hidden[place]], ids, self.lesson.tuples, first, stride, slopes
+            apart, said, steep = divergences(
+                self.model, dense, [hidden[place]], ids, self.lesson.tuples, first, stride, slopes, self.text
             )
-            total += found[0]
+            divergence, surprise = divergence + apart[0], surprise + said[0]
             gradients += steep
             tokens += ids.shape[0] * len(range(first, ids.shape[1], stride))
-        return total / max(tokens, 1), gradients
+        return _Found(divergence / max(tokens, 1), surprise / max(tokens, 1)), gradients
 
     def _pass(self, layer: nn.Module, index: int, hidden: Tensor, arguments: Arguments) -> _Passed:
         """Run a layer so that gradients can be taken."""
@@ -407,9 +431,9 @@ def _running(model: PreTrainedModel, run: Run) -> Run:
     return run.alone(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
 
 
-def _forth_and_back(plan: Plan) -> float:
+def _forth_and_back(config: PruneConfig, plan: Plan) -> float:
     """What a token costs on the way through the pruned layers and back, in forward passes of the dense ones."""
-    return (1 + BACK) * (1 - plan.achieved)
+    return (1 + (SEARCH_BACK if config.allocation == "search" else BACK)) * (1 - plan.achieved)
 
 
 def _room(windows: Tensor) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.logits import kullback_leibler
+from slimgpt.logits import compare
 from slimgpt.models.heterogeneous import architecture_of, decoder_layers, text_config
 from slimgpt.pruning.capture import Arguments, stood_in
 
@@ -33,8 +33,10 @@ def divergences(
     first: int = 1,
     stride: int = 1,
     slopes: bool = True,
-) -> tuple[list[float], list[Tensor]]:
-    """``KL(dense || narrowed)`` summed over tokens, and its gradient, for each of several narrowed models.
+    text: float = 0.0,
+) -> tuple[list[float], list[float], list[Tensor]]:
+    """``KL(dense || narrowed)`` and the cross-entropy with the tokens that follow, summed over tokens, and the
+    gradient of both, for each of several narrowed models.
 
     The model's own code computes the predictions, its layers being stood in for. The first position is left out by
     default: nothing is known there, yet what holds attention sinks up shows in it.
@@ -48,6 +50,7 @@ def divergences(
         first: the first position whose predictions are compared.
         stride: only every so many positions are compared from there.
         slopes: whether gradients are wanted; without, they are zero.
+        text: the weight of the cross-entropy beside the divergence in the gradients.
     """
     embedding = next(model.get_input_embeddings().parameters())
     most = max(LOGITS // text_config(model.config).vocab_size, 1) * stride
@@ -58,7 +61,8 @@ def divergences(
         hidden = stream.to(embedding)
         return model(input_ids=tokens.to(embedding.device), use_cache=False).logits[0]
 
-    totals = [0.0] * len(narrowed)
+    follows = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+    totals, surprises = [0.0] * len(narrowed), [0.0] * len(narrowed)
     gradients = [torch.zeros_like(other) for other in narrowed]
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     try:
@@ -73,14 +77,15 @@ def divergences(
                         leaf = other[place].detach().requires_grad_(slopes)
                         with torch.set_grad_enabled(slopes):
                             student = predictions(leaf, ids[place])
-                        total, slope = kullback_leibler(teacher, student.detach(), slopes)
-                        if slope is not None:
-                            gradients[number][place] = torch.autograd.grad(student, leaf, slope)[0]
-                        totals[number] += total
+                        found = compare(teacher, student.detach(), follows[place][0], text, slopes)
+                        if found.gradient is not None:
+                            gradients[number][place] = torch.autograd.grad(student, leaf, found.gradient)[0]
+                        totals[number] += found.divergence
+                        surprises[number] += found.surprise
     finally:
         for parameter, wanted in frozen:
             parameter.requires_grad_(wanted)
-    return totals, gradients
+    return totals, surprises, gradients
 
 
 @contextmanager

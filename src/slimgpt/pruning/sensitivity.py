@@ -169,7 +169,7 @@ class _Measurement:
         """``KL(dense || narrowed)`` per token at every point of the path, and the gradient of its sum."""
         totals, gradients = [0.0] * len(PATH), [list(path) for path in ends]
         for number, ids in enumerate(probe.split(self.config.batch_size)):
-            found, slopes = divergences(self.model, dense[number], [path[number] for path in ends], ids, self.tuples)
+            found, _, slopes = divergences(self.model, dense[number], [path[number] for path in ends], ids, self.tuples)
             for point in range(len(PATH)):
                 totals[point] += found[point]
                 gradients[point][number] = slopes[point]
