@@ -107,7 +107,7 @@ def prune(
         typer.Option(
             metavar="TOKENS",
             help="Train the output matrices together on so many calibration tokens afterwards, towards what the dense "
-            "model predicts, or off; auto: as many as cost 1.6 forward passes (8 in a search) over all, for the method "
+            "model predicts and the text says, or off; auto: as many as cost 1.6 forward passes (8 in a search) over all, for the method "
             "slimgpt if the text is enough.",
         ),
     ] = str(DEFAULTS.distill),
