@@ -107,8 +107,8 @@ def prune(
         typer.Option(
             metavar="TOKENS",
             help="Train the output matrices together on so many calibration tokens afterwards, towards what the dense "
-            "model predicts and the text says, or off; auto: as many as cost 1.6 forward passes (8 in a search) over all, for the method "
-            "slimgpt if the text is enough.",
+            "model predicts and the text says, or off; auto: as many as cost 1.6 forward passes (8 in a search) over "
+            "all, for the method slimgpt if the text is enough.",
         ),
     ] = str(DEFAULTS.distill),
     repair: Annotated[
