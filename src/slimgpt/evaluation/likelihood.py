@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimgpt.logits import log_probabilities
+
 Ids = Sequence[int]
 Group = tuple[Ids, list[int]]
 """A context and the numbers of the requests that continue it."""
@@ -72,9 +74,9 @@ def _shareable(model: PreTrainedModel) -> bool:
 def _score_alone(model: PreTrainedModel, context: list[int], continuation: Ids) -> tuple[float, bool]:
     """The answer to one request, in a pass of its own without cache and padding."""
     ids = torch.tensor([[*context, *continuation]], device=model.device)
-    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, -len(continuation) :].float()
+    logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, -len(continuation) :]
     targets = ids[0, -len(continuation) :]
-    values = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    values = log_probabilities(logits, targets[:, None])[:, 0]
     return _answer(values.cpu(), logits.argmax(-1).eq(targets).cpu())
 
 
@@ -121,7 +123,7 @@ def _score(model: PreTrainedModel, batch: list[Group], continuations: list[Ids])
         use_cache=width > 1,
         logits_to_keep=1,
     )
-    logits = output.logits[rows].float()  # (requests, 1, vocabulary)
+    parts = [output.logits[rows]]  # (requests, 1, vocabulary)
     targets = torch.zeros(len(continuations), width, dtype=torch.long)
     for row, continuation in enumerate(continuations):
         targets[row, : len(continuation)] = torch.tensor(continuation)
@@ -137,9 +139,15 @@ def _score(model: PreTrainedModel, batch: list[Group], continuations: list[Ids])
             past_key_values=cache,
             use_cache=True,
         )
-        logits = torch.cat([logits, more.logits.float()], 1)
-    best = logits.argmax(-1).eq(targets)
-    chosen = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)  # (requests, width)
+        parts.append(more.logits)
+    best = torch.cat([logits.argmax(-1) for logits in parts], 1).eq(targets)
+    chosen = torch.cat(
+        [
+            log_probabilities(logits.flatten(0, 1), said.reshape(-1, 1)).view(said.shape)
+            for logits, said in zip(parts, targets.split([1, width - 1], 1))
+        ],
+        1,
+    )  # (requests, width)
     for continuation, values, same in zip(continuations, chosen.cpu(), best.cpu()):
         yield _answer(values[: len(continuation)], same[: len(continuation)])
 

@@ -164,13 +164,19 @@ def perplexity(
 def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The negative log-probability of every token but the first, ``(batch, window - 1)``, in nats.
 
-    Window by window in fp64: sums over a vocabulary of tens of thousands drift in fp32 by more than a millionth.
+    In fp64: sums over a vocabulary of tens of thousands drift in fp32 by more than a millionth. Window by window, and
+    on a CPU token by token: what stays in its caches takes a third of the time.
     """
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
-    losses = [F.cross_entropy(row.to(exact), target, reduction="none") for row, target in zip(logits, ids[:, 1:])]
-    return torch.stack(losses)
+    rows = 1 if logits.device.type == "cpu" else logits.shape[1]
+    losses = [
+        F.cross_entropy(piece.to(exact), said, reduction="none")
+        for window, target in zip(logits, ids[:, 1:])
+        for piece, said in zip(window.split(rows), target.split(rows))
+    ]
+    return torch.cat(losses).view(len(ids), -1)
 
 
 def _buckets(means: Tensor) -> dict[int, float]:
