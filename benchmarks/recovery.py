@@ -30,11 +30,11 @@ from slimgpt.api import versions
 console = Console()
 
 SHARED: dict[str, Any] = {
-    "shares": (4, 1),  # C4, Alpaca
+    "shares": (9, 1),  # C4, Alpaca
     "pack": True,
     "max_length": 256,
-    "batch_size": 4,
-    "micro_batch": 4,
+    "batch_size": 2,
+    "micro_batch": 2,
     "epochs": 1.0,
     "held_out": 16,
     "evaluations": 8,
@@ -44,13 +44,13 @@ SHARED: dict[str, Any] = {
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"method": "lora", "rank": 16, "rate": 8e-4},
     "lora-paper": {"method": "lora", "rank": 8, "learning_rate": 1e-4},
-    "full": {"method": "full", "rate": 4e-4},
-    "distill": {"method": "distill", "rate": 4e-4, "layer_weight": 1.0, "layers": 6},
+    "full": {"method": "full", "rate": 3e-4},
+    "distill": {"method": "distill", "rate": 3e-4, "layer_weight": 1.0, "layers": 6},
 }
 """A ``rate`` times the root of the ratio is the learning rate: the less there is to be won, the smaller the steps."""
 
 COLORS = {"lora": "#b54708", "lora-paper": "#98a2b3", "full": "#067647", "distill": "#175cd3"}
-TIMED = 4
+TIMED = 12
 
 
 def main(
