@@ -327,7 +327,7 @@ def test_streamed_training_is_the_same_as_in_memory(wide, same_text, tmp_path, m
     assert (logits[0] - logits[1]).norm() < 0.05 * (logits[0] - logits[2]).norm()
     reloaded = slimgpt.inspect(tmp_path / "streamed")
     assert reloaded is not None
-    assert "trained together on 120 of the calibration tokens" in (tmp_path / "streamed" / "README.md").read_text()
+    assert "trained together on 120 calibration tokens" in (tmp_path / "streamed" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])

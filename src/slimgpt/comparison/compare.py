@@ -259,7 +259,12 @@ def _rows(found: Comparison) -> Iterator[Row]:
     if found.timings:
         first = {row.model: row for row in reversed(found.timings.rows)}
         order = list(dict.fromkeys(row.model for row in found.timings.rows))
-        yield Row("size", "bytes on disk", tuple(float(first[name].bytes) for name in order), ",.0f", "less")
+        sizes = tuple(float(first[name].bytes) for name in order)
+        each = [size / side.parameters for size, side in zip(sizes, sides)]
+        # Weights of one model may be quantised, which its ratio to others would hide.
+        alike = max(each) < 1.5 * min(each)
+        note = "" if alike else f"stored with {', '.join(f'{size:.2g}' for size in each)} bytes per parameter"
+        yield Row("size", "bytes on disk", sizes, ",.0f", "less", note)
     for index, (text, one) in enumerate(sides[0].perplexities):
         values = tuple(side.perplexities[index][1] for side in sides)
         notes = [f"{side.name}: {side.leaks[text]}" for side in sides if text in side.leaks]
@@ -279,7 +284,8 @@ def _rows(found: Comparison) -> Iterator[Row]:
             values = tuple(
                 s.by_position.by_position[start] for s in sides if s.by_position and s.by_position.by_position
             )
-            yield Row("long texts", f"perplexity, positions {start}-{last}", values, ",.2f", "less")
+            place = f"positions {start}-{last}" if last > start else f"position {start}"
+            yield Row("long texts", f"perplexity, {place}", values, ",.2f", "less")
     if sides[0].passkey:
         for length in sides[0].passkey.found:
             shares = tuple(side.passkey.found[length] if side.passkey else None for side in sides)

@@ -64,7 +64,7 @@ def _has_tasks(found: Comparison) -> bool:
 def _perplexity(axis: Any, found: Comparison) -> None:
     for index, (text, one) in enumerate(found.sides[0].perplexities):
         values = [side.perplexities[index][1].perplexity for side in found.sides]
-        _line(axis, _sizes(found), values, index, f"{Path(text).name}, window {one.window}")
+        _by_size(axis, found, values, min, index, f"{Path(text).name}, window {one.window}")
     axis.set_ylabel("perplexity (lower is better)")
     axis.set_yscale("log")
     _plain_ticks(axis)
@@ -74,13 +74,21 @@ def _perplexity(axis: Any, found: Comparison) -> None:
 def _tasks(axis: Any, found: Comparison) -> None:
     means = [100 * side.tasks.mean for side in found.sides if side.tasks and side.tasks.mean is not None]
     tasks = found.sides[0].tasks
-    _line(axis, _sizes(found), means, 0, f"mean of {len(tasks.protocol['tasks']) if tasks else 0} tasks")
+    _by_size(axis, found, means, max, 0, f"mean of {len(tasks.protocol['tasks']) if tasks else 0} tasks")
     axis.set_ylabel("accuracy, % (higher is better)")
     _names(axis, found)
 
 
 def _sizes(found: Comparison) -> list[float]:
     return [side.parameters / 1e6 for side in found.sides]
+
+
+def _by_size(axis: Any, found: Comparison, values: list[float], best: Any, index: int, label: str) -> None:
+    """A point for every model, and a line through the best of every size."""
+    sizes = _sizes(found)
+    through = [(size, best(v for s, v in zip(sizes, values) if s == size)) for size in sorted(set(sizes))]
+    _line(axis, [size for size, _ in through], [value for _, value in through], index, label)
+    axis.plot(sizes, values, color=COLORS[index % len(COLORS)], marker=MARKERS[index % len(MARKERS)], linestyle="none")
 
 
 def _line(axis: Any, x: list[float], y: list[float], index: int, label: str) -> None:
@@ -106,6 +114,10 @@ def _names(axis: Any, found: Comparison) -> None:
     axis.set_xlabel("parameters, millions")
     axis.xaxis.set_major_locator(MaxNLocator(5))
     upper = axis.secondary_xaxis("top")
-    upper.set_xticks(_sizes(found), [side.name for side in found.sides], rotation=20, ha="left", fontsize=8)
+    names: dict[float, list[str]] = {}
+    for size, side in zip(_sizes(found), found.sides):
+        names.setdefault(size, []).append(side.name)
+    labels = ["\n".join(same) for same in names.values()]
+    upper.set_xticks(list(names), labels, rotation=20, ha="left", fontsize=8)
     upper.tick_params(length=0)
     upper.spines["top"].set_visible(False)
