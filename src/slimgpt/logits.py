@@ -50,26 +50,25 @@ def compare(
     Args:
         teacher: logits ``(tokens, vocabulary)``.
         student: the same.
-        says: the tokens that the text says, ``(tokens,)``; -100 where it says nothing.
+        says: the tokens that the text says, ``(tokens,)``; -100 where it says nothing; ``None``: nowhere anything.
         weight: see :class:`Losses`.
         slopes: whether the gradient is wanted.
     """
     gradient = torch.empty_like(student) if slopes else None
+    told = torch.full((len(student),), -100) if says is None else says
+    told = told.to(student.device)[:, None]
     divergence = surprise = 0.0
     for piece in _pieces(student):
         log_p, log_q = (_wide(logits[piece]).log_softmax(-1) for logits in (teacher, student))
-        there = said = None
-        if says is not None:
-            there = says[piece, None].to(log_q.device)
-            said = (there >= 0).to(log_q)
-            surprise -= float((said * log_q.gather(-1, there.clamp_min(0))).sum())
+        said, ids = (told[piece] >= 0).to(log_q), told[piece].clamp_min(0)
+        surprise -= float((said * log_q.gather(-1, ids)).sum())
         p = log_p.exp()
         divergence += float((p * log_p.sub_(log_q)).sum())
         if gradient is not None:
             q = log_q.exp_()
-            if there is not None and said is not None and weight:
+            if weight:
                 q *= 1 + weight * said
-                q.scatter_add_(-1, there.clamp_min(0), -weight * said)
+                q.scatter_add_(-1, ids, -weight * said)
             gradient[piece] = q.sub_(p)
     return Losses(divergence, surprise, gradient)
 
