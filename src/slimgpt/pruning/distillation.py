@@ -34,13 +34,30 @@ from slimgpt.pruning.predictions import brought, divergences, returns_tuple
 from slimgpt.pruning.sensitivity import measurable
 from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
 
-PASSES, SEARCH_PASSES, LEAST_TOKENS = 1.6, 8.0, 32768
-"""How many forward passes of the dense layers over the calibration tokens the training may cost by default and with
-``--allocation search``, and how many calibration tokens there must be for it."""
-
-BACK, SEARCH_BACK = 4 / 3, 2.0
+BACK, BACK_OF_ALL = 4 / 3, 2.0
 """What the way back costs, in forward passes: gradients of what goes into every matrix, and for those of the matrices a
-third of it (output matrices alone), or as much again (all of them, in a search)."""
+third of it (output matrices alone), or as much again (all of them)."""
+
+
+class _Effort(NamedTuple):
+    """How much is trained.
+
+    Args:
+        passes: so many forward passes of the dense layers over the calibration tokens the training may cost.
+        steps: at most so many, of at least ``STEP_TOKENS`` tokens.
+        everything: all matrices of the layers, or the output matrices alone.
+    """
+
+    passes: float
+    steps: int
+    everything: bool
+
+
+USUAL, SEARCH = _Effort(1.6, 64, everything=False), _Effort(8.0, 256, everything=True)
+"""By default, and with ``--allocation search``."""
+
+LEAST_TOKENS = 32768
+"""So many calibration tokens there must be for a training that nobody asked for."""
 
 HELD_TOKENS = 2048
 """So many tokens are neither repaired nor trained on: the training is kept only if its losses fell there."""
@@ -48,8 +65,8 @@ HELD_TOKENS = 2048
 LENGTH = 256
 """Longer windows are cut."""
 
-STEPS, SEARCH_STEPS, STEP_TOKENS = 64, 256, 512
-"""At most so many steps (in a search, the second number) of at least so many tokens."""
+STEP_TOKENS = 512
+"""A step has at least so many tokens."""
 
 RATE, WARMUP = 2.6e-3, 0.1
 """How far a step moves a matrix at most, as a share of its root mean square and for a divergence of one nat, and the
@@ -128,7 +145,7 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     if config.distill == "auto":
         if not measurable(shape) or windows.numel() < LEAST_TOKENS:
             return 0
-        passes = (SEARCH_PASSES if config.allocation == "search" else PASSES) * windows.numel()
+        passes = _effort(config).passes * windows.numel()
         again, room = _forth_and_back(config, plan), _room(windows)
         return int(max(min(passes / (1 + again), room), (passes - room) / again))
     if not measurable(shape):
@@ -168,8 +185,8 @@ def rehearse(
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     rest = pieces[: len(repaired_on(windows, tokens)) * (windows.shape[1] // length)]
     held = pieces[len(rest) :]
-    searching = config.allocation == "search"
-    per_step = max(STEP_TOKENS, tokens // (SEARCH_STEPS if searching else STEPS)) // length
+    effort = _effort(config)
+    per_step = max(STEP_TOKENS, tokens // effort.steps) // length
     batch = max(min(config.batch_size, per_step, len(held)), 1)
     held = held[: len(held) // batch * batch]
     # Pieces of one document are spread over the steps.
@@ -193,7 +210,7 @@ def rehearse(
             trim()
     ids, aside = chosen.split(batch), len(held) // batch
     taught = len(ids) - aside if count <= len(rest) else count // batch
-    return Lesson(ids, aside, max(per_step // batch, 1), taught, config.seed, searching, stream, dense, tuples)
+    return Lesson(ids, aside, max(per_step // batch, 1), taught, config.seed, effort.everything, stream, dense, tuples)
 
 
 @dataclass
@@ -433,7 +450,11 @@ def _running(model: PreTrainedModel, run: Run) -> Run:
 
 def _forth_and_back(config: PruneConfig, plan: Plan) -> float:
     """What a token costs on the way through the pruned layers and back, in forward passes of the dense ones."""
-    return (1 + (SEARCH_BACK if config.allocation == "search" else BACK)) * (1 - plan.achieved)
+    return (1 + (BACK_OF_ALL if _effort(config).everything else BACK)) * (1 - plan.achieved)
+
+
+def _effort(config: PruneConfig) -> _Effort:
+    return SEARCH if config.allocation == "search" else USUAL
 
 
 def _room(windows: Tensor) -> int:
