@@ -119,7 +119,7 @@ def prune(
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
         distill: on how many calibration tokens the output matrices are trained together after pruning, towards what
             the dense model predicts, or ``off``; if more than there are, some come again. ``auto``: for the method
-            ``slimgpt``, where there are enough, on as many as cost 1.6 forward passes over all of them (8 with
+            ``slimgpt``, where there are enough, on as many as cost 1.8 forward passes over all of them (8 with
             ``allocation`` ``search``), and not at all for the others.
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.

@@ -71,7 +71,7 @@ def prune(
         str,
         typer.Option(
             help="schedule: as --schedule says; sensitivity: where it costs least, measured on a trial run; search: "
-            "measured and spent again several times, then trained five times as long; auto: sensitivity "
+            "measured and spent again several times, then trained over four times as long; auto: sensitivity "
             "for the method slimgpt if the text is enough.",
         ),
     ] = DEFAULTS.allocation,
@@ -107,7 +107,7 @@ def prune(
         typer.Option(
             metavar="TOKENS",
             help="Train the output matrices together on so many calibration tokens afterwards, towards what the dense "
-            "model predicts and the text says, or off; auto: as many as cost 1.6 forward passes (8 in a search) over "
+            "model predicts and the text says, or off; auto: as many as cost 1.8 forward passes (8 in a search) over "
             "all, for the method slimgpt if the text is enough.",
         ),
     ] = str(DEFAULTS.distill),

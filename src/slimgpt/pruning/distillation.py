@@ -53,7 +53,7 @@ class _Effort(NamedTuple):
     everything: bool
 
 
-USUAL, SEARCH = _Effort(1.6, 64, everything=False), _Effort(8.0, 256, everything=True)
+USUAL, SEARCH = _Effort(1.8, 64, everything=False), _Effort(8.0, 256, everything=True)
 """By default, and with ``--allocation search``."""
 
 LEAST_TOKENS = 32768
