@@ -131,10 +131,10 @@ def main(
             console.print(f"{row.name:50} {state}", highlight=False, soft_wrap=True, markup=False)
         return
     failed = work(bench, todo, anew)
-    main_results = [(row, bench.result(row)) for row in compared]
-    ablation_results = [(row, bench.result(row)) for row in ablated]
+    main_results = [(row, bench.reported(row)) for row in compared]
+    ablation_results = [(row, bench.reported(row)) for row in ablated]
     for model in wanted:
-        references = [(row, bench.result(row)) for row in main_rows([model], ["paper"], shares, ())]
+        references = [(row, bench.reported(row)) for row in main_rows([model], ["paper"], shares, ())]
         for results in (main_results, ablation_results) if ablations else (main_results,):
             console.print(Markdown("\n".join(table(results, settings, model, references))))
     if out is not None:

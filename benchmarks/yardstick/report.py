@@ -56,6 +56,11 @@ def share_of_paper(rows: Rows, row: Row, result: Result, measure: str) -> float 
     return None if own is None or not theirs else own / theirs
 
 
+def types_of(rows: Rows) -> list[str]:
+    """The types of forward passes that rows were worked out with."""
+    return sorted({result.settings["dtype"] for _, result in rows if result.measures})
+
+
 def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
@@ -69,7 +74,14 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
     known = [*rows, *references]
     measures = measure_names(settings.validation)
     tasks = any(result.value(TASKS) is not None for _, result in rows)
-    heads = ["removed", "method", "achieved", *(name.replace("@", ", ") for name in measures)]
+    several = len(types_of(rows)) > 1
+    heads = [
+        "removed",
+        "method",
+        "achieved",
+        *(["type"] if several else []),
+        *(name.replace("@", ", ") for name in measures),
+    ]
     heads += [f"share of `paper`'s increase, {measures[1]}", f"{measures[2]}"] + (["zero-shot mean"] if tasks else [])
     heads += ["seconds", "core-seconds"]
     heads += [f"with our repair: {measures[1]}", measures[2]]
@@ -85,6 +97,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
             f"{row.ratio:.0%}",
             row.title,
             f"{achieved:.2%}" + (" (!)" if off else ""),
+            *([result.settings["dtype"]] if several else []),
             *(_number(result.value(name)) for name in measures),
             *(_number(share_of_paper(known, row, result, name)) for name in measures[1:]),
             *([_number(result.value(TASKS), ".4f")] if tasks else []),
@@ -100,6 +113,8 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
     """The whole page."""
     extent = f"the first {settings.max_tokens:,} tokens of each text" if settings.max_tokens else "whole texts"
     known = [result for _, result in [*rows, *ablations] if result.measures]
+    types = types_of([*rows, *ablations])
+    several = len(types) > 1
     commits = sorted({result.found["commit"] for result in known})
     used = {json.dumps(result.found["versions"]): result.found["versions"] for result in known}
     lines = [
@@ -108,7 +123,12 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
         f"Perplexity after removing a share of the decoder layers' parameters. Every method had the same "
         f"{settings.num_samples} x {settings.seq_len} tokens of `{settings.source}` (seed {settings.seed}), "
         f"and none had other text: the default's short training is on it, too; {extent}, "
-        f"windows of 128 or 512 tokens without overlap; {settings.dtype} forward passes"
+        f"windows of 128 or 512 tokens without overlap; {' or '.join(types)} forward passes"
+        + (
+            ", as each row says: which is fast depends on the machine, so compare times within a type"
+            if several
+            else ""
+        )
         + (f"; zero-shot mean of seven tasks, {settings.tasks} examples each" if settings.tasks else "")
         + ". C4 documents that are measured on are none that are calibrated on. `(!)` marks a share that is more than "
         "0.2 points off. *Share of `paper`'s increase*: how much log-perplexity rises over dense, `paper` being 1. "

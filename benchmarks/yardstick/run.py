@@ -62,6 +62,9 @@ class Settings:
     paths: dict[str, str] = field(default_factory=dict)
 
 
+DTYPES = ("float32", "bfloat16")
+"""Types of forward passes that rows are looked for in."""
+
 CALIBRATION = ("source", "num_samples", "seq_len", "seed")
 """The settings that a row may change; other changes are arguments of ``slimgpt.prune``."""
 
@@ -78,10 +81,15 @@ class Bench:
         self._model: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._windows: dict[tuple[Any, ...], Tensor] = {}
 
-    def decisive(self, row: Row) -> dict[str, Any]:
-        """Everything that decides the slim model of a row; nothing long is done to find out."""
+    def decisive(self, row: Row, dtype: str | None = None) -> dict[str, Any]:
+        """Everything that decides the slim model of a row; nothing long is done to find out.
+
+        Args:
+            dtype: of the forward passes, if not the run's.
+        """
+        dtype = dtype or self.settings.dtype
         if row.method == DENSE:
-            return {"dtype": self.settings.dtype, **self._path(row)}
+            return {"dtype": dtype, **self._path(row)}
         calibration = self._calibration(row)
         files = {"c4": "c4", "alpaca": "alpaca", "wikitext2": "wikitext2-train"}
         source = calibration["source"]
@@ -89,7 +97,7 @@ class Bench:
             raise CalibrationError(f"calibration source '{source}' is unknown; choose {', '.join(SOURCES)}")
         if source in files:
             calibration["text_sha256"] = _file_sha256(self.texts.file(files[source]))
-        return {"calibration": calibration, "dtype": self.settings.dtype, **self._path(row)}
+        return {"calibration": calibration, "dtype": dtype, **self._path(row)}
 
     def measures(self) -> dict[str, dict[str, Any]]:
         """What is measured, and the settings each depends on."""
@@ -114,6 +122,13 @@ class Bench:
     def result(self, row: Row) -> Result:
         """What is known of a row."""
         return self.store.get(row, self.decisive(row))
+
+    def reported(self, row: Row) -> Result:
+        """What is known of a row, from forward passes of another type if there were none of the run's: which type is
+        fast is the machine's affair, and rows can come from several."""
+        types = dict.fromkeys((self.settings.dtype, *DTYPES))
+        known = [self.store.get(row, self.decisive(row, dtype)) for dtype in types]
+        return next((result for result in known if result.measures), known[0])
 
     def work_out(self, row: Row, anew: bool = False) -> Result:
         """Take the missing measures of a row, and keep each as it is taken.

@@ -124,6 +124,23 @@ def test_longer_texts_are_measured_again_and_other_calibration_is_another_row(be
     assert not bench.result(changed).measures
 
 
+def test_rows_of_another_type_of_forward_passes_are_reported_and_said(bench, tmp_path):
+    rows = [Row("gemma3", DENSE, 0.0), Row("gemma3", "paper", 0.3), Row("gemma3", "magnitude", 0.3)]
+    other = Bench(bench.texts, bench.store, replace(bench.settings, dtype="bfloat16"))
+    bench.work_out(rows[0])
+    bench.work_out(rows[1])
+    other.work_out(rows[1])
+    other.work_out(rows[2])
+    reported = [(row, bench.reported(row)) for row in rows]
+    assert [result.settings["dtype"] for _, result in reported] == ["float32", "float32", "bfloat16"]
+    assert other.reported(rows[1]).settings["dtype"] == "bfloat16"
+    assert bench.missing(rows[2])
+    head, _, *lines = table(reported, bench.settings, "gemma3")
+    assert [line.split(" | ")[3] for line in (head, *lines)] == ["type", "float32", "float32", "bfloat16"]
+    page = write(reported, [], bench.settings, tmp_path / "page")[0].read_text()
+    assert "bfloat16 or float32 forward passes, as each row says" in page
+
+
 def test_validation_is_measured_beside_the_test_texts(bench):
     row = Row("gemma3", DENSE, 0.0)
     bench.work_out(row)
@@ -170,7 +187,9 @@ def known(model: str, method: str, ratio: float, value: float, repair: bool = Fa
     """A finished row with all three perplexities the same."""
     row = Row(model, method, ratio, repair)
     found = {"achieved": ratio, "seconds": 5.0, "core_seconds": 9.0, "commit": "c", "versions": {"torch": "1"}}
-    return row, Result({}, {}, found, {f"{name}@{w}": {"value": value} for name, w in (("wikitext2", 128), *REAL)})
+    return row, Result(
+        {}, {"dtype": "float32"}, found, {f"{name}@{w}": {"value": value} for name, w in (("wikitext2", 128), *REAL)}
+    )
 
 
 REAL = (("wikitext2", 512), ("c4", 512))
