@@ -11,6 +11,7 @@ from typing import Any
 
 from peers import METHODS
 
+from slimgpt.evaluation.tasks import stderr_of_mean
 from yardstick.models import MODELS
 from yardstick.rows import DENSE, Result, Row
 from yardstick.run import TASKS, TEXTS, VALIDATION, Settings
@@ -65,6 +66,13 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
+def _zero_shot(result: Result) -> str:
+    """The mean over the tasks with its standard error."""
+    mean, scores = result.value(TASKS), result.measures.get(TASKS, {}).get("scores", {})
+    error = stderr_of_mean(list(scores.values()))
+    return _number(mean, ".3f") + (f" ± {error:.3f}" if error else "")
+
+
 def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> list[str]:
     """The Markdown table of one model.
 
@@ -100,7 +108,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
             *([result.settings["dtype"]] if several else []),
             *(_number(result.value(name)) for name in measures),
             *(_number(share_of_paper(known, row, result, name)) for name in measures[1:]),
-            *([_number(result.value(TASKS), ".4f")] if tasks else []),
+            *([_zero_shot(result)] if tasks else []),
             _number(found.get("seconds"), ".0f"),
             _number(found.get("core_seconds"), ".0f"),
             *(_number(repaired.value(name) if repaired else None) for name in measures[1:]),
@@ -129,7 +137,11 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
             if several
             else ""
         )
-        + (f"; zero-shot mean of seven tasks, {settings.tasks} examples each" if settings.tasks else "")
+        + (
+            f"; zero-shot mean of seven tasks, {settings.tasks} examples each, with its standard error"
+            if settings.tasks
+            else ""
+        )
         + ". C4 documents that are measured on are none that are calibrated on. `(!)` marks a share that is more than "
         "0.2 points off. *Share of `paper`'s increase*: how much log-perplexity rises over dense, `paper` being 1. "
         "Core-seconds are processor time, which a busy machine changes less than seconds. The plots end at "

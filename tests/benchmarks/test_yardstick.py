@@ -172,7 +172,7 @@ def test_the_mean_of_the_tasks_can_be_added_to_a_finished_row(bench, monkeypatch
     def tasks(*_, limit, data_dir, on_start):
         asked.update(limit=limit, data_dir=data_dir)
         on_start(3)(3)
-        return TaskScores({"boolq": {"acc": 0.5}}, 0.5, 0.5, {"limit": limit}, {})
+        return TaskScores({"boolq": {"acc": 0.5}}, 0.5, 0.5, None, {"limit": limit}, {})
 
     monkeypatch.setattr(yardstick_run, "evaluate_tasks", tasks)
     more = Bench(bench.texts, bench.store, replace(bench.settings, tasks=7))

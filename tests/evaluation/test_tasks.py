@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import statistics
 from pathlib import Path
 from unittest import mock
 
 import datasets
 import lm_eval
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from slimgpt.errors import UsageError
 from slimgpt.evaluation import harness
 from slimgpt.evaluation.harness import FOLDERS, run_harness, task_manager
-from slimgpt.evaluation.tasks import COMMONSENSE, evaluate_tasks
+from slimgpt.evaluation.tasks import COMMONSENSE, evaluate_tasks, stderr_of_mean
 from tests.families import tiny_model
 
 SPLIT = {name: "test" if name.startswith(("arc", "open")) else "validation" for name in COMMONSENSE}
@@ -76,8 +81,31 @@ def test_seven_tasks_equal_the_plain_harness(tokenizer, data_dir):
     scores = found.scores
     assert found.mean == pytest.approx(sum(s.get("acc_norm", s["acc"]) for s in scores.values()) / 7)
     assert found.mean_acc == pytest.approx(sum(s["acc"] for s in scores.values()) / 7)
+    assert found.mean_stderr is None  # two tasks have a single row here
+    two = evaluate_tasks(model, tokenizer, "boolq,arc_easy", limit=3, data_dir=data_dir)
+    errors = (scores["boolq"]["acc_stderr"], scores["arc_easy"]["acc_norm_stderr"])
+    assert two.mean_stderr == pytest.approx(math.hypot(*errors) / 2)
     assert scores["boolq"]["rows"] == 3
     json.dumps(found.to_json())
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=2, max_size=4), min_size=1, max_size=3))
+def test_standard_error_of_the_mean_of_tasks(answers):
+    """Against the variance of the mean when every task's questions are drawn anew, all draws counted."""
+    scores, variance = [], 0.0
+    for task in answers:
+        share, rows = sum(task) / len(task), len(task)
+        # What the harness gives: the sample's standard deviation, n - 1 below, over the root of n.
+        scores.append({"acc": share, "acc_stderr": statistics.stdev(map(float, task)) / rows**0.5})
+        means = [sum(draw) / rows for draw in itertools.product(map(float, task), repeat=rows)]
+        variance += statistics.pvariance(means) * rows / (rows - 1)
+    assert stderr_of_mean(scores) == pytest.approx(variance**0.5 / len(answers), abs=1e-12)
+
+
+def test_a_mean_has_no_standard_error_where_a_task_has_none():
+    assert stderr_of_mean([{"acc": 1.0, "acc_stderr": float("nan")}, {"acc": 0.5, "acc_stderr": 0.1}]) is None
+    assert stderr_of_mean([{"acc": 1.0}]) is None
+    assert stderr_of_mean([]) is None
 
 
 @pytest.mark.parametrize("limit", [2, pytest.param(100, marks=pytest.mark.slow)])  # slow: about 4 minutes

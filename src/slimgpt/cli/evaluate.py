@@ -174,8 +174,9 @@ def print_scores(scores: TaskScores) -> None:
         )
     out.print(table)
     if scores.mean is not None and scores.mean_acc is not None:
+        error = "" if scores.mean_stderr is None else f" ± {scores.mean_stderr:.2%}"
         out.print(
-            f"mean [bold]{scores.mean:.2%}[/] (acc_norm where a task has it), {scores.mean_acc:.2%} (acc); "
+            f"mean [bold]{scores.mean:.2%}[/]{error} (acc_norm where a task has it), {scores.mean_acc:.2%} (acc); "
             f"rows from {scores.protocol['rows_from']}, {scores.protocol['harness']}, {scores.protocol['dtype']}",
             soft_wrap=True,
             highlight=False,

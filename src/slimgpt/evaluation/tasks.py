@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ COMMONSENSE = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_chal
 ALIASES = {"commonsense": COMMONSENSE}
 """Names for several tasks. ``commonsense``: the seven zero-shot tasks of the pruning literature."""
 
+USUAL = ("acc_norm", "acc")
+"""A task's score in means is the first of these that it has."""
+
 
 @dataclass(frozen=True)
 class TaskScores:
@@ -25,6 +29,8 @@ class TaskScores:
         mean: over the tasks asked for, of ``acc_norm`` where a task has it, else ``acc``, as the literature has it;
             ``None`` where a task has neither.
         mean_acc: the same of ``acc`` alone.
+        mean_stderr: standard error of ``mean``: how far another draw of as many questions would move it; see
+            :func:`stderr_of_mean`.
         samples: by task, what the harness logs of every row; left out of :meth:`to_json`.
         protocol: everything that changes the numbers.
     """
@@ -32,6 +38,7 @@ class TaskScores:
     scores: dict[str, dict[str, float]]
     mean: float | None
     mean_acc: float | None
+    mean_stderr: float | None
     protocol: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]]
 
@@ -80,8 +87,9 @@ def evaluate_tasks(
     asked = [scores[name] for name in names if name in scores]
     return TaskScores(
         scores=scores,
-        mean=_mean(asked, ("acc_norm", "acc")),
+        mean=_mean(asked, USUAL),
         mean_acc=_mean(asked, ("acc",)),
+        mean_stderr=stderr_of_mean(asked),
         samples=found["samples"],
         protocol={
             "harness": f"lm_eval {found['lm_eval_version']}",
@@ -123,7 +131,24 @@ def _metrics(found: dict[str, Any], name: str) -> dict[str, float]:
     return {**metrics, **({"rows": rows["effective"]} if rows else {})}
 
 
-def _mean(scores: list[dict[str, float]], metrics: tuple[str, ...]) -> float | None:
-    values = [next((score[metric] for metric in metrics if metric in score), None) for score in scores]
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known and len(known) == len(values) else None
+def stderr_of_mean(scores: Sequence[dict[str, float]]) -> float | None:
+    """Standard error of the mean over tasks of ``acc_norm`` where a task has it, else ``acc``: tasks are independent
+    samples of questions, so it is the root of the sum of their squared standard errors over their number. ``None``
+    where a task has none, as with a single row.
+
+    Args:
+        scores: of every task its metrics and their ``_stderr``.
+    """
+    errors = [score.get(f"{metric}_stderr") for score in scores if (metric := _metric(score, USUAL))]
+    known = [error for error in errors if error is not None and math.isfinite(error)]
+    return math.hypot(*known) / len(known) if known and len(known) == len(scores) else None
+
+
+def _mean(scores: Sequence[dict[str, float]], metrics: tuple[str, ...]) -> float | None:
+    values = [score[metric] for score in scores if (metric := _metric(score, metrics))]
+    return sum(values) / len(values) if values and len(values) == len(scores) else None
+
+
+def _metric(score: dict[str, float], metrics: tuple[str, ...]) -> str | None:
+    """The first of some metrics that a task has."""
+    return next((metric for metric in metrics if metric in score), None)
