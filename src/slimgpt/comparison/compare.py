@@ -15,6 +15,7 @@ from slimgpt.comparison.page import write_page
 from slimgpt.comparison.plots import plot_quality
 from slimgpt.comparison.timing import Timings, time_models
 from slimgpt.evaluation import Passkey, Perplexity, TaskScores, Text, evaluate_tasks, leak_note, passkey, read_text
+from slimgpt.evaluation.tasks import difference
 from slimgpt.models.loading import load, locate
 
 Counter = Callable[[str], AbstractContextManager[Callable[[int], Callable[[int], None]]]]
@@ -277,7 +278,10 @@ def _rows(found: Comparison) -> Iterator[Row]:
             values = tuple(t.scores[task].get(metric) if t else None for t in tasks)
             yield Row("tasks", f"{task} ({metric})", values, ".1%" if metric.startswith("acc") else ".4g", "more")
         if tasks[0].mean is not None:
-            yield Row("tasks", "mean", tuple(t.mean if t else None for t in tasks), ".1%", "more")
+            apart = [(side.name, difference(tasks[0], side.tasks)) for side in sides[1:] if side.tasks]
+            notes = [f"{name}: {100 * one[0]:+.1f} ± {100 * one[1]:.1f} points" for name, one in apart if one]
+            note = f"on the same questions, with standard error, {'; '.join(notes)}" if notes else ""
+            yield Row("tasks", "mean", tuple(t.mean if t else None for t in tasks), ".1%", "more", note)
     if sides[0].by_position and sides[0].by_position.by_position:
         for start in sides[0].by_position.by_position:
             last = min(2 * start, sides[0].by_position.window) - 1

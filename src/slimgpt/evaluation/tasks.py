@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -142,6 +143,24 @@ def stderr_of_mean(scores: Sequence[dict[str, float]]) -> float | None:
     errors = [score.get(f"{metric}_stderr") for score in scores if (metric := _metric(score, USUAL))]
     known = [error for error in errors if error is not None and math.isfinite(error)]
     return math.hypot(*known) / len(known) if known and len(known) == len(scores) else None
+
+
+def difference(base: TaskScores, other: TaskScores) -> tuple[float, float] | None:
+    """How much the mean of another model is above the base's, and the standard error of that.
+
+    Both answered the same questions, so the error is of the differences question by question, smaller than what the
+    errors of two means suggest. ``None`` where a task has no questions of its own, as a group has, or a single one.
+    """
+    apart, errors = list[float](), list[float]()
+    for name in base.protocol["tasks"]:
+        metric = _metric(base.scores.get(name, {}), USUAL)
+        ours, theirs = ({row["doc_id"]: row for row in side.samples.get(name, ())} for side in (base, other))
+        if metric is None or len(ours) < 2 or ours.keys() != theirs.keys():
+            return None
+        changes = [float(theirs[number][metric]) - float(row[metric]) for number, row in ours.items()]
+        apart.append(statistics.mean(changes))
+        errors.append(statistics.stdev(changes) / math.sqrt(len(changes)))
+    return statistics.mean(apart), math.hypot(*errors) / len(errors)
 
 
 def _mean(scores: Sequence[dict[str, float]], metrics: tuple[str, ...]) -> float | None:
