@@ -11,7 +11,7 @@ from typing import Any
 
 from peers import METHODS
 
-from slimgpt.evaluation.tasks import stderr_of_mean
+from slimgpt.evaluation.tasks import TaskScores, difference, stderr_of_mean
 from yardstick.models import MODELS
 from yardstick.rows import DENSE, Result, Row
 from yardstick.run import TASKS, TEXTS, VALIDATION, Settings
@@ -66,11 +66,25 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
-def _zero_shot(result: Result) -> str:
-    """The mean over the tasks with its standard error."""
-    mean, scores = result.value(TASKS), result.measures.get(TASKS, {}).get("scores", {})
-    error = stderr_of_mean(list(scores.values()))
-    return _number(mean, ".3f") + (f" ± {error:.3f}" if error else "")
+def _zero_shot(result: Result, paper: Result | None) -> str:
+    """The mean over the tasks with its standard error, and how far it is from `paper`'s on the same questions."""
+    found = result.measures.get(TASKS)
+    if found is None:
+        return ""
+    error = stderr_of_mean(list(found["scores"].values()))
+    text = f"{found['value']:.3f}" + (f" ± {error:.3f}" if error else "")
+    theirs = paper.measures.get(TASKS) if paper else None
+    apart = difference(_answers(theirs), _answers(found)) if theirs and theirs is not found else None
+    return text + (f" ({apart[0]:+.3f} ± {apart[1]:.3f})" if apart else "")
+
+
+def _answers(found: dict[str, Any]) -> TaskScores:
+    """A row's answers as the package has them."""
+    scores, samples = found["scores"], dict[str, list[dict[str, Any]]]()
+    for task, right in found.get("right", {}).items():
+        metric = "acc_norm" if "acc_norm" in scores[task] else "acc"
+        samples[task] = [{"doc_id": number, metric: int(answer)} for number, answer in enumerate(right)]
+    return TaskScores(scores, found["value"], found["mean_acc"], None, found["protocol"], samples)
 
 
 def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> list[str]:
@@ -108,7 +122,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
             *([result.settings["dtype"]] if several else []),
             *(_number(result.value(name)) for name in measures),
             *(_number(share_of_paper(known, row, result, name)) for name in measures[1:]),
-            *([_zero_shot(result)] if tasks else []),
+            *([_zero_shot(result, _find(known, model, "paper", row.ratio))] if tasks else []),
             _number(found.get("seconds"), ".0f"),
             _number(found.get("core_seconds"), ".0f"),
             *(_number(repaired.value(name) if repaired else None) for name in measures[1:]),

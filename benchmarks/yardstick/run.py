@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,11 @@ class Bench:
             return answer
 
         found = evaluate_tasks(model, tokenizer, limit=limit, data_dir=self.texts.folder, on_start=on_start)
-        return found.to_json()
+        right = {
+            task: "".join(str(int(row.get("acc_norm", row["acc"]))) for row in sorted(rows, key=itemgetter("doc_id")))
+            for task, rows in found.samples.items()
+        }
+        return {**found.to_json(), "right": right}
 
     def _calibration(self, row: Row) -> dict[str, Any]:
         known = {name: getattr(self.settings, name) for name in CALIBRATION}

@@ -172,13 +172,15 @@ def test_the_mean_of_the_tasks_can_be_added_to_a_finished_row(bench, monkeypatch
     def tasks(*_, limit, data_dir, on_start):
         asked.update(limit=limit, data_dir=data_dir)
         on_start(3)(3)
-        return TaskScores({"boolq": {"acc": 0.5}}, 0.5, 0.5, None, {"limit": limit}, {})
+        samples = {"boolq": [{"doc_id": 1, "acc": 0.0}, {"doc_id": 0, "acc": 1.0}]}
+        return TaskScores({"boolq": {"acc": 0.5}}, 0.5, 0.5, None, {"limit": limit}, samples)
 
     monkeypatch.setattr(yardstick_run, "evaluate_tasks", tasks)
     more = Bench(bench.texts, bench.store, replace(bench.settings, tasks=7))
     assert more.missing(row) == ["tasks"]
     result = more.work_out(row)
     assert (result.value("tasks"), result.value("c4@16")) == (0.5, before)
+    assert result.measures["tasks"]["right"] == {"boolq": "10"}
     assert asked == {"limit": 7, "data_dir": bench.texts.folder}
     assert more.missing(row) == []
 
@@ -208,6 +210,21 @@ def test_a_variant_is_compared_with_a_paper_row_that_is_not_shown():
     lines = table([known("smollm2", "slimgpt", 0.2, 40.0)], Settings(), "smollm2", references)
     assert len(lines) == 3
     assert "| 0.50 | 0.50 |" in lines[-1]
+
+
+def test_zero_shot_means_have_errors_and_are_compared_with_paper_question_by_question():
+    rows = [known("smollm2", name, 0.2, 80.0) for name in ("paper", "slimgpt", "wanda")]
+    for (_, result), right in zip(rows, ("1100", "1110", None)):
+        share = right.count("1") / 4 if right else 0.25
+        scores = {"piqa": {"acc": 0.0, "acc_norm": share, "acc_norm_stderr": 0.25}}
+        answers = {"right": {"piqa": right}} if right else {}
+        about = {"mean_acc": 0.0, "protocol": {"tasks": ["piqa"]}}
+        result.measures["tasks"] = {"value": share, "scores": scores, **about, **answers}
+    head, _, *lines = table(rows, Settings(), "smollm2")
+    place = head.split(" | ").index("zero-shot mean")
+    # One of four questions more: the differences are 0, 0, 1, 0, whose standard deviation is 0.5.
+    cells = ["0.500 ± 0.250", "0.750 ± 0.250 (+0.250 ± 0.250)", "0.250 ± 0.250"]
+    assert [line.split(" | ")[place] for line in lines] == cells
 
 
 def test_the_report_has_every_row_the_repaired_ones_as_columns_and_marks_unequal_sizes(tmp_path):
