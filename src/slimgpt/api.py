@@ -19,7 +19,7 @@ from slimgpt.calibration import digest, sample_windows
 from slimgpt.config import PruneConfig, parse_schedule
 from slimgpt.errors import CalibrationError, UsageError
 from slimgpt.evaluation import Perplexity, Text, perplexity, read_text
-from slimgpt.models.heterogeneous import decoder_layers, empty_model, layer_sizes, text_config
+from slimgpt.models.heterogeneous import check_context, decoder_layers, empty_model, layer_sizes, text_config
 from slimgpt.models.loading import as_device, as_dtype
 from slimgpt.models.loading import forward_dtype as choose_forward_dtype
 from slimgpt.models.shape import ModelShape, describe
@@ -262,7 +262,7 @@ def run_plan(
     on_distilled: OnDistilled | None = None,
 ) -> PruneReport:
     """Prune a model in memory and gather the reports of its layers."""
-    check_context(model.config, windows)
+    check_context(model.config, "calibration windows (--seq-len)", windows.shape[1])
     tokens = tokens_to_distill(config, shape, plan, windows)
     start = time.perf_counter()
     dense = tuple(layer_sizes(model.config))
@@ -301,19 +301,6 @@ def run_plan(
         allocation=allocation,
         distillation=distillation,
     )
-
-
-def check_context(model_config: Any, windows: Tensor) -> None:
-    """Refuse windows that the model has no positions for.
-
-    Raises:
-        CalibrationError: they are too long.
-    """
-    longest = getattr(text_config(model_config), "max_position_embeddings", None)
-    if longest is not None and windows.shape[1] > longest:
-        raise CalibrationError(
-            f"windows of {windows.shape[1]} tokens are longer than the model's context of {longest}; lower --seq-len"
-        )
 
 
 def described(windows: Tensor, source: str) -> dict[str, Any]:

@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from slimgpt import assets
 from slimgpt.api import (
     calibration_windows,
-    check_context,
     plan_for,
 )
 from slimgpt.checkpoint import check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
-from slimgpt.models.heterogeneous import text_config
+from slimgpt.models.heterogeneous import check_context, text_config
 from slimgpt.models.loading import (
     DTYPES,
     Source,
@@ -134,6 +133,6 @@ def prepare(
     prepared.windows, prepared.calibration = calibration_windows(
         calibration, prepared.tokenizer, config, text_config(model_config).vocab_size
     )
-    check_context(model_config, prepared.windows)
+    check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
     tokens_to_distill(config, shape, plan, prepared.windows)
     return prepared

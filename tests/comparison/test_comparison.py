@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -114,6 +115,41 @@ def test_compare_replaces_only_comparisons(compared, folders, text_file, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--window", "32,300"], "a window of 300 tokens: that is longer than the model's context of 256"),
+        (["--window", "1"], "too small"),
+        (["--long", 300], "a window of 300 tokens"),
+        (["--long", 1], "too small"),
+        (["--passkey", "100,300"], "a text of 300 tokens"),
+        (["--prompt", 250, "--new-tokens", 10], "a prompt and 10 new tokens of 260 tokens"),
+        (["--rounds", 0], "must be 1 or more"),
+        (["--tasks", "piqa,pica"], "task 'pica' is unknown"),
+        (["--tasks", "piqa,winogrande"], "winogrande"),
+        (["--tasks", "piqa", "--limit", 0], "limit 0 leaves no rows"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_model_is(words, message, folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["slimgpt.comparison.compare"], "load", None)  # calling it would fail
+    rows = tmp_path / "rows/piqa/validation.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text('{"goal": "eat", "sol1": "chew", "sol2": "sing", "label": 0}\n')
+    models = (folders / "dense", folders / "slim-20", "--out", tmp_path / "new", "--data-dir", tmp_path / "rows")
+    done = run("compare", *models, "--device", "cpu", "--prompt", 16, "--new-tokens", 4, *words)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_all_models_are_looked_for_before_one_is_measured(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys.modules["slimgpt.comparison.compare"], "load", None)
+    done = run("compare", folders / "dense", "nobody/nothing", "--out", tmp_path / "new", "--no-speed")
+    assert done.exit_code == 2
+    assert "cannot read the model 'nobody/nothing'" in " ".join(done.output.split())
+
+
 def test_speed_prints_ratios_beside_those_of_flops(folders, tmp_path):
     result = tmp_path / "speed.json"
     words = [
@@ -144,7 +180,7 @@ def test_speed_prints_ratios_beside_those_of_flops(folders, tmp_path):
     assert slim["peak_memory"] is None
     too_long = run("speed", folders / "dense", "--prompt", 300, "--no-memory", "--device", "cpu")
     assert too_long.exit_code == 2
-    assert "more than the model's context" in " ".join(too_long.output.split())
+    assert "longer than the model's context" in " ".join(too_long.output.split())
 
 
 def test_ratios_of_made_up_timings():

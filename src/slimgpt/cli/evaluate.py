@@ -72,8 +72,9 @@ def evaluate(
     """Perplexity of MODEL on a text, its scores on tasks, its memory over long texts; each with its protocol."""
     from slimgpt.api import evaluate as run
     from slimgpt.checkpoint import read_report
-    from slimgpt.evaluation import check_protocol, evaluate_tasks, leak_note, read_text, task_names
+    from slimgpt.evaluation import check_protocol, check_tasks, evaluate_tasks, leak_note, read_text
     from slimgpt.evaluation import passkey as run_passkey
+    from slimgpt.models.heterogeneous import check_context
     from slimgpt.models.loading import load, locate
 
     quiet()
@@ -82,7 +83,7 @@ def evaluate(
         raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
     check_protocol(window, bos)
     lengths = whole_numbers(passkey, "--passkey") if passkey else []
-    names = task_names(tasks) if tasks is not None else []
+    names = check_tasks(tasks, limit, num_fewshot, data_dir)[0] if tasks is not None else []
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"the data folder {data_dir} does not exist")
     content = read_text(text, data_dir) if text is not None else None
@@ -90,6 +91,8 @@ def evaluate(
     report = read_report(folder) if folder is not None else None
     with out.status(f"loading {model}"):
         loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+    for length in lengths:
+        check_context(loaded.config, "a text", length)
     values: dict[str, Any] = {"model": model}
     if content is not None:
         with bar("windows") as (progress, task):

@@ -14,9 +14,22 @@ from slimgpt.checkpoint import new_folder, read_report
 from slimgpt.comparison.page import write_page
 from slimgpt.comparison.plots import plot_quality
 from slimgpt.comparison.timing import Timings, time_models
-from slimgpt.evaluation import Passkey, Perplexity, TaskScores, Text, evaluate_tasks, leak_note, passkey, read_text
+from slimgpt.evaluation import (
+    Passkey,
+    Perplexity,
+    TaskScores,
+    Text,
+    check_generation,
+    check_protocol,
+    check_tasks,
+    evaluate_tasks,
+    leak_note,
+    passkey,
+    read_text,
+)
 from slimgpt.evaluation.tasks import difference
-from slimgpt.models.loading import load, locate
+from slimgpt.models.heterogeneous import check_context
+from slimgpt.models.loading import load, load_config, locate
 
 Counter = Callable[[str], AbstractContextManager[Callable[[int], Callable[[int], None]]]]
 """Given a unit, opens a bar: told an amount, it gives what is called as the work is done."""
@@ -160,8 +173,7 @@ def compare(
     """
     wanted = wanted or Wanted()
     names = [base, *slim]
-    for name in names:
-        locate(name)
+    _check(names, wanted, data_dir, trust_remote_code)
     texts = [read_text(text, data_dir) for text in wanted.texts]
     with new_folder(output, overwrite, marker="compare.json") as folder:
         sides = []
@@ -191,6 +203,22 @@ def compare(
             plot_quality(found, folder / f"quality.{suffix}")
         write_page(found, folder / "report.html")
     return found
+
+
+def _check(names: Sequence[str], wanted: Wanted, data_dir: str | Path | None, trust_remote_code: bool) -> None:
+    """Refuse what cannot be measured of every model before the first one is."""
+    windows = [*wanted.windows, *([] if wanted.long_window is None else [wanted.long_window])]
+    for source in [locate(name) for name in names]:
+        config = load_config(source, trust_remote_code)
+        for window in windows:
+            check_protocol(window)
+            check_context(config, "a window", window)
+        for length in wanted.passkey:
+            check_context(config, "a text", length)
+        for batch in wanted.batches:
+            check_generation(config, wanted.prompt, wanted.new_tokens, wanted.rounds, batch)
+    if wanted.tasks:
+        check_tasks(wanted.tasks, wanted.limit, wanted.num_fewshot, data_dir)
 
 
 def _measure(

@@ -3,8 +3,8 @@
 from slimgpt.evaluation.leaks import leak_note
 from slimgpt.evaluation.long import Passkey, passkey
 from slimgpt.evaluation.perplexity import Perplexity, check_protocol, perplexity
-from slimgpt.evaluation.speed import Speed, measure_speed, peak_memory
-from slimgpt.evaluation.tasks import ALIASES, TaskScores, evaluate_tasks, task_names
+from slimgpt.evaluation.speed import Speed, check_generation, measure_speed, peak_memory
+from slimgpt.evaluation.tasks import ALIASES, TaskScores, check_tasks, evaluate_tasks, task_names
 from slimgpt.evaluation.texts import CORPORA, Text, read_text
 
 __all__ = [
@@ -15,7 +15,9 @@ __all__ = [
     "Speed",
     "TaskScores",
     "Text",
+    "check_generation",
     "check_protocol",
+    "check_tasks",
     "evaluate_tasks",
     "leak_note",
     "measure_speed",

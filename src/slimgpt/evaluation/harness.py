@@ -79,11 +79,8 @@ def run_harness(
     Raises:
         UsageError: a task is unknown, or its rows cannot be had.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = task_manager(tasks)
+    manager, built = build_tasks(tasks, limit, num_fewshot, data_dir)
     with redirect_stderr(io.StringIO()):  # its bars and warnings are not ours
-        with _rows_from(data_dir, num_fewshot, limit):
-            built = [item for task in tasks for item in _build(manager, task, data_dir)]
         scorer = Scorer(pretrained=model, tokenizer=tokenizer, batch_size=8)  # type: ignore[arg-type]
         scorer.on_start = on_start
         results = simple_evaluate(
@@ -95,6 +92,21 @@ def run_harness(
         )
     assert results is not None  # only the other processes of a distributed run get nothing
     return dict(results)
+
+
+def build_tasks(
+    tasks: Sequence[str], limit: int | None = None, num_fewshot: int | None = None, data_dir: Path | None = None
+) -> tuple[TaskManager, list[Any]]:
+    """The harness's definitions, and its tasks and groups with their rows; the arguments are those of
+    :func:`run_harness`.
+
+    Raises:
+        UsageError: a task is unknown, or its rows cannot be had.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    manager = task_manager(tasks)
+    with redirect_stderr(io.StringIO()), _rows_from(data_dir, num_fewshot, limit):
+        return manager, [item for task in tasks for item in _build(manager, task, data_dir)]
 
 
 def task_manager(tasks: Sequence[str]) -> TaskManager:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import UsageError
 from slimgpt.evaluation.likelihood import log_likelihoods
+from slimgpt.models.heterogeneous import check_context
 
 FILLER = "A cart goes up the hill. A boat goes down the river. The wind turns, and both come home. "
 NEEDLE = "The pass key is {key}. Remember it: {key} is the pass key. "
@@ -55,12 +56,10 @@ def passkey(
     Raises:
         UsageError: a length is too short for the question, or longer than the model's context.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
     draw = random.Random(seed)
     requests, places = [], []
     for length in lengths:
-        if longest is not None and length > longest:
-            raise UsageError(f"a text of {length} tokens is longer than the model's context of {longest} tokens")
+        check_context(model.config, "a text", length)
         for depth in range(DEPTHS):
             for _ in range(trials):
                 requests.append(_question(tokenizer, length, depth / (DEPTHS - 1), draw.randrange(10_000, 100_000)))

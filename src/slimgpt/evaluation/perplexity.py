@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.calibration import leading_ids
 from slimgpt.errors import UsageError
+from slimgpt.models.heterogeneous import check_context
 
 BOS = ("auto", "once", "window")
 """Where the tokens stand that the tokenizer puts before a text: at its start, or at the start of every window.
@@ -54,7 +55,7 @@ class Perplexity:
         return asdict(self)
 
 
-def check_protocol(window: int, bos: str) -> None:
+def check_protocol(window: int, bos: str = "auto") -> None:
     """Refuse what no model and no text can be measured with.
 
     Raises:
@@ -111,9 +112,7 @@ def perplexity(
     ids = (all_ids if max_tokens is None else all_ids[:max_tokens])[len(prefix) :]
     if len(ids) < body:
         raise UsageError(f"the text gives {len(ids):,} tokens, fewer than one window of {window}")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and window > longest:
-        raise UsageError(f"window {window} is longer than the model's context of {longest} tokens")
+    check_context(model.config, "a window", window)
     pieces = ids.unfold(0, body, step)  # (count, body)
     count = len(pieces)
     windows = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), pieces], 1)

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import ModelError, UsageError
+from slimgpt.models.heterogeneous import check_context
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,19 @@ class Speed:
     prefill: float
     decode: float
     first_token: float
+
+
+def check_generation(config: PreTrainedConfig, prompt: int, new_tokens: int, rounds: int, batch: int) -> None:
+    """Refuse what :func:`measure_speed` cannot time.
+
+    Raises:
+        UsageError: a number below 1, or more tokens than the model's context.
+    """
+    if min(prompt, new_tokens, rounds, batch) < 1:
+        raise UsageError(
+            f"prompt {prompt}, new tokens {new_tokens}, rounds {rounds}, batch {batch}: all must be 1 or more"
+        )
+    check_context(config, f"a prompt and {new_tokens} new tokens", prompt + new_tokens)
 
 
 @torch.no_grad()
@@ -53,14 +67,8 @@ def measure_speed(
     Raises:
         UsageError: a number below 1, or more tokens than a model's context.
     """
-    if min(prompt, new_tokens, rounds, batch) < 1:
-        raise UsageError(
-            f"prompt {prompt}, new tokens {new_tokens}, rounds {rounds}, batch {batch}: all must be 1 or more"
-        )
     for model in models:
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if longest is not None and prompt + new_tokens > longest:
-            raise UsageError(f"{prompt} + {new_tokens} tokens are more than the model's context of {longest}")
+        check_generation(model.config, prompt, new_tokens, rounds, batch)
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     generator = torch.Generator().manual_seed(0)
     words = min(model.config.vocab_size for model in models)

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,21 +70,8 @@ def evaluate_tasks(
     Raises:
         UsageError: the harness is not installed, a task is unknown, or its rows cannot be had.
     """
-    names = task_names(tasks)
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit {limit} leaves no rows; it must be at least 1")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise UsageError(f"num_fewshot {num_fewshot} must be 0 or more")
-    folder = None if data_dir is None else Path(data_dir).expanduser()
-    if folder is not None and not folder.is_dir():
-        raise UsageError(f"the data folder {folder} does not exist")
-    try:
-        from slimgpt.evaluation.harness import run_harness
-    except ImportError as error:
-        raise UsageError(
-            f"tasks need lm-evaluation-harness ({error.name} is missing): pip install 'slimgpt[eval]'"
-        ) from error
-    found = run_harness(model, tokenizer, names, limit, num_fewshot, folder, on_start)
+    names, folder = check_tasks(tasks, limit, num_fewshot, data_dir, rows=False)
+    found = _harness().run_harness(model, tokenizer, names, limit, num_fewshot, folder, on_start)
     scores = {name: _metrics(found, name) for name in {**found["results"], **(found.get("groups") or {})}}
     asked = [scores[name] for name in names if name in scores]
     return TaskScores(
@@ -108,6 +96,38 @@ def evaluate_tasks(
     )
 
 
+def check_tasks(
+    tasks: str | Sequence[str],
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    data_dir: str | Path | None = None,
+    rows: bool = True,
+) -> tuple[list[str], Path | None]:
+    """Refuse what :func:`evaluate_tasks` would refuse, before anything long is done.
+
+    Args:
+        rows: also see that the harness knows the tasks, and that their rows are there.
+
+    Returns:
+        The names of the tasks, aliases replaced, and the folder of their rows.
+
+    Raises:
+        UsageError: as :func:`evaluate_tasks`.
+    """
+    names = task_names(tasks)
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit {limit} leaves no rows; it must be at least 1")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise UsageError(f"num_fewshot {num_fewshot} must be 0 or more")
+    folder = None if data_dir is None else Path(data_dir).expanduser()
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"the data folder {folder} does not exist")
+    harness = _harness()
+    if rows:
+        harness.build_tasks(names, limit, num_fewshot, folder)
+    return names, folder
+
+
 def task_names(tasks: str | Sequence[str]) -> list[str]:
     """Task names, aliases replaced, each once.
 
@@ -119,6 +139,21 @@ def task_names(tasks: str | Sequence[str]) -> list[str]:
     if not names:
         raise UsageError("no task is named; give for example --tasks commonsense, or boolq,piqa")
     return list(dict.fromkeys(names))
+
+
+def _harness() -> ModuleType:
+    """Our way through lm-evaluation-harness, which is an extra.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    try:
+        from slimgpt.evaluation import harness
+    except ImportError as error:
+        raise UsageError(
+            f"tasks need lm-evaluation-harness ({error.name} is missing): pip install 'slimgpt[eval]'"
+        ) from error
+    return harness
 
 
 def _metrics(found: dict[str, Any], name: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from slimgpt.errors import UnsupportedFamilyError
+from slimgpt.errors import UnsupportedFamilyError, UsageError
 from slimgpt.models import modeling_slim
 from slimgpt.models.architectures import HEADS, KV_HEADS, Architecture, Sizes
 from slimgpt.models.families import ARCHITECTURES, LLAMA, MULTIMODAL, PARTS, REFUSED
@@ -31,6 +31,20 @@ Resizing = tuple[str, int, tuple[tuple[str, str, tuple[tuple[str, int], ...]], .
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the language model: itself, or the part of a multimodal model's config."""
     return config.get_text_config(decoder=True)
+
+
+def check_context(config: PreTrainedConfig, what: str, tokens: int) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Args:
+        what: what has so many tokens, as the message begins.
+
+    Raises:
+        UsageError: they are too many.
+    """
+    longest = getattr(text_config(config), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise UsageError(f"{what} of {tokens:,} tokens: that is longer than the model's context of {longest:,}")
 
 
 def lookup(config: PreTrainedConfig) -> Architecture | None:

@@ -18,6 +18,7 @@ from slimgpt.api import versions
 from slimgpt.checkpoint import check_output, save
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ModelError, UsageError
+from slimgpt.models.heterogeneous import check_context
 from slimgpt.models.loading import (
     Source,
     as_device,
@@ -188,9 +189,7 @@ def _check(
     source = locate(str(slim))
     model_config = load_config(source, trust_remote_code)
     parameters = describe(model_config).parameters
-    longest = getattr(model_config, "max_position_embeddings", None)
-    if longest is not None and config.max_length > longest:
-        raise UsageError(f"max_length {config.max_length} is longer than the model's context of {longest} tokens")
+    check_context(model_config, "a max_length", config.max_length)
     check_files(source)
     report = read_report(source)
     found = _find_teacher(teacher, report, model_config, config, trust_remote_code) if config.teacher else None
