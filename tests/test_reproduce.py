@@ -148,6 +148,6 @@ def test_columns_without_a_stated_figure_have_no_paper_column():
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_every_tiny_variant_runs_on_the_demo_model(file: Path, tmp_path):
-    """Half a minute to two minutes each."""
+    """One to seven minutes each on one core."""
     _, results = reproduce(file, tmp_path, tiny=True, device="cpu")
     assert all(result.figures for result in results)
