@@ -136,7 +136,7 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
     extent = f"the first {settings.max_tokens:,} tokens of each text" if settings.max_tokens else "whole texts"
     known = [result for _, result in [*rows, *ablations] if result.measures]
     types = types_of([*rows, *ablations])
-    several = len(types) > 1
+    several, tasks = len(types) > 1, settings.tasks > 0
     commits = sorted({result.found["commit"] for result in known})
     used = {json.dumps(result.found["versions"]): result.found["versions"] for result in known}
     lines = [
@@ -151,11 +151,8 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
             if several
             else ""
         )
-        + (
-            f"; zero-shot mean of seven tasks, {settings.tasks} examples each, with its standard error"
-            if settings.tasks
-            else ""
-        )
+        + (f"; zero-shot mean of seven tasks, {settings.tasks} examples each, ± its standard error" if tasks else "")
+        + (" (and how far from `paper` on the same questions)" if tasks else "")
         + ". C4 documents that are measured on are none that are calibrated on. `(!)` marks a share that is more than "
         "0.2 points off. *Share of `paper`'s increase*: how much log-perplexity rises over dense, `paper` being 1. "
         "Core-seconds are processor time, which a busy machine changes less than seconds. The plots end at "
