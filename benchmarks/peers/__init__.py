@@ -44,6 +44,9 @@ METHODS: dict[str, Method] = {
 }
 METHODS |= {
     "slimgpt": Method(partial(pruned, method="slimgpt"), "SlimGPT, our default", ours=True),
+    "slimgpt-search": Method(
+        partial(pruned, method="slimgpt", allocation="search"), "SlimGPT with `--allocation search`", ours=True
+    ),
     "paper": Method(partial(pruned, method="paper"), "SlimGPT as published (arXiv 2412.18110)", ours=True),
     # As FLAP's authors run both: the same share of every layer.
     "magnitude": Method(
@@ -61,5 +64,5 @@ METHODS |= {
 }
 """Methods by name; every criterion of the package is one, so that a variant in research is a row too."""
 
-COMPARED = ("paper", "slimgpt", "magnitude", "wanda", "flap", "llm-pruner", OBS, "shortgpt")
+COMPARED = ("paper", "slimgpt", "slimgpt-search", "magnitude", "wanda", "flap", "llm-pruner", OBS, "shortgpt")
 """The methods of the main table, in its order."""

@@ -146,17 +146,13 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
         f"{settings.num_samples} x {settings.seq_len} tokens of `{settings.source}` (seed {settings.seed}), "
         f"and none had other text: the default's short training is on it, too; {extent}, "
         f"windows of 128 or 512 tokens without overlap; {' or '.join(types)} forward passes"
-        + (
-            ", as each row says: which is fast depends on the machine, so compare times within a type"
-            if several
-            else ""
-        )
+        + (", as each row says: which is fast depends on the machine, so compare times of one type" if several else "")
         + (f"; zero-shot mean of seven tasks, {settings.tasks} examples each, ± its standard error" if tasks else "")
         + (" (and how far from `paper` on the same questions)" if tasks else "")
         + ". C4 documents that are measured on are none that are calibrated on. `(!)` marks a share that is more than "
         "0.2 points off. *Share of `paper`'s increase*: how much log-perplexity rises over dense, `paper` being 1. "
         "Core-seconds are processor time, which a busy machine changes less than seconds. The plots end at "
-        f"{CUT} times the dense model's perplexity.",
+        f"{CUT} times the dense model's perplexity; what is above has a triangle at the upper edge of the second.",
         "",
         "Written by `benchmarks/quality.py`"
         + (" on the validation texts." if settings.validation else ".")
@@ -216,7 +212,8 @@ def plot_ratio(rows: Rows, settings: Settings, file: Path) -> None:
             axis.set(yscale="log", xlabel="share of the decoder removed", ylabel=f"perplexity, {measure}")
             if dense:
                 axis.set_ylim(top=min(axis.get_ylim()[1], CUT * dense[0][1]))
-            _plain_ticks(axis)
+            _plain_ticks(axis.yaxis)
+            axis.grid(alpha=0.3)
             axis.set_title(MODELS[model].title, fontsize=9)
     figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(file, dpi=110)
@@ -233,20 +230,38 @@ def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
     measure = measure_names(settings.validation)[1]
     pruned = [(row, result) for row, result in rows if row.method != DENSE and not row.repair and result.measures]
     models, ratios = (list(dict.fromkeys(items)) for items in zip(*((row.model, row.ratio) for row, _ in pruned)))
-    colours = _colours(pruned)
-    figure, axes = plt.subplots(len(ratios), len(models), figsize=(5 * len(models), 3.4 * len(ratios)), squeeze=False)
-    for row, result in pruned:
-        value = result.value(measure)
-        if value is None:
-            continue
-        axis = axes[ratios.index(row.ratio)][models.index(row.model)]
-        x = result.found["core_seconds"]
-        axis.scatter([x], [value], color=colours[row.method])
-        axis.annotate(row.method, (x, value), fontsize=7, xytext=(4, 3), textcoords="offset points")
-        axis.set(xscale="log", yscale="log", xlabel="core-seconds of pruning", ylabel=f"perplexity, {measure}")
-        axis.set_title(f"{row.model}, {row.ratio:.0%} removed", fontsize=10)
-        axis.grid(alpha=0.3, which="both")
-    figure.tight_layout()
+    colours, shown = _colours(pruned), set[str]()
+    figure, axes = plt.subplots(
+        len(ratios),
+        len(models),
+        figsize=(5 * len(models), 3.2 * len(ratios)),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    for column, model in enumerate(models):
+        dense = next((found.value(measure) for row, found in rows if (row.model, row.method) == (model, DENSE)), None)
+        for line, ratio in enumerate(ratios):
+            axis = axes[line][column]
+            found = [(row, result) for row, result in pruned if (row.model, row.ratio) == (model, ratio)]
+            points = [(row, result.found["core_seconds"], result.value(measure)) for row, result in found]
+            points = [(row, x, y) for row, x, y in points if y is not None]
+            top = min(max((y for *_, y in points), default=1.0), CUT * (dense or math.inf))
+            for row, x, y in points:
+                # What is off the plot stands at its upper edge.
+                marker = "^" if y > top else "o"
+                label = None if row.method in shown else row.method
+                shown.add(row.method)
+                axis.scatter([x], [min(y, top)], color=colours[row.method], marker=marker, label=label)
+            axis.set(xscale="log", yscale="log", ylabel=f"perplexity, {measure}")
+            axis.margins(0.15)
+            _plain_ticks(axis.xaxis, (1, 2, 5))
+            _plain_ticks(axis.yaxis)
+            axis.grid(alpha=0.3)
+            axis.set_title(f"{model}, {ratio:.0%} removed", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("core-seconds of pruning")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -257,18 +272,17 @@ def _colours(rows: Rows) -> dict[str, str]:
     return {name: f"C{number % 10}" for number, name in enumerate(methods)}
 
 
-def _plain_ticks(axis: Any) -> None:
-    """Perplexities as people write them."""
+def _plain_ticks(axis: Any, digits: Sequence[float] = (1, 1.5, 2, 3, 5, 7)) -> None:
+    """Numbers as people write them, along one axis of a plot."""
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.grid(alpha=0.3)
+    axis.set_major_locator(LogLocator(subs=digits))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _weight(method: str) -> dict[str, Any]:
-    return {"linewidth": 2.5} if method == "slimgpt" else {"linewidth": 1.2, "linestyle": "--"}
+    return {"linewidth": 2.5} if method.startswith("slimgpt") else {"linewidth": 1.2, "linestyle": "--"}
 
 
 def write(rows: Rows, ablations: Rows, settings: Settings, out: Path) -> list[Path]:

@@ -61,7 +61,7 @@ def outputs_of(model: PreTrainedModel, ids: Tensor, index: int, module: str) -> 
     return torch.cat(seen)
 
 
-PEERS = [name for name in COMPARED if name not in ("paper", "slimgpt", "shortgpt")]
+PEERS = [name for name in COMPARED if not METHODS[name].ours and name != "shortgpt"]
 
 
 @pytest.mark.parametrize(("method", "model_type"), [*((name, "llama") for name in PEERS), ("flap", "phi3")])
