@@ -137,7 +137,7 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
     known = [result for _, result in [*rows, *ablations] if result.measures]
     types = types_of([*rows, *ablations])
     several, tasks = len(types) > 1, settings.tasks > 0
-    commits = sorted({result.found["commit"] for result in known})
+    commits = sorted({result.found["commit"] for result in known} - {""})
     used = {json.dumps(result.found["versions"]): result.found["versions"] for result in known}
     lines = [
         "# Quality at the same size",
