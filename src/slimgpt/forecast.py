@@ -89,7 +89,7 @@ def all_flops(
         flops["gradients"] += looks(config) * probe.numel() * (each * (3 + 2 * (1 + BACK)) + 5 * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; every other position's predictions, of the dense model, the pruned one and back.
-        flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 1.5 * head
+        flops["gradients"] += each * passes_to_distill(plan, windows, tokens) + tokens * 1.5 * head
     return flops
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 
 import pytest
@@ -31,15 +30,14 @@ def run(place: str = "device") -> Run:
     return Run(torch.device("cpu"), Placement(10**12, place, place))
 
 
-def case(family: str, place: str = "device", allocation: str = "schedule"):
+def case(family: str, place: str = "device", tokens: int = 300):
     """A dense and a pruned model in fp64, and the training between them."""
-    config = dataclasses.replace(CONFIG, allocation=allocation)
     dense = tiny_model(family).double()
     plan = plan_for(dense.config, CONFIG, describe(dense.config, dense))
     slim = copy.deepcopy(dense)
     for _ in prune_model(slim, IDS, plan, CONFIG, run()):
         pass
-    lesson = rehearse(dense, decoder_layers(dense).__getitem__, IDS, 300, config, run(place))
+    lesson = rehearse(dense, decoder_layers(dense).__getitem__, IDS, tokens, CONFIG, run(place))
     return dense, slim, Distillation(slim, decoder_layers(slim).__getitem__, plan, lesson, run(place))
 
 
@@ -54,25 +52,23 @@ def said_by(model, ids, first, stride):
     return -log_q.gather(-1, ids[:, 1:, None])[:, first::stride, 0].sum()
 
 
-@pytest.mark.parametrize("allocation", ["schedule", "search"])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox", "gpt2"])
-def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, allocation):
-    dense, slim, training = case(family, allocation=allocation)
+@pytest.mark.parametrize(
+    ("family", "tokens"), [*((name, 300) for name in ("llama", "gemma2", "phi3", "gpt_neox", "gpt2")), ("llama", 600)]
+)
+def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, tokens):
+    """On the divergence alone where tokens come again: there are 432."""
+    dense, slim, training = case(family, tokens=tokens)
     lesson = training.lesson
     steps = lesson.steps
-    assert [len(step) for step in steps] == [2, 2]
+    assert [len(step) for step in steps] == [2, 2] * (tokens // 300)
     assert lesson.count(range(lesson.held)) == 144
     mirror = copy.deepcopy(slim)
     said = training()
 
     mirror.requires_grad_(False)
     keys = {s.key for s in slimgpt.ARCHITECTURES[family].chosen("kv")}
-    inside = f"{slimgpt.ARCHITECTURES[family].layers}."
     names = [n for n, _ in mirror.named_parameters() if any(n.endswith(f".{key}") for key in keys)]
     assert len(names) == 2 * len(decoder_layers(mirror))
-    if allocation == "search":
-        names = [n for n, p in mirror.named_parameters() if n.startswith(inside) and p.ndim == 2]
-        assert len(names) >= 4 * len(decoder_layers(mirror))
     groups = []
     for name in names:
         weight = mirror.get_parameter(name).requires_grad_()
@@ -91,7 +87,8 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, alloc
         adam.step()
     assert said["curve"] == pytest.approx(curve, rel=1e-5)
     assert said["rate"] == pytest.approx(distillation.RATE * said["divergence"]["before"] ** 0.5)
-    assert said["text_weight"] == pytest.approx(distillation.TEXT * said["divergence"]["before"] ** 0.5)
+    weight = 0.0 if tokens > 432 else distillation.TEXT * said["divergence"]["before"] ** 0.5
+    assert said["text_weight"] == pytest.approx(weight)
     with torch.no_grad():
         held = torch.cat([divergence(mirror, dense, lesson.ids[b]).flatten() for b in range(lesson.held)])
         text = sum(said_by(mirror, lesson.ids[b], 1, 1) for b in range(lesson.held)) / len(held)
@@ -103,12 +100,10 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, alloc
     for name, parameter in slim.named_parameters():
         moved = name in names
         expected = mirror.get_parameter(name).detach()
-        # Moments are kept in bfloat16: 3 digits of a step, and a step is RATE of the matrix.
-        scale = float(expected.square().mean().sqrt()) if moved else 1.0
-        assert float((parameter - expected).abs().max()) <= ((0.02 * said["rate"] + 1e-6) * scale if moved else 0.0), (
-            name
-        )
-        assert not moved or name.startswith(inside)
+        # Moments are kept in bfloat16: 3 digits of a step, and a step is RATE of the matrix. Here are two, or four.
+        scale = float(expected.square().mean().sqrt())
+        room = (0.01 * len(steps) * said["rate"] + 1e-6) * scale if moved else 0.0
+        assert float((parameter - expected).abs().max()) <= room, name
 
 
 def test_held_out_text_is_not_trained_on():
@@ -188,12 +183,12 @@ def test_a_search_trains_longer(monkeypatch):
     shape = describe(tiny_model("llama").config)
     plan = plan_for(tiny_model("llama").config, CONFIG, shape)
     room = 18 * 24
-    for allocation, passes, way in (("auto", 1.8, 7 / 3), ("search", 8.0, 3)):
+    for allocation, passes in (("auto", 1.8), ("search", 8.0)):
         config = make_config(ratio=0.4, batch_size=3, allocation=allocation)
         tokens = distillation.tokens_to_distill(config, shape, plan, IDS)
         assert (tokens > room) == (allocation == "search")
-        assert min(tokens, room) + tokens * way * (1 - plan.achieved) == pytest.approx(passes * IDS.numel(), rel=0.01)
-        cost = distillation.passes_to_distill(config, plan, IDS, tokens)
+        assert min(tokens, room) + tokens * 7 / 3 * (1 - plan.achieved) == pytest.approx(passes * IDS.numel(), rel=0.01)
+        cost = distillation.passes_to_distill(plan, IDS, tokens)
         assert cost == pytest.approx(passes * IDS.numel(), rel=0.01)
 
 

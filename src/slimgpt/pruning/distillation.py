@@ -2,9 +2,10 @@
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
 matrices, those of all layers, are moved together towards what the dense model predicts and the text says: a few dozen
-steps of Adam, every token seen once. A search moves all matrices of the layers, and sees tokens several times. Layers
-are visited in order, forth and back, with their inputs kept in between and each layer's weights moved as soon as its
-gradient is known, so that one layer at a time is on the device.
+steps of Adam, every token seen once. A search sees tokens several times, and goes by the dense model's predictions
+alone, since text that comes again is learned by heart. Layers are visited in order, forth and back, with their inputs
+kept in between and each layer's weights moved as soon as its gradient is known, so that one layer at a time is on the
+device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
 rate serves models whose weights differ in scale.
@@ -34,9 +35,9 @@ from slimgpt.pruning.predictions import brought, divergences, returns_tuple
 from slimgpt.pruning.sensitivity import measurable
 from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
 
-BACK, BACK_OF_ALL = 4 / 3, 2.0
-"""What the way back costs, in forward passes: gradients of what goes into every matrix, and for those of the matrices a
-third of it (output matrices alone), or as much again (all of them)."""
+BACK = 4 / 3
+"""What the way back costs, in forward passes: gradients of what goes into every matrix, and a third of it for those of
+the output matrices."""
 
 
 class _Effort(NamedTuple):
@@ -45,15 +46,13 @@ class _Effort(NamedTuple):
     Args:
         passes: so many forward passes of the dense layers over the calibration tokens the training may cost.
         steps: at most so many, of at least ``STEP_TOKENS`` tokens.
-        everything: all matrices of the layers, or the output matrices alone.
     """
 
     passes: float
     steps: int
-    everything: bool
 
 
-USUAL, SEARCH = _Effort(1.8, 64, everything=False), _Effort(8.0, 256, everything=True)
+USUAL, SEARCH = _Effort(1.8, 64), _Effort(8.0, 256)
 """By default, and with ``--allocation search``."""
 
 LEAST_TOKENS = 32768
@@ -80,7 +79,8 @@ STRIDE = 2
 
 TEXT = 1.0
 """Weight of the text's own cross-entropy beside the divergence, where that is a nat or more at first. Below, it shrinks
-as the rate does: what the text says is the larger surprise, and would drown what the dense model says."""
+as the rate does: what the text says is the larger surprise, and would drown what the dense model says. None where
+tokens come again."""
 
 OnDistilled = Callable[[int, int, float, float], None]
 """Called after every step with its number, the number of all steps, the divergence per token and the seconds."""
@@ -96,7 +96,6 @@ class Lesson:
         per_step: how many of the others make a step.
         taught: how many of them the training takes, some several times where it takes more than there are.
         seed: of their order from the second time on.
-        everything: whether all matrices of the layers are trained, or the output matrices alone.
         stream: the inputs of the first layer, and how to call each.
         dense: the hidden states behind the dense model's last layer, by batch.
         tuples: see :func:`slimgpt.pruning.predictions.returns_tuple`.
@@ -107,10 +106,14 @@ class Lesson:
     per_step: int
     taught: int
     seed: int
-    everything: bool
     stream: Stream
     dense: Shelf
     tuples: bool
+
+    @property
+    def again(self) -> bool:
+        """Whether some batches are trained on more than once."""
+        return self.taught > len(self.ids) - self.held
 
     @property
     def steps(self) -> list[list[int]]:
@@ -128,10 +131,10 @@ class Lesson:
         return sum(self.ids[number].numel() for number in numbers)
 
 
-def passes_to_distill(config: PruneConfig, plan: Plan, windows: Tensor, tokens: int) -> float:
+def passes_to_distill(plan: Plan, windows: Tensor, tokens: int) -> float:
     """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
     token that there is, and for every token trained on the way forth and back through the pruned layers."""
-    return min(tokens, _room(windows)) + tokens * _forth_and_back(config, plan)
+    return min(tokens, _room(windows)) + tokens * _forth_and_back(plan)
 
 
 def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
@@ -146,7 +149,7 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
         if not measurable(shape) or windows.numel() < LEAST_TOKENS:
             return 0
         passes = _effort(config).passes * windows.numel()
-        again, room = _forth_and_back(config, plan), _room(windows)
+        again, room = _forth_and_back(plan), _room(windows)
         return int(max(min(passes / (1 + again), room), (passes - room) / again))
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
@@ -210,7 +213,7 @@ def rehearse(
             trim()
     ids, aside = chosen.split(batch), len(held) // batch
     taught = len(ids) - aside if count <= len(rest) else count // batch
-    return Lesson(ids, aside, max(per_step // batch, 1), taught, config.seed, effort.everything, stream, dense, tuples)
+    return Lesson(ids, aside, max(per_step // batch, 1), taught, config.seed, stream, dense, tuples)
 
 
 @dataclass
@@ -274,7 +277,7 @@ class Distillation:
         with brought(self.model, self.run.device, self.run.dtype):
             before = self._look(held)
             far = math.sqrt(min(max(before.divergence, 0.0), 1.0))
-            highest, self.text = RATE * far, TEXT * far
+            highest, self.text = RATE * far, 0.0 if self.lesson.again else TEXT * far
             for number, batches in enumerate(steps):
                 began = time.perf_counter()
                 first = 1 + number % STRIDE
@@ -319,10 +322,7 @@ class Distillation:
         }
         layers = range(len(self.plan.layers))
 
-        def moved(name: str, parameter: Tensor) -> bool:
-            return name in keys or (self.lesson.everything and parameter.ndim == 2)
-
-        found = [{n: p for n, p in self.take(index).named_parameters() if moved(n, p)} for index in layers]
+        found = [{n: p for n, p in self.take(index).named_parameters() if n in keys} for index in layers]
         count = sum(parameter.numel() for named in found for parameter in named.values())
         self.weights, self.means, self.squares = (shelf_for(self.run, size * count) for size in (4, 2, 2))
         for named in found:
@@ -448,9 +448,9 @@ def _running(model: PreTrainedModel, run: Run) -> Run:
     return run.alone(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
 
 
-def _forth_and_back(config: PruneConfig, plan: Plan) -> float:
+def _forth_and_back(plan: Plan) -> float:
     """What a token costs on the way through the pruned layers and back, in forward passes of the dense ones."""
-    return (1 + (BACK_OF_ALL if _effort(config).everything else BACK)) * (1 - plan.achieved)
+    return (1 + BACK) * (1 - plan.achieved)
 
 
 def _effort(config: PruneConfig) -> _Effort:
