@@ -119,8 +119,9 @@ def prune(
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
         distill: on how many calibration tokens the output matrices are trained together after pruning, towards what
             the dense model predicts and the text says, or ``off``; if more than there are, some come again, and
-            the text is not learned. ``auto``: for the method ``slimgpt``, where there are enough, on as many as cost
-            1.8 forward passes over all of them (8 with ``allocation`` ``search``), and not at all for the others.
+            the text is heeded in the last round. ``auto``: for the method ``slimgpt``, where there are enough, on as
+            many as cost 1.8 forward passes over all of them (8 with ``allocation`` ``search``), and not at all for the
+            others.
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
         on_measured: called after every step while costs are measured, with its number, the number of all steps and

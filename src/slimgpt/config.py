@@ -44,10 +44,9 @@ class PruneConfig:
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
         distill: on how many calibration tokens the output matrices are trained together after pruning, towards what
             the dense model predicts and the text says; 0 or ``off``: not at all; if more than there are, some come
-            again, and the text is not learned. ``auto``: for the method ``slimgpt``, where there are enough, on as many
-            as cost 1.8 forward passes over all of them (8 with ``allocation`` ``search``); on none for the other
-            methods, without repair, and
-            for mixtures of experts.
+            again, and the text is heeded in the last round. ``auto``: for the method ``slimgpt``, where there are
+            enough, on as many as cost 1.8 forward passes over all of them (8 with ``allocation`` ``search``); on none
+            for the other methods, without repair, and for mixtures of experts.
 
     Raises:
         UsageError: a number outside its range.
