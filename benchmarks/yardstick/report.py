@@ -11,7 +11,7 @@ from typing import Any
 
 from peers import METHODS
 
-from slimgpt.evaluation.tasks import TaskScores, difference, stderr_of_mean
+from slimgpt.evaluation.tasks import Answers, difference, stderr_of_mean
 from yardstick.models import MODELS
 from yardstick.rows import DENSE, Result, Row
 from yardstick.run import TASKS, TEXTS, VALIDATION, Settings
@@ -78,13 +78,9 @@ def _zero_shot(result: Result, paper: Result | None) -> str:
     return text + (f" ({apart[0]:+.3f} ± {apart[1]:.3f})" if apart else "")
 
 
-def _answers(found: dict[str, Any]) -> TaskScores:
+def _answers(found: dict[str, Any]) -> Answers:
     """A row's answers as the package has them."""
-    scores, samples = found["scores"], dict[str, list[dict[str, Any]]]()
-    for task, right in found.get("right", {}).items():
-        metric = "acc_norm" if "acc_norm" in scores[task] else "acc"
-        samples[task] = [{"doc_id": number, metric: int(answer)} for number, answer in enumerate(right)]
-    return TaskScores(scores, found["value"], found["mean_acc"], None, found["protocol"], samples)
+    return {task: dict(enumerate(map(float, right))) for task, right in found.get("right", {}).items()}
 
 
 def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> list[str]:
@@ -240,13 +236,14 @@ def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
         layout="constrained",
     )
     for column, model in enumerate(models):
-        dense = next((found.value(measure) for row, found in rows if (row.model, row.method) == (model, DENSE)), None)
+        dense = _find(rows, model, DENSE, 0.0)
+        limit = CUT * ((dense and dense.value(measure)) or math.inf)
         for line, ratio in enumerate(ratios):
             axis = axes[line][column]
             found = [(row, result) for row, result in pruned if (row.model, row.ratio) == (model, ratio)]
             points = [(row, result.found["core_seconds"], result.value(measure)) for row, result in found]
             points = [(row, x, y) for row, x, y in points if y is not None]
-            top = min(max((y for *_, y in points), default=1.0), CUT * (dense or math.inf))
+            top = min(max((y for *_, y in points), default=1.0), limit)
             for row, x, y in points:
                 # What is off the plot stands at its upper edge.
                 marker = "^" if y > top else "o"

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from slimgpt.api import versions
 from slimgpt.calibration import digest
 from slimgpt.errors import CalibrationError
 from slimgpt.evaluation import perplexity
-from slimgpt.evaluation.tasks import evaluate_tasks
+from slimgpt.evaluation.tasks import answers, evaluate_tasks
 from slimgpt.models.heterogeneous import layer_sizes
 from yardstick.models import bring, run_in
 from yardstick.rows import DENSE, Result, Row, Store
@@ -257,10 +256,7 @@ class Bench:
             return answer
 
         found = evaluate_tasks(model, tokenizer, limit=limit, data_dir=self.texts.folder, on_start=on_start)
-        right = {
-            task: "".join(str(int(row.get("acc_norm", row["acc"]))) for row in sorted(rows, key=itemgetter("doc_id")))
-            for task, rows in found.samples.items()
-        }
+        right = {task: "".join(str(int(by[n])) for n in sorted(by)) for task, by in answers(found).items()}
         return {**found.to_json(), "right": right}
 
     def _calibration(self, row: Row) -> dict[str, Any]:

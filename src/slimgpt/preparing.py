@@ -11,10 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
-from slimgpt.api import (
-    calibration_windows,
-    plan_for,
-)
+from slimgpt.api import calibration_windows, plan_for
 from slimgpt.checkpoint import check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig

@@ -173,7 +173,7 @@ def test_the_mean_of_the_tasks_can_be_added_to_a_finished_row(bench, monkeypatch
         asked.update(limit=limit, data_dir=data_dir)
         on_start(3)(3)
         samples = {"boolq": [{"doc_id": 1, "acc": 0.0}, {"doc_id": 0, "acc": 1.0}]}
-        return TaskScores({"boolq": {"acc": 0.5}}, 0.5, 0.5, None, {"limit": limit}, samples)
+        return TaskScores({"boolq": {"acc": 0.5}}, 0.5, 0.5, None, {"limit": limit, "tasks": ["boolq"]}, samples)
 
     monkeypatch.setattr(yardstick_run, "evaluate_tasks", tasks)
     more = Bench(bench.texts, bench.store, replace(bench.settings, tasks=7))

@@ -11,7 +11,7 @@ import pytest
 import slimgpt
 from slimgpt.comparison import Timing, Timings, time_models
 from slimgpt.comparison.compare import Row
-from slimgpt.evaluation.tasks import difference
+from slimgpt.evaluation.tasks import answers, difference
 from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.planning.cost import generation_flops
 from tests.comparison.browser import CHROMIUM, browse
@@ -66,7 +66,7 @@ def test_compare_gives_the_numbers_of_its_parts(compared, folders, text_file, da
     assert [row["model"] for row in values["speed"]["ratios"]] == [str(folders / n) for n in ("slim-20", "slim-50")]
     assert all(row["peak_memory"] > 10e6 for row in values["speed"]["rows"])
     dense = slimgpt.evaluate_tasks(*slimgpt.load(str(folders / "dense")), "piqa,boolq", data_dir=data_dir)
-    apart = difference(dense, scores)
+    apart = difference(answers(dense), answers(scores))
     assert apart is not None
     assert f"slim-50: {100 * apart[0]:+.1f} ± {100 * apart[1]:.1f} points" in (out / "report.html").read_text()
     assert {"perplexity", "piqa", "128-199", "prefill", "calibrated"} <= set(re.findall(r"[\w-]+", printed))

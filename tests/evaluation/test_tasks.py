@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from slimgpt.errors import UsageError
 from slimgpt.evaluation import harness
 from slimgpt.evaluation.harness import FOLDERS, run_harness, task_manager
-from slimgpt.evaluation.tasks import COMMONSENSE, TaskScores, difference, evaluate_tasks, stderr_of_mean
+from slimgpt.evaluation.tasks import COMMONSENSE, TaskScores, answers, difference, evaluate_tasks, stderr_of_mean
 from tests.families import tiny_model
 
 SPLIT = {name: "test" if name.startswith(("arc", "open")) else "validation" for name in COMMONSENSE}
@@ -109,29 +109,29 @@ def test_a_mean_has_no_standard_error_where_a_task_has_none():
 
 
 @given(st.lists(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=4), min_size=1, max_size=3))
-def test_standard_error_of_a_difference_is_of_the_same_questions(answers):
+def test_standard_error_of_a_difference_is_of_the_same_questions(pairs_of_tasks):
     """Against the means of both models when every task's questions are drawn anew for both at once."""
     sides, variance = [], 0.0
     for place in (0, 1):
         samples = {
             str(task): [{"doc_id": n, "acc": float(pair[place])} for n, pair in enumerate(pairs)]
-            for task, pairs in enumerate(answers)
+            for task, pairs in enumerate(pairs_of_tasks)
         }
         scores = {name: {"acc": statistics.mean(row["acc"] for row in rows)} for name, rows in samples.items()}
         mean = statistics.mean(score["acc"] for score in scores.values())
         sides.append(TaskScores(scores, mean, mean, None, {"tasks": list(samples)}, samples))
-    for pairs in answers:
+    for pairs in pairs_of_tasks:
         rows = len(pairs)
         draws = itertools.product(pairs, repeat=rows)
         apart = [sum(other - base for base, other in draw) / rows for draw in draws]
         variance += statistics.pvariance(apart) * rows / (rows - 1)
-    found = difference(*sides)
+    found = difference(*map(answers, sides))
     assert found is not None
     assert found[0] == pytest.approx(sides[1].mean - sides[0].mean, abs=1e-12)
-    assert found[1] == pytest.approx(variance**0.5 / len(answers), abs=1e-12)
-    assert difference(sides[0], sides[0]) == (0.0, 0.0)
+    assert found[1] == pytest.approx(variance**0.5 / len(pairs_of_tasks), abs=1e-12)
+    assert difference(answers(sides[0]), answers(sides[0])) == (0.0, 0.0)
     sides[1].samples["0"].pop()
-    assert difference(*sides) is None
+    assert difference(*map(answers, sides)) is None
 
 
 @pytest.mark.parametrize("limit", [2, pytest.param(100, marks=pytest.mark.slow)])  # slow: about 4 minutes

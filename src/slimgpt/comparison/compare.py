@@ -27,7 +27,7 @@ from slimgpt.evaluation import (
     passkey,
     read_text,
 )
-from slimgpt.evaluation.tasks import difference
+from slimgpt.evaluation.tasks import answers, difference, metric_of
 from slimgpt.models.heterogeneous import check_context
 from slimgpt.models.loading import load, load_config, locate
 
@@ -208,10 +208,11 @@ def compare(
 def _check(names: Sequence[str], wanted: Wanted, data_dir: str | Path | None, trust_remote_code: bool) -> None:
     """Refuse what cannot be measured of every model before the first one is."""
     windows = [*wanted.windows, *([] if wanted.long_window is None else [wanted.long_window])]
+    for window in windows:
+        check_protocol(window)
     for source in [locate(name) for name in names]:
         config = load_config(source, trust_remote_code)
         for window in windows:
-            check_protocol(window)
             check_context(config, "a window", window)
         for length in wanted.passkey:
             check_context(config, "a text", length)
@@ -302,11 +303,12 @@ def _rows(found: Comparison) -> Iterator[Row]:
     tasks = [side.tasks for side in sides]
     if tasks[0] is not None:
         for task, metrics in tasks[0].scores.items():
-            metric = "acc_norm" if "acc_norm" in metrics else "acc" if "acc" in metrics else next(iter(metrics))
+            metric = metric_of(metrics) or next(iter(metrics))
             values = tuple(t.scores[task].get(metric) if t else None for t in tasks)
             yield Row("tasks", f"{task} ({metric})", values, ".1%" if metric.startswith("acc") else ".4g", "more")
         if tasks[0].mean is not None:
-            apart = [(side.name, difference(tasks[0], side.tasks)) for side in sides[1:] if side.tasks]
+            base = answers(tasks[0])
+            apart = [(side.name, difference(base, answers(side.tasks))) for side in sides[1:] if side.tasks]
             notes = [f"{name}: {100 * one[0]:+.1f} ± {100 * one[1]:.1f} points" for name, one in apart if one]
             note = f"on the same questions, with standard error, {'; '.join(notes)}" if notes else ""
             yield Row("tasks", "mean", tuple(t.mean if t else None for t in tasks), ".1%", "more", note)

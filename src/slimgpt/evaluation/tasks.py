@@ -21,6 +21,9 @@ ALIASES = {"commonsense": COMMONSENSE}
 USUAL = ("acc_norm", "acc")
 """A task's score in means is the first of these that it has."""
 
+Answers = dict[str, dict[int, float]]
+"""The score of every question, by task and number."""
+
 
 @dataclass(frozen=True)
 class TaskScores:
@@ -175,34 +178,43 @@ def stderr_of_mean(scores: Sequence[dict[str, float]]) -> float | None:
     Args:
         scores: of every task its metrics and their ``_stderr``.
     """
-    errors = [score.get(f"{metric}_stderr") for score in scores if (metric := _metric(score, USUAL))]
+    errors = [score.get(f"{metric}_stderr") for score in scores if (metric := metric_of(score))]
     known = [error for error in errors if error is not None and math.isfinite(error)]
     return math.hypot(*known) / len(known) if known and len(known) == len(scores) else None
 
 
-def difference(base: TaskScores, other: TaskScores) -> tuple[float, float] | None:
+def answers(found: TaskScores) -> Answers:
+    """What is behind a mean: ``acc_norm`` where a task has it, else ``acc``, of every question of the tasks asked for;
+    none where a task has no questions of its own, as a group has."""
+    rows = {name: found.samples.get(name, []) for name in found.protocol["tasks"]}
+    return {
+        name: {row["doc_id"]: float(row[metric]) for row in rows[name] if (metric := metric_of(found.scores[name]))}
+        for name in rows
+    }
+
+
+def difference(base: Answers, other: Answers) -> tuple[float, float] | None:
     """How much the mean of another model is above the base's, and the standard error of that.
 
     Both answered the same questions, so the error is of the differences question by question, smaller than what the
-    errors of two means suggest. ``None`` where a task has no questions of its own, as a group has, or a single one.
+    errors of two means suggest. ``None`` where a task has fewer than two, or the questions are others.
     """
     apart, errors = list[float](), list[float]()
-    for name in base.protocol["tasks"]:
-        metric = _metric(base.scores.get(name, {}), USUAL)
-        ours, theirs = ({row["doc_id"]: row for row in side.samples.get(name, ())} for side in (base, other))
-        if metric is None or len(ours) < 2 or ours.keys() != theirs.keys():
+    for name, ours in base.items():
+        theirs = other.get(name, {})
+        if len(ours) < 2 or ours.keys() != theirs.keys():
             return None
-        changes = [float(theirs[number][metric]) - float(row[metric]) for number, row in ours.items()]
+        changes = [theirs[number] - score for number, score in ours.items()]
         apart.append(statistics.mean(changes))
         errors.append(statistics.stdev(changes) / math.sqrt(len(changes)))
-    return statistics.mean(apart), math.hypot(*errors) / len(errors)
+    return (statistics.mean(apart), math.hypot(*errors) / len(errors)) if apart else None
 
 
 def _mean(scores: Sequence[dict[str, float]], metrics: tuple[str, ...]) -> float | None:
-    values = [score[metric] for score in scores if (metric := _metric(score, metrics))]
+    values = [score[metric] for score in scores if (metric := metric_of(score, metrics))]
     return sum(values) / len(values) if values and len(values) == len(scores) else None
 
 
-def _metric(score: dict[str, float], metrics: tuple[str, ...]) -> str | None:
+def metric_of(score: dict[str, float], metrics: tuple[str, ...] = USUAL) -> str | None:
     """The first of some metrics that a task has."""
     return next((metric for metric in metrics if metric in score), None)

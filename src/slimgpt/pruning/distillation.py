@@ -260,7 +260,6 @@ class Distillation:
         self.types: list[torch.dtype] = []
         self.scales: list[float] = []
         self.trained = 0
-        self.text = 0.0  # the weight of the text
         self.trail: list[list[_Passed]] = []  # of every layer on the way forth; empty where it is to be run again
 
     def __call__(self, on_distilled: OnDistilled | None = None) -> dict[str, Any]:
@@ -276,13 +275,13 @@ class Distillation:
         with brought(self.model, self.run.device, self.run.dtype):
             before = self._look(held)
             far = math.sqrt(min(max(before.divergence, 0.0), 1.0))
-            highest, weight = RATE * far, TEXT * far
+            highest, text = RATE * far, TEXT * far
             for number, batches in enumerate(steps):
                 began = time.perf_counter()
-                self.text = weight if number * self.lesson.per_step >= self.lesson.repeats else 0.0
+                heeded = text if number * self.lesson.per_step >= self.lesson.repeats else 0.0
                 first = 1 + number % STRIDE
                 hidden = self._forth(batches, learn=True)
-                found, gradients = self._compare(batches, hidden, first, STRIDE)
+                found, gradients = self._compare(batches, hidden, first, STRIDE, heeded)
                 self._back(batches, gradients, highest * _rate(number, len(steps)))
                 self.trained += 1
                 curve.append(found.divergence)
@@ -295,11 +294,11 @@ class Distillation:
             "steps": len(steps),
             "rate": highest,
             "held_out_tokens": self.lesson.count(held),
-            "text_weight": self.text,
+            "text_weight": text,
             "divergence": {"before": before.divergence, "after": after.divergence},
             "cross_entropy": {"before": before.surprise, "after": after.surprise},
             "curve": curve,
-            "kept": after.loss(self.text) < before.loss(self.text),
+            "kept": after.loss(text) < before.loss(text),
             "seconds": time.perf_counter() - start,
         }
 
@@ -346,7 +345,7 @@ class Distillation:
         return layer
 
     def _look(self, batches: list[int]) -> _Found:
-        return self._compare(batches, self._forth(batches), slopes=False)[0]
+        return self._compare(batches, self._forth(batches))[0]
 
     def _forth(self, batches: list[int], learn: bool = False) -> list[Tensor]:
         """The hidden states of some batches behind the last layer.
@@ -379,14 +378,19 @@ class Distillation:
         return hidden
 
     def _compare(
-        self, batches: list[int], hidden: list[Tensor], first: int = 1, stride: int = 1, slopes: bool = True
+        self, batches: list[int], hidden: list[Tensor], first: int = 1, stride: int = 1, text: float | None = None
     ) -> tuple[_Found, list[Tensor]]:
-        """The losses of some batches, and their gradients behind the last layer."""
+        """The losses of some batches, and their gradients behind the last layer.
+
+        Args:
+            text: its weight in the gradients; ``None``: these are not wanted, and zero.
+        """
+        slopes = text is not None
         divergence, surprise, gradients, tokens = 0.0, 0.0, [], 0
         for place, number in enumerate(batches):
             ids, dense = self.lesson.ids[number], self.lesson.dense.get(number)
             apart, said, steep = divergences(
-                self.model, dense, [hidden[place]], ids, self.lesson.tuples, first, stride, slopes, self.text
+                self.model, dense, [hidden[place]], ids, self.lesson.tuples, first, stride, slopes, text or 0.0
             )
             divergence, surprise = divergence + apart[0], surprise + said[0]
             gradients += steep
