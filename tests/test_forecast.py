@@ -41,11 +41,11 @@ def test_training_costs_forward_passes_as_many_as_promised_and_its_heads():
     assert half == pytest.approx(found["gradients"] / 2, rel=1e-3)
 
 
-def test_a_search_measures_seven_times():
+def test_a_search_measures_four_times():
     plain = flops(allocation="schedule", distill="off")[0]
-    one, seven = (flops(allocation=name, distill="off")[0] for name in ("sensitivity", "search"))
+    one, searched = (flops(allocation=name, distill="off")[0] for name in ("sensitivity", "search"))
     for part in ("forward", "hessian", "solver", "gradients"):
         assert one[part] - plain[part] > 0
-        assert seven[part] - plain[part] == pytest.approx(7 * (one[part] - plain[part]))
+        assert searched[part] - plain[part] == pytest.approx(4 * (one[part] - plain[part]))
     cpu = torch.device("cpu")
-    assert pruning_seconds(seven, cpu, torch.float32) > 0
+    assert pruning_seconds(searched, cpu, torch.float32) > 0

@@ -26,7 +26,7 @@ def said(seconds: list[float], terminal: bool, monkeypatch) -> str:
     """What is shown once the layers that took these seconds are done."""
     monkeypatch.setattr(console, "out", Console(width=300, force_terminal=terminal, record=True))
     plan = SimpleNamespace(layers=[SIZES] * LAYERS)
-    with console.layer_progress(TOKENS, torch.device("cpu")) as (on_layer, _, _):
+    with console.layer_progress(TOKENS, torch.device("cpu")) as (on_layer, *_):
         for layer, each in enumerate(seconds):
             on_layer(report(layer, each), plan)
     return console.out.export_text()

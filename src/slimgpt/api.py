@@ -31,6 +31,7 @@ from slimgpt.pruning import (
     LayerReport,
     OnDistilled,
     OnMeasured,
+    OnRehearsed,
     Placement,
     PruneReport,
     Run,
@@ -81,6 +82,7 @@ def prune(
     on_layer: OnLayer | None = None,
     on_measured: OnMeasured | None = None,
     on_distilled: OnDistilled | None = None,
+    on_rehearsed: OnRehearsed | None = None,
 ) -> PruneReport:
     """Prune a model in place.
 
@@ -111,23 +113,24 @@ def prune(
         bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``, never exceeded.
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``; whole KV heads go until it fits.
         allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
-            least, measured on a trial run; ``search``: measured and spent again several times, and trained over
-            four times as long. ``auto``: ``sensitivity`` for the method ``slimgpt`` where there are enough calibration
-            tokens, else ``schedule``.
+            least, measured on a trial run; ``search``: measured and spent again twice, and trained over six times
+            as long, mostly on text that the dense model writes. ``auto``: ``sensitivity`` for the method
+            ``slimgpt`` where there are enough calibration tokens, else ``schedule``.
         plan: a file of widths that ``slimgpt plan --save`` wrote.
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, from
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).
         distill: on how many calibration tokens the output matrices are trained together after pruning, towards what
-            the dense model predicts and the text says, or ``off``; if more than there are, some come again, and
-            the text is heeded in the last round. ``auto``: for the method ``slimgpt``, where there are enough, on as
-            many as cost 1.8 forward passes over all of them (8 with ``allocation`` ``search``), and not at all for the
-            others.
+            the dense model predicts and the text says, or ``off``; if more than there are, the dense model writes
+            the others. ``auto``: for the method ``slimgpt``, where there are enough, on as many as cost 1.8 forward
+            passes over all of them (12 with ``allocation`` ``search``), and not at all for the others.
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
         on_measured: called after every step while costs are measured, with its number, the number of all steps and
             the seconds it took.
         on_distilled: called after every step of that training with its number, the number of all steps, the divergence
             per token and the seconds it took.
+        on_rehearsed: called after every step of what comes before that training, while the dense model writes text and
+            reads it, with what is done, the step's number, the number of all such steps and the seconds it took.
 
     Returns:
         What was asked for, planned and done.
@@ -170,7 +173,7 @@ def prune(
             parameter.data = parameter.data.to(wanted)
         model.config.dtype = wanted
     name = str(model.config.name_or_path or type(model).__name__)
-    calls = (on_layer, budget, on_measured, on_distilled)
+    calls = (on_layer, budget, on_measured, on_distilled, on_rehearsed)
     return run_plan(model, name, windows, source, shape, widths, config, target, *calls)
 
 
@@ -261,6 +264,7 @@ def run_plan(
     budget: int | None = None,
     on_measured: OnMeasured | None = None,
     on_distilled: OnDistilled | None = None,
+    on_rehearsed: OnRehearsed | None = None,
 ) -> PruneReport:
     """Prune a model in memory and gather the reports of its layers."""
     check_context(model.config, "calibration windows (--seq-len)", windows.shape[1])
@@ -277,7 +281,7 @@ def run_plan(
     if to_measure(config, shape, windows):
         plan, allocation = allocate(plan, shape, model, take, windows, config, run, on_measured)
     # What the dense model makes of the text has to be known before it is pruned.
-    lesson = rehearse(model, take, windows, tokens, config, run) if tokens else None
+    lesson = rehearse(model, take, windows, tokens, config, run, on_rehearsed) if tokens else None
     for report in prune_model(model, repaired_on(windows, tokens), plan, config, run):
         reports.append(report)
         if on_layer:

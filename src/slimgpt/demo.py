@@ -18,7 +18,7 @@ from slimgpt.evaluation import measure_speed, peak_memory
 from slimgpt.folders import execute
 from slimgpt.models.loading import load, load_model
 from slimgpt.preparing import prepare
-from slimgpt.pruning import OnDistilled, OnMeasured, PruneReport
+from slimgpt.pruning import OnDistilled, OnMeasured, OnRehearsed, PruneReport
 
 PROMPT = "The greatest challenge that our country faces is"
 WINDOW = 512
@@ -77,6 +77,7 @@ def run_demo(
     on_layer: OnLayer | None = None,
     on_measured: OnMeasured | None = None,
     on_distilled: OnDistilled | None = None,
+    on_rehearsed: OnRehearsed | None = None,
 ) -> DemoResult:
     """Prune the demo model, and measure it before and after.
 
@@ -103,7 +104,7 @@ def run_demo(
     before = _quality(model, tokenizer)
 
     say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
-    slim, report = execute(prepared, model, on_layer, on_measured, on_distilled)
+    slim, report = execute(prepared, model, on_layer, on_measured, on_distilled, on_rehearsed)
 
     say("measuring the slim model")
     after = _quality(slim, tokenizer)

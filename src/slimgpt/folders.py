@@ -45,6 +45,7 @@ from slimgpt.pruning import (
     Journal,
     OnDistilled,
     OnMeasured,
+    OnRehearsed,
     Placement,
     PruneReport,
     Run,
@@ -74,6 +75,7 @@ def execute(
     on_layer: OnLayer | None = None,
     on_measured: OnMeasured | None = None,
     on_distilled: OnDistilled | None = None,
+    on_rehearsed: OnRehearsed | None = None,
 ) -> tuple[PreTrainedModel, PruneReport]:
     """Load (unless the model is given) and prune in memory what :func:`prepare` has checked."""
     p = prepared
@@ -92,6 +94,7 @@ def execute(
         p.budget,
         on_measured,
         on_distilled,
+        on_rehearsed,
     )
     return model, report
 
@@ -135,6 +138,7 @@ def run_to_folder(
     on_start: OnStart | None = None,
     on_measured: OnMeasured | None = None,
     on_distilled: OnDistilled | None = None,
+    on_rehearsed: OnRehearsed | None = None,
 ) -> PruneReport:
     """Prune what :func:`prepare` has checked and write the folder; other processes of a distributed run take part.
 
@@ -162,7 +166,7 @@ def run_to_folder(
             return before
         done = journal.open(p.resume, p.overwrite) if ranks.main else 0
         done = ranks.agree(done)
-        calls = _Calls(on_layer, on_start, on_measured, on_distilled)
+        calls = _Calls(on_layer, on_start, on_measured, on_distilled, on_rehearsed)
         run, budget = _FolderRun(p, ranks, windows, tokens, dtype, journal, request_digest, calls), p.budget
         try:
             while True:
@@ -245,6 +249,7 @@ class _Calls:
     on_start: OnStart | None = None
     on_measured: OnMeasured | None = None
     on_distilled: OnDistilled | None = None
+    on_rehearsed: OnRehearsed | None = None
 
 
 @dataclass(frozen=True)
@@ -351,7 +356,7 @@ class _FolderRun:
             finished = journal(index)
             assert finished is not None
             slim.append(rebuild_layer(shell, model.config, index, finished.state, sizes))  # mapped, not read
-        lesson = rehearse(model, layers, p.windows, self.tokens, p.config, run)
+        lesson = rehearse(model, layers, p.windows, self.tokens, p.config, run, self.calls.on_rehearsed)
         training = Distillation(model, slim.__getitem__, plan, lesson, run)
         said = training(self.calls.on_distilled)
         trained = ({**layer.state_dict(), **training.matrices(index)} for index, layer in enumerate(slim))
@@ -374,6 +379,7 @@ def prune_folder(
     on_layer: OnLayer | None = None,
     on_measured: OnMeasured | None = None,
     on_distilled: OnDistilled | None = None,
+    on_rehearsed: OnRehearsed | None = None,
     **settings: Any,
 ) -> PruneReport:
     """Prune from a model's name to a new folder, layer by layer; the model need not fit into memory.
@@ -392,4 +398,6 @@ def prune_folder(
     """
     config = make_config(ratio=ratio, **settings)
     prepared = prepare(model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory)
-    return run_to_folder(prepared, on_layer, on_measured=on_measured, on_distilled=on_distilled)
+    return run_to_folder(
+        prepared, on_layer, on_measured=on_measured, on_distilled=on_distilled, on_rehearsed=on_rehearsed
+    )

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     OnLayer = Callable[[LayerReport, Plan], None]
     OnMeasured = Callable[[int, int, float], None]
     OnDistilled = Callable[[int, int, float, float], None]
+    OnRehearsed = Callable[[str, int, int, float], None]
+    Calls = tuple[OnLayer, OnMeasured, OnDistilled, OnRehearsed]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -89,9 +91,9 @@ def count_bar(unit: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
 
 
 @contextmanager
-def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer, OnMeasured, OnDistilled]]:
+def layer_progress(tokens: int, device: torch.device) -> Iterator[Calls]:
     """A bar; where the output is no terminal, lines: what to call after every pruned and measured layer and every step
-    of the training.
+    of the training and of what comes before it.
 
     The time left is that of the layers seen so far times those to come. Layers that a resumed run finds finished
     count with what they took when they were pruned, so the figure is right from the first of them on.
@@ -99,6 +101,7 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer,
     seconds: list[float] = []
     measured: list[float] = []
     trained: list[float] = []
+    rehearsed: dict[str, list[float]] = {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -139,7 +142,11 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[tuple[OnLayer,
             said = f"training towards the dense model, divergence {divergence:.3f} nats per token"
             on_step(step + 1, steps, f"{said}, {_left(trained, steps - len(trained))}", 4)
 
-        yield on_layer, on_measured, on_distilled
+        def on_rehearsed(what: str, step: int, steps: int, took: float) -> None:
+            rehearsed.setdefault(what, []).append(took)
+            on_step(step + 1, steps, f"{what}, {_left(rehearsed[what], steps - step - 1)}", max(steps // 4, 1))
+
+        yield on_layer, on_measured, on_distilled, on_rehearsed
 
 
 def _left(seconds: list[float], to_come: int) -> str:

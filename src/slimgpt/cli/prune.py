@@ -71,7 +71,7 @@ def prune(
         str,
         typer.Option(
             help="schedule: as --schedule says; sensitivity: where it costs least, measured on a trial run; search: "
-            "measured and spent again several times, then trained over four times as long; auto: sensitivity "
+            "measured and spent again twice, then trained over six times as long; auto: sensitivity "
             "for the method slimgpt if the text is enough.",
         ),
     ] = DEFAULTS.allocation,
@@ -107,8 +107,8 @@ def prune(
         typer.Option(
             metavar="TOKENS",
             help="Train the output matrices together on so many calibration tokens afterwards, towards what the dense "
-            "model predicts and the text says, or off; auto: as many as cost 1.8 forward passes (8 in a search) over "
-            "all, for the method slimgpt if the text is enough.",
+            "model predicts and the text says, or off; auto: as many as cost 1.8 forward passes (12 in a search) over "
+            "all, for the method slimgpt if the text is enough. What is not there the dense model writes.",
         ),
     ] = str(DEFAULTS.distill),
     repair: Annotated[
@@ -182,8 +182,9 @@ def prune(
             "columns: the repair fits them and not the text behind them; raise --num-samples or --seq-len",
             soft_wrap=True,
         )
-    with layer_progress(prepared.windows.numel(), prepared.device) as (on_layer, on_measured, on_distilled):
-        report = run_to_folder(prepared, on_layer, _print_start, on_measured, on_distilled)
+    with layer_progress(prepared.windows.numel(), prepared.device) as calls:
+        on_layer, on_measured, on_distilled, on_rehearsed = calls
+        report = run_to_folder(prepared, on_layer, _print_start, on_measured, on_distilled, on_rehearsed)
     _print_report(report, weight_bytes(prepared.output), prepared.output)
     if export_to is not None and os.environ.get("RANK", "0") == "0":
         from slimgpt.cli.export import print_export

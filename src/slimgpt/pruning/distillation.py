@@ -2,9 +2,9 @@
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
 matrices, those of all layers, are moved together towards what the dense model predicts and the text says: a few dozen
-steps of Adam, every token seen once. A search sees tokens several times, and heeds the text in the last round. Layers
-are visited in order, forth and back, with their inputs kept in between and each layer's weights moved as soon as its
-gradient is known, so that one layer at a time is on the device.
+steps of Adam, every token seen once. A longer training begins with text that the dense model writes. Layers are visited
+in order, forth and back, with their inputs kept in between and each layer's weights moved as soon as its gradient is
+known, so that one layer at a time is on the device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
 rate serves models whose weights differ in scale.
@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +34,14 @@ from slimgpt.pruning.memory import DEVICE, Shelf, trim, used_bytes
 from slimgpt.pruning.predictions import brought, divergences, returns_tuple
 from slimgpt.pruning.sensitivity import measurable
 from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
+from slimgpt.pruning.writing import write
 
 BACK = 4 / 3
 """What the way back costs, in forward passes: gradients of what goes into every matrix, and a third of it for those of
 the output matrices."""
+
+WRITING = 1.5
+"""What a token costs that the dense model writes, in forward passes: one, and its predictions."""
 
 
 class _Effort(NamedTuple):
@@ -51,7 +56,7 @@ class _Effort(NamedTuple):
     steps: int
 
 
-USUAL, SEARCH = _Effort(1.8, 64), _Effort(8.0, 256)
+USUAL, SEARCH = _Effort(1.8, 64), _Effort(12.0, 256)
 """By default, and with ``--allocation search``."""
 
 LEAST_TOKENS = 32768
@@ -78,8 +83,12 @@ STRIDE = 2
 
 TEXT = 1.0
 """Weight of the text's own cross-entropy beside the divergence, where that is a nat or more at first. Below, it shrinks
-as the rate does: what the text says is the larger surprise, and would drown what the dense model says. Where tokens
-come several times it is heeded in the last round alone, which gave the least of both losses on held-out text."""
+as the rate does: what the text says is the larger surprise, and would drown what the dense model says. Text that the
+dense model has written comes first and has no such weight: it says nothing that the model's predictions do not."""
+
+OnRehearsed = Callable[[str, int, int, float], None]
+"""Called after every step of what comes before the training, with what is done, the step's number, the number of all
+such steps, and the seconds."""
 
 OnDistilled = Callable[[int, int, float, float], None]
 """Called after every step with its number, the number of all steps, the divergence per token and the seconds."""
@@ -92,9 +101,8 @@ class Lesson:
     Args:
         ids: the tokens of every batch, ``(batch, seq_len)``.
         held: so many batches, the first ones, are not trained on.
-        per_step: how many of the others make a step.
-        taught: how many of them the training takes, some several times where it takes more than there are.
-        seed: of their order from the second time on.
+        written: so many behind them are what the dense model wrote.
+        per_step: how many that are trained on make a step.
         stream: the inputs of the first layer, and how to call each.
         dense: the hidden states behind the dense model's last layer, by batch.
         tuples: see :func:`slimgpt.pruning.predictions.returns_tuple`.
@@ -102,28 +110,20 @@ class Lesson:
 
     ids: Sequence[Tensor]
     held: int
+    written: int
     per_step: int
-    taught: int
-    seed: int
     stream: Stream
     dense: Shelf
     tuples: bool
 
     @property
-    def repeats(self) -> int:
-        """How many batches are trained on before the last round, in which each is seen once."""
-        return max(self.taught - (len(self.ids) - self.held), 0)
-
-    @property
-    def steps(self) -> list[list[int]]:
-        """The numbers of the batches of every step."""
-        trained, order = list(range(self.held, len(self.ids))), list[int]()
-        generator = torch.Generator().manual_seed(self.seed)
-        while len(order) < self.taught:
-            places = torch.randperm(len(trained), generator=generator).tolist() if order else range(len(trained))
-            order += [trained[place] for place in places]
-        order = order[: self.taught]
-        return [order[start : start + self.per_step] for start in range(0, len(order), self.per_step)]
+    def steps(self) -> list[range]:
+        """The numbers of the batches of every step; none has both text that was written and text that was given."""
+        found, count = [], len(self.ids)
+        for first, last in ((self.held, self.held + self.written), (self.held + self.written, count)):
+            starts = range(first, last, self.per_step)
+            found += [range(start, min(start + self.per_step, last)) for start in starts]
+        return found
 
     def count(self, numbers: Iterable[int]) -> int:
         """How many tokens some batches have."""
@@ -132,12 +132,13 @@ class Lesson:
 
 def passes_to_distill(plan: Plan, windows: Tensor, tokens: int) -> float:
     """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
-    token that there is, and for every token trained on the way forth and back through the pruned layers."""
-    return min(tokens, _room(windows)) + tokens * _forth_and_back(plan)
+    token, the way forth and back through the pruned layers, and the writing of what is not there."""
+    return tokens * _learning(plan) + max(tokens - _room(windows), 0) * WRITING
 
 
 def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
-    """On how many tokens a pruned model is trained; 0: not at all. If they are more than there are, some come again.
+    """On how many tokens a pruned model is trained; 0: not at all. If they are more than there are, the dense model
+    writes the others.
 
     Raises:
         UsageError: it was asked for and cannot be done.
@@ -147,9 +148,9 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     if config.distill == "auto":
         if not measurable(shape) or windows.numel() < LEAST_TOKENS:
             return 0
-        passes = _effort(config).passes * windows.numel()
-        again, room = _forth_and_back(plan), _room(windows)
-        return int(max(min(passes / (1 + again), room), (passes - room) / again))
+        passes, room = _effort(config).passes * windows.numel(), _room(windows)
+        beyond = (passes - room * _learning(plan)) / (_learning(plan) + WRITING)
+        return int(room + beyond if beyond > 0 else passes / _learning(plan))
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
     return int(config.distill)
@@ -173,8 +174,9 @@ def rehearse(
     tokens: int,
     config: PruneConfig,
     run: Run,
+    on_rehearsed: OnRehearsed | None = None,
 ) -> Lesson:
-    """Choose the text to train on and run the dense model over it.
+    """Choose the text to train on, let the dense model write what is missing, and run it over all of it.
 
     Args:
         model: what is around the layers.
@@ -194,14 +196,21 @@ def rehearse(
     # Pieces of one document are spread over the steps.
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
     count = max(tokens // length, 1)
-    chosen = torch.cat([held, rest[order[:count]]])
+    written = max(count - len(rest), 0) // batch * batch
     layers = decoder_layers(model)
+    parts = [held]
+    if written:
+        on_token = partial(on_rehearsed, "the dense model writes text") if on_rehearsed else None
+        prompts = repaired_on(windows, tokens)
+        parts.append(write(model, take, prompts, written, length, config.seed, run, on_token))
+    chosen = torch.cat([*parts, rest[order[:count]]])
     each = next(model.get_input_embeddings().parameters()).element_size()
     size = chosen.numel() * each * text_config(model.config).hidden_size
     stream = capture(model, layers, chosen, batch, shelf_for(run, size), run.dtype)
     dense, tuples = shelf_for(run, size), False
     with torch.no_grad():
         for index in range(len(layers)):
+            start = time.perf_counter()
             layer = running_layer(take(index), model.config, index, run)
             before = dense if index else stream.hidden
             if index == 0:
@@ -210,9 +219,11 @@ def rehearse(
                 dense.put(number, run_layer(layer, before.get(number), stream.arguments[number][index]))
             del layer
             trim()
-    ids, aside = chosen.split(batch), len(held) // batch
-    taught = len(ids) - aside if count <= len(rest) else count // batch
-    return Lesson(ids, aside, max(per_step // batch, 1), taught, config.seed, stream, dense, tuples)
+            if on_rehearsed:
+                on_rehearsed("the dense model reads it", index, len(layers), time.perf_counter() - start)
+    return Lesson(
+        chosen.split(batch), len(held) // batch, written // batch, max(per_step // batch, 1), stream, dense, tuples
+    )
 
 
 @dataclass
@@ -270,7 +281,7 @@ class Distillation:
         """
         start = time.perf_counter()
         self._begin()
-        steps, held = self.lesson.steps, list(range(self.lesson.held))
+        steps, held = self.lesson.steps, range(self.lesson.held)
         curve: list[float] = []
         with brought(self.model, self.run.device, self.run.dtype):
             before = self._look(held)
@@ -278,7 +289,7 @@ class Distillation:
             highest, text = RATE * far, TEXT * far
             for number, batches in enumerate(steps):
                 began = time.perf_counter()
-                heeded = text if number * self.lesson.per_step >= self.lesson.repeats else 0.0
+                heeded = text if batches[0] >= self.lesson.held + self.lesson.written else 0.0
                 first = 1 + number % STRIDE
                 hidden = self._forth(batches, learn=True)
                 found, gradients = self._compare(batches, hidden, first, STRIDE, heeded)
@@ -291,6 +302,7 @@ class Distillation:
             after = self._look(held)
         return {
             "tokens": self.lesson.count(number for step in steps for number in step),
+            "written_tokens": self.lesson.count(range(self.lesson.held, self.lesson.held + self.lesson.written)),
             "steps": len(steps),
             "rate": highest,
             "held_out_tokens": self.lesson.count(held),
@@ -344,10 +356,10 @@ class Distillation:
             put_parameter(layer, name, nn.Parameter(weight, requires_grad=number is not None))
         return layer
 
-    def _look(self, batches: list[int]) -> _Found:
+    def _look(self, batches: Sequence[int]) -> _Found:
         return self._compare(batches, self._forth(batches))[0]
 
-    def _forth(self, batches: list[int], learn: bool = False) -> list[Tensor]:
+    def _forth(self, batches: Sequence[int], learn: bool = False) -> list[Tensor]:
         """The hidden states of some batches behind the last layer.
 
         Args:
@@ -378,7 +390,7 @@ class Distillation:
         return hidden
 
     def _compare(
-        self, batches: list[int], hidden: list[Tensor], first: int = 1, stride: int = 1, text: float | None = None
+        self, batches: Sequence[int], hidden: list[Tensor], first: int = 1, stride: int = 1, text: float | None = None
     ) -> tuple[_Found, list[Tensor]]:
         """The losses of some batches, and their gradients behind the last layer.
 
@@ -404,7 +416,7 @@ class Distillation:
             after = run_layer(layer, leaf, arguments)
         return _Passed(leaf, [layer.get_parameter(name) for name in self.names[index]], after)
 
-    def _back(self, batches: list[int], gradients: list[Tensor], rate: float) -> None:
+    def _back(self, batches: Sequence[int], gradients: list[Tensor], rate: float) -> None:
         """Gradients of every layer from the last to the first; each is moved once its own are known."""
         for index in reversed(range(len(self.plan.layers))):
             totals: list[Tensor] = []
@@ -416,7 +428,7 @@ class Distillation:
             for number, gradient in zip(self.names[index].values(), totals):
                 self._move(number, gradient, rate)
 
-    def _again(self, index: int, batches: list[int]) -> Iterator[_Passed]:
+    def _again(self, index: int, batches: Sequence[int]) -> Iterator[_Passed]:
         """Run a layer a second time, one batch after the other, on the inputs that were kept."""
         layer = self._layer(index)
         for place, number in enumerate(batches):
@@ -452,9 +464,10 @@ def _running(model: PreTrainedModel, run: Run) -> Run:
     return run.alone(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
 
 
-def _forth_and_back(plan: Plan) -> float:
-    """What a token costs on the way through the pruned layers and back, in forward passes of the dense ones."""
-    return (1 + BACK) * (1 - plan.achieved)
+def _learning(plan: Plan) -> float:
+    """What a token that is there costs, in forward passes of the dense layers: one, and the way through the pruned
+    layers and back."""
+    return 1 + (1 + BACK) * (1 - plan.achieved)
 
 
 def _effort(config: PruneConfig) -> _Effort:

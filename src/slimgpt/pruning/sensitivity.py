@@ -43,7 +43,7 @@ PROBE_TOKENS, PROBE_LENGTH = 4096, 512
 FIT_TOKENS, FIT_PER_COLUMN = 8192, 4
 """The trial run sees so many tokens, or so many per column of the widest matrix where that is more."""
 
-SEARCH_ROUNDS = 5
+SEARCH_ROUNDS = 2
 """How often ``search`` measures what it has spent and spends it again."""
 
 OnMeasured = Callable[[int, int, float], None]

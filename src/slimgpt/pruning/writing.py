@@ -1,0 +1,130 @@
+"""Text that the dense model writes, for a training that takes more tokens than there are.
+
+Tokens that come again are learned by heart; what the dense model writes is new, and shows more of what it predicts
+(sequence-level distillation, arXiv 1606.07947). Every piece goes on from a few tokens of the calibration text, so that
+it stays near to what that is about.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.errors import NumericalError
+from slimgpt.models.heterogeneous import decoder_layers, head_dim, layer_sizes, text_config
+from slimgpt.pruning.capture import StandIn, stood_in
+from slimgpt.pruning.memory import used_bytes
+from slimgpt.pruning.predictions import brought
+from slimgpt.pruning.sequential import Run, running_layer
+
+PROMPT = 16
+"""So many tokens of the calibration text begin a piece, or half of it where that is less."""
+
+AT_ONCE = 256
+"""At most so many pieces are written together: their logits are as many rows over the vocabulary."""
+
+OnToken = Callable[[int, int, float], None]
+
+
+@torch.no_grad()
+def write(
+    model: PreTrainedModel,
+    take: Callable[[int], nn.Module],
+    windows: Tensor,
+    count: int,
+    length: int,
+    seed: int,
+    run: Run,
+    on_token: OnToken | None = None,
+) -> Tensor:
+    """Pieces of text ``(count, length)``, drawn from the dense model's predictions at temperature 1.
+
+    Layers come to the device one after the other for every token, those that it has room for once.
+
+    Args:
+        model: what is around the layers; it stays as it is.
+        take: gives the dense layer of an index.
+        windows: ``(num_samples, seq_len)``; every piece begins with some tokens of one.
+        seed: of the places they are taken from, and of what is drawn.
+        on_token: called after every token of the pieces that are written together, with its number, the number of all
+            and the seconds it took.
+
+    Raises:
+        NumericalError: predictions that are NaN or infinite.
+    """
+    generator, drawing = torch.Generator().manual_seed(seed), torch.Generator(run.device).manual_seed(seed)
+    prompt = min(PROMPT, length // 2, windows.shape[1])
+    rows = torch.randint(len(windows), (count, 1), generator=generator)
+    starts = torch.randint(windows.shape[1] - prompt + 1, (count, 1), generator=generator)
+    prompts = windows[rows, starts + torch.arange(prompt)]
+    layers, kept = decoder_layers(model), dict[int, nn.Module]()
+    used = used_bytes(run.device)
+    room = max(run.placement.budget - used, 0)
+
+    def called(index: int, *args: Any, **kwargs: Any) -> Any:
+        layer = kept.get(index)
+        if layer is None:
+            dense = take(index)  # from a model in memory this is what stands in for the layer
+            dense = dense.original[0] if isinstance(dense, StandIn) else dense
+            layer = running_layer(dense, model.config, index, run)
+            if used_bytes(run.device) < used + room // 3:
+                kept[index] = layer
+        return layer(*args, **kwargs)
+
+    numbers = {id(layer): index for index, layer in enumerate(layers)}
+    together = prompts.to(run.device).split(_at_once(model, length, room // 3, run))
+    pieces, done = list[Tensor](), 0
+    caches = True
+    with brought(model, run.device, run.dtype), stood_in(layers, lambda layer: partial(called, numbers[id(layer)])):
+        for text in together:
+            known: dict[str, Any] = {}
+            fresh = text
+            while text.shape[1] < length:
+                start = time.perf_counter()
+                found = model(input_ids=fresh, use_cache=caches, **known)
+                fresh = _draw(model, found.logits[:, -1], drawing)
+                text = torch.cat([text, fresh], dim=1)
+                if caches := "past_key_values" in found:
+                    known = {"past_key_values": found["past_key_values"]}
+                else:  # what keeps no cache, or one of its own, reads all again
+                    fresh = text
+                if on_token:
+                    on_token(done, len(together) * (length - prompt), time.perf_counter() - start)
+                done += 1
+            pieces.append(text.to(windows))
+    return torch.cat(pieces)
+
+
+def _at_once(model: PreTrainedModel, length: int, room: int, run: Run) -> int:
+    """How many pieces are written together: their keys and values, copied once, must find room.
+
+    Args:
+        room: bytes.
+    """
+    each = (run.dtype or next(model.get_input_embeddings().parameters()).dtype).itemsize
+    heads = sum(sizes["num_key_value_heads"] for sizes in layer_sizes(model.config))
+    return min(max(room // (4 * each * heads * head_dim(model.config) * length), 1), AT_ONCE)
+
+
+def _draw(model: PreTrainedModel, logits: Tensor, drawing: torch.Generator) -> Tensor:
+    """The next token of every piece, ``(pieces, 1)``.
+
+    Args:
+        logits: ``(pieces, vocabulary)``.
+    """
+    logits, ended = logits.float(), text_config(model.config).eos_token_id
+    for token in ended if isinstance(ended, list) else [ended]:
+        if token is not None and token < logits.shape[-1]:
+            logits[:, token] = float("-inf")  # a piece goes on to its end
+    chances = logits.softmax(-1)
+    if bool(torch.isnan(chances.sum())):
+        raise NumericalError("the dense model's predictions hold NaN or infinity on text of its own")
+    below = chances.cumsum(-1)  # of a vocabulary this is several times faster than torch.multinomial
+    drawn = torch.rand(len(below), 1, generator=drawing, device=below.device) * below[:, -1:]
+    return torch.searchsorted(below, drawn, right=True).clamp_max(below.shape[-1] - 1)
