@@ -85,8 +85,8 @@ def all_flops(
         trial = loop(fit.numel())
         for part in ("forward", "hessian", "solver"):
             flops[part] += looks(config) * trial[part]
-        # Forth: the dense model and two points of the path. Back: both points again, with gradients.
-        flops["gradients"] += looks(config) * probe.numel() * (each * (3 + 2 * (1 + BACK)) + 5 * head)
+        # Forth: the dense model and two points of the path. Back: one of them again, with gradients.
+        flops["gradients"] += looks(config) * probe.numel() * (each * (3 + 1 + BACK) + 5 * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; every other position's predictions, of the dense model, the pruned one and back.
         flops["gradients"] += each * passes_to_distill(plan, windows, tokens) + tokens * 1.5 * head

@@ -33,9 +33,10 @@ from slimgpt.pruning.sequential import Run, check_output, matrix_of, prune_layer
 
 T = TypeVar("T")
 
-PATH = ((0.5, 2 / 3), (1.0, 1 / 6))
-"""Points ``alpha`` of the path at which gradients are taken, and their weights: Simpson's rule, whose first point needs
-no gradient, since the divergence is least, and flat, at the dense model."""
+PATH = ((0.5, 1.0), (1.0, 0.0))
+"""Points ``alpha`` of the path and what gradients there weigh: the midpoint rule, exact where the divergence grows with
+the square of the distance. At its end only the divergence is wanted, so no gradients are taken. Simpson's rule ranks
+structures alike (docs/lab-notes.md), as far as other text lets them be ranked."""
 
 PROBE_TOKENS, PROBE_LENGTH = 4096, 512
 """Tokens whose predictions are compared, and the longest window of them."""
@@ -148,7 +149,8 @@ class _Measurement:
         batches = range(len(stream))
         dense = [stream.hidden.take(number) for number in batches]
         ends = [list(dense) for _ in PATH]
-        inputs = len(PATH) * len(self.layers) * sum(hidden.numel() * hidden.element_size() for hidden in dense)
+        inputs = len(self.layers) * sum(hidden.numel() * hidden.element_size() for hidden in dense)
+        inputs *= sum(1 for _, weight in PATH if weight)
         self.inputs = shelf_for(self.run, inputs)
         for index in self._steps(range(len(self.layers))):
             layer = self._layer(index)
@@ -157,7 +159,8 @@ class _Measurement:
             dense = [run_layer(layer, dense[number], stream.arguments[number][index]) for number in batches]
             for point, _, _ in self._narrowed(layer, index):
                 for number in batches:
-                    self.inputs.put(self._number(point, index, number, len(batches)), ends[point][number])
+                    if PATH[point][1]:
+                        self.inputs.put(self._number(point, index, number, len(batches)), ends[point][number])
                     ends[point][number] = run_layer(layer, ends[point][number], stream.arguments[number][index])
             for hidden in (*dense, *ends[-1]):
                 check_output(index, hidden)
@@ -184,6 +187,8 @@ class _Measurement:
             layer = self._layer(index)
             costs = [0.0] * len(self.narrow[index])
             for point, weights, steps in self._narrowed(layer, index):
+                if not PATH[point][1]:
+                    continue
                 for number in batches:
                     hidden = self.inputs.take(self._number(point, index, number, len(batches))).detach()
                     hidden.requires_grad_()
