@@ -359,7 +359,7 @@ class _FolderRun:
         lesson = rehearse(model, layers, p.windows, self.tokens, p.config, run, self.calls.on_rehearsed)
         training = Distillation(model, slim.__getitem__, plan, lesson, run)
         said = training(self.calls.on_distilled)
-        trained = ({**layer.state_dict(), **training.matrices(index)} for index, layer in enumerate(slim))
+        trained = ({**layer.state_dict(), **training.parameters(index)} for index, layer in enumerate(slim))
         journal.write_distilled(trained if said["kept"] else (), said)
         return said
 

@@ -71,7 +71,7 @@ def prune(
         str,
         typer.Option(
             help="schedule: as --schedule says; sensitivity: where it costs least, measured on a trial run; search: "
-            "measured and spent again twice, then trained over six times as long; auto: sensitivity "
+            "measured and spent again twice, then trained eight times as long; auto: sensitivity "
             "for the method slimgpt if the text is enough.",
         ),
     ] = DEFAULTS.allocation,
@@ -106,8 +106,8 @@ def prune(
         str,
         typer.Option(
             metavar="TOKENS",
-            help="Train the output matrices together on so many calibration tokens afterwards, towards what the dense "
-            "model predicts and the text says, or off; auto: as many as cost 1.8 forward passes (12 in a search) over "
+            help="Train output matrices and norms together on so many calibration tokens afterwards, towards what the "
+            "dense model predicts and the text says, or off; auto: as many as cost 1.5 forward passes (12 in a search) over "
             "all, for the method slimgpt if the text is enough. What is not there the dense model writes.",
         ),
     ] = str(DEFAULTS.distill),

@@ -1,10 +1,10 @@
 """What the repair of single matrices cannot reach: a short training of the pruned model on the calibration text.
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
-matrices, those of all layers, are moved together towards what the dense model predicts and the text says: a few dozen
-steps of Adam, every token seen once. A longer training begins with text that the dense model writes. Layers are visited
-in order, forth and back, with their inputs kept in between and each layer's weights moved as soon as its gradient is
-known, so that one layer at a time is on the device.
+matrices, those of all layers, and the layers' norms are moved together towards what the dense model predicts and the
+text says: a few dozen steps of Adam, every token seen once. A longer training begins with text that the dense model
+writes. Layers are visited in order, forth and back, with their inputs kept in between and each layer's weights moved as
+soon as its gradient is known, so that one layer at a time is on the device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
 rate serves models whose weights differ in scale.
@@ -56,7 +56,7 @@ class _Effort(NamedTuple):
     steps: int
 
 
-USUAL, SEARCH = _Effort(1.8, 64), _Effort(12.0, 256)
+USUAL, SEARCH = _Effort(1.5, 64), _Effort(12.0, 256)
 """By default, and with ``--allocation search``."""
 
 LEAST_TOKENS = 32768
@@ -267,7 +267,7 @@ class Distillation:
     ):
         self.model, self.take, self.plan, self.lesson = model, take, plan, lesson
         self.run = _running(model, run)
-        self.names: list[dict[str, int]] = []  # of every layer's matrices, with their numbers on the shelves
+        self.names: list[dict[str, int]] = []  # of every layer's trained parameters, with their numbers on the shelves
         self.types: list[torch.dtype] = []
         self.scales: list[float] = []
         self.trained = 0
@@ -314,26 +314,21 @@ class Distillation:
             "seconds": time.perf_counter() - start,
         }
 
-    def matrices(self, index: int) -> State:
-        """The trained matrices of a layer by name, on the CPU, in the type they were stored in."""
+    def parameters(self, index: int) -> State:
+        """The trained parameters of a layer by name, on the CPU, in the type they were stored in."""
         return {
             name: self.weights.get(number).to("cpu", self.types[number]) for name, number in self.names[index].items()
         }
 
     def apply(self, model: PreTrainedModel) -> None:
-        """Put the trained matrices into a pruned model that is in memory."""
+        """Put the trained parameters into a pruned model that is in memory."""
         for index, layer in enumerate(decoder_layers(model)):
-            for name, matrix in self.matrices(index).items():
-                layer.get_parameter(name).data.copy_(matrix)
+            for name, trained in self.parameters(index).items():
+                layer.get_parameter(name).data.copy_(trained)
 
     def _begin(self) -> None:
-        """Bring every matrix to the shelves, in fp32: single steps are smaller than what 16 bits can tell apart."""
-        keys = {
-            structure.key for structure in architecture_of(self.model.config, self.model).chosen(self.plan.head_unit)
-        }
-        layers = range(len(self.plan.layers))
-
-        found = [{n: p for n, p in self.take(index).named_parameters() if n in keys} for index in layers]
+        """Bring what is trained to the shelves, in fp32: single steps are smaller than what 16 bits can tell apart."""
+        found = [self._trained(self.take(index)) for index in range(len(self.plan.layers))]
         count = sum(parameter.numel() for named in found for parameter in named.values())
         self.weights, self.means, self.squares = (shelf_for(self.run, size * count) for size in (4, 2, 2))
         for named in found:
@@ -346,6 +341,13 @@ class Distillation:
                 self.weights.put(number, weight)
                 self.scales.append(float(weight.square().mean().sqrt()))
             trim()
+
+    def _trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a layer that are trained, by name: output matrices, and what scales or shifts a norm."""
+        chosen = architecture_of(self.model.config, self.model).chosen(self.plan.head_unit)
+        keys = {structure.key for structure in chosen}
+        norms = [name for name, module in layer.named_modules() if "norm" in type(module).__name__.lower()]
+        return {n: p for n, p in layer.named_parameters() if n in keys or n.rpartition(".")[0] in norms}
 
     def _layer(self, index: int) -> nn.Module:
         """A layer with the weights it has by now, of which gradients can be taken."""
