@@ -269,10 +269,13 @@ def same_text(tmp_path_factory) -> Path:
 
 def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_text, tmp_path, monkeypatch):
     monkeypatch.setattr("slimgpt.pruning.distillation.STEP_TOKENS", 24)
-    options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0, "distill": 120}
+    monkeypatch.setattr("slimgpt.pruning.distillation.KEPT_EVERY", 0.0)
+    # More tokens than there are: the dense model writes the others, once.
+    options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0, "distill": 192}
     plain = slimgpt.prune_folder(str(wide), tmp_path / "plain", **options)
     assert plain.distillation["kept"]
-    assert plain.distillation["steps"] == 5
+    assert plain.distillation["written_tokens"] == 48
+    assert plain.distillation["steps"] == 8
 
     class Killed(BaseException):
         pass
@@ -295,17 +298,18 @@ def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_t
     def never(*_):
         raise Killed
 
+    monkeypatch.setattr("slimgpt.pruning.distillation.write", never)
+    steps = []
     # While trained layers are written, and when the training is finished and the folder is not.
     for name, instead in (("pruning.journal.write_tensors", write_two), ("folders.assemble", never)):
         with monkeypatch.context() as patch:
             patch.setattr(f"slimgpt.{name}", instead)
             with pytest.raises(Killed):
-                slimgpt.prune_folder(str(wide), tmp_path / "resumed", resume=True, **options)
-    steps = []
-    slimgpt.prune_folder(
-        str(wide), tmp_path / "resumed", resume=True, on_distilled=lambda *s: steps.append(s), **options
-    )
-    assert steps == []
+                slimgpt.prune_folder(
+                    str(wide), tmp_path / "resumed", resume=True, on_distilled=lambda n, *_: steps.append(n), **options
+                )
+    assert steps == [*range(3, 8), 7]
+    slimgpt.prune_folder(str(wide), tmp_path / "resumed", resume=True, on_distilled=never, **options)
     assert files_of(tmp_path / "plain") == files_of(tmp_path / "resumed")
     assert report_of(tmp_path / "plain") == report_of(tmp_path / "resumed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "resumed"]

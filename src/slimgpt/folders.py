@@ -356,9 +356,9 @@ class _FolderRun:
             finished = journal(index)
             assert finished is not None
             slim.append(rebuild_layer(shell, model.config, index, finished.state, sizes))  # mapped, not read
-        lesson = rehearse(model, layers, p.windows, self.tokens, p.config, run, self.calls.on_rehearsed)
-        training = Distillation(model, slim.__getitem__, plan, lesson, run)
-        said = training(self.calls.on_distilled)
+        lesson = rehearse(model, layers, p.windows, self.tokens, p.config, run, self.calls.on_rehearsed, journal.text)
+        training = Distillation(model, slim.__getitem__, plan, lesson, run, journal.training())
+        said = training(self.calls.on_distilled, journal.write_training)
         trained = ({**layer.state_dict(), **training.parameters(index)} for index, layer in enumerate(slim))
         journal.write_distilled(trained if said["kept"] else (), said)
         return said

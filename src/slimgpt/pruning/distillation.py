@@ -90,6 +90,12 @@ OnRehearsed = Callable[[str, int, int, float], None]
 """Called after every step of what comes before the training, with what is done, the step's number, the number of all
 such steps, and the seconds."""
 
+KEPT_EVERY = 600.0
+"""So many seconds may pass before what a training has reached is kept once more."""
+
+OnReached = Callable[[State], None]
+"""Called from time to time with what a killed training goes on from; see :class:`Distillation`."""
+
 OnDistilled = Callable[[int, int, float, float], None]
 """Called after every step with its number, the number of all steps, the divergence per token and the seconds."""
 
@@ -175,6 +181,7 @@ def rehearse(
     config: PruneConfig,
     run: Run,
     on_rehearsed: OnRehearsed | None = None,
+    once: Callable[[Callable[[], Tensor]], Tensor] = lambda make: make(),
 ) -> Lesson:
     """Choose the text to train on, let the dense model write what is missing, and run it over all of it.
 
@@ -183,6 +190,7 @@ def rehearse(
         take: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)`` long; the last ones are held out.
         tokens: see :func:`tokens_to_distill`.
+        once: makes the text that the dense model writes, or gives what an earlier run has made.
     """
     run = _running(model, run)
     length = min(windows.shape[1], LENGTH)
@@ -202,7 +210,7 @@ def rehearse(
     if written:
         on_token = partial(on_rehearsed, "the dense model writes text") if on_rehearsed else None
         prompts = repaired_on(windows, tokens)
-        parts.append(write(model, take, prompts, written, length, config.seed, run, on_token))
+        parts.append(once(lambda: write(model, take, prompts, written, length, config.seed, run, on_token)))
     chosen = torch.cat([*parts, rest[order[:count]]])
     each = next(model.get_input_embeddings().parameters()).element_size()
     size = chosen.numel() * each * text_config(model.config).hidden_size
@@ -255,6 +263,8 @@ class Distillation:
         plan: its widths.
         lesson: what :func:`rehearse` gave.
         run: as the model was pruned.
+        reached: what an earlier run had reached, as it was told of it: the losses before, the divergence of every step,
+            and the parameters with Adam's moments by number.
     """
 
     def __init__(
@@ -264,8 +274,9 @@ class Distillation:
         plan: Plan,
         lesson: Lesson,
         run: Run,
+        reached: State | None = None,
     ):
-        self.model, self.take, self.plan, self.lesson = model, take, plan, lesson
+        self.model, self.take, self.plan, self.lesson, self.reached = model, take, plan, lesson, reached
         self.run = _running(model, run)
         self.names: list[dict[str, int]] = []  # of every layer's trained parameters, with their numbers on the shelves
         self.types: list[torch.dtype] = []
@@ -273,21 +284,20 @@ class Distillation:
         self.trained = 0
         self.trail: list[list[_Passed]] = []  # of every layer on the way forth; empty where it is to be run again
 
-    def __call__(self, on_distilled: OnDistilled | None = None) -> dict[str, Any]:
+    def __call__(self, on_distilled: OnDistilled | None = None, on_reached: OnReached | None = None) -> dict[str, Any]:
         """Train, and say what it gave, per token; ``kept`` is whether the losses on the held-out text fell.
 
         Raises:
             NumericalError: NaN or infinity behind a layer.
         """
-        start = time.perf_counter()
+        start = kept = time.perf_counter()
         self._begin()
         steps, held = self.lesson.steps, range(self.lesson.held)
-        curve: list[float] = []
         with brought(self.model, self.run.device, self.run.dtype):
-            before = self._look(held)
+            before, curve = self._go_on() if self.reached else (self._look(held), [])
             far = math.sqrt(min(max(before.divergence, 0.0), 1.0))
             highest, text = RATE * far, TEXT * far
-            for number, batches in enumerate(steps):
+            for number, batches in list(enumerate(steps))[self.trained :]:
                 began = time.perf_counter()
                 heeded = text if batches[0] >= self.lesson.held + self.lesson.written else 0.0
                 first = 1 + number % STRIDE
@@ -299,6 +309,9 @@ class Distillation:
                 trim()
                 if on_distilled:
                     on_distilled(number, len(steps), found.divergence, time.perf_counter() - began)
+                if on_reached and time.perf_counter() - kept > KEPT_EVERY and number + 1 < len(steps):
+                    on_reached(self._state(before, curve))
+                    kept = time.perf_counter()
             after = self._look(held)
         return {
             "tokens": self.lesson.count(number for step in steps for number in step),
@@ -341,6 +354,25 @@ class Distillation:
                 self.weights.put(number, weight)
                 self.scales.append(float(weight.square().mean().sqrt()))
             trim()
+
+    def _shelves(self) -> dict[str, Shelf]:
+        return {"parameter": self.weights, "mean": self.means, "square": self.squares}
+
+    def _state(self, before: _Found, curve: list[float]) -> State:
+        """What has been reached."""
+        kept = {f"{kind}.{n}": one for kind, shelf in self._shelves().items() for n, one in shelf.stored().items()}
+        figures = {"before": before, "curve": curve}
+        return {**kept, **{name: torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}}
+
+    def _go_on(self) -> tuple[_Found, list[float]]:
+        """Take up what an earlier run had reached."""
+        reached = self.reached or {}
+        for kind, shelf in self._shelves().items():
+            for number in range(len(self.types)):
+                shelf.put(number, reached[f"{kind}.{number}"].to(self.run.device, copy=True))
+        curve = reached["curve"].tolist()
+        self.trained, self.reached = len(curve), None
+        return _Found(*reached["before"].tolist()), curve
 
     def _trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of a layer that are trained, by name: output matrices, and what scales or shifts a norm."""

@@ -7,6 +7,8 @@ A run that will write ``OUT`` works in ``.OUT.unfinished`` beside it::
     layers/00012.safetensors    its weights under their final names: the file is a shard of the checkpoint to be
     distilled/00012.safetensors the same layer with the matrices that were trained afterwards, if they are better
     distillation.json           what that training gave; it is finished once this is there
+    text.safetensors            text that the dense model has written for it
+    training.safetensors        what it has reached
     scratch/                    activations that memory had no room for
     folder/                     the checkpoint while it is put together
     replaced/                   what was at OUT before, until the new checkpoint is there
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from slimgpt.errors import OutputError, ResumeError
 from slimgpt.models.alignment import write_tensors
@@ -34,6 +37,7 @@ from slimgpt.pruning.sequential import Finished
 
 JOURNAL_FILE = "journal.json"
 DISTILLATION_FILE = "distillation.json"
+TEXT_FILE, TRAINING_FILE = "text.safetensors", "training.safetensors"
 
 
 class Journal:
@@ -80,13 +84,10 @@ class Journal:
         weights, report = self.files(index)
         if not weights.is_file():
             return None
-        try:
+        with _reading(weights):
             start = len(f"{self.prefix}.{index}.")
-            with safe_open(weights, framework="pt") as handle:
-                state = {name[start:]: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            state = {name[start:]: tensor for name, tensor in _tensors(weights).items()}
             return Finished(LayerReport.from_json(json.loads(report.read_text(encoding="utf-8"))), state)
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise ResumeError(f"{weights} is damaged ({error}); start anew with --overwrite") from error
 
     def write(self, finished: Finished) -> None:
         """Keep a layer.
@@ -112,6 +113,41 @@ class Journal:
                 self._write_state(self.distilled / self.files(index)[0].name, index, state)
             write_text(self.folder / DISTILLATION_FILE, json.dumps(said))
 
+    def text(self, make: Callable[[], Tensor]) -> Tensor:
+        """The text that the dense model writes: what is kept of it, or what ``make`` makes, which is kept.
+
+        Raises:
+            ResumeError: what is kept is damaged.
+            OutputError: the disk is full.
+        """
+        file = self.folder / TEXT_FILE
+        if not file.is_file():
+            self._write(file, {"ids": make()})
+        with _reading(file):
+            return _tensors(file)["ids"]
+
+    def write_training(self, reached: State) -> None:
+        """Keep what the training has reached, in place of what it had before.
+
+        Raises:
+            OutputError: the disk is full.
+        """
+        self._write(self.folder / TRAINING_FILE, reached)
+
+    def training(self) -> State | None:
+        """What an earlier run's training had reached.
+
+        Raises:
+            ResumeError: it is damaged.
+        """
+        file = self.folder / TRAINING_FILE
+        with _reading(file):
+            return _tensors(file) if file.is_file() else None
+
+    def _write(self, file: Path, tensors: State) -> None:
+        with self._writing(file, kept=True):
+            _write_tensors(tensors, file)
+
     def said_of_distilled(self) -> dict[str, Any] | None:
         """What was said of the training, if it is finished."""
         file = self.folder / DISTILLATION_FILE
@@ -125,9 +161,7 @@ class Journal:
 
     def _write_state(self, file: Path, index: int, state: State) -> None:
         start = f"{self.prefix}.{index}."
-        draft = file.with_suffix(".tmp")
-        write_tensors({start + name: tensor for name, tensor in state.items()}, draft)
-        publish(draft, file)
+        _write_tensors({start + name: tensor for name, tensor in state.items()}, file)
 
     @contextmanager
     def _writing(self, file: Path, kept: bool) -> Iterator[None]:
@@ -158,6 +192,25 @@ class Journal:
             replaced.rename(self.output)
         (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _write_tensors(tensors: State, file: Path) -> None:
+    draft = file.with_suffix(".tmp")
+    write_tensors(tensors, draft)
+    publish(draft, file)
+
+
+def _tensors(file: Path) -> State:
+    with safe_open(file, framework="pt") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise ResumeError(f"{file} is damaged ({error}); start anew with --overwrite") from error
 
 
 def open_unfinished(

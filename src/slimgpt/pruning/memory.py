@@ -211,6 +211,10 @@ class Shelf:
         there = self._tensors[number]
         there.index_add_(0, index.to(there.device), values.to(there))
 
+    def stored(self) -> dict[int, Tensor]:
+        """All tensors by number, where they are kept."""
+        return dict(self._tensors)
+
     def length(self, number: int) -> int:
         """How many rows a tensor has."""
         return len(self._tensors[number])

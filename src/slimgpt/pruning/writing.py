@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.errors import NumericalError
 from slimgpt.models.heterogeneous import decoder_layers, head_dim, layer_sizes, text_config
-from slimgpt.pruning.capture import StandIn, stood_in
+from slimgpt.pruning.capture import stood_in
 from slimgpt.pruning.memory import used_bytes
 from slimgpt.pruning.predictions import brought
 from slimgpt.pruning.sequential import Run, running_layer
@@ -64,20 +64,21 @@ def write(
     starts = torch.randint(windows.shape[1] - prompt + 1, (count, 1), generator=generator)
     prompts = windows[rows, starts + torch.arange(prompt)]
     layers, kept = decoder_layers(model), dict[int, nn.Module]()
+    originals = list(layers)
     used = used_bytes(run.device)
     room = max(run.placement.budget - used, 0)
 
     def called(index: int, *args: Any, **kwargs: Any) -> Any:
         layer = kept.get(index)
         if layer is None:
-            dense = take(index)  # from a model in memory this is what stands in for the layer
-            dense = dense.original[0] if isinstance(dense, StandIn) else dense
-            layer = running_layer(dense, model.config, index, run)
+            stand_in, layers[index] = layers[index], originals[index]  # what is taken comes from there, or is made so
+            layer = running_layer(take(index), model.config, index, run)
+            layers[index] = stand_in
             if used_bytes(run.device) < used + room // 3:
                 kept[index] = layer
         return layer(*args, **kwargs)
 
-    numbers = {id(layer): index for index, layer in enumerate(layers)}
+    numbers = {id(layer): index for index, layer in enumerate(originals)}
     together = prompts.to(run.device).split(_at_once(model, length, room // 3, run))
     pieces, done = list[Tensor](), 0
     caches = True
