@@ -157,7 +157,7 @@ def test_by_default_it_is_done_where_there_are_tokens_enough(monkeypatch):
     assert slimgpt.prune(tiny_model("llama"), None, **OPTIONS).distillation == {}
     monkeypatch.setattr(distillation, "LEAST_TOKENS", 200)
     report = slimgpt.prune(tiny_model("llama"), None, **OPTIONS)
-    passes = 1.5 / (1 + 7 / 3 * (1 - report.plan.achieved))
+    passes = 1.7 / (1 + 7 / 3 * (1 - report.plan.achieved))
     assert report.distillation["tokens"] == int(passes * IDS.numel()) // 24 * 24
     for other in ({"method": "paper"}, {"method": "wanda"}, {"repair": False}):
         assert slimgpt.prune(tiny_model("llama"), None, **OPTIONS, **other).distillation == {}
@@ -204,7 +204,7 @@ def test_a_search_trains_longer(monkeypatch):
     shape = describe(tiny_model("llama").config)
     plan = plan_for(tiny_model("llama").config, CONFIG, shape)
     room = 18 * 24
-    for allocation, passes in (("auto", 1.5), ("search", 12.0)):
+    for allocation, passes in (("auto", 1.7), ("search", 12.0)):
         config = make_config(ratio=0.4, batch_size=3, allocation=allocation)
         tokens = distillation.tokens_to_distill(config, shape, plan, IDS)
         assert (tokens > room) == (allocation == "search")

@@ -56,7 +56,7 @@ class _Effort(NamedTuple):
     steps: int
 
 
-USUAL, SEARCH = _Effort(1.5, 64), _Effort(12.0, 256)
+USUAL, SEARCH = _Effort(1.7, 64), _Effort(12.0, 256)
 """By default, and with ``--allocation search``."""
 
 LEAST_TOKENS = 32768
