@@ -140,7 +140,8 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
         "",
         f"Perplexity after removing a share of the decoder layers' parameters. Every method had the same "
         f"{settings.num_samples} x {settings.seq_len} tokens of `{settings.source}` (seed {settings.seed}), "
-        f"and none had other text: the default's short training is on it, too, and a search's also on what the dense model writes; {extent}, "
+        "and none had other text: the default's short training is on it, too, and a search's also on what the dense "
+        f"model writes; {extent}, "
         f"windows of 128 or 512 tokens without overlap; {' or '.join(types)} forward passes"
         + (", as each row says: which is fast depends on the machine, so compare times of one type" if several else "")
         + (f"; zero-shot mean of seven tasks, {settings.tasks} examples each, ± its standard error" if tasks else "")
