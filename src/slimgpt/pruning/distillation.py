@@ -195,7 +195,8 @@ def rehearse(
     run = _running(model, run)
     length = min(windows.shape[1], LENGTH)
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    rest = pieces[: len(repaired_on(windows, tokens)) * (windows.shape[1] // length)]
+    given = repaired_on(windows, tokens)
+    rest = pieces[: len(given) * (windows.shape[1] // length)]
     held = pieces[len(rest) :]
     effort = _effort(config)
     per_step = max(STEP_TOKENS, tokens // effort.steps) // length
@@ -209,8 +210,7 @@ def rehearse(
     parts = [held]
     if written:
         on_token = partial(on_rehearsed, "the dense model writes text") if on_rehearsed else None
-        prompts = repaired_on(windows, tokens)
-        parts.append(once(lambda: write(model, take, prompts, written, length, config.seed, run, on_token)))
+        parts.append(once(lambda: write(model, take, given, written, length, config.seed, run, on_token)))
     chosen = torch.cat([*parts, rest[order[:count]]])
     each = next(model.get_input_embeddings().parameters()).element_size()
     size = chosen.numel() * each * text_config(model.config).hidden_size

@@ -5,7 +5,7 @@ A run that will write ``OUT`` works in ``.OUT.unfinished`` beside it::
     journal.json                what the run was asked for; another request is refused
     layers/00012.json           the report of a layer
     layers/00012.safetensors    its weights under their final names: the file is a shard of the checkpoint to be
-    distilled/00012.safetensors the same layer with the matrices that were trained afterwards, if they are better
+    distilled/00012.safetensors the same layer with what was trained afterwards, if it is better
     distillation.json           what that training gave; it is finished once this is there
     text.safetensors            text that the dense model has written for it
     training.safetensors        what it has reached

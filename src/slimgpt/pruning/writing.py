@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.errors import NumericalError
-from slimgpt.models.heterogeneous import decoder_layers, head_dim, layer_sizes, text_config
+from slimgpt.models.heterogeneous import decoder_layers, layer_sizes, text_config
+from slimgpt.planning.targets import CACHE_BYTES, cache_bytes
 from slimgpt.pruning.capture import stood_in
 from slimgpt.pruning.memory import used_bytes
 from slimgpt.pruning.predictions import brought
@@ -109,8 +110,9 @@ def _at_once(model: PreTrainedModel, length: int, room: int, run: Run) -> int:
         room: bytes.
     """
     each = (run.dtype or next(model.get_input_embeddings().parameters()).dtype).itemsize
-    heads = sum(sizes["num_key_value_heads"] for sizes in layer_sizes(model.config))
-    return min(max(room // (4 * each * heads * head_dim(model.config) * length), 1), AT_ONCE)
+    heads = [sizes["num_key_value_heads"] for sizes in layer_sizes(model.config)]
+    cache = cache_bytes(text_config(model.config), heads, length) * each // CACHE_BYTES
+    return min(max(room // max(2 * cache, 1), 1), AT_ONCE)
 
 
 def _draw(model: PreTrainedModel, logits: Tensor, drawing: torch.Generator) -> Tensor:
