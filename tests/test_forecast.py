@@ -10,6 +10,7 @@ from slimgpt.api import make_config, plan_for
 from slimgpt.forecast import all_flops
 from slimgpt.models.shape import describe
 from slimgpt.planning.cost import pruning_flops, pruning_seconds
+from slimgpt.pruning import divide
 
 CONFIG = LlamaConfig(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=160,
@@ -44,8 +45,15 @@ def test_training_costs_forward_passes_as_many_as_promised_and_its_heads():
 def test_a_search_measures_four_times():
     plain = flops(allocation="schedule", distill="off")[0]
     one, searched = (flops(allocation=name, distill="off")[0] for name in ("sensitivity", "search"))
-    for part in ("forward", "hessian", "solver", "gradients"):
+    for part in ("forward", "hessian", "solver"):
         assert one[part] - plain[part] > 0
         assert searched[part] - plain[part] == pytest.approx(4 * (one[part] - plain[part]))
+    # Forth, the dense model each time, and five points of the path; from two of them back, which costs 4/3 more.
+    layers = plain["dense forward"] / WINDOWS.numel()
+    heads = 2.0 * CONFIG.vocab_size * CONFIG.hidden_size
+    tokens = divide(WINDOWS, max(CONFIG.intermediate_size, CONFIG.hidden_size))[1].numel()
+    for found, forth, back in ((one, 2, 1), (searched, 9, 2)):
+        expected = tokens * (layers * (forth + back * 7 / 3) + heads * (forth + back))
+        assert found["gradients"] == pytest.approx(expected)
     cpu = torch.device("cpu")
     assert pruning_seconds(searched, cpu, torch.float32) > 0

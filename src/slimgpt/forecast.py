@@ -83,10 +83,13 @@ def all_flops(
     if to_measure(config, shape, windows):
         fit, probe = divide(windows, shape.widest)
         trial = loop(fit.numel())
-        for part in ("forward", "hessian", "solver"):
-            flops[part] += looks(config) * trial[part]
-        # Forth: the dense model and two points of the path. Back: one of them again, with gradients.
-        flops["gradients"] += looks(config) * probe.numel() * (each * (3 + 1 + BACK) + 5 * head)
+        for points in looks(config):
+            for part in ("forward", "hessian", "solver"):
+                flops[part] += trial[part]
+            # Forth: the dense model and every point of the path. Back: a point again, with gradients.
+            back = sum(1 for _, weight in points if weight)
+            forth = 1 + len(points)
+            flops["gradients"] += probe.numel() * (each * (forth + back * (1 + BACK)) + (forth + back) * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; every other position's predictions, of the dense model, the pruned one and back.
         flops["gradients"] += each * passes_to_distill(plan, windows, tokens) + tokens * 1.5 * head

@@ -14,7 +14,7 @@ from slimgpt.api import make_config, plan_for
 from slimgpt.models.shape import describe
 from slimgpt.planning import Sensitivity, between, spend, trial
 from slimgpt.pruning import Placement, Run, measure
-from slimgpt.pruning.sensitivity import PATH, divide
+from slimgpt.pruning.sensitivity import PARTS, WHOLE, divide
 from slimgpt.pruning.sequential import prune_layers
 from slimgpt.pruning.whole import prune_model
 from tests.families import tiny_model, windows
@@ -55,6 +55,10 @@ def test_the_divergence_is_that_of_the_pruned_model_and_its_parts_sum_up_to_it(f
         found.divergence, rel=0.2 if family == "gemma2" else 0.06
     )
     assert len(found.contributions) == 2 * len(layers)
+    parts, whole = (measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), None, p) for p in (PARTS, WHOLE))
+    assert parts.contributions == found.contributions
+    assert parts.divergence == pytest.approx(sum(part.cost for part in parts.contributions), rel=1e-12)
+    assert (whole.divergence, whole.contributions) == (found.divergence, ())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -90,7 +94,7 @@ def test_a_part_is_the_integral_of_the_slope_along_the_path(family):
     e = 0.01  # norms compute in fp32
     for part in found.contributions:
         key, expected = (part.layer, part.unit), 0.0
-        for alpha, weight in [point for point in PATH if point[1]]:
+        for alpha, weight in PARTS:
             there = dict.fromkeys(step, alpha)
             slope = (at({**there, key: alpha + e}) - at({**there, key: alpha - e})) / (2 * e)
             expected += weight * slope
@@ -135,6 +139,14 @@ def test_a_search_takes_the_best_of_what_it_tried():
     found = measure(model, model.model.layers.__getitem__, IDS, report.plan, CONFIG, run())
     assert found.divergence == pytest.approx(min(tried), rel=1e-3)
     assert report.allocation["divergence"] == min(tried)
+
+
+@pytest.mark.parametrize(("allocation", "steps"), [("sensitivity", 12), ("search", 40)])
+def test_every_step_of_the_measuring_is_reported(allocation, steps):
+    calls = []
+    options = {"ratio": 0.3, "calibration": IDS, "batch_size": 5, "device": "cpu", "distill": "off"}
+    slimgpt.prune(tiny_model("llama"), None, allocation=allocation, on_measured=lambda *c: calls.append(c), **options)
+    assert [call[:2] for call in calls] == [(number, steps) for number in range(steps)]
 
 
 def test_what_was_measured_is_followed_and_reported():

@@ -436,7 +436,7 @@ class Distillation:
         for place, number in enumerate(batches):
             ids, dense = self.lesson.ids[number], self.lesson.dense.get(number)
             apart, said, steep = divergences(
-                self.model, dense, [hidden[place]], ids, self.lesson.tuples, first, stride, slopes, text or 0.0
+                self.model, dense, [hidden[place]], ids, self.lesson.tuples, [slopes], first, stride, text or 0.0
             )
             divergence, surprise = divergence + apart[0], surprise + said[0]
             gradients += steep

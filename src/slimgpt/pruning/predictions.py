@@ -30,9 +30,9 @@ def divergences(
     narrowed: Sequence[Tensor],
     ids: Tensor,
     tuples: bool,
+    slopes: Sequence[bool],
     first: int = 1,
     stride: int = 1,
-    slopes: bool = True,
     text: float = 0.0,
 ) -> tuple[list[float], list[float], list[Tensor]]:
     """``KL(dense || narrowed)`` and the cross-entropy with the tokens that follow, summed over tokens, and the
@@ -47,9 +47,9 @@ def divergences(
         narrowed: those of the others; gradients are with respect to these.
         ids: the tokens, ``(batch, seq_len)``.
         tuples: see :func:`returns_tuple`.
+        slopes: of which of them gradients are wanted; of others they are zero.
         first: the first position whose predictions are compared.
         stride: only every so many positions are compared from there.
-        slopes: whether gradients are wanted; without, they are zero.
         text: the weight of the cross-entropy beside the divergence in the gradients.
     """
     embedding = next(model.get_input_embeddings().parameters())
@@ -73,18 +73,18 @@ def divergences(
                     place = (slice(row, row + 1), slice(start, start + most, stride))
                     with torch.no_grad():
                         teacher = predictions(dense[place], ids[place])
-                    for number, other in enumerate(narrowed):
-                        leaf = other[place].detach().requires_grad_(slopes)
-                        with torch.set_grad_enabled(slopes):
+                    for number, (other, wanted) in enumerate(zip(narrowed, slopes, strict=True)):
+                        leaf = other[place].detach().requires_grad_(wanted)
+                        with torch.set_grad_enabled(wanted):
                             student = predictions(leaf, ids[place])
-                        found = compare(teacher, student.detach(), follows[place][0], text, slopes)
+                        found = compare(teacher, student.detach(), follows[place][0], text, wanted)
                         if found.gradient is not None:
                             gradients[number][place] = torch.autograd.grad(student, leaf, found.gradient)[0]
                         totals[number] += found.divergence
                         surprises[number] += found.surprise
     finally:
-        for parameter, wanted in frozen:
-            parameter.requires_grad_(wanted)
+        for parameter, learns in frozen:
+            parameter.requires_grad_(learns)
     return totals, surprises, gradients
 
 

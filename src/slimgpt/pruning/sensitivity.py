@@ -33,10 +33,15 @@ from slimgpt.pruning.sequential import Run, check_output, matrix_of, prune_layer
 
 T = TypeVar("T")
 
-PATH = ((0.5, 1.0), (1.0, 0.0))
-"""Points ``alpha`` of the path and what gradients there weigh: the midpoint rule, exact where the divergence grows with
-the square of the distance. At its end only the divergence is wanted, so no gradients are taken. Simpson's rule ranks
-structures alike (docs/lab-notes.md), as far as other text lets them be ranked."""
+Points = tuple[tuple[float, float], ...]
+"""Points ``alpha`` of the path and what gradients there weigh; where that is nothing, none are taken."""
+
+PARTS: Points = ((0.5, 1.0),)
+"""The midpoint rule, exact where the divergence grows with the square of the distance. Simpson's rule ranks structures
+alike (docs/lab-notes.md), as far as other text lets them be ranked."""
+
+WHOLE: Points = ((1.0, 0.0),)
+"""The end of the path, where the divergence is that of the narrowed model."""
 
 PROBE_TOKENS, PROBE_LENGTH = 4096, 512
 """Tokens whose predictions are compared, and the longest window of them."""
@@ -68,6 +73,7 @@ def measure(
     config: PruneConfig,
     run: Run,
     on_measured: OnMeasured | None = None,
+    points: Points = PARTS + WHOLE,
 ) -> Sensitivity:
     """What a plan would lose, and each structure's part in it.
 
@@ -76,11 +82,13 @@ def measure(
         take: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)`` long; the last ones are the ones whose predictions are compared.
         plan: the widths to try; structures that it leaves as they are contribute nothing and are not in the result.
+        points: with :data:`PARTS` the result has the parts, with :data:`WHOLE` what they sum up to is measured, too;
+            else it is their sum.
 
     Raises:
         NumericalError: NaN or infinity on the way, or a Hessian that is not positive definite.
     """
-    return _Measurement(model, take, plan, config, run, on_measured)(windows)
+    return _Measurement(model, take, plan, config, run, on_measured, points)(windows)
 
 
 def divide(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
@@ -104,13 +112,14 @@ class _Measurement:
         config: PruneConfig,
         run: Run,
         on_measured: OnMeasured | None,
+        points: Points,
     ):
         self.model, self.layers, self.take = model, decoder_layers(model), take
         self.plan, self.config = plan, config
         self.structures = architecture_of(model.config, model).chosen(plan.head_unit)
         self.sizes = layer_sizes(model.config)
         self.run = run.alone(run.dtype)
-        self.on_measured, self.done = on_measured, 0
+        self.on_measured, self.done, self.points = on_measured, 0, points
         self.narrow: list[list[_Narrow]] = []
 
     def __call__(self, windows: Tensor) -> Sensitivity:
@@ -124,7 +133,8 @@ class _Measurement:
         dense, ends = self._forth(stream)
         with brought(self.model, self.run.device):
             found, gradients = self._compare(dense, ends, probe)
-        return Sensitivity(found[-1], tuple(self._back(stream, gradients)))
+        parts = tuple(self._back(stream, gradients)) if _passes(self.points) == 3 else ()
+        return Sensitivity(found if WHOLE[0] in self.points else sum(part.cost for part in parts), parts)
 
     def _try(self, fit: Tensor) -> None:
         """Prune on a few windows and keep every narrow matrix."""
@@ -148,9 +158,9 @@ class _Measurement:
         """The hidden states behind the last layer of the dense model and at every point of the path; by batch."""
         batches = range(len(stream))
         dense = [stream.hidden.take(number) for number in batches]
-        ends = [list(dense) for _ in PATH]
+        ends = [list(dense) for _ in self.points]
         inputs = len(self.layers) * sum(hidden.numel() * hidden.element_size() for hidden in dense)
-        inputs *= sum(1 for _, weight in PATH if weight)
+        inputs *= sum(1 for _, weight in self.points if weight)
         self.inputs = shelf_for(self.run, inputs)
         for index in self._steps(range(len(self.layers))):
             layer = self._layer(index)
@@ -159,7 +169,7 @@ class _Measurement:
             dense = [run_layer(layer, dense[number], stream.arguments[number][index]) for number in batches]
             for point, _, _ in self._narrowed(layer, index):
                 for number in batches:
-                    if PATH[point][1]:
+                    if self.points[point][1]:
                         self.inputs.put(self._number(point, index, number, len(batches)), ends[point][number])
                     ends[point][number] = run_layer(layer, ends[point][number], stream.arguments[number][index])
             for hidden in (*dense, *ends[-1]):
@@ -168,16 +178,18 @@ class _Measurement:
 
     def _compare(
         self, dense: list[Tensor], ends: list[list[Tensor]], probe: Tensor
-    ) -> tuple[list[float], list[list[Tensor]]]:
-        """``KL(dense || narrowed)`` per token at every point of the path, and the gradient of its sum."""
-        totals, gradients = [0.0] * len(PATH), [list(path) for path in ends]
+    ) -> tuple[float, list[list[Tensor]]]:
+        """``KL(dense || narrowed)`` per token at the last point of the path, and the gradients of its sum at all."""
+        total, gradients = 0.0, [list(path) for path in ends]
+        wanted = [bool(weight) for _, weight in self.points]
         for number, ids in enumerate(probe.split(self.config.batch_size)):
-            found, _, slopes = divergences(self.model, dense[number], [path[number] for path in ends], ids, self.tuples)
-            for point in range(len(PATH)):
-                totals[point] += found[point]
-                gradients[point][number] = slopes[point]
+            here = [path[number] for path in ends]
+            found, _, slopes = divergences(self.model, dense[number], here, ids, self.tuples, wanted)
+            total += found[-1]
+            for point, slope in enumerate(slopes):
+                gradients[point][number] = slope
         self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
-        return [total / self.tokens for total in totals], gradients
+        return total / self.tokens, gradients
 
     def _back(self, stream: Stream, gradients: list[list[Tensor]]) -> list[Contribution]:
         """The part of every structure in the divergence."""
@@ -186,9 +198,7 @@ class _Measurement:
         for index in self._steps(reversed(range(len(self.layers)))):
             layer = self._layer(index)
             costs = [0.0] * len(self.narrow[index])
-            for point, weights, steps in self._narrowed(layer, index):
-                if not PATH[point][1]:
-                    continue
+            for point, weights, steps in self._narrowed(layer, index, weighted=True):
                 for number in batches:
                     hidden = self.inputs.take(self._number(point, index, number, len(batches))).detach()
                     hidden.requires_grad_()
@@ -197,15 +207,21 @@ class _Measurement:
                     found = torch.autograd.grad(after, [hidden, *weights], gradients[point][number])
                     gradients[point][number] = found[0]
                     for place, (gradient, step) in enumerate(zip(found[1:], steps)):
-                        costs[place] += PATH[point][1] * float((gradient.to(step) * step).sum()) / self.tokens
+                        costs[place] += self.points[point][1] * float((gradient.to(step) * step).sum()) / self.tokens
             for narrow, cost in zip(self.narrow[index], costs):
                 structure, sizes = narrow.structure, self.sizes[index]
                 removed = 1 - structure.units(self.plan.layers[index]) / structure.units(sizes)
                 parts.append(Contribution(index, structure.unit, removed, cost))
         return sorted(parts, key=lambda part: (part.layer, part.unit))
 
-    def _narrowed(self, layer: nn.Module, index: int) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
-        """The layer at every point of the path: its number, the matrices there, and the whole way ``W' - W``."""
+    def _narrowed(
+        self, layer: nn.Module, index: int, weighted: bool = False
+    ) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
+        """The layer at every point of the path: its number, the matrices there, and the whole way ``W' - W``.
+
+        Args:
+            weighted: only at points where gradients are wanted.
+        """
         steps = []
         for narrow in self.narrow[index]:
             W, _ = matrix_of(layer, narrow.structure)
@@ -215,7 +231,9 @@ class _Measurement:
             steps.append(step.T.contiguous() if narrow.structure.transposed else step)
         names = [narrow.structure.key for narrow in self.narrow[index]]
         dense = [layer.get_parameter(name).detach() for name in names]
-        for point, (alpha, _) in enumerate(PATH):
+        for point, (alpha, weight) in enumerate(self.points):
+            if weighted and not weight:
+                continue
             there: list[Tensor] = [nn.Parameter((W + alpha * step).to(W.dtype)) for W, step in zip(dense, steps)]
             for name, W in zip(names, there):
                 put_parameter(layer, name, W)
@@ -236,14 +254,14 @@ class _Measurement:
         return sum(state[s.key].numel() for state in states for s in self.structures if s.key in state)
 
     def _steps(self, items: Iterable[T]) -> Iterator[T]:
-        """Report after every item; there are three passes through the layers."""
+        """Report after every item."""
         start = time.perf_counter()
         for item in items:
             yield item
             del item
             trim()
             if self.on_measured:
-                self.on_measured(self.done, 3 * len(self.layers), time.perf_counter() - start)
+                self.on_measured(self.done, _passes(self.points) * len(self.layers), time.perf_counter() - start)
             self.done, start = self.done + 1, time.perf_counter()
 
 
@@ -267,45 +285,55 @@ def allocate(
     """
     start = time.perf_counter()
     heads = config.kv_cache is None
-    rounds, count = SEARCH_ROUNDS if config.allocation == "search" else 0, 0
+    first, *others = looks(config)
+    steps, count = sum(_passes(points) for points in looks(config)) * len(plan.layers), 0
 
-    def on_step(_: int, steps: int, seconds: float) -> None:
+    def on_step(_number: int, _steps: int, seconds: float) -> None:
         nonlocal count
         if on_measured:
-            on_measured(count, steps * looks(config), seconds)
+            on_measured(count, steps, seconds)
         count += 1
 
-    def look_at(widths: Plan) -> Sensitivity:
-        return measure(model, take, windows, widths, config, run, on_step)
+    def look_at(widths: Plan, points: Points) -> Sensitivity:
+        return measure(model, take, windows, widths, config, run, on_step, points)
 
     def spent(costs: Sensitivity) -> Plan:
         cheapest = spend(plan, shape, costs, config.round_to, heads)
         # The more is removed, the more it costs to follow what is measured into extremes.
         return between(plan, cheapest, shape, 1 - plan.achieved, config.round_to)
 
-    costs = look_at(trial(plan, shape, heads))
+    costs = look_at(trial(plan, shape, heads), first)
     chosen = spent(costs)
     tried: list[tuple[float, Plan]] = []
-    if rounds:
-        tried.append((look_at(plan).divergence, plan))
-    for _ in range(rounds):
-        found = look_at(chosen)
-        tried.append((found.divergence, chosen))
-        # A structure that is whole now has no part in the loss; what is known of it stays.
-        known = {(part.layer, part.unit): part for part in costs.contributions}
-        known |= {(part.layer, part.unit): part for part in found.contributions}
-        costs = Sensitivity(found.divergence, tuple(known[key] for key in sorted(known)))
-        chosen = spent(costs)
-    said = {"by": "search" if rounds else "sensitivity", "seconds": time.perf_counter() - start, **costs.to_json()}
+    for points in others:
+        widths = chosen if tried else plan
+        found = look_at(widths, points)
+        tried.append((found.divergence, widths))
+        if found.contributions:
+            # A structure that is whole now has no part in the loss; what is known of it stays.
+            known = {(part.layer, part.unit): part for part in costs.contributions + found.contributions}
+            costs = Sensitivity(found.divergence, tuple(known[key] for key in sorted(known)))
+            chosen = spent(costs)
+    by = "search" if others else "sensitivity"
+    said = {"by": by, "seconds": time.perf_counter() - start, **costs.to_json()}
     if tried:
         said["tried"] = [divergence for divergence, _ in tried]
         said["divergence"], chosen = min(tried, key=lambda pair: pair[0])
     return chosen, said
 
 
-def looks(config: PruneConfig) -> int:
-    """How many plans are measured, if any: a trial; in a search also the plan given and one in every round."""
-    return 2 + SEARCH_ROUNDS if config.allocation == "search" else 1
+def looks(config: PruneConfig) -> list[Points]:
+    """What is measured of every plan that is looked at: a trial; in a search also the plan given and one in every
+    round. Of the trial only the parts are wanted; of the plan given, and of the last, from which nothing follows, only
+    the whole."""
+    if config.allocation != "search":
+        return [PARTS]
+    return [PARTS, WHOLE, *[PARTS + WHOLE] * (SEARCH_ROUNDS - 1), WHOLE]
+
+
+def _passes(points: Points) -> int:
+    """How often all layers are visited: for the trial run, forth, and back if gradients are wanted."""
+    return 3 if any(weight for _, weight in points) else 2
 
 
 def to_measure(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:
