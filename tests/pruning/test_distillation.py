@@ -209,7 +209,7 @@ def test_a_search_trains_longer(monkeypatch):
         tokens = distillation.tokens_to_distill(config, shape, plan, IDS)
         assert (tokens > room) == (allocation == "search")
         written = max(tokens - room, 0)
-        expected = tokens * (1 + 7 / 3 * (1 - plan.achieved)) + 1.5 * written
+        expected = tokens * (1 + 7 / 3 * (1 - plan.achieved)) + 0.5 * written
         assert expected == pytest.approx(passes * IDS.numel(), rel=0.01)
         assert distillation.passes_to_distill(plan, IDS, tokens) == pytest.approx(expected)
 

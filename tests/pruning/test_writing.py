@@ -20,7 +20,21 @@ def run(budget: int = 10**12, dtype: torch.dtype | None = None) -> Run:
 
 def written(model, count=12, length=20, seed=0, on_token=None, **options):
     take = decoder_layers(model).__getitem__
-    return write(model, take, IDS, count, length, seed, run(**options), on_token)
+    ids, hidden = write(model, take, IDS, count, length, seed, run(**options), on_token)
+    check_hidden(model, ids, hidden)
+    return ids
+
+
+def check_hidden(model, ids, hidden):
+    """They are what the last layer returns when the text is read at once."""
+    found = []
+    hook = decoder_layers(model)[-1].register_forward_hook(
+        lambda _, args, out: found.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad(), hook:
+        model(input_ids=ids, use_cache=False)
+    scale = float(found[0].abs().max())
+    assert float((hidden - found[0]).abs().max()) < 1e-4 * scale
 
 
 def sharp(model):
@@ -56,7 +70,7 @@ def test_tokens_are_drawn_as_often_as_predicted():
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data *= 10  # far from equal chances
     take = decoder_layers(model).__getitem__
-    ids = write(model, take, IDS[:1, :8], 4000, 9, 0, run())  # half of a piece is given: four tokens and five
+    ids, _ = write(model, take, IDS[:1, :8], 4000, 9, 0, run())  # half of a piece is given: four tokens and five
     start = ids[:, :4]
     one = (start == start[0]).all(1)
     with torch.no_grad():

@@ -34,14 +34,14 @@ from slimgpt.pruning.memory import DEVICE, Shelf, trim, used_bytes
 from slimgpt.pruning.predictions import brought, divergences, returns_tuple
 from slimgpt.pruning.sensitivity import measurable
 from slimgpt.pruning.sequential import Run, check_output, running_layer, shelf_for
-from slimgpt.pruning.writing import write
+from slimgpt.pruning.writing import Written, write
 
 BACK = 4 / 3
 """What the way back costs, in forward passes: gradients of what goes into every matrix, and a third of it for those of
 the output matrices."""
 
 WRITING = 1.5
-"""What a token costs that the dense model writes, in forward passes: one, and its predictions."""
+"""What a token costs that the dense model writes, in forward passes: one, and its predictions. It is not read again."""
 
 
 class _Effort(NamedTuple):
@@ -138,8 +138,8 @@ class Lesson:
 
 def passes_to_distill(plan: Plan, windows: Tensor, tokens: int) -> float:
     """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
-    token, the way forth and back through the pruned layers, and the writing of what is not there."""
-    return tokens * _learning(plan) + max(tokens - _room(windows), 0) * WRITING
+    token that is there, the writing of those that are not, and the way forth and back through the pruned layers."""
+    return tokens * _learning(plan) + max(tokens - _room(windows), 0) * (WRITING - 1)
 
 
 def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
@@ -155,7 +155,7 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
         if not measurable(shape) or windows.numel() < LEAST_TOKENS:
             return 0
         passes, room = _effort(config).passes * windows.numel(), _room(windows)
-        beyond = (passes - room * _learning(plan)) / (_learning(plan) + WRITING)
+        beyond = (passes - room * _learning(plan)) / (_learning(plan) + WRITING - 1)
         return int(room + beyond if beyond > 0 else passes / _learning(plan))
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
@@ -181,7 +181,7 @@ def rehearse(
     config: PruneConfig,
     run: Run,
     on_rehearsed: OnRehearsed | None = None,
-    once: Callable[[Callable[[], Tensor]], Tensor] = lambda make: make(),
+    once: Callable[[Callable[[], Written]], Written] = lambda make: make(),
 ) -> Lesson:
     """Choose the text to train on, let the dense model write what is missing, and run it over all of it.
 
@@ -207,15 +207,19 @@ def rehearse(
     count = max(tokens // length, 1)
     written = max(count - len(rest), 0) // batch * batch
     layers = decoder_layers(model)
-    parts = [held]
+    text = Written(rest[:0], Tensor())
     if written:
         on_token = partial(on_rehearsed, "the dense model writes text") if on_rehearsed else None
-        parts.append(once(lambda: write(model, take, given, written, length, config.seed, run, on_token)))
-    chosen = torch.cat([*parts, rest[order[:count]]])
+        text = once(lambda: write(model, take, given, written, length, config.seed, run, on_token))
+    chosen = torch.cat([held, text.ids, rest[order[:count]]])
     each = next(model.get_input_embeddings().parameters()).element_size()
     size = chosen.numel() * each * text_config(model.config).hidden_size
     stream = capture(model, layers, chosen, batch, shelf_for(run, size), run.dtype)
     dense, tuples = shelf_for(run, size), False
+    known = range(len(held) // batch, (len(held) + written) // batch)
+    for number, hidden in zip(known, text.hidden.split(batch)):
+        dense.put(number, hidden.to(run.device))
+    unknown = [number for number in range(len(stream)) if number not in known]
     with torch.no_grad():
         for index in range(len(layers)):
             start = time.perf_counter()
@@ -223,7 +227,7 @@ def rehearse(
             before = dense if index else stream.hidden
             if index == 0:
                 tuples = returns_tuple(layer, before.get(0), stream.arguments[0][index])
-            for number in range(len(stream)):
+            for number in unknown:
                 dense.put(number, run_layer(layer, before.get(number), stream.arguments[number][index]))
             del layer
             trim()

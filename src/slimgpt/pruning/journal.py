@@ -7,7 +7,7 @@ A run that will write ``OUT`` works in ``.OUT.unfinished`` beside it::
     layers/00012.safetensors    its weights under their final names: the file is a shard of the checkpoint to be
     distilled/00012.safetensors the same layer with what was trained afterwards, if it is better
     distillation.json           what that training gave; it is finished once this is there
-    text.safetensors            text that the dense model has written for it
+    text.safetensors            text that the dense model has written for it, and its last layer's hidden states
     training.safetensors        what it has reached
     scratch/                    activations that memory had no room for
     folder/                     the checkpoint while it is put together
@@ -27,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from slimgpt.errors import OutputError, ResumeError
 from slimgpt.models.alignment import write_tensors
 from slimgpt.models.slicing import State
 from slimgpt.pruning.report import LayerReport
 from slimgpt.pruning.sequential import Finished
+from slimgpt.pruning.writing import Written
 
 JOURNAL_FILE = "journal.json"
 DISTILLATION_FILE = "distillation.json"
@@ -113,7 +113,7 @@ class Journal:
                 self._write_state(self.distilled / self.files(index)[0].name, index, state)
             write_text(self.folder / DISTILLATION_FILE, json.dumps(said))
 
-    def text(self, make: Callable[[], Tensor]) -> Tensor:
+    def text(self, make: Callable[[], Written]) -> Written:
         """The text that the dense model writes: what is kept of it, or what ``make`` makes, which is kept.
 
         Raises:
@@ -122,9 +122,9 @@ class Journal:
         """
         file = self.folder / TEXT_FILE
         if not file.is_file():
-            self._write(file, {"ids": make()})
+            self._write(file, make()._asdict())
         with _reading(file):
-            return _tensors(file)["ids"]
+            return Written(**_tensors(file))
 
     def write_training(self, reached: State) -> None:
         """Keep what the training has reached, in place of what it had before.

@@ -188,8 +188,19 @@ class Shelf:
             return
         there = self._tensors.get(number)
         if there is None or there.shape != tensor.shape or there.dtype != tensor.dtype:
-            there = self._tensors[number] = self._room(number, tensor)
+            there = self.make(number, tensor.shape, tensor.dtype)
         there.copy_(tensor)
+
+    def make(self, number: int, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for a tensor that is to be filled in, where it will be kept."""
+        if self._folder is not None:
+            made = mapped(Path(self._folder.name) / str(number), shape, dtype)
+        elif self.place == DEVICE:
+            made = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            made = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        self._tensors[number] = made
+        return made
 
     def get(self, number: int) -> Tensor:
         """The tensor, on the device."""
@@ -218,11 +229,6 @@ class Shelf:
     def length(self, number: int) -> int:
         """How many rows a tensor has."""
         return len(self._tensors[number])
-
-    def _room(self, number: int, like: Tensor) -> Tensor:
-        if self._folder is not None:
-            return mapped(Path(self._folder.name) / str(number), like.shape, like.dtype)
-        return torch.empty(like.shape, dtype=like.dtype, pin_memory=self.device.type == "cuda")
 
 
 def mapped(file: Path, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:

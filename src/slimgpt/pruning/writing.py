@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from slimgpt.planning.targets import CACHE_BYTES, cache_bytes
 from slimgpt.pruning.capture import stood_in
 from slimgpt.pruning.memory import used_bytes
 from slimgpt.pruning.predictions import brought
-from slimgpt.pruning.sequential import Run, running_layer
+from slimgpt.pruning.sequential import Run, running_layer, shelf_for
 
 PROMPT = 16
 """So many tokens of the calibration text begin a piece, or half of it where that is less."""
@@ -31,6 +31,19 @@ AT_ONCE = 256
 """At most so many pieces are written together: their logits are as many rows over the vocabulary."""
 
 OnToken = Callable[[int, int, float], None]
+
+
+class Written(NamedTuple):
+    """Text that a model has written.
+
+    Args:
+        ids: ``(count, length)``.
+        hidden: the hidden states behind the last layer, ``(count, length, hidden_size)``, as the layers ran; in a file
+            of the scratch folder where memory is short.
+    """
+
+    ids: Tensor
+    hidden: Tensor
 
 
 @torch.no_grad()
@@ -43,8 +56,8 @@ def write(
     seed: int,
     run: Run,
     on_token: OnToken | None = None,
-) -> Tensor:
-    """Pieces of text ``(count, length)``, drawn from the dense model's predictions at temperature 1.
+) -> Written:
+    """Pieces of text, drawn from the dense model's predictions at temperature 1.
 
     Layers come to the device one after the other for every token, those that it has room for once.
 
@@ -65,11 +78,16 @@ def write(
     starts = torch.randint(windows.shape[1] - prompt + 1, (count, 1), generator=generator)
     prompts = windows[rows, starts + torch.arange(prompt)]
     layers, kept = decoder_layers(model), dict[int, nn.Module]()
+    dtype = run.dtype or next(model.get_input_embeddings().parameters()).dtype
+    shape = (count, length, text_config(model.config).hidden_size)
+    hidden = shelf_for(run, torch.Size(shape).numel() * dtype.itemsize)
+    ids, behind, passed = windows.new_empty(shape[:2]), hidden.make(0, shape, dtype), Tensor()
     originals = list(layers)
     used = used_bytes(run.device)
     room = max(run.placement.budget - used, 0)
 
     def called(index: int, *args: Any, **kwargs: Any) -> Any:
+        nonlocal passed
         layer = kept.get(index)
         if layer is None:
             stand_in, layers[index] = layers[index], originals[index]  # what is taken comes from there, or is made so
@@ -77,19 +95,23 @@ def write(
             layers[index] = stand_in
             if used_bytes(run.device) < used + room // 3:
                 kept[index] = layer
-        return layer(*args, **kwargs)
+        returned = layer(*args, **kwargs)
+        passed = returned[0] if isinstance(returned, tuple) else returned
+        return returned
 
     numbers = {id(layer): index for index, layer in enumerate(originals)}
-    together = prompts.to(run.device).split(_at_once(model, length, room // 3, run))
-    pieces, done = list[Tensor](), 0
-    caches = True
+    together = _at_once(model, length, room // 3, run)
+    steps, done, caches = -(-count // together) * (length - prompt), 0, True
     with brought(model, run.device, run.dtype), stood_in(layers, lambda layer: partial(called, numbers[id(layer)])):
-        for text in together:
+        for rows in (slice(first, first + together) for first in range(0, count, together)):
             known: dict[str, Any] = {}
-            fresh = text
-            while text.shape[1] < length:
+            fresh = text = prompts[rows].to(run.device)
+            while True:
                 start = time.perf_counter()
                 found = model(input_ids=fresh, use_cache=caches, **known)
+                behind[rows, text.shape[1] - fresh.shape[1] : text.shape[1]] = passed
+                if text.shape[1] == length:
+                    break
                 fresh = _draw(model, found.logits[:, -1], drawing)
                 text = torch.cat([text, fresh], dim=1)
                 if caches := "past_key_values" in found:
@@ -97,10 +119,10 @@ def write(
                 else:  # what keeps no cache, or one of its own, reads all again
                     fresh = text
                 if on_token:
-                    on_token(done, len(together) * (length - prompt), time.perf_counter() - start)
+                    on_token(done, steps, time.perf_counter() - start)
                 done += 1
-            pieces.append(text.to(windows))
-    return torch.cat(pieces)
+            ids[rows] = text.to(ids)
+    return Written(ids, behind)
 
 
 def _at_once(model: PreTrainedModel, length: int, room: int, run: Run) -> int:
