@@ -92,7 +92,7 @@ def all_flops(
             flops["gradients"] += probe.numel() * (each * (forth + back * (1 + BACK)) + (forth + back) * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; every other position's predictions, of the dense model, the pruned one and back.
-        flops["gradients"] += each * passes_to_distill(plan, windows, tokens) + tokens * 1.5 * head
+        flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 1.5 * head
     return flops
 
 

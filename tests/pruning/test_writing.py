@@ -29,7 +29,7 @@ def check_hidden(model, ids, hidden):
     """They are what the last layer returns when the text is read at once."""
     found = []
     hook = decoder_layers(model)[-1].register_forward_hook(
-        lambda _, args, out: found.append(out[0] if isinstance(out, tuple) else out)
+        lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
     )
     with torch.no_grad(), hook:
         model(input_ids=ids, use_cache=False)

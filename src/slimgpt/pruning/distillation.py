@@ -2,9 +2,10 @@
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
 matrices, those of all layers, and the layers' norms are moved together towards what the dense model predicts and the
-text says: a few dozen steps of Adam, every token seen once. A longer training begins with text that the dense model
-writes. Layers are visited in order, forth and back, with their inputs kept in between and each layer's weights moved as
-soon as its gradient is known, so that one layer at a time is on the device.
+text says: a few dozen steps of Adam, every token seen once. A longer training, as in a search, begins with text that
+the dense model writes, and moves all other matrices, too. Layers are visited in order, forth and back, with their
+inputs kept in between and each layer's weights moved as soon as its gradient is known, so that one layer at a time is
+on the device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
 rate serves models whose weights differ in scale.
@@ -50,13 +51,21 @@ class _Effort(NamedTuple):
     Args:
         passes: so many forward passes of the dense layers over the calibration tokens the training may cost.
         steps: at most so many, of at least ``STEP_TOKENS`` tokens.
+        others: the rate of all other matrices than the output ones, as a share of theirs; 0: they stay. They would
+            take most of the memory, and learn little from few tokens.
     """
 
     passes: float
     steps: int
+    others: float
+
+    def learning(self, plan: Plan) -> float:
+        """What a token that is there costs, in forward passes of the dense layers: one, and the way through the pruned
+        layers and back."""
+        return 1 + (1 + (2 if self.others else BACK)) * (1 - plan.achieved)
 
 
-USUAL, SEARCH = _Effort(1.7, 64), _Effort(12.0, 256)
+USUAL, SEARCH = _Effort(1.7, 64, 0.0), _Effort(14.0, 256, 0.25)
 """By default, and with ``--allocation search``."""
 
 LEAST_TOKENS = 32768
@@ -109,6 +118,7 @@ class Lesson:
         held: so many batches, the first ones, are not trained on.
         written: so many behind them are what the dense model wrote.
         per_step: how many that are trained on make a step.
+        others: see :class:`_Effort`.
         stream: the inputs of the first layer, and how to call each.
         dense: the hidden states behind the dense model's last layer, by batch.
         tuples: see :func:`slimgpt.pruning.predictions.returns_tuple`.
@@ -118,6 +128,7 @@ class Lesson:
     held: int
     written: int
     per_step: int
+    others: float
     stream: Stream
     dense: Shelf
     tuples: bool
@@ -136,10 +147,10 @@ class Lesson:
         return sum(self.ids[number].numel() for number in numbers)
 
 
-def passes_to_distill(plan: Plan, windows: Tensor, tokens: int) -> float:
+def passes_to_distill(config: PruneConfig, plan: Plan, windows: Tensor, tokens: int) -> float:
     """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
     token that is there, the writing of those that are not, and the way forth and back through the pruned layers."""
-    return tokens * _learning(plan) + max(tokens - _room(windows), 0) * (WRITING - 1)
+    return tokens * _effort(config).learning(plan) + max(tokens - _room(windows), 0) * (WRITING - 1)
 
 
 def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
@@ -154,9 +165,10 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     if config.distill == "auto":
         if not measurable(shape) or windows.numel() < LEAST_TOKENS:
             return 0
-        passes, room = _effort(config).passes * windows.numel(), _room(windows)
-        beyond = (passes - room * _learning(plan)) / (_learning(plan) + WRITING - 1)
-        return int(room + beyond if beyond > 0 else passes / _learning(plan))
+        effort, room = _effort(config), _room(windows)
+        passes, learning = effort.passes * windows.numel(), effort.learning(plan)
+        beyond = (passes - room * learning) / (learning + WRITING - 1)
+        return int(room + beyond if beyond > 0 else passes / learning)
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
     return int(config.distill)
@@ -234,7 +246,14 @@ def rehearse(
             if on_rehearsed:
                 on_rehearsed("the dense model reads it", index, len(layers), time.perf_counter() - start)
     return Lesson(
-        chosen.split(batch), len(held) // batch, written // batch, max(per_step // batch, 1), stream, dense, tuples
+        ids=chosen.split(batch),
+        held=len(held) // batch,
+        written=written // batch,
+        per_step=max(per_step // batch, 1),
+        others=effort.others,
+        stream=stream,
+        dense=dense,
+        tuples=tuples,
     )
 
 
@@ -346,17 +365,17 @@ class Distillation:
     def _begin(self) -> None:
         """Bring what is trained to the shelves, in fp32: single steps are smaller than what 16 bits can tell apart."""
         found = [self._trained(self.take(index)) for index in range(len(self.plan.layers))]
-        count = sum(parameter.numel() for named in found for parameter in named.values())
+        count = sum(parameter.numel() for named in found for parameter, _ in named.values())
         self.weights, self.means, self.squares = (shelf_for(self.run, size * count) for size in (4, 2, 2))
         for named in found:
             self.names.append({})
-            for name, parameter in named.items():
+            for name, (parameter, share) in named.items():
                 number = len(self.types)
                 self.names[-1][name] = number
                 self.types.append(parameter.dtype)
                 weight = parameter.detach().to(self.run.device, torch.float32, copy=True)
                 self.weights.put(number, weight)
-                self.scales.append(float(weight.square().mean().sqrt()))
+                self.scales.append(share * float(weight.square().mean().sqrt()))
             trim()
 
     def _shelves(self) -> dict[str, Shelf]:
@@ -378,12 +397,20 @@ class Distillation:
         self.trained, self.reached = len(curve), None
         return _Found(*reached["before"].tolist()), curve
 
-    def _trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
-        """The parameters of a layer that are trained, by name: output matrices, and what scales or shifts a norm."""
+    def _trained(self, layer: nn.Module) -> dict[str, tuple[nn.Parameter, float]]:
+        """The parameters of a layer that are trained, by name, and the share of the rate that is theirs: output
+        matrices, what scales or shifts a norm, and perhaps all other matrices."""
         chosen = architecture_of(self.model.config, self.model).chosen(self.plan.head_unit)
         keys = {structure.key for structure in chosen}
         norms = [name for name, module in layer.named_modules() if "norm" in type(module).__name__.lower()]
-        return {n: p for n, p in layer.named_parameters() if n in keys or n.rpartition(".")[0] in norms}
+        found = {}
+        for name, parameter in layer.named_parameters():
+            first = name in keys or name.rpartition(".")[0] in norms
+            # A key's bias has no gradient but rounding, and Adam makes a full step of that.
+            share = 1.0 if first else self.lesson.others if parameter.ndim > 1 else 0.0
+            if share:
+                found[name] = (parameter, share)
+        return found
 
     def _layer(self, index: int) -> nn.Module:
         """A layer with the weights it has by now, of which gradients can be taken."""
@@ -459,7 +486,9 @@ class Distillation:
         for index in reversed(range(len(self.plan.layers))):
             totals: list[Tensor] = []
             for place, one in enumerate(self.trail.pop() or self._again(index, batches)):
-                found = torch.autograd.grad(one.after, [one.hidden, *one.weights], gradients[place])
+                found = torch.autograd.grad(
+                    one.after, [one.hidden, *one.weights], gradients[place], materialize_grads=True
+                )
                 gradients[place] = found[0]
                 sums = totals or [0.0] * len(one.weights)
                 totals = [total + gradient.float() for total, gradient in zip(sums, found[1:])]
@@ -500,12 +529,6 @@ def _running(model: PreTrainedModel, run: Run) -> Run:
     """The run as the training needs it: gradients do not fit into float16, so bfloat16 takes its place."""
     stored = next(model.get_input_embeddings().parameters()).dtype
     return run.alone(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
-
-
-def _learning(plan: Plan) -> float:
-    """What a token that is there costs, in forward passes of the dense layers: one, and the way through the pruned
-    layers and back."""
-    return 1 + (1 + BACK) * (1 - plan.achieved)
 
 
 def _effort(config: PruneConfig) -> _Effort:
