@@ -107,8 +107,8 @@ def prune(
         typer.Option(
             metavar="TOKENS",
             help="Train output matrices and norms together on so many calibration tokens afterwards, towards what the "
-            "dense model predicts and the text says, or off; auto: as many as cost 1.7 forward passes (12.5 in a search) "
-            "over all, for the method slimgpt if the text is enough. What is not there the dense model writes.",
+            "dense model predicts and the text says, or off; auto: as many as cost 1.7 forward passes (12.5 in a "
+            "search) over all, for the method slimgpt if the text is enough. What is not there the dense model writes.",
         ),
     ] = str(DEFAULTS.distill),
     repair: Annotated[
