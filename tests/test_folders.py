@@ -21,6 +21,7 @@ import slimgpt
 from slimgpt.errors import OutputError, ResumeError, UsageError
 from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.pruning.memory import Need, Placement, Shelf, hold_to, parse_bytes, place
+from slimgpt.pruning.sequential import Run, shelf_for
 from tests.families import CORE, tiny_model, windows
 
 IDS = windows()
@@ -207,6 +208,26 @@ def test_a_shelf_in_a_file_gives_back_what_was_put(tmp_path):
     assert shelf.take(1).sum() == 20
     with pytest.raises(KeyError):
         shelf.get(1)
+
+
+@pytest.mark.parametrize(
+    ("device", "scratch", "size", "place"),
+    [
+        ("cuda", True, 2, "device"),  # a quarter of the room there
+        ("cuda", True, 4, "host"),
+        ("cuda", True, 50, "file"),  # more than half of the host's memory
+        ("cuda", False, 50, "file"),
+        ("cpu", False, 2, "device"),
+        ("cpu", False, 4, "file"),
+        ("cpu", True, 2, "file"),
+    ],
+)
+def test_what_is_large_is_kept_farther_off(device, scratch, size, place, tmp_path, monkeypatch):
+    for name, found in (("used_bytes", 0), ("free_bytes", 100 * 10**9)):
+        monkeypatch.setattr(f"slimgpt.pruning.sequential.{name}", lambda _, found=found: found)
+    placement = Placement(10 * 10**9, "device", "device")
+    run = Run(torch.device(device), placement, scratch=tmp_path if scratch else None)
+    assert shelf_for(run, size * 10**9).place == place
 
 
 # Killed and resumed

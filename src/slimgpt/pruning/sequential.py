@@ -29,7 +29,19 @@ from slimgpt.models.shape import count
 from slimgpt.models.slicing import State, output_matrix, slice_state, unit_rows
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.capture import Part, Stream, arguments_of, capture, run_with
-from slimgpt.pruning.memory import DEVICE, FILE, HOST, RECOMPUTE, Placement, Shelf, mapped, trim, used_bytes
+from slimgpt.pruning.memory import (
+    DEVICE,
+    FILE,
+    HOST,
+    RECOMPUTE,
+    RESERVE,
+    Placement,
+    Shelf,
+    free_bytes,
+    mapped,
+    trim,
+    used_bytes,
+)
 from slimgpt.pruning.mixture import MixtureWork
 from slimgpt.pruning.ranks import Ranks
 from slimgpt.pruning.report import ExpertsReport, LayerReport
@@ -196,12 +208,15 @@ def gram_for(n: int, run: Run, name: str = "gram") -> Gram:
 def shelf_for(run: Run, size: int) -> Shelf:
     """A shelf for ``size`` bytes: where the stream is, or farther off if they take more than a quarter of the room.
 
-    What grows with the depth of the model is never in the memory of a run from folder to folder on a CPU.
+    What grows with the depth of the model is never in the memory of a run from folder to folder on a CPU. Host memory
+    has its limits, too: all matrices in fp32, with what Adam remembers of them, are several times the model.
     """
     place, on_cpu = run.placement.stream, run.device.type == "cpu"
     room = run.placement.budget - used_bytes(run.device)
     if place == DEVICE and (size > room // 4 or (on_cpu and run.scratch is not None)):
         place = FILE if on_cpu else HOST
+    if place == HOST and size > free_bytes(torch.device("cpu")) * RESERVE / 2:
+        place = FILE
     return Shelf(place, run.device, run.scratch)
 
 
