@@ -11,7 +11,7 @@ from typing import Any
 
 from peers import METHODS
 
-from slimgpt.evaluation.tasks import Answers, difference, stderr_of_mean
+from slimgpt.evaluation.tasks import Answers, difference, metric_of, stderr_of_mean
 from yardstick.models import MODELS
 from yardstick.rows import DENSE, Result, Row
 from yardstick.run import TASKS, TEXTS, VALIDATION, Settings
@@ -27,6 +27,12 @@ CUT = 30
 ABOUT_ABLATIONS = (
     "What is in brackets differs from the settings above. A row that calibrates on `wikitext2` (train text) is "
     "measured on the same kind of text; `self` is text that the dense model wrote."
+)
+
+YES_NO = ("boolq", "BoolQ")
+ABOUT_YES_NO = (
+    "also without BoolQ, where many of these models have one answer for nearly all questions, so that their accuracy "
+    "says whether that is yes or no"
 )
 
 
@@ -66,21 +72,29 @@ def _number(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else format(value, form)
 
 
-def _zero_shot(result: Result, paper: Result | None) -> str:
-    """The mean over the tasks with its standard error, and how far it is from `paper`'s on the same questions."""
+def _zero_shot(result: Result, paper: Result | None, without: str | None = None) -> str:
+    """The mean over the tasks with its standard error, and how far it is from `paper`'s on the same questions.
+
+    Args:
+        without: a task that is left out.
+    """
     found = result.measures.get(TASKS)
     if found is None:
         return ""
-    error = stderr_of_mean(list(found["scores"].values()))
-    text = f"{found['value']:.3f}" + (f" ± {error:.3f}" if error else "")
+    scores = [score for task, score in found["scores"].items() if task != without]
+    mean = sum(score[metric] for score in scores if (metric := metric_of(score))) / len(scores)
+    error = stderr_of_mean(scores)
+    text = f"{mean:.3f}" + (f" ± {error:.3f}" if error else "")
     theirs = paper.measures.get(TASKS) if paper else None
-    apart = difference(_answers(theirs), _answers(found)) if theirs and theirs is not found else None
+    ours = theirs is not found
+    apart = difference(_answers(theirs, without), _answers(found, without)) if theirs and ours else None
     return text + (f" ({apart[0]:+.3f} ± {apart[1]:.3f})" if apart else "")
 
 
-def _answers(found: dict[str, Any]) -> Answers:
+def _answers(found: dict[str, Any], without: str | None) -> Answers:
     """A row's answers as the package has them."""
-    return {task: dict(enumerate(map(float, right))) for task, right in found.get("right", {}).items()}
+    right = {task: marks for task, marks in found.get("right", {}).items() if task != without}
+    return {task: dict(enumerate(map(float, marks))) for task, marks in right.items()}
 
 
 def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> list[str]:
@@ -100,7 +114,8 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
         *(["type"] if several else []),
         *(name.replace("@", ", ") for name in measures),
     ]
-    heads += [f"share of `paper`'s increase, {measures[1]}", f"{measures[2]}"] + (["zero-shot mean"] if tasks else [])
+    heads += [f"share of `paper`'s increase, {measures[1]}", f"{measures[2]}"]
+    heads += ["zero-shot mean", f"without {YES_NO[1]}"] if tasks else []
     heads += ["seconds", "core-seconds"]
     heads += [f"with our repair: {measures[1]}", measures[2]]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -110,6 +125,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
         found = result.found
         achieved = found["achieved"]
         off = row.method != DENSE and abs(achieved - row.ratio) > EXACT
+        paper = _find(known, model, "paper", row.ratio)
         repaired = _find(known, model, Row(model, row.method, row.ratio, True, row.changes).title, row.ratio)
         cells = [
             f"{row.ratio:.0%}",
@@ -118,7 +134,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
             *([result.settings["dtype"]] if several else []),
             *(_number(result.value(name)) for name in measures),
             *(_number(share_of_paper(known, row, result, name)) for name in measures[1:]),
-            *([_zero_shot(result, _find(known, model, "paper", row.ratio))] if tasks else []),
+            *(_zero_shot(result, paper, without) for without in ((None, YES_NO[0]) if tasks else ())),
             _number(found.get("seconds"), ".0f"),
             _number(found.get("core_seconds"), ".0f"),
             *(_number(repaired.value(name) if repaired else None) for name in measures[1:]),
@@ -145,7 +161,7 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
         f"windows of 128 or 512 tokens without overlap; {' or '.join(types)} forward passes"
         + (", as each row says: which is fast depends on the machine, so compare times of one type" if several else "")
         + (f"; zero-shot mean of seven tasks, {settings.tasks} examples each, ± its standard error" if tasks else "")
-        + (" (and how far from `paper` on the same questions)" if tasks else "")
+        + (f" (and how far from `paper` on the same questions); {ABOUT_YES_NO}" if tasks else "")
         + ". C4 documents that are measured on are none that are calibrated on. `(!)` marks a share that is more than "
         "0.2 points off. *Share of `paper`'s increase*: how much log-perplexity rises over dense, `paper` being 1. "
         "Core-seconds are processor time, which a busy machine changes less than seconds. The plots end at "

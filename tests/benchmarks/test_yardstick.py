@@ -216,15 +216,21 @@ def test_zero_shot_means_have_errors_and_are_compared_with_paper_question_by_que
     rows = [known("smollm2", name, 0.2, 80.0) for name in ("paper", "slimgpt", "wanda")]
     for (_, result), right in zip(rows, ("1100", "1110", None)):
         share = right.count("1") / 4 if right else 0.25
-        scores = {"piqa": {"acc": 0.0, "acc_norm": share, "acc_norm_stderr": 0.25}}
-        answers = {"right": {"piqa": right}} if right else {}
-        about = {"mean_acc": 0.0, "protocol": {"tasks": ["piqa"]}}
-        result.measures["tasks"] = {"value": share, "scores": scores, **about, **answers}
+        scores = {
+            "piqa": {"acc": 0.0, "acc_norm": share, "acc_norm_stderr": 0.25},
+            "boolq": {"acc": share / 2, "acc_stderr": 0.25},
+        }
+        answers = {"right": {"piqa": right, "boolq": right}} if right else {}
+        about = {"mean_acc": 0.0, "protocol": {"tasks": ["piqa", "boolq"]}}
+        result.measures["tasks"] = {"value": 0.75 * share, "scores": scores, **about, **answers}
     head, _, *lines = table(rows, Settings(), "smollm2")
     place = head.split(" | ").index("zero-shot mean")
+    assert head.split(" | ")[place + 1] == "without BoolQ"
     # One of four questions more: the differences are 0, 0, 1, 0, whose standard deviation is 0.5.
+    both = ["0.375 ± 0.177", "0.562 ± 0.177 (+0.250 ± 0.177)", "0.188 ± 0.177"]
     cells = ["0.500 ± 0.250", "0.750 ± 0.250 (+0.250 ± 0.250)", "0.250 ± 0.250"]
-    assert [line.split(" | ")[place] for line in lines] == cells
+    assert [line.split(" | ")[place] for line in lines] == both
+    assert [line.split(" | ")[place + 1] for line in lines] == cells
 
 
 def test_the_report_has_every_row_the_repaired_ones_as_columns_and_marks_unequal_sizes(tmp_path):
