@@ -11,7 +11,7 @@ from typing import Any
 
 from peers import METHODS
 
-from slimgpt.evaluation.tasks import Answers, difference, metric_of, stderr_of_mean
+from slimgpt.evaluation.tasks import Answers, difference, mean_of, stderr_of_mean
 from yardstick.models import MODELS
 from yardstick.rows import DENSE, Result, Row
 from yardstick.run import TASKS, TEXTS, VALIDATION, Settings
@@ -82,12 +82,12 @@ def _zero_shot(result: Result, paper: Result | None, without: str | None = None)
     if found is None:
         return ""
     scores = [score for task, score in found["scores"].items() if task != without]
-    mean = sum(score[metric] for score in scores if (metric := metric_of(score))) / len(scores)
     error = stderr_of_mean(scores)
-    text = f"{mean:.3f}" + (f" ± {error:.3f}" if error else "")
+    text = _number(mean_of(scores), ".3f") + (f" ± {error:.3f}" if error else "")
     theirs = paper.measures.get(TASKS) if paper else None
-    ours = theirs is not found
-    apart = difference(_answers(theirs, without), _answers(found, without)) if theirs and ours else None
+    if theirs is None or theirs is found:
+        return text
+    apart = difference(_answers(theirs, without), _answers(found, without))
     return text + (f" ({apart[0]:+.3f} ± {apart[1]:.3f})" if apart else "")
 
 

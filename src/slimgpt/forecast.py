@@ -19,7 +19,16 @@ from slimgpt.planning import Plan, Verdict, verdicts
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
 from slimgpt.planning.targets import cache_bytes
 from slimgpt.preparing import stored_dtype
-from slimgpt.pruning import BACK, divide, looks, memory_need, passes_to_distill, to_measure, tokens_to_distill
+from slimgpt.pruning import (
+    BACK,
+    divide,
+    looks,
+    memory_need,
+    passes_to_distill,
+    to_measure,
+    tokens_to_distill,
+    weighed,
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +96,7 @@ def all_flops(
             for part in ("forward", "hessian", "solver"):
                 flops[part] += trial[part]
             # Forth: the dense model and every point of the path. Back: a point again, with gradients.
-            back = sum(1 for _, weight in points if weight)
-            forth = 1 + len(points)
+            forth, back = 1 + len(points), weighed(points)
             flops["gradients"] += probe.numel() * (each * (forth + back * (1 + BACK)) + (forth + back) * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; every other position's predictions, of the dense model, the pruned one and back.

@@ -79,8 +79,8 @@ def evaluate_tasks(
     asked = [scores[name] for name in names if name in scores]
     return TaskScores(
         scores=scores,
-        mean=_mean(asked, USUAL),
-        mean_acc=_mean(asked, ("acc",)),
+        mean=mean_of(asked),
+        mean_acc=mean_of(asked, ("acc",)),
         mean_stderr=stderr_of_mean(asked),
         samples=found["samples"],
         protocol={
@@ -210,7 +210,8 @@ def difference(base: Answers, other: Answers) -> tuple[float, float] | None:
     return (statistics.mean(apart), math.hypot(*errors) / len(errors)) if apart else None
 
 
-def _mean(scores: Sequence[dict[str, float]], metrics: tuple[str, ...]) -> float | None:
+def mean_of(scores: Sequence[dict[str, float]], metrics: tuple[str, ...] = USUAL) -> float | None:
+    """The mean over tasks of the first of some metrics that each has; ``None`` where a task has none of them."""
     values = [score[metric] for score in scores if (metric := metric_of(score, metrics))]
     return sum(values) / len(values) if values and len(values) == len(scores) else None
 

@@ -13,7 +13,7 @@ from slimgpt.pruning.distillation import (
 from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.memory import Placement, parse_bytes, place
 from slimgpt.pruning.report import LayerReport, PruneReport, total_seconds
-from slimgpt.pruning.sensitivity import OnMeasured, allocate, divide, looks, measure, to_measure
+from slimgpt.pruning.sensitivity import OnMeasured, allocate, divide, looks, measure, to_measure, weighed
 from slimgpt.pruning.sequential import Finished, Run, prune_layers
 from slimgpt.pruning.whole import memory_need, prune_model
 
@@ -44,4 +44,5 @@ __all__ = [
     "to_measure",
     "tokens_to_distill",
     "total_seconds",
+    "weighed",
 ]

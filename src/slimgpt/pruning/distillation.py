@@ -230,7 +230,7 @@ def rehearse(
     dense, tuples = shelf_for(run, size), False
     known = range(len(held) // batch, (len(held) + written) // batch)
     for number, hidden in zip(known, text.hidden.split(batch)):
-        dense.put(number, hidden.to(run.device))
+        dense.put(number, hidden)
     unknown = [number for number in range(len(stream)) if number not in known]
     with torch.no_grad():
         for index in range(len(layers)):

@@ -184,7 +184,7 @@ class Shelf:
     def put(self, number: int, tensor: Tensor) -> None:
         """Keep a tensor; one of the same number and shape is replaced where it is."""
         if self.place == DEVICE:
-            self._tensors[number] = tensor
+            self._tensors[number] = tensor.to(self.device)
             return
         there = self._tensors.get(number)
         if there is None or there.shape != tensor.shape or there.dtype != tensor.dtype:

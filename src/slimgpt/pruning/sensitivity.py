@@ -133,7 +133,7 @@ class _Measurement:
         dense, ends = self._forth(stream)
         with brought(self.model, self.run.device):
             found, gradients = self._compare(dense, ends, probe)
-        parts = tuple(self._back(stream, gradients)) if _passes(self.points) == 3 else ()
+        parts = tuple(self._back(stream, gradients)) if weighed(self.points) else ()
         return Sensitivity(found if WHOLE[0] in self.points else sum(part.cost for part in parts), parts)
 
     def _try(self, fit: Tensor) -> None:
@@ -160,7 +160,7 @@ class _Measurement:
         dense = [stream.hidden.take(number) for number in batches]
         ends = [list(dense) for _ in self.points]
         inputs = len(self.layers) * sum(hidden.numel() * hidden.element_size() for hidden in dense)
-        inputs *= sum(1 for _, weight in self.points if weight)
+        inputs *= weighed(self.points)
         self.inputs = shelf_for(self.run, inputs)
         for index in self._steps(range(len(self.layers))):
             layer = self._layer(index)
@@ -285,8 +285,8 @@ def allocate(
     """
     start = time.perf_counter()
     heads = config.kv_cache is None
-    first, *others = looks(config)
-    steps, count = sum(_passes(points) for points in looks(config)) * len(plan.layers), 0
+    first, *others = every = looks(config)
+    steps, count = sum(_passes(points) for points in every) * len(plan.layers), 0
 
     def on_step(_number: int, _steps: int, seconds: float) -> None:
         nonlocal count
@@ -333,7 +333,12 @@ def looks(config: PruneConfig) -> list[Points]:
 
 def _passes(points: Points) -> int:
     """How often all layers are visited: for the trial run, forth, and back if gradients are wanted."""
-    return 3 if any(weight for _, weight in points) else 2
+    return 3 if weighed(points) else 2
+
+
+def weighed(points: Points) -> int:
+    """At how many points gradients are wanted."""
+    return sum(1 for _, weight in points if weight)
 
 
 def to_measure(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:

@@ -100,7 +100,7 @@ def write(
         return returned
 
     numbers = {id(layer): index for index, layer in enumerate(originals)}
-    together = _at_once(model, length, room // 3, run)
+    together = _at_once(model, length, room // 3, dtype)
     steps, done, caches = -(-count // together) * (length - prompt), 0, True
     with brought(model, run.device, run.dtype), stood_in(layers, lambda layer: partial(called, numbers[id(layer)])):
         for rows in (slice(first, first + together) for first in range(0, count, together)):
@@ -125,15 +125,14 @@ def write(
     return Written(ids, behind)
 
 
-def _at_once(model: PreTrainedModel, length: int, room: int, run: Run) -> int:
+def _at_once(model: PreTrainedModel, length: int, room: int, dtype: torch.dtype) -> int:
     """How many pieces are written together: their keys and values, copied once, must find room.
 
     Args:
         room: bytes.
     """
-    each = (run.dtype or next(model.get_input_embeddings().parameters()).dtype).itemsize
     heads = [sizes["num_key_value_heads"] for sizes in layer_sizes(model.config)]
-    cache = cache_bytes(text_config(model.config), heads, length) * each // CACHE_BYTES
+    cache = cache_bytes(text_config(model.config), heads, length) * dtype.itemsize // CACHE_BYTES
     return min(max(room // max(2 * cache, 1), 1), AT_ONCE)
 
 
