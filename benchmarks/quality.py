@@ -93,6 +93,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Of each held-out text; 0 takes all.")] = 32_768,
     tasks: Annotated[int, typer.Option(help="Examples of each zero-shot task; 0 leaves them out.")] = 0,
     dtype: Annotated[str, typer.Option(help="Of forward passes: float32, or bfloat16 where it is faster.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where forward passes run and matrices are solved: cpu, cuda.")] = "cpu",
     keep_models: Annotated[
         bool,
         typer.Option(help="Keep our methods' slim models too: measures are then added without pruning again."),
@@ -110,7 +111,16 @@ def main(
         shares = [float(ratio) for ratio in ratios.split(",")]
         changed = tuple(parse_change(text) for text in changes or [])
         settings = Settings(
-            source, num_samples, seq_len, seed, dtype, max_tokens or None, validation, tasks, {"gemma3": gemma or ""}
+            source,
+            num_samples,
+            seq_len,
+            seed,
+            dtype,
+            device,
+            max_tokens or None,
+            validation,
+            tasks,
+            {"gemma3": gemma or ""},
         )
         compared = list(main_rows(wanted, chosen(methods, METHODS, "method"), shares, changed))
         ablated = list(ablation_rows(wanted, shares[0], settings)) if ablations else []

@@ -26,7 +26,7 @@ HEAD_UNIT = "kv"
 
 
 class Moments:
-    """Running mean and variance of every column, in fp64."""
+    """Running mean and variance of every column, in fp64 and in host memory."""
 
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
@@ -35,8 +35,8 @@ class Moments:
         """Add every row of ``x``, shape ``(..., n)``."""
         x = x.reshape(-1, x.shape[-1]).double()
         self.count += len(x)
-        self.total = self.total + x.sum(0)
-        self.squares = self.squares + x.square().sum(0)
+        self.total = self.total + x.sum(0).cpu()
+        self.squares = self.squares + x.square().sum(0).cpu()
 
     @property
     def mean(self) -> Tensor:

@@ -24,7 +24,7 @@ def pruned(model: PreTrainedModel, job: Job, **arguments: Any) -> None:
         calibration=job.windows,
         batch_size=job.batch_size,
         seed=job.seed,
-        device="cpu",
+        device=str(job.device),
         forward_dtype=job.dtype,
         on_layer=lambda report, _: job.on_step(report.layer + 1, layers),
         **{**arguments, "repair": job.repair, **dict(job.arguments)},

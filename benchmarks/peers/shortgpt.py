@@ -50,7 +50,7 @@ def block_influence(model: PreTrainedModel, job: Job) -> Tensor:
     total = torch.zeros(len(decoder_layers(model)), dtype=torch.float64)
 
     def add(index: int, before: Tensor, after: Tensor) -> None:
-        total[index] += F.cosine_similarity(before.double(), after.double(), dim=-1).sum()
+        total[index] += F.cosine_similarity(before.double(), after.double(), dim=-1).sum().cpu()
 
     walk(model, job, moved=add)
     return 1 - total / job.windows.numel()

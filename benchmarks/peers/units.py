@@ -41,6 +41,7 @@ class Job:
         seed: for what is drawn.
         batch_size: windows that go through a layer together.
         dtype: of the forward passes over the calibration tokens: ``float32`` or ``bfloat16``.
+        device: where layers run; the model itself stays in host memory.
         arguments: of ``slimgpt.prune``, for the methods that it has.
         on_step: called with steps done and steps in all.
         said: what a method has to say of its run, to be kept with the row.
@@ -52,6 +53,7 @@ class Job:
     seed: int = 0
     batch_size: int = 4
     dtype: str = "float32"
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     arguments: tuple[tuple[str, Any], ...] = ()
     on_step: Callable[[int, int], None] = quiet
     said: dict[str, Any] = field(default_factory=dict)
@@ -87,10 +89,10 @@ def walk(
         moved: called with the index and the hidden states before and after it, ``(batch, seq_len, hidden_size)``.
     """
     layers, dtype = decoder_layers(model), getattr(torch, job.dtype)
-    stream = capture(model, layers, job.windows, job.batch_size, Shelf("device", torch.device("cpu")), dtype)
+    stream = capture(model, layers, job.windows, job.batch_size, Shelf("device", job.device), dtype)
     for index, layer in enumerate(layers):
-        state = {name: tensor.to(dtype) for name, tensor in layer.state_dict().items()}
-        running = rebuild_layer(layer, model.config, index, state)
+        state = {name: tensor.to(job.device, dtype) for name, tensor in layer.state_dict().items()}
+        running = rebuild_layer(layer, model.config, index, state).to(job.device)
         watch(index, running)
         for number in range(len(stream)):
             before = stream.hidden.get(number)
@@ -129,8 +131,6 @@ def _cut_and_repair(model: PreTrainedModel, kept: Kept, head_unit: str, job: Job
     plan = plan_of_widths(describe(model.config, model), widths, head_unit)
     config = PruneConfig(repair=True, seed=job.seed, batch_size=job.batch_size)
     dtype = None if job.dtype == "float32" else getattr(torch, job.dtype)
-    run = Run(
-        torch.device("cpu"), Placement(0, "device", "device"), dtype, choice=lambda index, name: kept[index][name]
-    )
+    run = Run(job.device, Placement(0, "device", "device"), dtype, choice=lambda index, name: kept[index][name])
     for report in prune_model(model, job.windows, plan, config, run):
         job.on_step(report.layer + 1, len(widths))

@@ -63,9 +63,15 @@ def share_of_paper(rows: Rows, row: Row, result: Result, measure: str) -> float 
     return None if own is None or not theirs else own / theirs
 
 
-def types_of(rows: Rows) -> list[str]:
-    """The types of forward passes that rows were worked out with."""
-    return sorted({result.settings["dtype"] for _, result in rows if result.measures})
+def way(result: Result) -> str:
+    """How a row was worked out: the type of forward passes, and the device where that is no CPU."""
+    dtype, device = result.settings["dtype"], result.found.get("versions", {}).get("device", "cpu")
+    return dtype if device == "cpu" else f"{dtype} on {device}"
+
+
+def ways_of(rows: Rows) -> list[str]:
+    """How rows were worked out."""
+    return sorted({way(result) for _, result in rows if result.measures})
 
 
 def _number(value: float | None, form: str = ".2f") -> str:
@@ -106,7 +112,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
     known = [*rows, *references]
     measures = measure_names(settings.validation)
     tasks = any(result.value(TASKS) is not None for _, result in rows)
-    several = len(types_of(rows)) > 1
+    several = len(ways_of(rows)) > 1
     heads = [
         "removed",
         "method",
@@ -131,7 +137,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
             f"{row.ratio:.0%}",
             row.title,
             f"{achieved:.2%}" + (" (!)" if off else ""),
-            *([result.settings["dtype"]] if several else []),
+            *([way(result)] if several else []),
             *(_number(result.value(name)) for name in measures),
             *(_number(share_of_paper(known, row, result, name)) for name in measures[1:]),
             *(_zero_shot(result, paper, without) for without in ((None, YES_NO[0]) if tasks else ())),
@@ -147,8 +153,8 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
     """The whole page."""
     extent = f"the first {settings.max_tokens:,} tokens of each text" if settings.max_tokens else "whole texts"
     known = [result for _, result in [*rows, *ablations] if result.measures]
-    types = types_of([*rows, *ablations])
-    several, tasks = len(types) > 1, settings.tasks > 0
+    ways = ways_of([*rows, *ablations])
+    several, tasks = len(ways) > 1, settings.tasks > 0
     commits = sorted({result.found["commit"] for result in known} - {""})
     used = {json.dumps(result.found["versions"]): result.found["versions"] for result in known}
     lines = [
@@ -158,8 +164,8 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
         f"{settings.num_samples} x {settings.seq_len} tokens of `{settings.source}` (seed {settings.seed}), "
         "and none had other text: the default's short training is on it, too, and a search's also on what the dense "
         f"model writes; {extent}, "
-        f"windows of 128 or 512 tokens without overlap; {' or '.join(types)} forward passes"
-        + (", as each row says: which is fast depends on the machine, so compare times of one type" if several else "")
+        f"windows of 128 or 512 tokens without overlap; forward passes in {' or '.join(ways)}"
+        + (", as each row says: what is fast depends on the machine, so compare times of one kind" if several else "")
         + (f"; zero-shot mean of seven tasks, {settings.tasks} examples each, ± its standard error" if tasks else "")
         + (f" (and how far from `paper` on the same questions); {ABOUT_YES_NO}" if tasks else "")
         + ". C4 documents that are measured on are none that are calibrated on. `(!)` marks a share that is more than "
@@ -258,8 +264,8 @@ def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
         for line, ratio in enumerate(ratios):
             axis = axes[line][column]
             found = [(row, result) for row, result in pruned if (row.model, row.ratio) == (model, ratio)]
-            points = [(row, result.found["core_seconds"], result.value(measure)) for row, result in found]
-            points = [(row, x, y) for row, x, y in points if y is not None]
+            points = [(row, result.found.get("core_seconds"), result.value(measure)) for row, result in found]
+            points = [(row, x, y) for row, x, y in points if x is not None and y is not None]
             top = min(max((y for *_, y in points), default=1.0), limit)
             for row, x, y in points:
                 # What is off the plot stands at its upper edge.

@@ -24,6 +24,7 @@ from slimgpt.errors import CalibrationError
 from slimgpt.evaluation import perplexity
 from slimgpt.evaluation.tasks import answers, evaluate_tasks
 from slimgpt.models.heterogeneous import layer_sizes
+from slimgpt.models.loading import as_device
 from yardstick.models import bring, run_in
 from yardstick.rows import DENSE, Result, Row, Store
 from yardstick.texts import SOURCES, Texts, own_words, sha256
@@ -45,6 +46,7 @@ class Settings:
         seq_len: tokens per window.
         seed: of the calibration text and of what methods draw.
         dtype: of the forward passes, in calibration and in evaluation.
+        device: where they run; it decides how long a row takes, and nothing else but roundings.
         max_tokens: of each text; ``None`` takes all.
         validation: measure on the validation texts.
         tasks: examples of each zero-shot task; 0 leaves them out.
@@ -56,6 +58,7 @@ class Settings:
     seq_len: int = 512
     seed: int = 0
     dtype: str = "float32"
+    device: str = "cpu"
     max_tokens: int | None = 32_768
     validation: bool = False
     tasks: int = 0
@@ -78,6 +81,7 @@ class Bench:
     def __init__(self, texts: Texts, store: Store, settings: Settings, say: Say = quiet, keep_models: bool = False):
         self.texts, self.store, self.settings, self.say = texts, store, settings, say
         self.keep_models = keep_models
+        self.device = as_device(settings.device)
         self._model: tuple[str, PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self._windows: dict[tuple[Any, ...], Tensor] = {}
 
@@ -152,6 +156,7 @@ class Bench:
                 slimgpt.save(model, tokenizer, None, self._folder(row, result), overwrite=True)
                 self.store.put(row, result)
         run_in(model, getattr(torch, self.settings.dtype))
+        model.to(self.device)
         for name in missing:
             result.measures[name] = self._measure(model, tokenizer, name, wanted[name])
             self.store.put(row, result)
@@ -172,7 +177,7 @@ class Bench:
         dense, tokenizer = self._bring(row.model)
         model = copy.deepcopy(dense)
         before = decoder_parameters(model)
-        about = {"commit": _commit(), "versions": versions(torch.device("cpu")), "threads": torch.get_num_threads()}
+        about = {"commit": _commit(), "versions": versions(self.device), "threads": torch.get_num_threads()}
         if row.method == DENSE:
             return model, tokenizer, {"decoder_parameters": before, "achieved": 0.0, **about}
         windows = self.windows(row)
@@ -183,8 +188,9 @@ class Bench:
             repair=True if row.repair else None,
             seed=int(self._calibration(row)["seed"]),
             # Windows of all lengths go through a layer with as many tokens.
-            batch_size=max(1, 2048 // windows.shape[1]),
+            batch_size=max(1, (2048 if self.device.type == "cpu" else 16384) // windows.shape[1]),
             dtype=self.settings.dtype,
+            device=self.device,
             arguments=arguments,
             on_step=lambda done, total: self.say("prune", done, total),
         )
@@ -196,7 +202,8 @@ class Bench:
             "decoder_parameters": after,
             "achieved": 1 - after / before,
             "seconds": seconds,
-            "core_seconds": core_seconds,
+            # A process that waits for a GPU is busy, too.
+            "core_seconds": core_seconds if self.device.type == "cpu" else None,
             "calibration_sha256": digest(windows),
             "widths": layer_sizes(model.config),
             **job.said,
@@ -212,9 +219,9 @@ class Bench:
             if wanted["source"] == "self":
                 name = "-".join(str(part) for part in key)
                 source = wanted.pop("source")
-                self._windows[key] = own_words(
-                    model, tokenizer, **wanted, file=self.store.folder / f"windows-{name}-{source}.safetensors"
-                )
+                file = self.store.folder / f"windows-{name}-{source}.safetensors"
+                self._windows[key] = own_words(model.to(self.device), tokenizer, **wanted, file=file)
+                model.to("cpu")
             else:
                 self._windows[key] = self.texts.windows(tokenizer, **wanted)
         return self._windows[key]

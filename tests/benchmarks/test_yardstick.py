@@ -138,7 +138,9 @@ def test_rows_of_another_type_of_forward_passes_are_reported_and_said(bench, tmp
     head, _, *lines = table(reported, bench.settings, "gemma3")
     assert [line.split(" | ")[3] for line in (head, *lines)] == ["type", "float32", "float32", "bfloat16"]
     page = write(reported, [], bench.settings, tmp_path / "page")[0].read_text()
-    assert "bfloat16 or float32 forward passes, as each row says" in page
+    assert "forward passes in bfloat16 or float32, as each row says" in page
+    reported[2][1].found["versions"]["device"] = "NVIDIA H100"
+    assert "| bfloat16 on NVIDIA H100 |" in table(reported, bench.settings, "gemma3")[-1]
 
 
 def test_validation_is_measured_beside_the_test_texts(bench):

@@ -1,0 +1,135 @@
+"""What must hold on a GPU; skipped without one. All other tests run there, too: `auto` takes the GPU."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import slimgpt
+from slimgpt.evaluation import perplexity
+from slimgpt.pruning.memory import Placement
+from slimgpt.pruning.sequential import Run
+from slimgpt.pruning.whole import prune_model
+from slimgpt.solver import Gram
+from tests.families import tiny_model, windows
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+IDS = windows(24, 24)
+
+
+def on_both(family: str, **arguments):
+    """The same job on the CPU and on the GPU, in fp64: models and reports."""
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tiny_model(family).double()
+        found.append((model, slimgpt.prune(model, None, calibration=IDS, batch_size=3, device=device, **arguments)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"method": "paper", "ratio": 0.4},
+        {"method": "wanda", "ratio": 0.4},
+        {"ratio": 0.4, "allocation": "sensitivity", "distill": 300},
+        {"ratio": 0.4, "allocation": "schedule", "distill": 300},
+    ],
+    ids=lambda arguments: "-".join(str(value) for value in arguments.values()),
+)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_gpu_ends_where_a_cpu_does(family, arguments):
+    (cpu, said), (gpu, too) = on_both(family, **arguments)
+    assert [layer.kept for layer in said.layers] == [layer.kept for layer in too.layers]
+    assert [layer.sizes for layer in said.layers] == [layer.sizes for layer in too.layers]
+    assert next(gpu.parameters()).device.type == "cpu", "the model stays where it was"
+    with torch.no_grad():
+        expected, found = cpu(IDS).logits, gpu(IDS).logits
+    # A training keeps its moments in bfloat16, and Adam divides by them.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if "distill" in arguments else 1e-9)
+
+
+def test_what_the_dense_model_writes_is_trained_on_there():
+    (_, said), (_, too) = on_both("llama", ratio=0.4, allocation="search", distill=900)
+    expected, found = said.distillation, too.distillation
+    assert found["written_tokens"] == expected["written_tokens"] > 0
+    # Each device draws text of its own, but what is held out is the same.
+    assert found["divergence"]["before"] == pytest.approx(expected["divergence"]["before"], rel=1e-6)
+    assert found["divergence"]["after"] == pytest.approx(expected["divergence"]["after"], rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_of_16_bits_are_summed_in_more(dtype):
+    """Against the product of the same 16-bit numbers in fp64."""
+    x = torch.randn(4096, 300, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+    gram = Gram(300, torch.device("cuda"), torch.float32)
+    for part in x.split(512):
+        gram.add(part)
+    expected = x.double().T @ x.double() / len(x)
+    torch.testing.assert_close(gram.mean().double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("stream", "kept"), [("host", "host"), ("file", "recompute"), ("device", "recompute")])
+def test_where_activations_are_kept_changes_nothing(stream, kept, tmp_path):
+    plain, other = tiny_model("llama").double(), tiny_model("llama").double()
+    config = slimgpt.api.make_config(method="paper", ratio=0.4, batch_size=3)
+    for model, placement in ((plain, Placement(10**10, "device", "device")), (other, Placement(10**10, stream, kept))):
+        shape = slimgpt.models.shape.describe(model.config, model)
+        plan = slimgpt.api.plan_for(model.config, config, shape)
+        for _ in prune_model(model, IDS, plan, config, Run(torch.device("cuda"), placement, scratch=tmp_path)):
+            pass
+    state = plain.state_dict()
+    for name, tensor in other.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-12, msg=name)
+
+
+BUDGET = """
+import sys, json, torch, slimgpt
+from slimgpt.pruning import ranks
+slimgpt.prune_folder(sys.argv[1], sys.argv[2], calibration=sys.argv[3], memory=sys.argv[4], method=sys.argv[5],
+                     ratio=0.3, num_samples=16, seq_len=128, batch_size=4, device="cuda", overwrite=True)
+print(json.dumps(torch.cuda.max_memory_allocated()))
+"""
+
+
+@pytest.mark.parametrize("method", ["paper", "slimgpt"])
+def test_a_gpu_is_held_to_the_budget(method, tmp_path, tokenizer, text_file):
+    """A model of 400 MB in fp32 on 300 MB; with all it wants it ends in the same place."""
+    config = copy.deepcopy(tiny_model("llama").config)
+    config.update(
+        {
+            "hidden_size": 1024,
+            "num_hidden_layers": 8,
+            "intermediate_size": 2816,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 4,
+            "head_dim": 64,
+        }
+    )
+    torch.manual_seed(0)
+    model = type(tiny_model("llama"))(config)
+    model.save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert size > 300e6
+    for memory in ("300MB", "4GB"):
+        command = [sys.executable, "-c", BUDGET, tmp_path / "dense", tmp_path / memory, text_file, memory, method]
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if memory == "300MB":
+            assert json.loads(done.stdout.splitlines()[-1]) < 300e6
+    small, large = (slimgpt.load(str(tmp_path / memory))[0] for memory in ("300MB", "4GB"))
+    with torch.no_grad():
+        torch.testing.assert_close(small(IDS).logits, large(IDS).logits, rtol=0, atol=5e-2)
+
+
+def test_perplexity_is_the_same_there(tokenizer, text_file):
+    model, text = tiny_model("llama"), text_file.read_text()
+    on_cpu = perplexity(model, tokenizer, text, 64, 4096).perplexity
+    on_gpu = perplexity(model.to("cuda"), tokenizer, text, 64, 4096).perplexity
+    assert on_gpu == pytest.approx(on_cpu, rel=1e-4)
