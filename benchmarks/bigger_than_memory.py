@@ -1,10 +1,13 @@
-"""Prune a checkpoint of several gigabytes and watch the memory of the process: the table in docs/memory.md.
+"""Prune a checkpoint of several gigabytes and watch the memory of the process: docs/memory.md and docs/gpu.md.
 
     python benchmarks/bigger_than_memory.py --work /some/disk --out docs/memory
+    python benchmarks/bigger_than_memory.py --work /some/disk --out docs/gpu --device cuda --memory 8GB \
+        --hidden 4096 --ffn 11008 --heads 32 --kv 32 --layers 32 --num-samples 128 --seq-len 2048 \
+        --methods paper,slimgpt
 
 makes a Llama of random bf16 weights in shards under WORK (kept for the next time), runs `slimgpt prune` on it in a
 process of its own, and samples that process. Anonymous memory is what no file stands behind: mapped weights can be
-dropped by the system at any time and do not count.
+dropped by the system at any time and do not count. Of a GPU's memory, what torch has reserved at most is reported.
 """
 
 from __future__ import annotations
@@ -14,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -25,11 +29,24 @@ from transformers import AutoConfig, AutoTokenizer
 from slimgpt import assets
 from slimgpt.api import versions
 from slimgpt.models.heterogeneous import empty_model
+from slimgpt.models.loading import as_device
 
 SHARD_BYTES = 10**9
 
 
-def make_checkpoint(folder: Path, hidden: int, ffn: int, heads: int, kv: int, layers: int) -> None:
+RUN = """
+import atexit, sys, torch
+from slimgpt.cli import main
+if torch.cuda.is_available():
+    atexit.register(lambda: print("reserved", torch.cuda.max_memory_reserved()))
+main()
+"""
+"""The command itself, which says at its end what it had of a GPU's memory."""
+
+
+def make_checkpoint(
+    folder: Path, hidden: int, ffn: int, heads: int, kv: int, layers: int, device: torch.device
+) -> None:
     """Write a random bf16 Llama in shards of about a gigabyte, one tensor in memory at a time."""
     file = assets.demo_model()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
@@ -45,7 +62,7 @@ def make_checkpoint(folder: Path, hidden: int, ffn: int, heads: int, kv: int, la
         dtype="bfloat16",
     )
     config.architectures = ["LlamaForCausalLM"]
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     model = empty_model(config)
     shards: list[dict[str, torch.Tensor]] = [{}]
     where, size, total = {}, 0, 0
@@ -64,7 +81,8 @@ def make_checkpoint(folder: Path, hidden: int, ffn: int, heads: int, kv: int, la
         if len(shape) == 1:
             tensor = torch.ones(shape, dtype=torch.bfloat16)
         else:
-            tensor = (torch.randn(shape, generator=generator) * shape[1] ** -0.5).to(torch.bfloat16)
+            tensor = torch.randn(shape, generator=generator, device=device) * shape[1] ** -0.5
+            tensor = tensor.to("cpu", torch.bfloat16)
         shards[-1][name] = tensor
         size += tensor.numel() * 2
         total += tensor.numel() * 2
@@ -109,58 +127,92 @@ def main(
     seq_len: int = 256,
     ratio: float = 0.2,
     memory: Annotated[str | None, typer.Option(help="Passed on to `slimgpt prune`.")] = None,
+    device: Annotated[str, typer.Option(help="Passed on to `slimgpt prune`.")] = "cpu",
+    methods: Annotated[str, typer.Option(help="Passed on to `slimgpt prune`, one after the other.")] = "paper",
 ) -> None:
     """Make the checkpoint if it is not there, prune it, and write the peaks."""
+    target = as_device(device)
     dense = work / f"llama-{hidden}-{ffn}-{heads}-{kv}-{layers}"
     if not dense.exists():
-        make_checkpoint(dense, hidden, ffn, heads, kv, layers)
+        make_checkpoint(dense, hidden, ffn, heads, kv, layers, target)
     size = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
-    slim = work / "slim"
-    words = [sys.executable, "-m", "slimgpt", "prune", str(dense), str(slim), "--ratio", str(ratio), "--overwrite"]
-    words += ["--num-samples", str(num_samples), "--seq-len", str(seq_len), "--device", "cpu"]
-    words += ["--memory", memory] if memory else []
-    code, peaks, seconds, output = watch(words)
-    typer.echo(output[-3000:])
-    if code:
-        raise typer.Exit(code)
-    report = json.loads((slim / "slimgpt.json").read_text())
-    result = {
-        "bytes_on_disk": size,
-        "parameters": report["plan"]["parameters_before"],
-        "layers": layers,
-        "tokens": num_samples * seq_len,
-        "ratio": report["plan"]["achieved"],
-        "memory_option": memory,
-        "execution": report["execution"],
-        "peak_anonymous_bytes": peaks["RssAnon"],
-        "peak_mapped_file_bytes": peaks["RssFile"],
-        "seconds": seconds,
-        "seconds_by_part": {
-            part: sum(layer["seconds"][part] for layer in report["layers"]) for part in report["layers"][0]["seconds"]
-        },
-        "versions": versions(torch.device("cpu")),
-    }
-    out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    slim, results = work / "slim", []
+    for method in methods.split(","):
+        words = [sys.executable, "-c", RUN, "prune", str(dense), str(slim), "--method", method, "--overwrite"]
+        words += ["--ratio", str(ratio), "--num-samples", str(num_samples), "--seq-len", str(seq_len)]
+        words += ["--device", device] + (["--memory", memory] if memory else [])
+        code, peaks, seconds, output = watch(words)
+        typer.echo(output[-3000:])
+        if code:
+            raise typer.Exit(code)
+        report = json.loads((slim / "slimgpt.json").read_text())
+        reserved = [int(line.split()[1]) for line in output.splitlines() if line.startswith("reserved ")]
+        results.append(
+            {
+                "method": method,
+                "bytes_on_disk": size,
+                "parameters": report["plan"]["parameters_before"],
+                "layers": layers,
+                "tokens": num_samples * seq_len,
+                "ratio": report["plan"]["achieved"],
+                "memory_option": memory,
+                "execution": report["execution"],
+                "peak_anonymous_bytes": peaks["RssAnon"],
+                "peak_mapped_file_bytes": peaks["RssFile"],
+                "peak_device_bytes": reserved[-1] if reserved else None,
+                "seconds": seconds,
+                "seconds_by_part": {
+                    part: sum(layer["seconds"][part] for layer in report["layers"])
+                    for part in report["layers"][0]["seconds"]
+                }
+                | {
+                    part: report[part]["seconds"]
+                    for part in ("allocation", "distillation")
+                    if "seconds" in report.get(part, {})
+                },
+            }
+        )
+    found = {"results": results, "versions": versions(target)}
+    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    where = f"{size / 1e9:.2f} GB, {layers} layers of {hidden} / {ffn}, bf16, random"
+    page = table(found, where, f"{num_samples} x {seq_len}")
+    out.with_suffix(".md").write_text(page, encoding="utf-8")
+    typer.echo(page)
+
+
+def table(found: dict[str, Any], weights: str, windows: str) -> str:
+    """The page: one column per method."""
+    results = found["results"]
+    on_gpu = any(result["peak_device_bytes"] for result in results)
+
+    def line(what: str, cell: Callable[[dict[str, Any]], str]) -> str:
+        return f"| {what} | " + " | ".join(cell(result) for result in results) + " |"
+
+    def seconds(result: dict[str, Any], part: str) -> str:
+        return f"{result['seconds_by_part'][part]:.0f}" if part in result["seconds_by_part"] else "none"
+
     lines = [
         "# Memory of pruning a model that is larger than it",
         "",
-        "| | |",
-        "|---|---|",
-        f"| weights on disk | {size / 1e9:.2f} GB, {layers} layers of {hidden} / {ffn}, bf16, random |",
-        f"| calibration | {num_samples} x {seq_len} tokens |",
-        f"| `--memory` | {memory or 'not given'} |",
-        f"| peak anonymous memory | **{peaks['RssAnon'] / 1e9:.2f} GB** |",
-        f"| seconds, start and checkpoint included | {seconds:.0f} |",
-        "| of these: forward / Gram matrices / solver | "
-        + " / ".join(f"{result['seconds_by_part'][part]:.0f}" for part in ("forward", "hessian", "solver"))
-        + " |",
+        line("", lambda result: f"`--method {result['method']}`"),
+        "|---|" + "---|" * len(results),
+        line("weights on disk", lambda _: weights),
+        line("calibration tokens", lambda _: windows),
+        line("`--memory`", lambda result: result["memory_option"] or "not given"),
+        line("peak anonymous memory", lambda result: f"**{result['peak_anonymous_bytes'] / 1e9:.2f} GB**"),
+        *([line("peak of the GPU", lambda r: f"**{r['peak_device_bytes'] / 1e9:.2f} GB**")] if on_gpu else []),
+        line("seconds, start and checkpoint included", lambda result: f"{result['seconds']:.0f}"),
+        line("of these: forward passes", lambda result: seconds(result, "forward")),
+        line("Gram matrices", lambda result: seconds(result, "hessian")),
+        line("solver", lambda result: seconds(result, "solver")),
+        line("measuring what each structure costs", lambda result: seconds(result, "allocation")),
+        line("training", lambda result: seconds(result, "distillation")),
         "",
         "Written by `benchmarks/bigger_than_memory.py`; mapped files are not anonymous memory.",
-        "Made with " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
+        "Made with " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()) + ".",
         "",
     ]
-    out.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-    typer.echo("\n".join(lines))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -41,8 +41,8 @@ SHAPES = {
 }
 
 
-def random_model(shape: dict[str, int], seq_len: int, dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama of a given shape with random weights."""
+def random_model(shape: dict[str, int], seq_len: int, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A Llama of a given shape with random weights, drawn on the device and then in host memory."""
     config = AutoConfig.for_model(
         "llama",
         hidden_size=shape["hidden_size"],
@@ -54,7 +54,9 @@ def random_model(shape: dict[str, int], seq_len: int, dtype: torch.dtype) -> Pre
         max_position_embeddings=max(seq_len, 2048),
     )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.cpu().eval()
 
 
 @torch.no_grad()
@@ -129,7 +131,7 @@ def main(
         ids = sample_windows(tokenizer, calibration, num_samples, seq_len)
     else:
         widths = {**SHAPES[shape], **({"layers": layers} if layers else {})}
-        model = random_model(widths, seq_len, DTYPES[dtype])
+        model = random_model(widths, seq_len, DTYPES[dtype], target)
         ids = torch.randint(widths["vocab"], (num_samples, seq_len), generator=torch.Generator().manual_seed(0))
     config = PruneConfig(ratio=ratio, num_samples=num_samples, seq_len=seq_len, batch_size=batch_size)
     results = []
