@@ -50,8 +50,8 @@ def test_a_gpu_ends_where_a_cpu_does(family, arguments):
     assert next(gpu.parameters()).device.type == "cpu", "the model stays where it was"
     with torch.no_grad():
         expected, found = cpu(IDS).logits, gpu(IDS).logits
-    # A training keeps its moments in bfloat16, and Adam divides by them.
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if "distill" in arguments else 1e-9)
+    # A GPU solves in fp32. A training keeps its moments in bfloat16, and Adam divides by them.
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if "distill" in arguments else 1e-5)
 
 
 def test_what_the_dense_model_writes_is_trained_on_there():

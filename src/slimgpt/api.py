@@ -113,9 +113,9 @@ def prune(
         bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``, never exceeded.
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``; whole KV heads go until it fits.
         allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
-            least, measured on a trial run; ``search``: measured and spent again twice, and trained seven times as
-            long, all matrices, mostly on text that the dense model writes. ``auto``: ``sensitivity`` for the method
-            ``slimgpt`` where there are enough calibration tokens, else ``schedule``.
+            least, measured on a trial run; ``search``: measured at more points and compared with the schedule's
+            plan, then trained seven times as long, all matrices, mostly on text that the dense model writes. ``auto``:
+            ``sensitivity`` for the method ``slimgpt`` where there are enough calibration tokens, else ``schedule``.
         plan: a file of widths that ``slimgpt plan --save`` wrote.
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, from
             0 (channels inside experts only) to 1 (whole experts, and channels only for what those cannot express).

@@ -71,7 +71,7 @@ def prune(
         str,
         typer.Option(
             help="schedule: as --schedule says; sensitivity: where it costs least, measured on a trial run; search: "
-            "measured and spent again twice, then trained seven times as long; auto: sensitivity "
+            "measured at more points, then trained seven times as long; auto: sensitivity "
             "for the method slimgpt if the text is enough.",
         ),
     ] = DEFAULTS.allocation,

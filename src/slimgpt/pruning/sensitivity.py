@@ -37,8 +37,10 @@ Points = tuple[tuple[float, float], ...]
 """Points ``alpha`` of the path and what gradients there weigh; where that is nothing, none are taken."""
 
 PARTS: Points = ((0.5, 1.0),)
-"""The midpoint rule, exact where the divergence grows with the square of the distance. Simpson's rule ranks structures
-alike (docs/lab-notes.md), as far as other text lets them be ranked."""
+"""The midpoint rule, exact where the divergence grows with the square of the distance."""
+
+SEARCHED: Points = ((0.5, 2 / 3), (1.0, 1 / 6))
+"""What a search measures, by Simpson's rule; at the dense model there is no gradient."""
 
 WHOLE: Points = ((1.0, 0.0),)
 """The end of the path, where the divergence is that of the narrowed model."""
@@ -48,9 +50,6 @@ PROBE_TOKENS, PROBE_LENGTH = 4096, 512
 
 FIT_TOKENS, FIT_PER_COLUMN = 8192, 4
 """The trial run sees so many tokens, or so many per column of the widest matrix where that is more."""
-
-SEARCH_ROUNDS = 2
-"""How often ``search`` measures what it has spent and spends it again."""
 
 OnMeasured = Callable[[int, int, float], None]
 """Called after every step with its number, the number of all steps and the seconds it took."""
@@ -277,8 +276,9 @@ def allocate(
 ) -> tuple[Plan, dict[str, Any]]:
     """A plan that removes as much as ``plan`` does, where it costs least by measurement, and what a report says of it.
 
-    ``sensitivity`` measures one trial plan and spends by what it shows. ``search`` goes on: what was spent is measured
-    in turn and spent again, and of all plans, ``plan`` among them, the one whose predictions diverge least is taken.
+    ``sensitivity`` measures one trial plan and spends by what it shows. ``search`` measures at more points of the path,
+    then looks at both plans and takes the one whose predictions diverge less. (To measure what was spent, and to spend
+    again, gave no better plan; docs/lab-notes.md.)
 
     Raises:
         NumericalError: see :func:`measure`.
@@ -297,38 +297,22 @@ def allocate(
     def look_at(widths: Plan, points: Points) -> Sensitivity:
         return measure(model, take, windows, widths, config, run, on_step, points)
 
-    def spent(costs: Sensitivity) -> Plan:
-        cheapest = spend(plan, shape, costs, config.round_to, heads)
-        # The more is removed, the more it costs to follow what is measured into extremes.
-        return between(plan, cheapest, shape, 1 - plan.achieved, config.round_to)
-
     costs = look_at(trial(plan, shape, heads), first)
-    chosen = spent(costs)
-    tried: list[tuple[float, Plan]] = []
-    for points in others:
-        widths = chosen if tried else plan
-        found = look_at(widths, points)
-        tried.append((found.divergence, widths))
-        if found.contributions:
-            # A structure that is whole now has no part in the loss; what is known of it stays.
-            known = {(part.layer, part.unit): part for part in costs.contributions + found.contributions}
-            costs = Sensitivity(found.divergence, tuple(known[key] for key in sorted(known)))
-            chosen = spent(costs)
-    by = "search" if others else "sensitivity"
-    said = {"by": by, "seconds": time.perf_counter() - start, **costs.to_json()}
-    if tried:
+    cheapest = spend(plan, shape, costs, config.round_to, heads)
+    # The more is removed, the more it costs to follow what is measured into extremes.
+    chosen = between(plan, cheapest, shape, 1 - plan.achieved, config.round_to)
+    said = {"by": "search" if others else "sensitivity", **costs.to_json()}
+    if others:
+        tried = [(look_at(widths, points).divergence, widths) for widths, points in zip((plan, chosen), others)]
         said["tried"] = [divergence for divergence, _ in tried]
         said["divergence"], chosen = min(tried, key=lambda pair: pair[0])
-    return chosen, said
+    return chosen, {**said, "seconds": time.perf_counter() - start}
 
 
 def looks(config: PruneConfig) -> list[Points]:
-    """What is measured of every plan that is looked at: a trial; in a search also the plan given and one in every
-    round. Of the trial only the parts are wanted; of the plan given, and of the last, from which nothing follows, only
-    the whole."""
-    if config.allocation != "search":
-        return [PARTS]
-    return [PARTS, WHOLE, *[PARTS + WHOLE] * (SEARCH_ROUNDS - 1), WHOLE]
+    """What is measured of every plan that is looked at: of a trial the parts; in a search, of the plan given and of
+    the one spent, the whole."""
+    return [SEARCHED, WHOLE, WHOLE] if config.allocation == "search" else [PARTS]
 
 
 def _passes(points: Points) -> int:
