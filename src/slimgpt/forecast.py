@@ -99,8 +99,8 @@ def all_flops(
             forth, back = 1 + len(points), weighed(points)
             flops["gradients"] += probe.numel() * (each * (forth + back * (1 + BACK)) + (forth + back) * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
-        # The dense model once; every other position's predictions, of the dense model, the pruned one and back.
-        flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 1.5 * head
+        # The dense model once; predictions of the dense model, of the pruned one, and back.
+        flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 3 * head
     return flops
 
 

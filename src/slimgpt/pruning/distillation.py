@@ -4,8 +4,8 @@ The repair solves every output matrix for itself, and errors of one layer go on 
 matrices, those of all layers, and the layers' norms are moved together towards what the dense model predicts and the
 text says: a few dozen steps of Adam, every token seen once. A longer training, as in a search, begins with text that
 the dense model writes, and moves all other matrices, too. Layers are visited in order, forth and back, with their
-inputs kept in between and each layer's weights moved as soon as its gradient is known, so that one layer at a time is
-on the device.
+inputs kept in between and each layer's weights moved as soon as its gradient is known, so that one layer at a time
+has to be on the device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
 rate serves models whose weights differ in scale.
@@ -65,7 +65,7 @@ class _Effort(NamedTuple):
         return 1 + (1 + (2 if self.others else BACK)) * (1 - plan.achieved)
 
 
-USUAL, SEARCH = _Effort(1.7, 64, 0.0), _Effort(12.5, 256, 0.25)
+USUAL, SEARCH = _Effort(1.7, 64, 0.0), _Effort(14.0, 320, 0.25)
 """By default, and with ``--allocation search``."""
 
 LEAST_TOKENS = 32768
@@ -86,9 +86,6 @@ share of steps until then. A divergence is like the square of a distance, so its
 
 BETAS = (0.9, 0.95)
 """Adam's memory of the mean and of the square of the gradient."""
-
-STRIDE = 2
-"""Predictions are compared at every so many positions, in turn the odd and the even ones: heads cost much."""
 
 TEXT = 1.0
 """Weight of the text's own cross-entropy beside the divergence, where that is a nat or more at first. Below, it shrinks
@@ -305,6 +302,7 @@ class Distillation:
         self.types: list[torch.dtype] = []
         self.scales: list[float] = []
         self.trained = 0
+        self.stay: dict[int, nn.Module] = {}  # layers that the device has room for
         self.trail: list[list[_Passed]] = []  # of every layer on the way forth; empty where it is to be run again
 
     def __call__(self, on_distilled: OnDistilled | None = None, on_reached: OnReached | None = None) -> dict[str, Any]:
@@ -323,9 +321,8 @@ class Distillation:
             for number, batches in list(enumerate(steps))[self.trained :]:
                 began = time.perf_counter()
                 heeded = text if batches[0] >= self.lesson.held + self.lesson.written else 0.0
-                first = 1 + number % STRIDE
                 hidden = self._forth(batches, learn=True)
-                found, gradients = self._compare(batches, hidden, first, STRIDE, heeded)
+                found, gradients = self._compare(batches, hidden, heeded)
                 self._back(batches, gradients, highest * _rate(number, len(steps)))
                 self.trained += 1
                 curve.append(found.divergence)
@@ -377,6 +374,8 @@ class Distillation:
                 self.weights.put(number, weight)
                 self.scales.append(share * float(weight.square().mean().sqrt()))
             trim()
+        used = used_bytes(self.run.device)
+        self.room = used + max(self.run.placement.budget - used, 0) // 3
 
     def _shelves(self) -> dict[str, Shelf]:
         return {"parameter": self.weights, "mean": self.means, "square": self.squares}
@@ -414,7 +413,11 @@ class Distillation:
 
     def _layer(self, index: int) -> nn.Module:
         """A layer with the weights it has by now, of which gradients can be taken."""
-        layer = running_layer(self.take(index), self.model.config, index, self.run, self.plan.layers[index])
+        layer = self.stay.get(index)
+        if layer is None:
+            layer = running_layer(self.take(index), self.model.config, index, self.run, self.plan.layers[index])
+            if used_bytes(self.run.device) < self.room:
+                self.stay[index] = layer
         for name, parameter in layer.named_parameters():
             number = self.names[index].get(name)
             weight = parameter.detach() if number is None else self.weights.get(number).to(parameter.dtype)
@@ -455,7 +458,7 @@ class Distillation:
         return hidden
 
     def _compare(
-        self, batches: Sequence[int], hidden: list[Tensor], first: int = 1, stride: int = 1, text: float | None = None
+        self, batches: Sequence[int], hidden: list[Tensor], text: float | None = None
     ) -> tuple[_Found, list[Tensor]]:
         """The losses of some batches, and their gradients behind the last layer.
 
@@ -467,11 +470,11 @@ class Distillation:
         for place, number in enumerate(batches):
             ids, dense = self.lesson.ids[number], self.lesson.dense.get(number)
             apart, said, steep = divergences(
-                self.model, dense, [hidden[place]], ids, self.lesson.tuples, [slopes], first, stride, text or 0.0
+                self.model, dense, [hidden[place]], ids, self.lesson.tuples, [slopes], text or 0.0
             )
             divergence, surprise = divergence + apart[0], surprise + said[0]
             gradients += steep
-            tokens += ids.shape[0] * len(range(first, ids.shape[1], stride))
+            tokens += ids[:, 1:].numel()
         return _Found(divergence / max(tokens, 1), surprise / max(tokens, 1)), gradients
 
     def _pass(self, layer: nn.Module, index: int, hidden: Tensor, arguments: Arguments) -> _Passed:

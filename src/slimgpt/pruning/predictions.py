@@ -31,15 +31,13 @@ def divergences(
     ids: Tensor,
     tuples: bool,
     slopes: Sequence[bool],
-    first: int = 1,
-    stride: int = 1,
     text: float = 0.0,
 ) -> tuple[list[float], list[float], list[Tensor]]:
     """``KL(dense || narrowed)`` and the cross-entropy with the tokens that follow, summed over tokens, and the
     gradient of both, for each of several narrowed models.
 
-    The model's own code computes the predictions, its layers being stood in for. The first position is left out by
-    default: nothing is known there, yet what holds attention sinks up shows in it.
+    The model's own code computes the predictions, its layers being stood in for. The first position is left out:
+    nothing is known there, yet what holds attention sinks up shows in it.
 
     Args:
         model: what is around the layers: norm, head, and what lies between; it stays as it is.
@@ -48,12 +46,10 @@ def divergences(
         ids: the tokens, ``(batch, seq_len)``.
         tuples: see :func:`returns_tuple`.
         slopes: of which of them gradients are wanted; of others they are zero.
-        first: the first position whose predictions are compared.
-        stride: only every so many positions are compared from there.
         text: the weight of the cross-entropy beside the divergence in the gradients.
     """
     embedding = next(model.get_input_embeddings().parameters())
-    most = max(LOGITS // text_config(model.config).vocab_size, 1) * stride
+    most = max(LOGITS // text_config(model.config).vocab_size, 1)
     hidden = dense
 
     def predictions(stream: Tensor, tokens: Tensor) -> Tensor:
@@ -69,8 +65,8 @@ def divergences(
         model.requires_grad_(False)
         with stood_in(decoder_layers(model), lambda _: lambda *_, **__: (hidden,) if tuples else hidden):
             for row in range(len(ids)):
-                for start in range(first, ids.shape[1], most):
-                    place = (slice(row, row + 1), slice(start, start + most, stride))
+                for start in range(1, ids.shape[1], most):
+                    place = (slice(row, row + 1), slice(start, start + most))
                     with torch.no_grad():
                         teacher = predictions(dense[place], ids[place])
                     for number, (other, wanted) in enumerate(zip(narrowed, slopes, strict=True)):
