@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import slimgpt
+from slimgpt import folders
 from slimgpt.errors import OutputError, ResumeError, UsageError
 from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.pruning.memory import Need, Placement, Shelf, hold_to, parse_bytes, place
@@ -334,6 +336,39 @@ def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_t
     assert files_of(tmp_path / "plain") == files_of(tmp_path / "resumed")
     assert report_of(tmp_path / "plain") == report_of(tmp_path / "resumed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plain", "resumed"]
+
+
+@pytest.mark.parametrize("allocation", ["schedule", "search"])
+def test_what_a_training_keeps_on_the_disk_is_counted_before(allocation, wide, same_text, tmp_path, monkeypatch):
+    needed, seen = [], [0]
+    check, assemble = folders.check_output, folders.assemble
+
+    def counted(output, overwrite, size=0):
+        needed.append(size)
+        return check(output, overwrite, size)
+
+    def look(*_):
+        files = [file for file in (tmp_path / ".slim.unfinished").rglob("*") if file.is_file()]
+        seen.append(sum(file.stat().st_size for file in files))
+
+    monkeypatch.setattr("slimgpt.folders.check_output", counted)
+    monkeypatch.setattr("slimgpt.folders.assemble", lambda *a: (look(), assemble(*a)))
+    options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0, "allocation": allocation, "distill": 192}
+    report = slimgpt.prune_folder(str(wide), tmp_path / "slim", on_distilled=look, **options)
+    assert report.distillation["written_tokens"] == 48
+    layers = sum(layer.parameters for layer in report.layers) * 4
+    rest = report.plan.parameters * 4 - layers + folders.SIDE_FILES  # comes to the output alone
+    assert 0.5 < (needed[0] - rest) / max(seen) < 1.5
+
+
+def test_a_training_that_the_disk_has_no_room_for_is_not_kept(tmp_path, monkeypatch):
+    journal = slimgpt.pruning.Journal(tmp_path / "slim", "model.layers", {})
+    journal.open(False, False)
+    usage = shutil.disk_usage(tmp_path)
+    for free, there in ((400, False), (401, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage._replace(free=free))
+        journal.write_training({"parameter.0": torch.ones(100)})
+        assert (journal.training() is not None) == there
 
 
 def test_streamed_training_is_the_same_as_in_memory(wide, same_text, tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ from slimgpt.models.naming import ConvertedFiles
 from slimgpt.models.weights import StreamedModel, WeightFiles, check_finite, fingerprint, misfit
 from slimgpt.planning import Plan
 from slimgpt.planning.plan import plan_of_widths
-from slimgpt.preparing import Prepared, prepare
+from slimgpt.preparing import SIDE_FILES, Prepared, prepare
 from slimgpt.pruning import (
     Distillation,
     Journal,
@@ -50,6 +50,7 @@ from slimgpt.pruning import (
     PruneReport,
     Run,
     allocate,
+    disk_to_distill,
     memory_need,
     place,
     prune_layers,
@@ -152,12 +153,19 @@ def run_to_folder(
         tokens = tokens_to_distill(p.config, p.shape, p.plan, p.windows)
         windows = ranks.share(repaired_on(p.windows, tokens))
         stored = p.stored
+        empty = empty_model(p.model_config)
+        if tokens and ranks.main and not p.resume:
+            # Every layer is there twice meanwhile, as the repair left it and as it was trained.
+            parameters = p.plan.parameters + round(p.shape.layer_parameters * (1 - p.plan.achieved))
+            needed = parameters * stored.itemsize + SIDE_FILES
+            needed += disk_to_distill(empty, p.config, p.plan, p.windows, tokens, stored.itemsize, p.device)
+            check_output(p.output, p.overwrite, needed)
         dtype = forward_dtype(p.config.forward_dtype, stored, p.device)
         names = list(DTYPES.values())
         dtype = names[ranks.agree(names.index(dtype or stored))]  # processors may differ; rank 0's timing counts
         dtype = None if dtype == stored else dtype
         request = _request(p, dtype or stored)
-        journal = Journal(p.output, architecture_of(p.model_config, empty_model(p.model_config)).layers, request)
+        journal = Journal(p.output, architecture_of(p.model_config, empty).layers, request)
         request_digest = hashlib.sha256(json.dumps(journal.request, sort_keys=True).encode()).hexdigest()
         before = finished_before(p, journal, request_digest) if ranks.main and p.resume else None
         if ranks.agree(int(before is not None)):

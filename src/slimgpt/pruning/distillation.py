@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.errors import UsageError
-from slimgpt.models.heterogeneous import architecture_of, decoder_layers, text_config
+from slimgpt.models.heterogeneous import architecture_of, decoder_layers, layer_sizes, text_config
 from slimgpt.models.shape import ModelShape
 from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
@@ -169,6 +169,40 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
     return int(config.distill)
+
+
+def disk_to_distill(
+    model: PreTrainedModel,
+    config: PruneConfig,
+    plan: Plan,
+    windows: Tensor,
+    tokens: int,
+    itemsize: int,
+    device: torch.device,
+) -> int:
+    """What a training of a run from folder to folder keeps in files beside the layers, in bytes.
+
+    That is the hidden states of what the dense model writes; on a CPU, where memory holds nothing that grows with the
+    depth, also what is trained, in fp32 with Adam's moments in bfloat16, and the hidden states of all text in front of
+    the layers and behind them.
+
+    Args:
+        model: the dense model; its tensors need no storage.
+        tokens: see :func:`tokens_to_distill`.
+        itemsize: bytes of a number as it is stored.
+    """
+    hidden = text_config(model.config).hidden_size * itemsize
+    written = hidden * max(tokens - _room(windows), 0)
+    if device.type != "cpu" or not tokens:
+        return written
+    structures = architecture_of(model.config, model).chosen(plan.head_unit)
+    trained = 0.0
+    for layer, dense, slim in zip(decoder_layers(model), layer_sizes(model.config), plan.layers):
+        states = layer.state_dict()
+        outputs = [(states[s.key].numel(), s.units(slim) / s.units(dense)) for s in structures if s.key in states]
+        numbers = sum(tensor.numel() for tensor in states.values())
+        trained += numbers * (1 - plan.achieved) if _effort(config).others else sum(n * left for n, left in outputs)
+    return int(8 * trained) + 2 * written + 2 * hidden * tokens
 
 
 def repaired_on(windows: Tensor, tokens: int) -> Tensor:

@@ -127,12 +127,15 @@ class Journal:
             return Written(**_tensors(file))
 
     def write_training(self, reached: State) -> None:
-        """Keep what the training has reached, in place of what it had before.
+        """Keep what the training has reached, in place of what it had before; not where the disk has no room for it
+        beside the layers that are still to be written.
 
         Raises:
             OutputError: the disk is full.
         """
-        self._write(self.folder / TRAINING_FILE, reached)
+        layers = sum(file.stat().st_size for file in self.layers.glob("*.safetensors"))
+        if sum(tensor.nbytes for tensor in reached.values()) + layers < shutil.disk_usage(self.folder).free:
+            self._write(self.folder / TRAINING_FILE, reached)
 
     def training(self) -> State | None:
         """What an earlier run's training had reached.
