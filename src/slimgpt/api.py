@@ -114,7 +114,7 @@ def prune(
         kv_cache: what its KV cache may take at a context, such as ``1GB@32k``; whole KV heads go until it fits.
         allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
             least, measured on a trial run; ``search``: measured at more points and compared with the schedule's
-            plan, then trained nine times as long, all matrices, mostly on text that the dense model writes. ``auto``:
+            plan, then trained eight times as long, all matrices, mostly on text that the dense model writes. ``auto``:
             ``sensitivity`` for the method ``slimgpt`` where there are enough calibration tokens, else ``schedule``.
         plan: a file of widths that ``slimgpt plan --save`` wrote.
         whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, from
@@ -122,7 +122,7 @@ def prune(
         distill: on how many calibration tokens output matrices and norms are trained together after pruning, towards
             what the dense model predicts and the text says, or ``off``; if more than there are, the dense model writes
             the others. ``auto``: for the method ``slimgpt``, where there are enough, on as many as cost 1.4 forward
-            passes over all of them (12 with ``allocation`` ``search``), and not at all for the others.
+            passes over all of them (11.5 with ``allocation`` ``search``), and not at all for the others.
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
         on_layer: called after every layer.
         on_measured: called after every step while costs are measured, with its number, the number of all steps and

@@ -38,14 +38,14 @@ class PruneConfig:
             [0, 1]; the rest is channels inside the experts that stay.
         allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
             least by what was measured on a trial run; ``search``: measured at more points and compared with the
-            schedule's plan, and the training afterwards is nine times as long and moves all matrices. ``auto``:
+            schedule's plan, and the training afterwards is eight times as long and moves all matrices. ``auto``:
             ``sensitivity`` for the method ``slimgpt`` where there are enough calibration tokens, and ``schedule`` for
             the others and wherever a schedule, a plan or equal widths were asked for.
         plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
         distill: on how many calibration tokens output matrices and norms are trained together after pruning, towards
             what the dense model predicts and the text says; 0 or ``off``: not at all; if more than there are, the dense
             model writes the others. ``auto``: for the method ``slimgpt``, where there are enough, on as many as cost
-            1.4 forward passes over all of them (12 with ``allocation`` ``search``); on none for the other methods,
+            1.4 forward passes over all of them (11.5 with ``allocation`` ``search``); on none for the other methods,
             without repair, and for mixtures of experts.
 
     Raises:

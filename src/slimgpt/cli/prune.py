@@ -71,7 +71,7 @@ def prune(
         str,
         typer.Option(
             help="schedule: as --schedule says; sensitivity: where it costs least, measured on a trial run; search: "
-            "measured at more points, then trained nine times as long; auto: sensitivity "
+            "measured at more points, then trained eight times as long; auto: sensitivity "
             "for the method slimgpt if the text is enough.",
         ),
     ] = DEFAULTS.allocation,
@@ -107,7 +107,7 @@ def prune(
         typer.Option(
             metavar="TOKENS",
             help="Train output matrices and norms together on so many calibration tokens afterwards, towards what the "
-            "dense model predicts and the text says, or off; auto: as many as cost 1.4 forward passes (12 in a "
+            "dense model predicts and the text says, or off; auto: as many as cost 1.4 forward passes (11.5 in a "
             "search) over all, for the method slimgpt if the text is enough. What is not there the dense model writes.",
         ),
     ] = str(DEFAULTS.distill),

@@ -65,7 +65,7 @@ class _Effort(NamedTuple):
         return 1 + (1 + (2 if self.others else BACK)) * (1 - plan.achieved)
 
 
-USUAL, SEARCH = _Effort(1.4, 64, 0.0), _Effort(12.0, 320, 0.25)
+USUAL, SEARCH = _Effort(1.4, 64, 0.0), _Effort(11.5, 320, 0.25)
 """By default, and with ``--allocation search``."""
 
 LEAST_TOKENS = 32768
