@@ -35,7 +35,7 @@ SHARD_BYTES = 10**9
 
 
 RUN = """
-import atexit, sys, torch
+import atexit, torch
 from slimgpt.cli import main
 if torch.cuda.is_available():
     atexit.register(lambda: print("reserved", torch.cuda.max_memory_reserved()))

@@ -20,6 +20,7 @@ from slimgpt.planning.plan import plan_of_widths
 from slimgpt.pruning import Placement, Run, prune_model
 from slimgpt.pruning.capture import capture, run_layer
 from slimgpt.pruning.memory import Shelf
+from slimgpt.pruning.sequential import running_layer
 
 HEADS, CHANNELS = "heads", "channels"
 Kept = list[dict[str, Tensor]]
@@ -89,10 +90,10 @@ def walk(
         moved: called with the index and the hidden states before and after it, ``(batch, seq_len, hidden_size)``.
     """
     layers, dtype = decoder_layers(model), getattr(torch, job.dtype)
+    run = Run(job.device, Placement(0, "device", "device"), dtype)
     stream = capture(model, layers, job.windows, job.batch_size, Shelf("device", job.device), dtype)
     for index, layer in enumerate(layers):
-        state = {name: tensor.to(job.device, dtype) for name, tensor in layer.state_dict().items()}
-        running = rebuild_layer(layer, model.config, index, state).to(job.device)
+        running = running_layer(layer, model.config, index, run)
         watch(index, running)
         for number in range(len(stream)):
             before = stream.hidden.get(number)
