@@ -89,14 +89,18 @@ def test_where_activations_are_kept_changes_nothing(stream, kept, tmp_path):
 
 BUDGET = """
 import sys, json, torch, slimgpt
-slimgpt.prune_folder(sys.argv[1], sys.argv[2], calibration=sys.argv[3], memory=sys.argv[4], method=sys.argv[5],
-                     ratio=0.3, num_samples=16, seq_len=128, batch_size=4, device="cuda", overwrite=True)
+slimgpt.prune_folder(sys.argv[1], sys.argv[2], calibration=sys.argv[3], memory=sys.argv[4], **json.loads(sys.argv[5]),
+                     ratio=0.3, num_samples=64, seq_len=64, batch_size=4, device="cuda", overwrite=True)
 print(json.dumps(torch.cuda.max_memory_allocated()))
 """
 
 
-@pytest.mark.parametrize("method", ["paper", "slimgpt"])
-def test_a_gpu_is_held_to_the_budget(method, tmp_path, tokenizer, text_file):
+@pytest.mark.parametrize(
+    "arguments",
+    [{"method": "paper"}, {"allocation": "sensitivity"}, {"distill": 2048}],
+    ids=lambda arguments: "-".join(arguments),
+)
+def test_a_gpu_is_held_to_the_budget(arguments, tmp_path, tokenizer, text_file):
     """A model of more than 300 MB on 300 MB; with all it wants it ends in the same place."""
     model = tiny_model(
         "llama",
@@ -112,7 +116,8 @@ def test_a_gpu_is_held_to_the_budget(method, tmp_path, tokenizer, text_file):
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     assert size > 300e6
     for memory in ("300MB", "4GB"):
-        command = [sys.executable, "-c", BUDGET, tmp_path / "dense", tmp_path / memory, text_file, memory, method]
+        command = [sys.executable, "-c", BUDGET, tmp_path / "dense", tmp_path / memory, text_file, memory]
+        command.append(json.dumps(arguments))
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         if memory == "300MB":
