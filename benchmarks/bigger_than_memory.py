@@ -129,6 +129,7 @@ def main(
     memory: Annotated[str | None, typer.Option(help="Passed on to `slimgpt prune`.")] = None,
     device: Annotated[str, typer.Option(help="Passed on to `slimgpt prune`.")] = "cpu",
     methods: Annotated[str, typer.Option(help="Passed on to `slimgpt prune`, one after the other.")] = "paper",
+    add: Annotated[bool, typer.Option(help="Keep what OUT has of the same weights, such as another budget's.")] = False,
 ) -> None:
     """Make the checkpoint if it is not there, prune it, and write the peaks."""
     target = as_device(device)
@@ -136,7 +137,10 @@ def main(
     if not dense.exists():
         make_checkpoint(dense, hidden, ffn, heads, kv, layers, target)
     size = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
-    slim, results = work / "slim", []
+    slim, results = work / "slim", list[dict[str, Any]]()
+    kept = json.loads(out.with_suffix(".json").read_text())["results"] if add else []
+    if any(result["bytes_on_disk"] != size for result in kept):
+        raise typer.BadParameter(f"{out}.json is about other weights; leave --add out or give another --out")
     for method in methods.split(","):
         words = [sys.executable, "-c", RUN, "prune", str(dense), str(slim), "--method", method, "--overwrite"]
         words += ["--ratio", str(ratio), "--num-samples", str(num_samples), "--seq-len", str(seq_len)]
@@ -150,6 +154,7 @@ def main(
         results.append(
             {
                 "method": method,
+                "versions": versions(target),
                 "bytes_on_disk": size,
                 "parameters": report["plan"]["parameters_before"],
                 "layers": layers,
@@ -172,12 +177,17 @@ def main(
                 },
             }
         )
-    found = {"results": results, "versions": versions(target)}
+    found = {"results": kept + results}
     out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     where = f"{size / 1e9:.2f} GB, {layers} layers of {hidden} / {ffn}, bf16, random"
     page = table(found, where, f"{num_samples} x {seq_len}")
     out.with_suffix(".md").write_text(page, encoding="utf-8")
     typer.echo(page)
+
+
+def versions_of(results: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """What the results were made with, each once."""
+    return list({json.dumps(result["versions"]): result["versions"] for result in results}.values())
 
 
 def table(found: dict[str, Any], weights: str, windows: str) -> str:
@@ -198,6 +208,7 @@ def table(found: dict[str, Any], weights: str, windows: str) -> str:
         "|---|" + "---|" * len(results),
         line("weights on disk", lambda _: weights),
         line("calibration tokens", lambda _: windows),
+        line("device", lambda result: result["versions"]["device"]),
         line("`--memory`", lambda result: result["memory_option"] or "not given"),
         line("peak anonymous memory", lambda result: f"**{result['peak_anonymous_bytes'] / 1e9:.2f} GB**"),
         *([line("peak of the GPU", lambda r: f"**{r['peak_device_bytes'] / 1e9:.2f} GB**")] if on_gpu else []),
@@ -209,7 +220,7 @@ def table(found: dict[str, Any], weights: str, windows: str) -> str:
         line("training", lambda result: seconds(result, "distillation")),
         "",
         "Written by `benchmarks/bigger_than_memory.py`; mapped files are not anonymous memory.",
-        "Made with " + ", ".join(f"{k} {v}" for k, v in found["versions"].items()) + ".",
+        *("Made with " + ", ".join(f"{k} {v}" for k, v in made.items()) + "." for made in versions_of(results)),
         "",
     ]
     return "\n".join(lines)

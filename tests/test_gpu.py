@@ -101,7 +101,7 @@ print(json.dumps(torch.cuda.max_memory_allocated()))
     ids=lambda arguments: "-".join(arguments),
 )
 def test_a_gpu_is_held_to_the_budget(arguments, tmp_path, tokenizer, text_file):
-    """A model of more than 300 MB on 300 MB; with all it wants it ends in the same place."""
+    """A model of more than 340 MB on 340 MB; with all it wants it ends in the same place."""
     model = tiny_model(
         "llama",
         hidden_size=1024,
@@ -114,15 +114,15 @@ def test_a_gpu_is_held_to_the_budget(arguments, tmp_path, tokenizer, text_file):
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert size > 300e6
-    for memory in ("300MB", "4GB"):
+    assert size > 340e6
+    for memory in ("340MB", "4GB"):
         command = [sys.executable, "-c", BUDGET, tmp_path / "dense", tmp_path / memory, text_file, memory]
         command.append(json.dumps(arguments))
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        if memory == "300MB":
-            assert json.loads(done.stdout.splitlines()[-1]) < 300e6
-    small, large = (slimgpt.load(str(tmp_path / memory))[0] for memory in ("300MB", "4GB"))
+        if memory == "340MB":
+            assert json.loads(done.stdout.splitlines()[-1]) < 340e6
+    small, large = (slimgpt.load(str(tmp_path / memory))[0] for memory in ("340MB", "4GB"))
     with torch.no_grad():
         torch.testing.assert_close(small(IDS).logits, large(IDS).logits, rtol=0, atol=5e-2)
 

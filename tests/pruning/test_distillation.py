@@ -186,6 +186,15 @@ def test_what_is_no_number_of_tokens_is_refused(value):
         make_config(ratio=0.3, distill=value)
 
 
+def test_a_step_is_nearly_what_it_should_be_whatever_the_batch_size():
+    """Against all ways to divide it."""
+    for count in range(1, 80):
+        for most in range(1, 40):
+            size, number = distillation._equal_batches(count, most)
+            fewest = min(n for n in range(1, count + 1) if -(-count // n) <= most)
+            assert (size, number) == (max(s for s in range(1, most + 1) if s * fewest <= count), fewest)
+
+
 def test_what_is_not_there_is_written_first():
     dense, _, training = case("llama")
     assert training.lesson.steps == [range(2, 4), range(4, 6)]

@@ -50,7 +50,7 @@ class _Effort(NamedTuple):
 
     Args:
         passes: so many forward passes of the dense layers over the calibration tokens the training may cost.
-        steps: at most so many, of at least ``STEP_TOKENS`` tokens.
+        steps: about so many, of at least ``STEP_TOKENS`` tokens.
         others: the rate of all other matrices than the output ones, as a share of theirs; 0: they stay. They would
             take most of the memory, and learn little from few tokens.
     """
@@ -242,8 +242,8 @@ def rehearse(
     rest = pieces[: len(given) * (windows.shape[1] // length)]
     held = pieces[len(rest) :]
     effort = _effort(config)
-    per_step = max(STEP_TOKENS, tokens // effort.steps) // length
-    batch = max(min(config.batch_size, per_step, len(held)), 1)
+    wanted = max(max(STEP_TOKENS, tokens // effort.steps) // length, 1)
+    batch, per_step = _equal_batches(wanted, max(min(config.batch_size, len(held)), 1))
     held = held[: len(held) // batch * batch]
     # Pieces of one document are spread over the steps.
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
@@ -280,7 +280,7 @@ def rehearse(
         ids=chosen.split(batch),
         held=len(held) // batch,
         written=written // batch,
-        per_step=max(per_step // batch, 1),
+        per_step=per_step,
         others=effort.others,
         stream=stream,
         dense=dense,
@@ -560,6 +560,13 @@ def _rate(step: int, steps: int) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+
+
+def _equal_batches(count: int, most: int) -> tuple[int, int]:
+    """The size and the number of the fewest equal batches, none above ``most``, that a step of about ``count`` pieces
+    is made of."""
+    number = -(-count // most)
+    return count // number, number
 
 
 def _running(model: PreTrainedModel, run: Run) -> Run:
