@@ -7,9 +7,11 @@
     python benchmarks/quality.py ... --rows 'smollm2/flap*' # some rows alone
     python benchmarks/quality.py ... --set damping=0.001    # an argument of slimgpt.prune, or a calibration setting
 
-Every finished row is kept in a file of its own under --keep, so that an interrupted run goes on and several
-processes can divide the rows. --out writes the page, a JSON file and two plots of all rows that are finished.
-The folder of --data holds what `benchmarks/yardstick/texts.py` names, and the zero-shot tasks.
+Every finished row is kept in a file of its own under --keep, so that an interrupted run goes on. Several processes
+with the same --keep divide the rows: none takes one that another is at. On one GPU they need CUDA's MPS
+(`nvidia-cuda-mps-control -d`), else they wait for each other; their seconds say little either way. --out writes the
+page, a JSON file and two plots of all rows that are finished. The folder of --data holds what
+`benchmarks/yardstick/texts.py` names, and the zero-shot tasks.
 """
 
 from __future__ import annotations
@@ -167,7 +169,10 @@ def work(bench: Bench, todo: list[Row], anew: bool) -> dict[str, str]:
         for row in todo:
             progress.update(step, description=row.name, completed=0, total=None)
             try:
-                result = bench.work_out(row, anew)
+                with bench.claim(row) as mine:
+                    if not mine or not (anew or bench.missing(row)):  # of another process by now
+                        continue
+                    result = bench.work_out(row, anew)
             except SlimGPTError as error:
                 failed[row.name] = str(error)
                 continue

@@ -118,7 +118,7 @@ def main(out: Annotated[Path, typer.Option(help="The page to write.")]) -> None:
         "# How it scales, on paper",
         "",
         f"20% of each model, 128 x 2048 = {TOKENS:,} tokens, bf16 weights. **Nothing on this page was measured on a "
-        "GPU** (`docs/gpu.md` was: 7B on one H100): operations are counted as in `benchmarks/floor.md` and divided by assumed rates of an H100-class machine: "
+        "GPU** (`docs/gpu.md` was: 7B on one H100 or H200): operations are counted as in `benchmarks/floor.md` and divided by assumed rates of an H100-class machine: "
         f"{m.half / 1e12:.0f} TFLOP/s for 16-bit products, {m.single / 1e12:.0f} TFLOP/s for factorisations, "
         f"{m.disk / 1e9:.0f} GB/s from disk, {m.bus / 1e9:.0f} GB/s to the GPU, {m.link / 1e9:.0f} GB/s for sums "
         f"within a node of {m.gpus_per_node}, {m.network / 1e9:.0f} GB/s between nodes. On two CPU cores the loop runs at the "

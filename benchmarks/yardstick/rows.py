@@ -10,9 +10,13 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 DENSE = "dense"
 
@@ -94,6 +98,22 @@ class Store:
         if file.is_file():
             return Result(**json.loads(file.read_text(encoding="utf-8")))
         return Result(json.loads(json.dumps(asdict(row))), settings)
+
+    @contextmanager
+    def claim(self, row: Row, settings: dict[str, Any]) -> Iterator[bool]:
+        """Whether this process may work on a row: no other does, until this is over or the process ends."""
+        claims = self.folder / ".claims"
+        claims.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(claims / f"{self.file(row, settings).stem}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
 
     def put(self, row: Row, result: Result) -> None:
         """Keep what is known of a row; the file is whole at any time."""

@@ -6,6 +6,7 @@ import copy
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -126,6 +127,10 @@ class Bench:
     def result(self, row: Row) -> Result:
         """What is known of a row."""
         return self.store.get(row, self.decisive(row))
+
+    def claim(self, row: Row) -> AbstractContextManager[bool]:
+        """Whether this process may work on a row; see :meth:`yardstick.rows.Store.claim`."""
+        return self.store.claim(row, self.decisive(row))
 
     def reported(self, row: Row) -> Result:
         """What is known of a row, from forward passes of another type if there were none of the run's: which type is

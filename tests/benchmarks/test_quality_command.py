@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import yardstick.run
 from quality import main
 from typer.testing import CliRunner, Result
 from yardstick.ablations import NUM_SAMPLES, SEQ_LENS, ablation_rows
+from yardstick.rows import Row, Store
 from yardstick.run import Bench, Settings
 
 from slimgpt.planning.ratios import RATIOS
@@ -51,6 +55,50 @@ def test_one_command_gives_page_json_and_plots_and_a_second_one_measures_nothing
     assert json.loads(out.with_suffix(".json").read_text()) == content
 
 
+def test_processes_with_one_folder_divide_the_rows(run, monkeypatch):
+    """The second command is given while the first one is at its first row."""
+    begun: list[str] = []
+    slim = Bench._slim
+
+    def begin(self, row):
+        begun.append(row.name)
+        if len(begun) == 1:
+            second = run("--methods", "paper")
+            assert second.exit_code == 0, second.output
+            assert begun == ["gemma3/dense/0.00", "gemma3/paper/0.30"]
+        return slim(self, row)
+
+    monkeypatch.setattr(Bench, "_slim", begin)
+    first = run("--methods", "paper,wanda", "--rows", "*paper*", "--rows", "*dense*")
+    assert first.exit_code == 0, first.output
+    assert len(begun) == 2, "what the other has done is not done again"
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from yardstick.rows import Row, Store
+with Store(Path(sys.argv[1])).claim(Row("gemma3", "paper", 0.3), {}) as mine:
+    print(mine, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_process_was_at_is_free_again(tmp_path):
+    store, row = Store(tmp_path), Row("gemma3", "paper", 0.3)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", HOLDS, tmp_path], env=environment, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline().strip() == b"True"
+        with store.claim(row, {}) as mine, store.claim(row, {"dtype": "bfloat16"}) as other:
+            assert (mine, other) == (False, True)
+    finally:
+        process.kill()
+        process.wait()
+    with store.claim(row, {}) as mine:
+        assert mine
+
+
 def test_single_rows_can_be_chosen_and_changed(run, tmp_path):
     result = run("--rows", "*/slimgpt*", "--set", "damping=0.1", "--methods", "slimgpt,wanda")
     assert result.exit_code == 0, result.output
@@ -71,7 +119,7 @@ def test_a_kept_model_is_measured_again_without_pruning_it_again(run, tmp_path, 
     chosen = ("--methods", "paper", "--rows", "gemma3/paper*", "--keep-models")
     assert run(*chosen).exit_code == 0
     first = values()
-    (folder,) = (path for path in (tmp_path / "rows").iterdir() if path.is_dir())
+    (folder,) = (path for path in (tmp_path / "rows").glob("gemma3*") if path.is_dir())
     assert (folder / "config.json").is_file()
     monkeypatch.setattr(Bench, "_slim", None)  # calling it would fail
     assert run(*chosen, "--max-tokens", "80").exit_code == 0
