@@ -184,7 +184,8 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
     methods = dict.fromkeys(row.method for row, result in rows if row.method != DENSE and result.measures)
     lines += [f"- `{name}`: {METHODS[name].title}" for name in methods]
     lines += [""]
-    for model in dict.fromkeys(row.model for row, _ in ablations):
+    shown = {row for row, _ in rows}
+    for model in dict.fromkeys(row.model for row, result in ablations if result.measures and row not in shown):
         lines += [
             f"## Ablations, {MODELS[model].title}",
             "",
