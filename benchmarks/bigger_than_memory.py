@@ -129,18 +129,23 @@ def main(
     memory: Annotated[str | None, typer.Option(help="Passed on to `slimgpt prune`.")] = None,
     device: Annotated[str, typer.Option(help="Passed on to `slimgpt prune`.")] = "cpu",
     methods: Annotated[str, typer.Option(help="Passed on to `slimgpt prune`, one after the other.")] = "paper",
-    add: Annotated[bool, typer.Option(help="Keep what OUT has of the same weights, such as another budget's.")] = False,
+    add: Annotated[
+        bool, typer.Option(help="Keep what OUT has of the same weights and windows, such as another budget's.")
+    ] = False,
 ) -> None:
     """Make the checkpoint if it is not there, prune it, and write the peaks."""
     target = as_device(device)
+    data = out.with_suffix(".json")
+    if add and not data.is_file():
+        raise typer.BadParameter(f"{data} is not there to be added to; leave --add out")
+    kept = json.loads(data.read_text(encoding="utf-8"))["results"] if add else []
     dense = work / f"llama-{hidden}-{ffn}-{heads}-{kv}-{layers}"
     if not dense.exists():
         make_checkpoint(dense, hidden, ffn, heads, kv, layers, target)
     size = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
     slim, results = work / "slim", list[dict[str, Any]]()
-    kept = json.loads(out.with_suffix(".json").read_text())["results"] if add else []
-    if any(result["bytes_on_disk"] != size for result in kept):
-        raise typer.BadParameter(f"{out}.json is about other weights; leave --add out or give another --out")
+    if any((result["bytes_on_disk"], result["tokens"]) != (size, num_samples * seq_len) for result in kept):
+        raise typer.BadParameter(f"{data} is about other weights or windows; leave --add out or give another --out")
     for method in methods.split(","):
         words = [sys.executable, "-c", RUN, "prune", str(dense), str(slim), "--method", method, "--overwrite"]
         words += ["--ratio", str(ratio), "--num-samples", str(num_samples), "--seq-len", str(seq_len)]
@@ -177,22 +182,17 @@ def main(
                 },
             }
         )
-    found = {"results": kept + results}
-    out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    results = kept + results
+    data.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
     where = f"{size / 1e9:.2f} GB, {layers} layers of {hidden} / {ffn}, bf16, random"
-    page = table(found, where, f"{num_samples} x {seq_len}")
+    page = table(results, where, f"{num_samples} x {seq_len}")
     out.with_suffix(".md").write_text(page, encoding="utf-8")
     typer.echo(page)
 
 
-def versions_of(results: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """What the results were made with, each once."""
-    return list({json.dumps(result["versions"]): result["versions"] for result in results}.values())
-
-
-def table(found: dict[str, Any], weights: str, windows: str) -> str:
-    """The page: one column per method."""
-    results = found["results"]
+def table(results: list[dict[str, Any]], weights: str, windows: str) -> str:
+    """The page: one column per result."""
+    made = {json.dumps(result["versions"]): result["versions"] for result in results}
     on_gpu = any(result["peak_device_bytes"] for result in results)
 
     def line(what: str, cell: Callable[[dict[str, Any]], str]) -> str:
@@ -220,7 +220,7 @@ def table(found: dict[str, Any], weights: str, windows: str) -> str:
         line("training", lambda result: seconds(result, "distillation")),
         "",
         "Written by `benchmarks/bigger_than_memory.py`; mapped files are not anonymous memory.",
-        *("Made with " + ", ".join(f"{k} {v}" for k, v in made.items()) + "." for made in versions_of(results)),
+        *("Made with " + ", ".join(f"{k} {v}" for k, v in used.items()) + "." for used in made.values()),
         "",
     ]
     return "\n".join(lines)

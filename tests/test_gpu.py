@@ -11,7 +11,7 @@ import torch
 
 import slimgpt
 from slimgpt.evaluation import perplexity
-from slimgpt.pruning.memory import Placement
+from slimgpt.pruning.memory import Placement, parse_bytes
 from slimgpt.pruning.sequential import Run
 from slimgpt.pruning.whole import prune_model
 from slimgpt.solver import Gram
@@ -114,15 +114,16 @@ def test_a_gpu_is_held_to_the_budget(arguments, tmp_path, tokenizer, text_file):
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert size > 340e6
-    for memory in ("340MB", "4GB"):
+    budget, plenty = "340MB", "4GB"
+    assert size > parse_bytes(budget)
+    for memory in (budget, plenty):
         command = [sys.executable, "-c", BUDGET, tmp_path / "dense", tmp_path / memory, text_file, memory]
         command.append(json.dumps(arguments))
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        if memory == "340MB":
-            assert json.loads(done.stdout.splitlines()[-1]) < 340e6
-    small, large = (slimgpt.load(str(tmp_path / memory))[0] for memory in ("340MB", "4GB"))
+        if memory == budget:
+            assert json.loads(done.stdout.splitlines()[-1]) < parse_bytes(budget)
+    small, large = (slimgpt.load(str(tmp_path / memory))[0] for memory in (budget, plenty))
     with torch.no_grad():
         torch.testing.assert_close(small(IDS).logits, large(IDS).logits, rtol=0, atol=5e-2)
 

@@ -242,8 +242,8 @@ def rehearse(
     rest = pieces[: len(given) * (windows.shape[1] // length)]
     held = pieces[len(rest) :]
     effort = _effort(config)
-    wanted = max(max(STEP_TOKENS, tokens // effort.steps) // length, 1)
-    batch, per_step = _equal_batches(wanted, max(min(config.batch_size, len(held)), 1))
+    wanted = max(STEP_TOKENS, tokens // effort.steps) // length
+    batch, per_step = _equal_batches(wanted, min(config.batch_size, len(held)))
     held = held[: len(held) // batch * batch]
     # Pieces of one document are spread over the steps.
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
