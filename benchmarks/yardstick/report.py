@@ -11,7 +11,7 @@ from typing import Any
 
 from peers import METHODS
 
-from slimgpt.evaluation.tasks import Answers, difference, mean_of, stderr_of_mean
+from slimgpt.evaluation.tasks import Answers, difference, flips, mean_of, stderr_of_mean
 from yardstick.models import MODELS
 from yardstick.rows import DENSE, Result, Row
 from yardstick.run import TASKS, TEXTS, VALIDATION, Settings
@@ -32,7 +32,8 @@ ABOUT_ABLATIONS = (
 YES_NO = ("boolq", "BoolQ")
 ABOUT_YES_NO = (
     "also without BoolQ, where many of these models have one answer for nearly all questions, so that their accuracy "
-    "says whether that is yes or no"
+    "says whether that is yes or no; *flips*: questions that the dense model gets right and the slim one wrong, or the "
+    "other way round (arXiv 2407.09141), mean of the tasks"
 )
 
 
@@ -97,6 +98,13 @@ def _zero_shot(result: Result, paper: Result | None, without: str | None = None)
     return text + (f" ({apart[0]:+.3f} ± {apart[1]:.3f})" if apart else "")
 
 
+def _flips(result: Result, dense: Result | None) -> str:
+    """The share of questions that the row's model gets right and the dense one wrong, or the other way round."""
+    found, base = (one.measures.get(TASKS) if one else None for one in (result, dense))
+    share = flips(_answers(base, None), _answers(found, None)) if found and base and found is not base else None
+    return _number(share, ".1%")
+
+
 def _answers(found: dict[str, Any], without: str | None) -> Answers:
     """A row's answers as the package has them."""
     right = {task: marks for task, marks in found.get("right", {}).items() if task != without}
@@ -121,7 +129,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
         *(name.replace("@", ", ") for name in measures),
     ]
     heads += [f"share of `paper`'s increase, {measures[1]}", f"{measures[2]}"]
-    heads += ["zero-shot mean", f"without {YES_NO[1]}"] if tasks else []
+    heads += ["zero-shot mean", f"without {YES_NO[1]}", "flips"] if tasks else []
     heads += ["seconds", "core-seconds"]
     heads += [f"with our repair: {measures[1]}", measures[2]]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
@@ -131,7 +139,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
         found = result.found
         achieved = found["achieved"]
         off = row.method != DENSE and abs(achieved - row.ratio) > EXACT
-        paper = _find(known, model, "paper", row.ratio)
+        dense, paper = _find(known, model, DENSE, 0.0), _find(known, model, "paper", row.ratio)
         repaired = _find(known, model, Row(model, row.method, row.ratio, True, row.changes).title, row.ratio)
         cells = [
             f"{row.ratio:.0%}",
@@ -141,6 +149,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
             *(_number(result.value(name)) for name in measures),
             *(_number(share_of_paper(known, row, result, name)) for name in measures[1:]),
             *(_zero_shot(result, paper, without) for without in ((None, YES_NO[0]) if tasks else ())),
+            *([_flips(result, dense)] if tasks else []),
             _number(found.get("seconds"), ".0f"),
             _number(found.get("core_seconds"), ".0f"),
             *(_number(repaired.value(name) if repaired else None) for name in measures[1:]),
@@ -235,7 +244,8 @@ def plot_ratio(rows: Rows, settings: Settings, file: Path) -> None:
             _plain_ticks(axis.yaxis)
             axis.grid(alpha=0.3)
             axis.set_title(MODELS[model].title, fontsize=9)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
+    if shown:
+        figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -282,7 +292,8 @@ def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
             axis.set_title(f"{model}, {ratio:.0%} removed", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("core-seconds of pruning")
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
+    if shown:
+        figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -11,7 +11,7 @@ import pytest
 import slimgpt
 from slimgpt.comparison import Timing, Timings, time_models
 from slimgpt.comparison.compare import Row
-from slimgpt.evaluation.tasks import answers, difference
+from slimgpt.evaluation.tasks import answers, difference, flips
 from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.planning.cost import generation_flops
 from tests.comparison.browser import CHROMIUM, browse
@@ -69,6 +69,9 @@ def test_compare_gives_the_numbers_of_its_parts(compared, folders, text_file, da
     apart = difference(answers(dense), answers(scores))
     assert apart is not None
     assert f"slim-50: {100 * apart[0]:+.1f} ± {100 * apart[1]:.1f} points" in (out / "report.html").read_text()
+    share = flips(answers(dense), answers(scores))
+    assert share is not None
+    assert re.search(rf"<td>flips<.*<td>-</td>.*<td>{share:.1%}</td></tr>", (out / "report.html").read_text())
     assert {"perplexity", "piqa", "128-199", "prefill", "calibrated"} <= set(re.findall(r"[\w-]+", printed))
     for name in ("quality.png", "quality.svg"):
         assert (out / name).stat().st_size > 5000

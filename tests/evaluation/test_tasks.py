@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from slimgpt.errors import UsageError
 from slimgpt.evaluation import harness
 from slimgpt.evaluation.harness import FOLDERS, run_harness, task_manager
-from slimgpt.evaluation.tasks import COMMONSENSE, TaskScores, answers, difference, evaluate_tasks, stderr_of_mean
+from slimgpt.evaluation.tasks import COMMONSENSE, TaskScores, answers, difference, evaluate_tasks, flips, stderr_of_mean
 from tests.families import tiny_model
 
 SPLIT = {name: "test" if name.startswith(("arc", "open")) else "validation" for name in COMMONSENSE}
@@ -132,6 +132,17 @@ def test_standard_error_of_a_difference_is_of_the_same_questions(pairs_of_tasks)
     assert difference(answers(sides[0]), answers(sides[0])) == (0.0, 0.0)
     sides[1].samples["0"].pop()
     assert difference(*map(answers, sides)) is None
+
+
+def test_flips_count_what_a_difference_of_means_hides():
+    """By hand: two of four questions of the first task changed sides, and neither mean did; one of two of the second."""
+    base = {"piqa": {0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0}, "boolq": {5: 1.0, 6: 1.0}}
+    other = {"piqa": {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}, "boolq": {5: 1.0, 6: 0.0}}
+    assert flips(base, other) == flips(other, base) == pytest.approx((2 / 4 + 1 / 2) / 2)
+    assert flips(base, base) == 0
+    assert flips(base, {**other, "boolq": {5: 1.0, 7: 0.0}}) is None
+    assert flips(base, {"piqa": other["piqa"]}) is None
+    assert flips({}, {}) is None
 
 
 @pytest.mark.parametrize("limit", [2, pytest.param(100, marks=pytest.mark.slow)])  # slow: about 4 minutes

@@ -27,7 +27,7 @@ from slimgpt.evaluation import (
     passkey,
     read_text,
 )
-from slimgpt.evaluation.tasks import answers, difference, metric_of
+from slimgpt.evaluation.tasks import answers, difference, flips, metric_of
 from slimgpt.models.heterogeneous import check_context
 from slimgpt.models.loading import load, load_config, locate
 
@@ -312,6 +312,10 @@ def _rows(found: Comparison) -> Iterator[Row]:
             notes = [f"{name}: {100 * one[0]:+.1f} ± {100 * one[1]:.1f} points" for name, one in apart if one]
             note = f"on the same questions, with standard error, {'; '.join(notes)}" if notes else ""
             yield Row("tasks", "mean", tuple(t.mean if t else None for t in tasks), ".1%", "more", note)
+            changed = [flips(base, answers(side.tasks)) if side.tasks else None for side in sides[1:]]
+            if any(share is not None for share in changed):
+                note = "questions that the base gets right and the slim model wrong, or the other way round"
+                yield Row("tasks", "flips", (None, *changed), ".1%", "less", note)
     if sides[0].by_position and sides[0].by_position.by_position:
         for start in sides[0].by_position.by_position:
             last = min(2 * start, sides[0].by_position.window) - 1

@@ -210,6 +210,19 @@ def difference(base: Answers, other: Answers) -> tuple[float, float] | None:
     return (statistics.mean(apart), math.hypot(*errors) / len(errors)) if apart else None
 
 
+def flips(base: Answers, other: Answers) -> float | None:
+    """The share of questions that one of two models gets right and the other wrong, as a mean over tasks (Dutta et al.,
+    NeurIPS 2024, arXiv 2407.09141): what was won and what was lost cancel in a mean of scores, and not here. ``None``
+    where there are no answers, or the questions are others."""
+    changed = list[float]()
+    for name, ours in base.items():
+        theirs = other.get(name, {})
+        if not ours or ours.keys() != theirs.keys():
+            return None
+        changed.append(statistics.mean(theirs[number] != score for number, score in ours.items()))
+    return statistics.mean(changed) if changed else None
+
+
 def mean_of(scores: Sequence[dict[str, float]], metrics: tuple[str, ...] = USUAL) -> float | None:
     """The mean over tasks of the first of some metrics that each has; ``None`` where a task has none of them."""
     values = [score[metric] for score in scores if (metric := metric_of(score, metrics))]
