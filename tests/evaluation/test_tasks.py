@@ -135,7 +135,7 @@ def test_standard_error_of_a_difference_is_of_the_same_questions(pairs_of_tasks)
 
 
 def test_flips_count_what_a_difference_of_means_hides():
-    """By hand: two of four questions of the first task changed sides, and neither mean did; one of two of the second."""
+    """By hand: two of four questions of one task changed sides, and neither mean did; one of two of the other."""
     base = {"piqa": {0: 1.0, 1: 0.0, 2: 1.0, 3: 0.0}, "boolq": {5: 1.0, 6: 1.0}}
     other = {"piqa": {0: 0.0, 1: 1.0, 2: 1.0, 3: 0.0}, "boolq": {5: 1.0, 6: 0.0}}
     assert flips(base, other) == flips(other, base) == pytest.approx((2 / 4 + 1 / 2) / 2)
