@@ -17,6 +17,7 @@ page, a JSON file and two plots of all rows that are finished. The folder of --d
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from transformers.utils import logging
 from yardstick.ablations import ablation_rows
 from yardstick.models import MODELS
 from yardstick.report import table, write
-from yardstick.rows import DENSE, Row, Store
+from yardstick.rows import DENSE, Result, Row, Store
 from yardstick.run import Bench, Settings
 from yardstick.texts import SOURCES, Texts
 
@@ -142,7 +143,7 @@ def main(
             state = f"to do: {', '.join(missing)}" if missing else "done"
             console.print(f"{row.name:50} {state}", highlight=False, soft_wrap=True, markup=False)
         return
-    failed = work(bench, todo, anew)
+    failed = work(bench, todo, {row: bench.result(row) for row in todo} if anew else {})
     main_results = [(row, bench.reported(row)) for row in compared]
     ablation_results = [(row, bench.reported(row)) for row in ablated]
     for model in wanted:
@@ -158,8 +159,13 @@ def main(
         raise typer.Exit(1)
 
 
-def work(bench: Bench, todo: list[Row], anew: bool) -> dict[str, str]:
-    """Work rows out one after another; a row that fails is named and the others go on."""
+def work(bench: Bench, todo: list[Row], old: Mapping[Row, Result]) -> dict[str, str]:
+    """Work rows out one after another; a row that fails is named and the others go on.
+
+    Args:
+        old: rows to measure again, with what was known of them at the start: what is known otherwise by now, another
+            process has measured.
+    """
     failed: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -170,6 +176,7 @@ def work(bench: Bench, todo: list[Row], anew: bool) -> dict[str, str]:
             progress.update(step, description=row.name, completed=0, total=None)
             try:
                 with bench.claim(row) as mine:
+                    anew = row in old and bench.result(row) == old[row]
                     if not mine or not (anew or bench.missing(row)):  # of another process by now
                         continue
                     result = bench.work_out(row, anew)

@@ -55,21 +55,24 @@ def test_one_command_gives_page_json_and_plots_and_a_second_one_measures_nothing
     assert json.loads(out.with_suffix(".json").read_text()) == content
 
 
-def test_processes_with_one_folder_divide_the_rows(run, monkeypatch):
+@pytest.mark.parametrize("anew", [(), ("--anew",)])
+def test_processes_with_one_folder_divide_the_rows(run, monkeypatch, anew):
     """The second command is given while the first one is at its first row."""
+    if anew:
+        assert run("--methods", "paper").exit_code == 0
     begun: list[str] = []
     slim = Bench._slim
 
     def begin(self, row):
         begun.append(row.name)
         if len(begun) == 1:
-            second = run("--methods", "paper")
+            second = run("--methods", "paper", *anew)
             assert second.exit_code == 0, second.output
             assert begun == ["gemma3/dense/0.00", "gemma3/paper/0.30"]
         return slim(self, row)
 
     monkeypatch.setattr(Bench, "_slim", begin)
-    first = run("--methods", "paper,wanda", "--rows", "*paper*", "--rows", "*dense*")
+    first = run("--methods", "paper,wanda", "--rows", "*paper*", "--rows", "*dense*", *anew)
     assert first.exit_code == 0, first.output
     assert len(begun) == 2, "what the other has done is not done again"
 
