@@ -27,7 +27,6 @@ from slimgpt.api import (
 from slimgpt.checkpoint import assemble, check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import NumericalError, RankError
-from slimgpt.models import adapters
 from slimgpt.models.heterogeneous import architecture_of, decoder_layers, empty_model, layer_sizes, rebuild_layer
 from slimgpt.models.loading import (
     DTYPES,
@@ -36,7 +35,7 @@ from slimgpt.models.loading import (
     weights_folder,
 )
 from slimgpt.models.naming import ConvertedFiles
-from slimgpt.models.weights import StreamedModel, WeightFiles, check_finite, fingerprint, misfit
+from slimgpt.models.weights import StreamedModel, check_finite, fingerprint, misfit, source_files
 from slimgpt.planning import Plan
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.preparing import SIDE_FILES, Prepared, prepare
@@ -230,16 +229,9 @@ def finished_before(p: Prepared, journal: Journal, digest: str) -> PruneReport |
 
 def _request(p: Prepared, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that decides the result."""
-    folder = weights_folder(p.source)
-    if folder is not None:
-        files = [folder / "config.json", *WeightFiles(folder).files]
-    else:
-        files = [Path(p.source.location) / str(p.source.gguf_file)]
-    if p.source.adapter is not None:
-        files += [p.source.adapter / name for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)]
     found = versions(p.device)
     return {
-        "model": {"name": p.source.name, "files": fingerprint(files)},
+        "model": {"name": p.source.name, "files": fingerprint(source_files(p.source))},
         "settings": asdict(p.config),
         "plan": p.plan.to_json(),
         "calibration": described(p.windows, p.calibration),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +106,77 @@ def test_the_page_in_a_real_browser(compared, tmp_path):
         assert shot.stat().st_size > 10_000
 
 
+@pytest.fixture
+def loads(monkeypatch):
+    """The names of the models that were loaded to be measured."""
+    module, names = sys.modules["slimgpt.comparison.sides"], []
+    load = module.load
+    monkeypatch.setattr(module, "load", lambda name, *rest: names.append(Path(name).name) or load(name, *rest))
+    return names
+
+
+def test_a_killed_comparison_goes_on(folders, text_file, data_dir, tmp_path, monkeypatch, loads):  # noqa: F811
+    module, out = sys.modules["slimgpt.comparison.sides"], tmp_path / "out"
+    words = [
+        "compare", folders / "dense", tmp_path / "slim", "--text", text_file, "--max-tokens", 256, "--tasks", "piqa",
+        "--data-dir", data_dir, "--long", 64, "--passkey", 100, "--no-speed", "--device", "cpu", "--out",
+    ]  # fmt: skip
+    shutil.copytree(folders / "slim-50", tmp_path / "slim")
+    measure = module.evaluate_tasks
+
+    def killed(*arguments):
+        if loads == ["dense", "slim"]:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(module, "evaluate_tasks", killed)
+    assert run(*words, out, "--window", "32").exit_code == 130
+    assert not out.exists()
+    assert loads == ["dense", "slim"]
+    loads.clear()
+    texts, tasks = Counted(module.evaluate), Counted(measure)
+    monkeypatch.setattr(module, "evaluate", texts)
+    monkeypatch.setattr(module, "evaluate_tasks", tasks)
+    assert run(*words, out, "--window", "32,16").exit_code == 0
+    assert loads == ["dense", "slim"]
+    assert texts.calls == 2 + 1  # window 16 of both, and the long one of the slim model
+    assert tasks.calls == 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert run(*words, tmp_path / "whole", "--window", "32,16").exit_code == 0
+    assert (out / "compare.json").read_text() == (tmp_path / "whole" / "compare.json").read_text()
+
+
+class Counted:
+    """A function, and how often it was called."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *arguments, **named):
+        self.calls += 1
+        return self.function(*arguments, **named)
+
+
+def test_what_was_kept_of_another_model_of_that_name_is_not_used(folders, text_file, tmp_path, loads, monkeypatch):
+    words = ["compare", folders / "dense", tmp_path / "slim", "--text", text_file, "--window", 32, "--max-tokens", 256,
+             "--device", "cpu", "--out", tmp_path / "out", "--prompt", 8, "--new-tokens", 2, "--rounds", 1]  # fmt: skip
+    shutil.copytree(folders / "slim-50", tmp_path / "slim")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["slimgpt.comparison.compare"], "time_models", None)  # as if killed there
+        assert run(*words).exit_code == 1
+    assert loads == ["dense", "slim"]
+    shutil.rmtree(tmp_path / "slim")
+    shutil.copytree(folders / "slim-20", tmp_path / "slim")
+    loads.clear()
+    done = run(*words)
+    assert done.exit_code == 0, done.output
+    assert loads == ["slim"]
+    model, tokenizer = slimgpt.load(str(folders / "slim-20"))
+    expected = slimgpt.evaluate(model, tokenizer, str(text_file), window=32, max_tokens=256)
+    found = json.loads((tmp_path / "out" / "compare.json").read_text())["models"][1]["perplexities"][0]["perplexity"]
+    assert found == pytest.approx(expected.perplexity, rel=1e-6)
+
+
 def test_compare_replaces_only_comparisons(compared, folders, text_file, tmp_path):
     words = ["--text", text_file, "--window", 32, "--max-tokens", 64, "--no-speed", "--device", "cpu"]
     out, _ = compared
@@ -134,7 +207,7 @@ def test_compare_replaces_only_comparisons(compared, folders, text_file, tmp_pat
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_any_model_is(words, message, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["slimgpt.comparison.compare"], "load", None)  # calling it would fail
+    monkeypatch.setattr(sys.modules["slimgpt.comparison.sides"], "load", None)  # calling it would fail
     rows = tmp_path / "rows/piqa/validation.jsonl"
     rows.parent.mkdir(parents=True)
     rows.write_text('{"goal": "eat", "sol1": "chew", "sol2": "sing", "label": 0}\n')
@@ -147,7 +220,7 @@ def test_what_cannot_be_measured_is_refused_before_any_model_is(words, message, 
 
 def test_all_models_are_looked_for_before_one_is_measured(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys.modules["slimgpt.comparison.compare"], "load", None)
+    monkeypatch.setattr(sys.modules["slimgpt.comparison.sides"], "load", None)
     done = run("compare", folders / "dense", "nobody/nothing", "--out", tmp_path / "new", "--no-speed")
     assert done.exit_code == 2
     assert "cannot read the model 'nobody/nothing'" in " ".join(done.output.split())

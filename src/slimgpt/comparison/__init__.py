@@ -1,6 +1,7 @@
 """Models side by side: quality, size and speed in one table, one picture and one page."""
 
-from slimgpt.comparison.compare import Comparison, Side, Wanted, compare
+from slimgpt.comparison.compare import Comparison, compare
+from slimgpt.comparison.sides import Side, Wanted
 from slimgpt.comparison.timing import Timing, Timings, time_models
 
 __all__ = ["Comparison", "Side", "Timing", "Timings", "Wanted", "compare", "time_models"]

@@ -3,95 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slimgpt.api import evaluate
-from slimgpt.checkpoint import new_folder, read_report
+from slimgpt.checkpoint import new_folder
+from slimgpt.comparison.kept import kept_folder
 from slimgpt.comparison.page import write_page
 from slimgpt.comparison.plots import plot_quality
+from slimgpt.comparison.sides import Counter, Measuring, Side, Wanted
 from slimgpt.comparison.timing import Timings, time_models
-from slimgpt.evaluation import (
-    Passkey,
-    Perplexity,
-    TaskScores,
-    Text,
-    check_generation,
-    check_protocol,
-    check_tasks,
-    evaluate_tasks,
-    leak_note,
-    passkey,
-    read_text,
-)
+from slimgpt.evaluation import check_generation, check_protocol, check_tasks, read_text
 from slimgpt.evaluation.tasks import answers, difference, flips, metric_of
 from slimgpt.models.heterogeneous import check_context
-from slimgpt.models.loading import load, load_config, locate
-
-Counter = Callable[[str], AbstractContextManager[Callable[[int], Callable[[int], None]]]]
-"""Given a unit, opens a bar: told an amount, it gives what is called as the work is done."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What to measure.
-
-    Args:
-        texts: as :func:`slimgpt.evaluation.read_text` takes them.
-        windows: of every text.
-        max_tokens: of every text.
-        tasks: of lm-evaluation-harness; none if empty.
-        limit: rows of every task.
-        long_window: also perplexity by position up to here, on the first text; left out if ``None``.
-        passkey: lengths of texts that hide a number.
-        batches, prompt, new_tokens, rounds: of the timing; no timing if there are no batches.
-    """
-
-    texts: tuple[str, ...] = ("demo",)
-    windows: tuple[int, ...] = (128,)
-    max_tokens: int | None = None
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    num_fewshot: int | None = None
-    long_window: int | None = None
-    passkey: tuple[int, ...] = ()
-    batches: tuple[int, ...] = (1,)
-    prompt: int = 512
-    new_tokens: int = 128
-    rounds: int = 5
-
-
-@dataclass
-class Side:
-    """Everything measured of one model but its speed.
-
-    Args:
-        name: as the table has it.
-        perplexities: with the name of the text.
-        leaks: by text, what has to be said.
-    """
-
-    name: str
-    parameters: int
-    removed: float | None
-    perplexities: list[tuple[str, Perplexity]] = field(default_factory=list)
-    leaks: dict[str, str] = field(default_factory=dict)
-    tasks: TaskScores | None = None
-    by_position: Perplexity | None = None
-    passkey: Passkey | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts and lists."""
-        return {
-            **{name: getattr(self, name) for name in ("name", "parameters", "removed", "leaks")},
-            "perplexities": [{"text": text, **found.to_json()} for text, found in self.perplexities],
-            "tasks": self.tasks and self.tasks.to_json(),
-            "by_position": self.by_position and self.by_position.to_json(),
-            "passkey": self.passkey and self.passkey.to_json(),
-        }
+from slimgpt.models.loading import load_config, locate
 
 
 @dataclass(frozen=True)
@@ -160,6 +87,9 @@ def compare(
 ) -> Comparison:
     """Measure a model and its slim versions; write ``compare.json``, ``quality.png``, ``quality.svg``, ``report.html``.
 
+    Until these are there, what has been measured is kept beside them: a comparison that was killed goes on when the
+    same one is asked for again. Speed is measured of all models in one run, and is not kept.
+
     Args:
         base: a model as :func:`slimgpt.load` takes it.
         slim: one or more others.
@@ -175,15 +105,17 @@ def compare(
     names = [base, *slim]
     _check(names, wanted, data_dir, trust_remote_code)
     texts = [read_text(text, data_dir) for text in wanted.texts]
+    kept = kept_folder(Path(output).expanduser().absolute())
+    measuring = Measuring(wanted, texts, kept, data_dir, device, dtype, trust_remote_code, counter)
     with new_folder(output, overwrite, marker="compare.json") as folder:
         sides = []
         for name, label in zip(names, _labels(names)):
             say(f"measuring {label}")
-            sides.append(_measure(name, label, texts, wanted, data_dir, device, dtype, trust_remote_code, counter))
+            sides.append(measuring.side(name, label))
         timings = None
         if wanted.batches:
             say("timing all models in turn")
-            with _open(counter, "rounds") as on_start:
+            with measuring.bar("rounds") as on_start:
                 step = on_start(len(wanted.batches) * (wanted.rounds + 1)) if on_start else None
                 timings = time_models(
                     names,
@@ -202,6 +134,7 @@ def compare(
         for suffix in ("png", "svg"):
             plot_quality(found, folder / f"quality.{suffix}")
         write_page(found, folder / "report.html")
+    shutil.rmtree(kept, ignore_errors=True)
     return found
 
 
@@ -220,61 +153,6 @@ def _check(names: Sequence[str], wanted: Wanted, data_dir: str | Path | None, tr
             check_generation(config, wanted.prompt, wanted.new_tokens, wanted.rounds, batch)
     if wanted.tasks:
         check_tasks(wanted.tasks, wanted.limit, wanted.num_fewshot, data_dir)
-
-
-def _measure(
-    name: str,
-    label: str,
-    texts: Sequence[Text],
-    wanted: Wanted,
-    data_dir: str | Path | None,
-    device: str,
-    dtype: str,
-    trust_remote_code: bool,
-    counter: Counter | None,
-) -> Side:
-    folder = locate(name).folder
-    report = read_report(folder) if folder is not None else None
-    model, tokenizer = load(name, dtype, device, trust_remote_code)
-    plan = (report or {}).get("plan") or {}
-    side = Side(label, sum(p.numel() for p in model.parameters()), plan.get("achieved"))
-
-    def of(text: Text, window: int, by_position: bool = False) -> Perplexity:
-        with _open(counter, f"windows of {window}, {Path(text.name).name}") as on_start:
-            step: list[Any] = []
-
-            def progress(done: int, total: int) -> None:
-                if on_start and not step:
-                    step.extend((on_start(total), 0))
-                if step:
-                    step[0](done - step[1])
-                    step[1] = done
-
-            return evaluate(
-                model, tokenizer, text, window=window, max_tokens=wanted.max_tokens, by_position=by_position,
-                progress=progress,
-            )  # fmt: skip
-
-    for text in texts:
-        note = leak_note(report, text)
-        if note:
-            side.leaks[text.name] = note
-        side.perplexities += [(text.name, of(text, window)) for window in wanted.windows]
-    if wanted.tasks:
-        with _open(counter, "answers") as on_start:
-            side.tasks = evaluate_tasks(
-                model, tokenizer, wanted.tasks, wanted.limit, wanted.num_fewshot, data_dir, on_start
-            )
-    if wanted.long_window:
-        side.by_position = of(texts[0], wanted.long_window, by_position=True)
-    if wanted.passkey:
-        with _open(counter, "questions") as on_start:
-            side.passkey = passkey(model, tokenizer, wanted.passkey, on_start=on_start)
-    return side
-
-
-def _open(counter: Counter | None, unit: str) -> AbstractContextManager[Any]:
-    return counter(unit) if counter else nullcontext()
 
 
 def _labels(names: Sequence[str]) -> list[str]:

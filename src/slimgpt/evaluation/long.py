@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -36,6 +36,12 @@ class Passkey:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """What :meth:`to_json` gave, also if it has been in a file."""
+        by_length = {key: {int(n): value for n, value in values[key].items()} for key in ("found", "by_depth")}
+        return cls(**{**values, **by_length})
 
 
 def passkey(

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -53,6 +53,14 @@ class Perplexity:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """What :meth:`to_json` gave, also if it has been in a file."""
+        by_position = values["by_position"]
+        if by_position is not None:
+            by_position = {int(first): value for first, value in by_position.items()}
+        return cls(**{**values, "by_position": by_position})
 
 
 def check_protocol(window: int, bos: str = "auto") -> None:

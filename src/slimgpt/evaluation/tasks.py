@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,6 +50,19 @@ class TaskScores:
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists, without the samples."""
         return {key: value for key, value in asdict(self).items() if key != "samples"}
+
+    def with_answers(self) -> dict[str, Any]:
+        """:meth:`to_json` and, of the samples, the score of every question."""
+        samples = {
+            name: [{"doc_id": number, str(metric_of(self.scores[name])): score} for number, score in by_number.items()]
+            for name, by_number in answers(self).items()
+        }
+        return {**self.to_json(), "samples": samples}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """What :meth:`with_answers` gave, also if it has been in a file."""
+        return cls(**values)
 
 
 def evaluate_tasks(

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import ModelError, NumericalError
+from slimgpt.models import adapters
 from slimgpt.models.heterogeneous import architecture_of, empty_model, rebuild_layer
+from slimgpt.models.loading import Source, weights_folder
 
 INDEX_FILE = "model.safetensors.index.json"
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
@@ -62,6 +64,22 @@ class WeightFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header."""
         return tuple(self._where[name].get_slice(name).get_shape())
+
+
+def source_files(source: Source) -> list[Path]:
+    """The files that make a model what it is: its config and weights, and those of an adapter that is merged into it.
+
+    Raises:
+        ModelError: the hub cannot be reached, or a file cannot be read.
+    """
+    folder = weights_folder(source)
+    if folder is not None:
+        files = [folder / "config.json", *WeightFiles(folder).files]
+    else:
+        files = [Path(source.location) / str(source.gguf_file)]
+    if source.adapter is not None:
+        files += [source.adapter / name for name in (adapters.CONFIG_FILE, adapters.WEIGHTS_FILE)]
+    return files
 
 
 def fingerprint(files: Iterable[Path]) -> str:
