@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from unittest import mock
@@ -20,8 +21,19 @@ from lm_eval.tasks import TaskManager
 from slimgpt.errors import UsageError
 from slimgpt.evaluation import harness
 from slimgpt.evaluation.harness import FOLDERS, run_harness, task_manager
-from slimgpt.evaluation.tasks import COMMONSENSE, TaskScores, answers, difference, evaluate_tasks, flips, stderr_of_mean
+from slimgpt.evaluation.tasks import (
+    COMMONSENSE,
+    ENOUGH,
+    TaskScores,
+    _commonest,
+    answers,
+    difference,
+    evaluate_tasks,
+    flips,
+    stderr_of_mean,
+)
 from tests.families import tiny_model
+from tests.test_command_line import run
 
 SPLIT = {name: "test" if name.startswith(("arc", "open")) else "validation" for name in COMMONSENSE}
 
@@ -143,6 +155,50 @@ def test_flips_count_what_a_difference_of_means_hides():
     assert flips(base, {**other, "boolq": {5: 1.0, 7: 0.0}}) is None
     assert flips(base, {"piqa": other["piqa"]}) is None
     assert flips({}, {}) is None
+
+
+@pytest.fixture
+def many_rows(tmp_path):
+    """Two dozen questions with the same options, and two dozen with options of their own."""
+    for task, options in (("boolq", {"answer": True}), ("piqa", {"sol2": "stay", "label": 0})):
+        rows = [
+            {"question": f"is {n} old", "passage": f"Mill {n} is old.", "goal": "run", "sol1": f"to {n}", **options}
+            for n in range(24)
+        ]
+        (tmp_path / task).mkdir()
+        (tmp_path / task / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return tmp_path
+
+
+def test_a_model_of_one_answer_is_said_to_be_one(tokenizer, many_rows, monkeypatch):
+    model = tiny_model("llama", max_position_embeddings=256)
+    found = evaluate_tasks(model, tokenizer, "boolq,piqa", data_dir=many_rows)
+    preferred = ["no" if a[0] > b[0] else "yes" for (a,), (b,) in (row["resps"] for row in found.samples["boolq"])]
+    word = max(("yes", "no"), key=preferred.count)
+    share = preferred.count(word) / 24
+    assert found.commonest == {"boolq": (word, share)}
+    for least, words in ((share, {"boolq": f"'{word}' to {share:.0%}"}), (share + 0.01, {})):
+        monkeypatch.setattr("slimgpt.evaluation.tasks.ONE_SIDED", least)
+        assert found.one_sided() == words
+    read_back = TaskScores.from_json(json.loads(json.dumps(found.with_answers())))
+    assert read_back.to_json() == found.to_json()
+    assert answers(read_back) == answers(found)
+    few = evaluate_tasks(model, tokenizer, "boolq", limit=19, data_dir=many_rows)
+    assert few.commonest == {}
+
+
+def test_the_command_line_says_that_a_model_has_one_answer(dense_folder, many_rows, monkeypatch):
+    monkeypatch.setattr("slimgpt.evaluation.tasks.ONE_SIDED", 0.5)
+    done = run("evaluate", dense_folder, "--tasks", "boolq", "--data-dir", many_rows, "--device", "cpu")
+    assert re.search(r"boolq: the model answers '(yes|no)' to \d+% of the questions", done.output)
+
+
+@pytest.mark.parametrize(
+    "argument", [("a text",), ("a question", {"until": ["."]}), ("a question", " an answer"), ("a", {}, {})]
+)
+def test_tasks_without_options_have_no_commonest_one(argument):
+    row = {"arguments": [argument], "filtered_resps": ["words"]}
+    assert _commonest([row] * ENOUGH) is None
 
 
 @pytest.mark.parametrize("limit", [2, pytest.param(100, marks=pytest.mark.slow)])  # slow: about 4 minutes

@@ -176,6 +176,8 @@ def print_scores(scores: TaskScores) -> None:
             ", ".join(f"{key} {value:.4g}" for key, value in rest.items()),
         )
     out.print(table)
+    for name, words in scores.one_sided().items():
+        out.print(f"[yellow]{name}: the model answers {words} of the questions, right or wrong[/]", soft_wrap=True)
     if scores.mean is not None and scores.mean_acc is not None:
         error = "" if scores.mean_stderr is None else f" ± {scores.mean_stderr:.2%}"
         out.print(

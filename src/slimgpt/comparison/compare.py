@@ -183,7 +183,10 @@ def _rows(found: Comparison) -> Iterator[Row]:
         for task, metrics in tasks[0].scores.items():
             metric = metric_of(metrics) or next(iter(metrics))
             values = tuple(t.scores[task].get(metric) if t else None for t in tasks)
-            yield Row("tasks", f"{task} ({metric})", values, ".1%" if metric.startswith("acc") else ".4g", "more")
+            sided = [(side.name, side.tasks.one_sided().get(task)) for side in sides if side.tasks]
+            notes = [f"{name} answers {words} of the questions" for name, words in sided if words]
+            style = ".1%" if metric.startswith("acc") else ".4g"
+            yield Row("tasks", f"{task} ({metric})", values, style, "more", "; ".join(notes))
         if tasks[0].mean is not None:
             base = answers(tasks[0])
             apart = [(side.name, difference(base, answers(side.tasks))) for side in sides[1:] if side.tasks]

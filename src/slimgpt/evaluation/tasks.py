@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -20,6 +21,12 @@ ALIASES = {"commonsense": COMMONSENSE}
 
 USUAL = ("acc_norm", "acc")
 """A task's score in means is the first of these that it has."""
+
+ONE_SIDED = 0.9
+"""The share of questions with the same answer from which on that is said beside the score."""
+
+ENOUGH = 20
+"""Fewer questions may have the same answer by chance."""
 
 Answers = dict[str, dict[int, float]]
 """The score of every question, by task and number."""
@@ -36,6 +43,8 @@ class TaskScores:
         mean_acc: the same of ``acc`` alone.
         mean_stderr: standard error of ``mean``: how far another draw of as many questions would move it; see
             :func:`stderr_of_mean`.
+        commonest: by task, of those whose questions all have the same options, such as yes and no: the option that the
+            model prefers most often, and the share of questions where it does. Not of tasks of a few questions.
         samples: by task, what the harness logs of every row; left out of :meth:`to_json`.
         protocol: everything that changes the numbers.
     """
@@ -46,6 +55,7 @@ class TaskScores:
     mean_stderr: float | None
     protocol: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]]
+    commonest: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists, without the samples."""
@@ -62,7 +72,15 @@ class TaskScores:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """What :meth:`with_answers` gave, also if it has been in a file."""
-        return cls(**values)
+        commonest = {name: (option, share) for name, (option, share) in values["commonest"].items()}
+        return cls(**{**values, "commonest": commonest})
+
+    def one_sided(self) -> dict[str, str]:
+        """In words, by task: where one option is preferred so often that the score says little but how often it is
+        right."""
+        return {
+            name: f"'{option}' to {share:.0%}" for name, (option, share) in self.commonest.items() if share >= ONE_SIDED
+        }
 
 
 def evaluate_tasks(
@@ -96,6 +114,7 @@ def evaluate_tasks(
         mean_acc=mean_of(asked, ("acc",)),
         mean_stderr=stderr_of_mean(asked),
         samples=found["samples"],
+        commonest={name: one for name, rows in found["samples"].items() if (one := _commonest(rows)) is not None},
         protocol={
             "harness": f"lm_eval {found['lm_eval_version']}",
             "tasks": names,
@@ -181,6 +200,20 @@ def _metrics(found: dict[str, Any], name: str) -> dict[str, float]:
             metrics.setdefault(key.split(",")[0], float(value))
     rows = found["n-samples"].get(name)
     return {**metrics, **({"rows": rows["effective"]} if rows else {})}
+
+
+def _commonest(rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
+    """The option that is preferred most often and its share, where all of many questions have the same options."""
+    asked = [[argument[1:] for argument in row["arguments"]] for row in rows]
+    if len(rows) < ENOUGH or any(each != asked[0] for each in asked):
+        return None
+    options = [str(rest[0]).strip() for rest in asked[0] if len(rest) == 1 and isinstance(rest[0], str)]
+    if not 1 < len(options) == len(asked[0]):  # something else is asked for than a choice
+        return None
+    likelihoods = [[response[0] for response in row["filtered_resps"]] for row in rows]
+    preferred = Counter(max(range(len(options)), key=values.__getitem__) for values in likelihoods)
+    (option, count), *_ = preferred.most_common(1)
+    return options[option], count / len(rows)
 
 
 def stderr_of_mean(scores: Sequence[dict[str, float]]) -> float | None:
