@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from slimgpt.errors import NumericalError
 from slimgpt.models.heterogeneous import decoder_layers
@@ -97,11 +98,22 @@ def test_what_is_written_depends_on_the_seed_alone():
 
 
 def test_little_memory_is_enough():
-    """One piece at a time, every layer brought anew for every token: a certain model writes the same."""
-    model, steps = sharp(tiny_model("llama")), []
+    """One piece at a time, every layer brought anew for every token; and the same is written."""
+    model, steps = tiny_model("llama"), []
     ids = written(model, on_token=lambda *said: steps.append(said), budget=1)
     assert [(number, count) for number, count, _ in steps] == [(n, 120) for n in range(120)]
     assert torch.equal(ids, written(model))
+
+
+def test_what_is_known_of_a_piece_is_not_copied_for_every_token(monkeypatch):
+    """The cache has its room from the second token on; two of these layers keep a window of the last tokens alone."""
+    model, places = tiny_model("gemma3"), []
+    kinds = model.config.get_text_config().layer_types
+    assert set(kinds) == {"sliding_attention", "full_attention"}
+    update = DynamicLayer.update
+    monkeypatch.setattr(DynamicLayer, "update", lambda self, *args: places.append(type(self)) or update(self, *args))
+    written(model)
+    assert places.count(DynamicLayer) == kinds.count("full_attention")  # once for each, with what the piece begins with
 
 
 def test_a_broken_model_is_named():

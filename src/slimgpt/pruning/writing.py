@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 from slimgpt.errors import NumericalError
 from slimgpt.models.heterogeneous import decoder_layers, layer_sizes, text_config
@@ -72,11 +73,13 @@ def write(
     Raises:
         NumericalError: predictions that are NaN or infinite.
     """
-    generator, drawing = torch.Generator().manual_seed(seed), torch.Generator(run.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     prompt = min(PROMPT, length // 2, windows.shape[1])
     rows = torch.randint(len(windows), (count, 1), generator=generator)
     starts = torch.randint(windows.shape[1] - prompt + 1, (count, 1), generator=generator)
     prompts = windows[rows, starts + torch.arange(prompt)]
+    # All at once: what is written does not depend on how many pieces there is room for.
+    chances = torch.rand(count, length - prompt, generator=generator)
     layers, kept = decoder_layers(model), dict[int, nn.Module]()
     dtype = run.dtype or next(model.get_input_embeddings().parameters()).dtype
     shape = (count, length, text_config(model.config).hidden_size)
@@ -112,10 +115,11 @@ def write(
                 behind[rows, text.shape[1] - fresh.shape[1] : text.shape[1]] = passed
                 if text.shape[1] == length:
                     break
-                fresh = _draw(model, found.logits[:, -1], drawing)
+                place = text.shape[1] - prompt
+                fresh = _draw(model, found.logits[:, -1], chances[rows, place : place + 1].to(run.device))
                 text = torch.cat([text, fresh], dim=1)
                 if caches := "past_key_values" in found:
-                    known = {"past_key_values": found["past_key_values"]}
+                    known = {"past_key_values": _with_room(found["past_key_values"], length)}
                 else:  # what keeps no cache, or one of its own, reads all again
                     fresh = text
                 if on_token:
@@ -125,30 +129,63 @@ def write(
     return Written(ids, behind)
 
 
+class _Roomy(DynamicLayer):
+    """Keys and values of a layer, with room for all that are to come: a cache that grows is copied for every token,
+    which costs more the more pieces are written together.
+
+    Args:
+        states: what is known, ``(pieces, heads, tokens, head_dim)`` of keys and of values.
+        length: so many tokens.
+    """
+
+    def __init__(self, states: tuple[Tensor, Tensor], length: int):
+        super().__init__()
+        self.lazy_initialization(*states)
+        self.rooms = [known.new_empty((*known.shape[:2], length, known.shape[3])) for known in states]
+        self.keys, self.values = (room[:, :, :0] for room in self.rooms)
+        self.update(*states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        before = self.get_seq_length()
+        after = before + key_states.shape[2]
+        for room, fresh in zip(self.rooms, (key_states, value_states)):
+            room[:, :, before:after] = fresh
+        self.keys, self.values = (room[:, :, :after] for room in self.rooms)
+        return self.keys, self.values
+
+
+def _with_room(cache: Any, length: int) -> Any:
+    """A cache whose layers have room for so many tokens, where they would grow; what keeps something else stays."""
+    for index, layer in enumerate(getattr(cache, "layers", [])):
+        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+            cache.layers[index] = _Roomy((layer.keys, layer.values), length)
+    return cache
+
+
 def _at_once(model: PreTrainedModel, length: int, room: int, dtype: torch.dtype) -> int:
-    """How many pieces are written together: their keys and values, copied once, must find room.
+    """How many pieces are written together: their keys and values must find room.
 
     Args:
         room: bytes.
     """
     heads = [sizes["num_key_value_heads"] for sizes in layer_sizes(model.config)]
     cache = cache_bytes(text_config(model.config), heads, length) * dtype.itemsize // CACHE_BYTES
-    return min(max(room // max(2 * cache, 1), 1), AT_ONCE)
+    return min(max(room // max(cache, 1), 1), AT_ONCE)
 
 
-def _draw(model: PreTrainedModel, logits: Tensor, drawing: torch.Generator) -> Tensor:
+def _draw(model: PreTrainedModel, logits: Tensor, chances: Tensor) -> Tensor:
     """The next token of every piece, ``(pieces, 1)``.
 
     Args:
         logits: ``(pieces, vocabulary)``.
+        chances: between 0 and 1, ``(pieces, 1)``: which share of the predictions, in the order of the vocabulary, is
+            below the token.
     """
     logits, ended = logits.float(), text_config(model.config).eos_token_id
     for token in ended if isinstance(ended, list) else [ended]:
         if token is not None and token < logits.shape[-1]:
             logits[:, token] = float("-inf")  # a piece goes on to its end
-    chances = logits.softmax(-1)
-    if bool(torch.isnan(chances.sum())):
+    below = logits.softmax(-1).cumsum(-1)  # of a vocabulary this is several times faster than torch.multinomial
+    if bool(torch.isnan(below[:, -1].sum())):
         raise NumericalError("the dense model's predictions hold NaN or infinity on text of its own")
-    below = chances.cumsum(-1)  # of a vocabulary this is several times faster than torch.multinomial
-    drawn = torch.rand(len(below), 1, generator=drawing, device=below.device) * below[:, -1:]
-    return torch.searchsorted(below, drawn, right=True).clamp_max(below.shape[-1] - 1)
+    return torch.searchsorted(below, chances * below[:, -1:], right=True).clamp_max(below.shape[-1] - 1)
