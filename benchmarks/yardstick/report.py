@@ -119,6 +119,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
     """
     known = [*rows, *references]
     measures = measure_names(settings.validation)
+    dense = _find(known, model, DENSE, 0.0)
     tasks = any(result.value(TASKS) is not None for _, result in rows)
     several = len(ways_of(rows)) > 1
     heads = [
@@ -139,7 +140,7 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
         found = result.found
         achieved = found["achieved"]
         off = row.method != DENSE and abs(achieved - row.ratio) > EXACT
-        dense, paper = _find(known, model, DENSE, 0.0), _find(known, model, "paper", row.ratio)
+        paper = _find(known, model, "paper", row.ratio)
         repaired = _find(known, model, Row(model, row.method, row.ratio, True, row.changes).title, row.ratio)
         cells = [
             f"{row.ratio:.0%}",
@@ -244,10 +245,7 @@ def plot_ratio(rows: Rows, settings: Settings, file: Path) -> None:
             _plain_ticks(axis.yaxis)
             axis.grid(alpha=0.3)
             axis.set_title(MODELS[model].title, fontsize=9)
-    if shown:
-        figure.legend(loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    _save(figure, bool(shown), file)
 
 
 def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
@@ -292,7 +290,14 @@ def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
             axis.set_title(f"{model}, {ratio:.0%} removed", fontsize=9)
     for axis in axes[-1]:
         axis.set_xlabel("core-seconds of pruning")
-    if shown:
+    _save(figure, bool(shown), file)
+
+
+def _save(figure: Any, labelled: bool, file: Path) -> None:
+    """Write a plot, with a legend of what is labelled in its panels, if anything is."""
+    from matplotlib import pyplot as plt
+
+    if labelled:
         figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)
