@@ -291,7 +291,7 @@ def same_text(tmp_path_factory) -> Path:
 
 
 def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_text, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.pruning.distillation.STEP_TOKENS", 24)
+    monkeypatch.setattr("slimgpt.pruning.lesson.STEP_TOKENS", 24)
     monkeypatch.setattr("slimgpt.pruning.distillation.KEPT_EVERY", 0.0)
     # More tokens than there are: the dense model writes the others, once.
     options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0, "distill": 192}
@@ -321,7 +321,7 @@ def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_t
     def never(*_):
         raise Killed
 
-    monkeypatch.setattr("slimgpt.pruning.distillation.write", never)
+    monkeypatch.setattr("slimgpt.pruning.lesson.write", never)
     steps = []
     # While trained layers are written, and when the training is finished and the folder is not.
     for name, instead in (("pruning.journal.write_tensors", write_two), ("folders.assemble", never)):
@@ -372,7 +372,7 @@ def test_a_training_that_the_disk_has_no_room_for_is_not_kept(tmp_path, monkeypa
 
 
 def test_streamed_training_is_the_same_as_in_memory(wide, same_text, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.pruning.distillation.STEP_TOKENS", 24)
+    monkeypatch.setattr("slimgpt.pruning.lesson.STEP_TOKENS", 24)
     options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0}
     said = slimgpt.prune_folder(str(wide), tmp_path / "streamed", distill=120, **options).distillation
     model, tokenizer = slimgpt.load(str(wide))

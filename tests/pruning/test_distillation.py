@@ -13,7 +13,8 @@ import slimgpt
 from slimgpt.api import make_config, plan_for
 from slimgpt.models.heterogeneous import decoder_layers
 from slimgpt.models.shape import describe
-from slimgpt.pruning import Distillation, Placement, Run, distillation, rehearse
+from slimgpt.pruning import Distillation, Placement, Run, distillation, passes_to_distill, rehearse, tokens_to_distill
+from slimgpt.pruning.lesson import _equal_batches
 from slimgpt.pruning.whole import prune_model
 from tests.families import tiny_model, windows
 
@@ -24,7 +25,7 @@ OPTIONS = {"ratio": 0.4, "calibration": IDS, "batch_size": 3, "device": "cpu", "
 
 @pytest.fixture(autouse=True)
 def short_steps(monkeypatch):
-    monkeypatch.setattr(distillation, "STEP_TOKENS", 144)  # two batches of three windows
+    monkeypatch.setattr("slimgpt.pruning.lesson.STEP_TOKENS", 144)  # two batches of three windows
 
 
 def run(place: str = "device", budget: int = 10**12) -> Run:
@@ -172,7 +173,7 @@ def test_a_model_in_memory_is_trained_if_that_helps(monkeypatch):
 
 def test_by_default_it_is_done_where_there_are_tokens_enough(monkeypatch):
     assert slimgpt.prune(tiny_model("llama"), None, **OPTIONS).distillation == {}
-    monkeypatch.setattr(distillation, "LEAST_TOKENS", 200)
+    monkeypatch.setattr("slimgpt.pruning.lesson.LEAST_TOKENS", 200)
     report = slimgpt.prune(tiny_model("llama"), None, **OPTIONS)
     passes = 1.4 / (1 + 7 / 3 * (1 - report.plan.achieved))
     assert report.distillation["tokens"] == int(passes * IDS.numel()) // 24 * 24
@@ -190,7 +191,7 @@ def test_a_step_is_nearly_what_it_should_be_whatever_the_batch_size():
     """Against all ways to divide it."""
     for count in range(1, 80):
         for most in range(1, 40):
-            size, number = distillation._equal_batches(count, most)
+            size, number = _equal_batches(count, most)
             fewest = min(n for n in range(1, count + 1) if -(-count // n) <= most)
             assert (size, number) == (max(s for s in range(1, most + 1) if s * fewest <= count), fewest)
 
@@ -226,22 +227,22 @@ def test_what_is_not_there_is_written_first():
 
 
 def test_a_search_trains_longer(monkeypatch):
-    monkeypatch.setattr(distillation, "LEAST_TOKENS", 200)
+    monkeypatch.setattr("slimgpt.pruning.lesson.LEAST_TOKENS", 200)
     shape = describe(tiny_model("llama").config)
     plan = plan_for(tiny_model("llama").config, CONFIG, shape)
     room = 18 * 24
     for allocation, passes, back in (("auto", 1.4, 4 / 3), ("search", 11.5, 2)):
         config = make_config(ratio=0.4, batch_size=3, allocation=allocation)
-        tokens = distillation.tokens_to_distill(config, shape, plan, IDS)
+        tokens = tokens_to_distill(config, shape, plan, IDS)
         assert (tokens > room) == (allocation == "search")
         written = max(tokens - room, 0)
         expected = tokens * (1 + (1 + back) * (1 - plan.achieved)) + 0.5 * written
         assert expected == pytest.approx(passes * IDS.numel(), rel=0.01)
-        assert distillation.passes_to_distill(config, plan, IDS, tokens) == pytest.approx(expected)
+        assert passes_to_distill(config, plan, IDS, tokens) == pytest.approx(expected)
 
 
 def test_mixtures_are_not_trained(monkeypatch):
-    monkeypatch.setattr(distillation, "LEAST_TOKENS", 1)
+    monkeypatch.setattr("slimgpt.pruning.lesson.LEAST_TOKENS", 1)
     assert slimgpt.prune(tiny_model("mixtral"), None, **OPTIONS).distillation == {}
     with pytest.raises(slimgpt.SlimGPTError, match="experts"):
         slimgpt.prune(tiny_model("mixtral"), None, distill=100, **OPTIONS)

@@ -1,9 +1,9 @@
 """The only room that changes a model."""
 
-from slimgpt.pruning.distillation import (
+from slimgpt.pruning.distillation import Distillation, OnDistilled
+from slimgpt.pruning.journal import Journal
+from slimgpt.pruning.lesson import (
     BACK,
-    Distillation,
-    OnDistilled,
     OnRehearsed,
     disk_to_distill,
     passes_to_distill,
@@ -11,7 +11,6 @@ from slimgpt.pruning.distillation import (
     repaired_on,
     tokens_to_distill,
 )
-from slimgpt.pruning.journal import Journal
 from slimgpt.pruning.memory import Placement, parse_bytes, place
 from slimgpt.pruning.report import LayerReport, PruneReport, total_seconds
 from slimgpt.pruning.sensitivity import OnMeasured, allocate, divide, looks, measure, to_measure, weighed
