@@ -115,8 +115,10 @@ def loads(monkeypatch):
     return names
 
 
-def test_a_killed_comparison_goes_on(folders, text_file, data_dir, tmp_path, monkeypatch, loads):  # noqa: F811
+@pytest.mark.parametrize("changed", [False, True], ids=["same rows", "other rows"])
+def test_a_killed_comparison_goes_on(changed, folders, text_file, data_dir, tmp_path, monkeypatch, loads):  # noqa: F811
     module, out = sys.modules["slimgpt.comparison.sides"], tmp_path / "out"
+    data_dir = shutil.copytree(data_dir, tmp_path / "rows")
     words = [
         "compare", folders / "dense", tmp_path / "slim", "--text", text_file, "--max-tokens", 256, "--tasks", "piqa",
         "--data-dir", data_dir, "--long", 64, "--passkey", 100, "--no-speed", "--device", "cpu", "--out",
@@ -133,6 +135,9 @@ def test_a_killed_comparison_goes_on(folders, text_file, data_dir, tmp_path, mon
     assert run(*words, out, "--window", "32").exit_code == 130
     assert not out.exists()
     assert loads == ["dense", "slim"]
+    if changed:
+        file = next((data_dir / "piqa").iterdir())
+        file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     loads.clear()
     texts, tasks = Counted(module.evaluate), Counted(measure)
     monkeypatch.setattr(module, "evaluate", texts)
@@ -140,7 +145,7 @@ def test_a_killed_comparison_goes_on(folders, text_file, data_dir, tmp_path, mon
     assert run(*words, out, "--window", "32,16").exit_code == 0
     assert loads == ["dense", "slim"]
     assert texts.calls == 2 + 1  # window 16 of both, and the long one of the slim model
-    assert tasks.calls == 1
+    assert tasks.calls == 1 + changed
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert run(*words, tmp_path / "whole", "--window", "32,16").exit_code == 0
     assert (out / "compare.json").read_text() == (tmp_path / "whole" / "compare.json").read_text()

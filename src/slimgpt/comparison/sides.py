@@ -16,6 +16,7 @@ from slimgpt.api import evaluate, versions
 from slimgpt.checkpoint import read_report
 from slimgpt.comparison.kept import Kept
 from slimgpt.evaluation import Passkey, Perplexity, TaskScores, Text, evaluate_tasks, leak_note, passkey
+from slimgpt.evaluation.rows import stamp_rows
 from slimgpt.models.loading import as_device, load, locate
 from slimgpt.models.weights import fingerprint, source_files
 
@@ -185,7 +186,7 @@ class _Model:
                 found = evaluate_tasks(*self.loaded, wanted.tasks, wanted.limit, wanted.num_fewshot, data_dir, on_start)
             return found.with_answers()
 
-        rows = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
+        rows = None if data_dir is None else stamp_rows(Path(data_dir).expanduser())
         return TaskScores.from_json(self.kept(["tasks", wanted.tasks, wanted.limit, wanted.num_fewshot, rows], measure))
 
     def _passkey(self) -> Passkey:

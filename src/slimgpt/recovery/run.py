@@ -31,7 +31,7 @@ from slimgpt.models.loading import (
     locate,
 )
 from slimgpt.models.shape import describe
-from slimgpt.models.weights import check_finite, fingerprint
+from slimgpt.models.weights import check_finite, fingerprint, source_files
 from slimgpt.preparing import stored_dtype
 from slimgpt.pruning import PruneReport
 from slimgpt.pruning.ranks import Ranks, join, local_device, rank_of_environment
@@ -360,11 +360,9 @@ def _request(c: _Checked, world: int) -> dict[str, Any]:
     found = versions(c.device)
     settings = asdict(c.config)
     settings.pop("learning_rate")
-    folder = c.source.folder
-    files = [] if folder is None else [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     return {
         "command": "recover",
-        "model": {"name": c.source.name, "files": fingerprint(files) if files else None},
+        "model": {"name": c.source.name, "files": fingerprint(source_files(c.source))},
         "settings": settings,
         "data": _described(c),
         "teacher": c.teacher[0].name if c.teacher else None,
