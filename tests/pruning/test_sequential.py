@@ -81,6 +81,28 @@ def test_baselines_leave_the_weights_and_repair_can_be_switched(method):
     assert other.layers[0].error["heads"] < report.layers[0].error["heads"]
 
 
+@pytest.mark.parametrize("method", ["slimgpt", "paper", "wanda"])
+def test_channels_that_never_fire_go_first(method):
+    model = tiny_model("opt")
+    for layer in model.model.decoder.layers:
+        layer.fc1.bias.data += 8
+        layer.fc1.bias.data[:20] = -50  # ReLU leaves nothing of them
+    report = slimgpt.prune(model, None, 0.3, IDS, method=method, schedule="uniform", head_unit="kv", device="cpu")
+    for layer in report.layers:
+        kept = layer.kept["channels"]
+        assert 0 < len(kept) < 52
+        assert sum(channel >= 20 for channel in kept) == min(len(kept), 32)
+
+
+def test_wanda_scores_what_goes_in_without_damping():
+    model = tiny_model("llama").double()
+    linear = model.model.layers[0].self_attn.o_proj
+    scores = linear.weight.detach().abs().sum(0) * inputs_of(model, linear).square().mean(0).sqrt()
+    expected = scores.view(3, -1).sum(-1).topk(2).indices.sort().values.tolist()
+    options = {"method": "wanda", "schedule": "uniform", "head_unit": "kv", "damping": 1e6}
+    assert slimgpt.prune(model, None, 0.3, IDS, device="cpu", **options).layers[0].kept["heads"] == expected
+
+
 def test_batch_size_changes_nothing_but_rounding():
     dense = tiny_model("qwen3")
     one, all_at_once = copy.deepcopy(dense), copy.deepcopy(dense)

@@ -421,9 +421,13 @@ class Layer:
             raise NumericalError(f"{where}: its inputs hold NaN or infinity on the calibration text")
         W = stored.to(dtype)
         undamped = H.diagonal().clone()
+        chosen = None if self.criterion.damped else choose(W, H)
         damp(H, self.config.damping)
+        # With the diagonal that it has now, a column whose input is always zero would cost what its weights say.
+        live = W if bool(undamped.all()) else W.masked_fill(undamped == 0, 0.0)
         try:
-            kept, units = choose(W, H)
+            kept, units = chosen or choose(live, H)
+            del live
             columns = unit_rows(n, units, kept).to(W.device)
             trim()
             G = W @ H

@@ -33,12 +33,17 @@ class SelectChannels(Protocol):
 
 @dataclass(frozen=True)
 class Criterion:
-    """How a method chooses, and whether it repairs what stays."""
+    """How a method chooses, and whether it repairs what stays.
+
+    Args:
+        damped: whether it chooses by the damped Hessian, as all that invert it must, or by ``E[x x^T]`` as it is.
+    """
 
     heads: SelectHeads
     channels: SelectChannels
     repair: bool
     source: str
+    damped: bool = True
 
 
 def magnitude(W: Tensor, H: Tensor, generator: torch.Generator) -> Tensor:
@@ -87,7 +92,7 @@ def _constant_groups(W, H, keep, generator):
 
 
 def _baseline(score: Score, source: str) -> Criterion:
-    return Criterion(partial(_top_heads, score), partial(_top_channels, score), False, source)
+    return Criterion(partial(_top_heads, score), partial(_top_channels, score), False, source, damped=False)
 
 
 CRITERIA: dict[str, Criterion] = {
