@@ -22,6 +22,7 @@ from slimgpt.evaluation import Perplexity, Text, perplexity, read_text
 from slimgpt.models.heterogeneous import check_context, decoder_layers, empty_model, layer_sizes, text_config
 from slimgpt.models.loading import as_device, as_dtype
 from slimgpt.models.loading import forward_dtype as choose_forward_dtype
+from slimgpt.models.modes import in_eval_mode
 from slimgpt.models.shape import ModelShape, describe
 from slimgpt.models.weights import check_finite
 from slimgpt.planning import Plan, make_plan, parse_cache, parse_count, parse_size, read_plan
@@ -251,6 +252,7 @@ def calibration_windows(
     return sample_windows(tokenizer, calibration, config.num_samples, config.seq_len, config.seed), calibration
 
 
+@in_eval_mode
 def run_plan(
     model: PreTrainedModel,
     name: str,

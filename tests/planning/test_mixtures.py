@@ -14,6 +14,7 @@ from slimgpt.models.heterogeneous import empty_model, size_fields
 from slimgpt.models.shape import ExpertsShape, LayerShape, describe
 from slimgpt.planning import make_plan, parse_cache, read_plan, to_toml
 from slimgpt.planning.feedforward import ffn_sizes, least_ffn
+from slimgpt.planning.plan import plan_of_widths
 from tests.families import tiny_config
 from tests.mixtures import OWN_OF_MIXTURES
 
@@ -96,3 +97,11 @@ def test_a_plan_goes_through_its_file_and_wrong_ones_are_refused(tmp_path):
         make_plan(tiny_config("llama"), 0.2, whole_experts=0.5)
     with pytest.raises(PlanError, match="latent"):
         make_plan(config, cache=parse_cache("1KB@1k"))
+
+
+def test_a_plan_by_hand_keeps_experts_at_the_widths_that_are_multiplied_together():
+    config = tiny_config("mixtral")
+    plan = make_plan(config, 0.3)
+    odd = [{**sizes, CHANNELS: 35} for sizes in plan.layers]
+    with pytest.raises(PlanError, match="layer 0: intermediate_size = 35 is no multiple of 8"):
+        plan_of_widths(describe(config), odd, plan.head_unit)

@@ -111,7 +111,8 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
     assert said["text_weight"] == pytest.approx(distillation.TEXT * said["divergence"]["before"] ** 0.5)
     with torch.no_grad():
         held = torch.cat([divergence(mirror, dense, lesson.ids[b]).flatten() for b in range(lesson.held)])
-        text = sum(said_by(mirror, lesson.ids[b]) for b in range(lesson.held)) / len(held)
+        text = sum(said_by(mirror, lesson.ids[b]) for b in range(lesson.held))
+        text /= sum(lesson.ids[b][:, 2:].numel() for b in range(lesson.held))  # neither the first nor the last position
     assert said["divergence"]["after"] == pytest.approx(float(held.mean()), rel=1e-4)
     assert said["cross_entropy"]["after"] == pytest.approx(float(text), rel=1e-4)
     both = [said["divergence"][at] + said["text_weight"] * said["cross_entropy"][at] for at in ("before", "after")]
@@ -246,3 +247,21 @@ def test_mixtures_are_not_trained(monkeypatch):
     assert slimgpt.prune(tiny_model("mixtral"), None, **OPTIONS).distillation == {}
     with pytest.raises(slimgpt.SlimGPTError, match="experts"):
         slimgpt.prune(tiny_model("mixtral"), None, distill=100, **OPTIONS)
+
+
+def test_one_window_cannot_be_trained_on_and_judged_by(monkeypatch):
+    one = {**OPTIONS, "calibration": IDS.reshape(1, -1)[:, :60]}
+    with pytest.raises(slimgpt.SlimGPTError, match="raise --num-samples"):
+        slimgpt.prune(tiny_model("llama"), None, distill=100, **one)
+    monkeypatch.setattr("slimgpt.pruning.lesson.LEAST_TOKENS", 50)
+    assert slimgpt.prune(tiny_model("llama"), None, **one).distillation == {}
+
+
+def test_what_is_judged_is_what_is_saved():
+    dense = tiny_model("llama").bfloat16()
+    slim = copy.deepcopy(dense)
+    said = slimgpt.prune(slim, None, distill=360, forward_dtype="float32", **OPTIONS).distillation
+    assert said["kept"]
+    with torch.no_grad():
+        apart = float(divergence(slim.float(), dense.float(), IDS[-6:]).mean())
+    assert said["divergence"]["after"] == pytest.approx(apart, rel=1e-4)

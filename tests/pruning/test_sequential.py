@@ -1,6 +1,7 @@
 """The loop over the layers against the same thing done by hand."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ import slimgpt
 from slimgpt.errors import NumericalError
 from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.models.slicing import unit_rows
+from slimgpt.pruning import Placement, Run
+from slimgpt.pruning.memory import free_bytes
+from slimgpt.pruning.ranks import Ranks
+from slimgpt.pruning.sequential import gram_for
 from tests.families import tiny_model, windows
 
 IDS = windows()
@@ -160,3 +165,32 @@ def test_half_precision_and_dtype():
     assert report.plan.achieved == pytest.approx(0.3, abs=0.01)
     with torch.no_grad():
         assert model(IDS).logits.isfinite().all()
+
+
+def test_dropout_has_no_part_in_it():
+    dense = tiny_model("gpt2", resid_pdrop=0.3, attn_pdrop=0.3)
+    trained = copy.deepcopy(dense).train()
+    options = {"calibration": IDS, "head_unit": "kv", "device": "cpu"}
+    expected, found = slimgpt.prune(dense, None, 0.3, **options), slimgpt.prune(trained, None, 0.3, **options)
+    assert [layer.kept for layer in found.layers] == [layer.kept for layer in expected.layers]
+    assert [layer.error for layer in found.layers] == [layer.error for layer in expected.layers]
+    assert trained.training
+    assert all(layer.training for layer in trained.transformer.h)
+    assert not dense.training
+
+
+def test_processes_of_one_run_do_not_sum_into_the_same_file(tmp_path):
+    placement = Placement(10**9, "device", "device", gram="file")
+    runs = [Run(torch.device("cpu"), placement, ranks=Ranks(rank, 2), scratch=tmp_path) for rank in range(2)]
+    one, other = (gram_for(4, run) for run in runs)
+    one.add(torch.ones(3, 4))
+    assert not other.sum.any()
+    assert one.sum.all()
+
+
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=8 * 10**6))
+    alone = free_bytes(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert 0 < alone <= 8 * 10**6
+    assert free_bytes(torch.device("cpu")) == alone // 8

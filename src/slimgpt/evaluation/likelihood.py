@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimgpt.logits import log_probabilities
+from slimgpt.models.modes import in_eval_mode
 
 Ids = Sequence[int]
 Group = tuple[Ids, list[int]]
@@ -24,6 +25,7 @@ def batch_tokens(model: PreTrainedModel) -> int:
 
 
 @torch.no_grad()
+@in_eval_mode
 def log_likelihoods(
     model: PreTrainedModel,
     requests: Sequence[tuple[Ids, Ids]],

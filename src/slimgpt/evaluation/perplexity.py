@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimgpt.calibration import leading_ids
 from slimgpt.errors import UsageError
 from slimgpt.models.heterogeneous import check_context
+from slimgpt.models.modes import in_eval_mode
 
 BOS = ("auto", "once", "window")
 """Where the tokens stand that the tokenizer puts before a text: at its start, or at the start of every window.
@@ -76,6 +77,7 @@ def check_protocol(window: int, bos: str = "auto") -> None:
 
 
 @torch.no_grad()
+@in_eval_mode
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -95,6 +95,8 @@ def check_experts(layer: LayerShape, sizes: dict[str, int]) -> str | None:
     least, groups = layer.experts.least, layer.experts.groups
     if sizes[EXPERTS] < least:
         return f"{sizes[EXPERTS]} experts are fewer than the {least} that the router needs"
+    if sizes[CHANNELS] % (step := step_of(layer, 1)):
+        return f"{CHANNELS} = {sizes[CHANNELS]} is no multiple of {step}, which experts need"
     if sizes[EXPERTS] % groups:
         return f"{sizes[EXPERTS]} experts do not divide among {groups} groups"
     if tied_to(layer, sizes) != sizes:

@@ -132,6 +132,7 @@ class Distillation:
                 if on_reached and time.perf_counter() - kept > KEPT_EVERY and number + 1 < len(steps):
                     on_reached(self._state(before, curve))
                     kept = time.perf_counter()
+            self._round()
             after = self._look(held)
         return {
             "tokens": self.lesson.count(number for step in steps for number in step),
@@ -146,6 +147,13 @@ class Distillation:
             "kept": after.loss(text) < before.loss(text),
             "seconds": time.perf_counter() - start,
         }
+
+    def _round(self) -> None:
+        """Let the shelves hold what will be saved: single steps may be lost in 16 bits."""
+        for number, dtype in enumerate(self.types):
+            if dtype != torch.float32:
+                weight = self.weights.get(number)
+                self.weights.put(number, weight.to(dtype).to(weight))
 
     def parameters(self, index: int) -> State:
         """The trained parameters of a layer by name, on the CPU, in the type they were stored in."""
@@ -266,7 +274,7 @@ class Distillation:
             text: its weight in the gradients; ``None``: these are not wanted, and zero.
         """
         slopes = text is not None
-        divergence, surprise, gradients, tokens = 0.0, 0.0, [], 0
+        divergence, surprise, gradients, tokens, followed = 0.0, 0.0, [], 0, 0
         for place, number in enumerate(batches):
             ids, dense = self.lesson.ids[number], self.lesson.dense.get(number)
             apart, said, steep = divergences(
@@ -274,8 +282,8 @@ class Distillation:
             )
             divergence, surprise = divergence + apart[0], surprise + said[0]
             gradients += steep
-            tokens += ids[:, 1:].numel()
-        return _Found(divergence / max(tokens, 1), surprise / max(tokens, 1)), gradients
+            tokens, followed = tokens + ids[:, 1:].numel(), followed + ids[:, 2:].numel()
+        return _Found(divergence / max(tokens, 1), surprise / max(followed, 1)), gradients
 
     def _pass(self, layer: nn.Module, index: int, hidden: Tensor, arguments: Arguments) -> _Passed:
         """Run a layer so that gradients can be taken."""

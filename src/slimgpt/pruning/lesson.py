@@ -126,7 +126,7 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     if config.distill == 0:
         return 0
     if config.distill == "auto":
-        if not measurable(shape) or windows.numel() < LEAST_TOKENS:
+        if not measurable(shape) or windows.numel() < LEAST_TOKENS or len(windows) == 1:
             return 0
         effort, room = _effort(config), _room(windows)
         passes, learning = effort.passes * windows.numel(), effort.learning(plan)
@@ -134,6 +134,11 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
         return int(room + beyond if beyond > 0 else passes / learning)
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
+    if len(windows) == 1:
+        raise UsageError(
+            "distill: the last of the calibration windows is only judged by, so one is too few; raise --num-samples, "
+            "with a lower --seq-len if the text is short"
+        )
     return int(config.distill)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import os
 import re
 import sys
 import tempfile
@@ -49,14 +50,17 @@ def anonymous_bytes() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on a device, container limits included."""
+    """Memory that can still be had on a device, container limits included.
+
+    Of a host's memory that is this process's share, if ``torchrun`` started several there.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     with suppress(OSError, ValueError):  # no control group, or "max"
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(free, 0)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def used_bytes(device: torch.device) -> int:

@@ -202,7 +202,7 @@ def gram_for(n: int, run: Run, name: str = "gram") -> Gram:
     wide = n > EXACT_SIZE and run.device.type == "cpu"
     if run.scratch is None or not (wide or run.placement.gram == FILE):
         return Gram(n, run.device, dtype)
-    return Gram(n, dtype=dtype, storage=mapped(run.scratch / name, (n, n), dtype))
+    return Gram(n, dtype=dtype, storage=mapped(run.scratch / f"{name}-{run.ranks.rank}", (n, n), dtype))
 
 
 def shelf_for(run: Run, size: int) -> Shelf:
