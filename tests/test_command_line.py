@@ -186,6 +186,8 @@ def test_ratio_outside_its_range(ratio, refused):
         ("dtype 'int3' is unknown", ["--dtype", "int3"]),
         ("device 'cuda:99' cannot be used", ["--device", "cuda:99"]),
         ("longer than the model's context", ["--seq-len", "65", "--num-samples", "2"]),
+        ("less than what the headers of the files take", ["--bytes", "800"]),
+        ("leave out schedule, head_unit", ["--plan", "plan.toml", "--head-unit", "kv"]),
     ],
 )
 def test_bad_options(message, options, refused):
@@ -205,7 +207,7 @@ def test_unknown_models(refused, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     refused("no config.json", model=tmp_path / "empty")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused("cannot read the model", model="nobody/no-such-model")
+    refused("there is no folder nobody/no-such-model here, and from the hub", model="nobody/no-such-model")
 
 
 def test_a_family_that_is_refused_says_why(refused, tmp_path):
@@ -236,6 +238,37 @@ def test_output_that_exists(refused, tmp_path):
     assert (folder / "thesis.tex").read_text() == "precious"
     (tmp_path / "file").write_text("")
     refused("is a file", out="file")
+
+
+@pytest.mark.parametrize("out", ["models/dense", "models"])
+def test_the_model_that_is_read_is_never_replaced(out, refused, dense_folder, tmp_path):
+    model = shutil.copytree(dense_folder, tmp_path / "models/dense")
+    shutil.copy(model / "config.json", tmp_path / "models")
+    refused("the model that is read", "--overwrite", model=model, out=out)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--ratio", "0.1", "--kv-cache", "20KB@64"], "the KV cache asked for takes more"),
+        (["--ratio", "0.1", "--uniform"], "equal layers allow no nearer share"),
+        (["--ratio", "0.2", "--round-to", "13"], "multiples of 13 allow no nearer share"),
+    ],
+)
+def test_a_share_that_was_not_met_is_explained(options, why, prune):
+    text = " ".join(prune(*options, "--allocation", "schedule")[0].stdout.split())
+    assert why in text
+
+
+def test_tables_fit_into_80_columns(prune, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    result, folder = prune("--ratio", "0.3")
+    assert "…" not in result.stdout
+    timed = run("speed", folder, "--prompt", 8, "--new-tokens", 2, "--rounds", 1, "--no-memory", "--device", "cpu")
+    assert timed.exit_code == 0, timed.output
+    assert "…" not in timed.stdout
+    parameters = json.loads((folder / "slimgpt.json").read_text())["plan"]["parameters"]
+    assert f"{parameters:,}" in timed.stdout
 
 
 def test_full_disk_before_the_work(refused, monkeypatch):
@@ -305,6 +338,16 @@ def test_missing_weights_are_not_made_up(refused, dense_folder, tmp_path):
     del weights["model.layers.3.mlp.down_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     refused("model.layers.3.mlp.down_proj.weight", model=folder)
+
+
+def test_weights_of_other_shapes_and_no_tokenizer_are_named(refused, dense_folder, tmp_path):
+    folder = shutil.copytree(dense_folder, tmp_path / "bad")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 50}))
+    refused("model.layers.0.mlp.down_proj.weight is (48, 52) in the files and (48, 50) by the config", model=folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink(missing_ok=True)
+    refused("has none of tokenizer.json", model=folder)
 
 
 def test_remote_code_is_refused_without_the_flag(refused, dense_folder, tmp_path):

@@ -109,6 +109,9 @@ def test_saved_plans_are_read_back(folder, tmp_path):
     assert plan(path, "--ratio", "0.2", "--save", tmp_path / "plan.toml").exit_code == 0
     assert 'model_type = "qwen2"' in (tmp_path / "plan.toml").read_text()
     assert plan(path, "--ratio", "0.2", "--save", tmp_path / "plan.toml").exit_code == 2
+    nowhere = plan(path, "--ratio", "0.2", "--save", tmp_path / "no" / "plan.toml")
+    assert nowhere.exit_code == 2
+    assert "give another place for --save" in " ".join(nowhere.stderr.split())
 
 
 def test_a_mixture_of_experts_is_planned_from_its_config(folder):

@@ -85,9 +85,11 @@ class PruneConfig:
         if len(sizes) > 1:
             raise UsageError(f"{' and '.join(sizes)} were given; each says how small the model shall be: give one")
         free = (self.schedule, self.kv_cache, self.uniform, self.round_to != 1, self.whole_experts)
+        free += (self.head_unit != "auto",)
         if self.plan is not None and any(free):
             raise UsageError(
-                "a plan file says every width; leave out schedule, kv_cache, uniform, round_to and whole_experts"
+                "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "
+                "round_to, which engines named with --for may set"
             )
         if self.allocation == "auto":
             measured = self.method == "slimgpt" and not (self.schedule or self.plan or self.uniform)

@@ -100,9 +100,9 @@ def prepare(
     writes = rank_of_environment() == 0
     path = Path(output).expanduser().absolute()
     there = resume and (path / REPORT_FILE).is_file()
-    if writes and not there:
-        check_output(path, overwrite)
     source = locate(model)
+    if writes:
+        check_output(path, overwrite or there, made_from=source.adapter or source.folder)
     model_config = load_config(source, trust_remote_code)
     shape = describe(model_config)
     plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))

@@ -46,7 +46,7 @@ def test_a_long_text_file_is_cut_at_line_ends_and_loses_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"text": "fine"}\n{"text": ', "cannot read"),
+        ("a.jsonl", '{"text": "fine"}\n{"text": ', r"a\.jsonl, line 2 is no JSON"),
         ("a.jsonl", '{"body": "text", "id": 3}\n', r"line 1 has no `text`, no `messages`, .* it has \['body', 'id'\]"),
         ("a.parquet", "no parquet", "cannot read"),
         ("a.csv", "text", "none of .txt"),

@@ -327,6 +327,14 @@ def test_targets_that_exist_or_have_other_names(slim, tmp_path):
     (tmp_path / "padded" / "thesis.tex").write_text("precious")
     with pytest.raises(OutputError, match="exists"):
         slimgpt.export(folder, tmp_path / "padded", "padded")
+    with pytest.raises(OutputError, match="a folder will be written"):
+        slimgpt.export(folder, tmp_path / "padded.gguf", "padded")
+    with pytest.raises(OutputError, match="the model that is read"):
+        slimgpt.export(folder, folder, "padded", overwrite=True)
+    with pytest.raises(ExportError, match="padded is none"):
+        slimgpt.export(folder, tmp_path / "other", "padded", quantize="Q8_0")
+    with pytest.raises(ExportError, match=r"no type of llama\.cpp's; the nearest are .*Q4_K_M"):
+        slimgpt.export(folder, tmp_path / "other.gguf", "gguf", quantize="Q4_KM")
     with pytest.raises(OutputError, match="cannot write"):
         slimgpt.export(folder, tmp_path / "no" / "slim.gguf", "gguf")
 

@@ -66,7 +66,7 @@ def _read_file(path: Path) -> Iterator[Document]:
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _document(json.loads(line), f"{path}, line {number}")
+                        yield _document(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(rows, list):
@@ -85,6 +85,13 @@ def _read_file(path: Path) -> Iterator[Document]:
         if isinstance(error, CalibrationError):
             raise
         raise CalibrationError(f"cannot read {path}: {error}") from error
+
+
+def _parsed(line: str, where: str) -> object:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise CalibrationError(f"{where} is no JSON: {error.msg} at character {error.pos + 1}") from error
 
 
 def _segments(text: str) -> Iterator[str]:

@@ -15,13 +15,20 @@ from safetensors import SafetensorError
 from slimgpt.errors import OutputError
 
 
-def check_output(folder: str | Path, overwrite: bool = False, needed: int = 0, marker: str = "config.json") -> Path:
+def check_output(
+    folder: str | Path,
+    overwrite: bool = False,
+    needed: int = 0,
+    marker: str = "config.json",
+    made_from: Path | None = None,
+) -> Path:
     """Refuse an output folder early: before the work that would fill it.
 
     Args:
         overwrite: a folder of the same kind that is there may be replaced.
         needed: bytes that will be written.
         marker: the file that tells such a folder from others; ``config.json`` is in every model's.
+        made_from: the folder of the model that the new one is made from, which is never replaced.
 
     Raises:
         OutputError: the folder exists, is no folder, cannot be written to, or its disk is too full.
@@ -30,6 +37,8 @@ def check_output(folder: str | Path, overwrite: bool = False, needed: int = 0, m
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} exists and is a file; give the name of a folder")
     if path.is_dir() and any(path.iterdir()):
+        if made_from is not None and path.resolve() in (made_from.resolve(), *made_from.resolve().parents):
+            raise OutputError(f"{path} holds the model that is read; give another folder for the result")
         if not overwrite:
             raise OutputError(f"{path} exists; give another folder, or pass --overwrite to replace it")
         if not (path / marker).is_file():
@@ -43,7 +52,7 @@ def check_output(folder: str | Path, overwrite: bool = False, needed: int = 0, m
     free = shutil.disk_usage(ancestor).free
     if needed > free:
         raise OutputError(
-            f"the disk of {ancestor} has {free / 1e9:.2f} GB free, the checkpoint needs about {needed / 1e9:.2f} GB"
+            f"the disk of {ancestor} has {free / 1e9:.2f} GB free, the output needs about {needed / 1e9:.2f} GB"
         )
     return path
 

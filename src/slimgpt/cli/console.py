@@ -73,8 +73,8 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def bar(unit: str) -> Iterator[tuple[Progress, Any]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=out) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit} in"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"), console=out) as progress:
         yield progress, progress.add_task("", total=None)
 
 
@@ -164,8 +164,11 @@ def _describe(report: LayerReport) -> str:
     )
 
 
-def check_json(file: Path | None, overwrite: bool) -> None:
+def check_json(file: Path | None, overwrite: bool, option: str = "--json") -> None:
     """Refuse a file for results early.
+
+    Args:
+        option: which names it.
 
     Raises:
         OutputError: it exists, or its folder does not.
@@ -173,7 +176,7 @@ def check_json(file: Path | None, overwrite: bool) -> None:
     if file is not None and file.exists() and not overwrite:
         raise OutputError(f"{file} exists; give another file, or pass --overwrite to replace it")
     if file is not None and not file.absolute().parent.is_dir():
-        raise OutputError(f"{file.absolute().parent} is no folder; make it first, or give another place for --json")
+        raise OutputError(f"{file.absolute().parent} is no folder; make it first, or give another place for {option}")
 
 
 def write_json(file: Path | None, values: Any) -> None:
@@ -186,7 +189,9 @@ def quiet() -> None:
     """What every command does after its imports: collect garbage again, and keep the libraries' own progress bars and
     warnings out of ours."""
     gc.enable()
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -24,8 +24,12 @@ def export(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, or the .gguf file.")],
     to: Annotated[str, typer.Option(help="gguf, hf-uniform, padded, nemotron-nas, onnx or openvino.")],
     quantize: Annotated[
-        str, typer.Option(help="For GGUF: F32, F16, BF16, Q8_0, or a type of llama.cpp's quantiser such as Q4_K_M.")
-    ] = "F16",
+        str | None,
+        typer.Option(
+            help="For GGUF: F32, F16, BF16, Q8_0, or a type of llama.cpp's quantiser such as Q4_K_M.",
+            show_default="F16",
+        ),
+    ] = None,
     tokenizer_pre: Annotated[
         str | None,
         typer.Option(help="For GGUF: llama.cpp's name of how the tokenizer splits text.", show_default="found"),

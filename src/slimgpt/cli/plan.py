@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import ModelArgument, TrustOption, app, friendly, out, quiet
+from slimgpt.cli.console import ModelArgument, TrustOption, app, check_json, friendly, out, quiet
 from slimgpt.cli.prune import suit
-from slimgpt.errors import OutputError
 
 if TYPE_CHECKING:
     from slimgpt.forecast import Forecast
@@ -53,8 +52,7 @@ def plan(
     from slimgpt.planning import to_toml
 
     quiet()
-    if save is not None and save.exists() and not overwrite:
-        raise OutputError(f"{save} exists; give another file, or pass --overwrite to replace it")
+    check_json(save, overwrite, "--save")
     names = [name.strip() for name in engines.split(",")] if engines else None
     round_to, uniform = suit(engines, round_to, uniform)
     config = make_config(

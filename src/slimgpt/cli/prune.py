@@ -174,7 +174,7 @@ def prune(
         exported = export_path(output, export_to)
         if exported.exists() and not overwrite:
             raise OutputError(f"{exported} exists; give another OUT, or pass --overwrite to replace it")
-    _print_plan(prepared.plan)
+    _print_plan(prepared.plan, config)
     widest = max(layer.sizes["intermediate_size"] for layer in prepared.shape.layers)
     if prepared.windows.numel() < 2 * widest:
         out.print(
@@ -219,7 +219,7 @@ def _print_start(placement: Placement, finished: int) -> None:
         out.print(f"memory budget {placement.budget / 1e9:.2f} GB: {where.removeprefix('; ')}", soft_wrap=True)
 
 
-def _print_plan(plan: Plan) -> None:
+def _print_plan(plan: Plan, config: PruneConfig) -> None:
     out.print(
         f"plan: remove {plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%}), "
         f"{plan.parameters_before:,} -> {plan.parameters:,} parameters",
@@ -228,14 +228,22 @@ def _print_plan(plan: Plan) -> None:
     from slimgpt.planning import TOLERANCE
 
     if abs(plan.achieved - plan.ratio) > TOLERANCE:
-        out.print("[yellow]note:[/] the units of this request allow no nearer share; a smaller --round-to does")
+        if config.kv_cache is not None and plan.achieved > plan.ratio:
+            why = "the KV cache asked for takes more"
+        elif config.round_to > 1:
+            why = f"widths that are multiples of {config.round_to} allow no nearer share; a smaller --round-to does"
+        elif config.uniform:
+            why = "equal layers allow no nearer share; widths that differ by layer do"
+        else:
+            why = "the units that can be removed allow no nearer share"
+        out.print(f"[yellow]note:[/] {why}", soft_wrap=True)
 
 
 def _print_report(report: PruneReport, size: int, folder: Path) -> None:
     plan = report.plan
     table = Table(title=f"{report.base_model}, method {report.settings.method}", title_justify="left")
     for column in ("layer", "heads", "KV heads", "FFN channels", "removed", "error attention", "error FFN", "seconds"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))  # 80 columns are enough
     from slimgpt.models.mixtures import ffn_text
 
     for layer in report.layers:

@@ -43,7 +43,7 @@ def check_generation(config: PreTrainedConfig, prompt: int, new_tokens: int, rou
         raise UsageError(
             f"prompt {prompt}, new tokens {new_tokens}, rounds {rounds}, batch {batch}: all must be 1 or more"
         )
-    check_context(config, f"a prompt and {new_tokens} new tokens", prompt + new_tokens)
+    check_context(config, f"--prompt {prompt} and --new-tokens {new_tokens}, a text", prompt + new_tokens)
 
 
 @torch.no_grad()

@@ -6,13 +6,14 @@ import ctypes
 import importlib.util
 import shutil
 import subprocess
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -53,6 +54,10 @@ def check(exported: Exported, quantize: str) -> None:
         raise ExportError(f"{exported.source.name} cannot become a GGUF file: {error}") from None
     if quantize in OWN_TYPES:
         return
+    known = [one.name.removeprefix("MOSTLY_") for one in LlamaFileType]
+    if not any(name.startswith(quantize) for name in known):  # Q4_K is short for Q4_K_M
+        near = get_close_matches(quantize, known, 3, 0.0)
+        raise ExportError(f"--quantize {quantize} is no type of llama.cpp's; the nearest are {', '.join(near)}")
     if quantize not in _llama_types() and shutil.which("llama-quantize") is None:
         raise ExportError(
             f"--quantize {quantize} is written by llama.cpp's own quantiser, which is not here; install "

@@ -119,7 +119,7 @@ def export(
     out: str | Path,
     to: str,
     *,
-    quantize: str = "F16",
+    quantize: str | None = None,
     tokenizer_pre: str | None = None,
     overwrite: bool = False,
     check: bool = True,
@@ -130,7 +130,7 @@ def export(
         slim: a folder that `slimgpt prune` or ``save_pretrained`` wrote.
         out: the folder to write, or the ``.gguf`` file.
         to: a key of :data:`FORMATS`.
-        quantize: for GGUF: ``F32``, ``F16``, ``BF16``, ``Q8_0``, or a type of llama.cpp's quantiser.
+        quantize: for GGUF: ``F32``, ``F16`` (if not given), ``BF16``, ``Q8_0``, or a type of llama.cpp's quantiser.
         tokenizer_pre: for GGUF: llama.cpp's name of how the tokenizer splits text, where it cannot be told.
         overwrite: replace what is there.
         check: compare with the slim model in the real engine, where it is installed.
@@ -139,9 +139,11 @@ def export(
         ExportError: the form cannot hold the model; it names one that can.
         OutputError: the target exists or its disk is full. Nothing half-written is left.
     """
-    form = _gguf(quantize.upper(), tokenizer_pre) if to == "gguf" else _format(to)
+    form = _gguf((quantize or "F16").upper(), tokenizer_pre) if to == "gguf" else _format(to)
+    if to != "gguf" and (quantize or tokenizer_pre):
+        raise ExportError(f"quantize and tokenizer_pre are for GGUF files, and {to} is none; leave them out")
     path = Path(out).expanduser().absolute()
-    _check_target(path, form.single, overwrite)
+    _check_target(path, form.single, overwrite, Path(slim).expanduser())
     exported = open_folder(slim)
     form.check(exported)
     notes = (
@@ -192,9 +194,11 @@ def _format(to: str) -> Format:
     return FORMATS[to]
 
 
-def _check_target(path: Path, single: bool, overwrite: bool) -> None:
+def _check_target(path: Path, single: bool, overwrite: bool, slim: Path) -> None:
     if not single:
-        check_output(path, overwrite)
+        if path.suffix == ".gguf":
+            raise OutputError(f"{path} is the name of a GGUF file, and a folder will be written; give another name")
+        check_output(path, overwrite, made_from=slim)
         return
     if path.suffix != ".gguf":
         raise OutputError(f"{path} does not end in .gguf; give the name of the file to write")
@@ -207,7 +211,7 @@ def _check_target(path: Path, single: bool, overwrite: bool) -> None:
 
 
 def _write_file(form: Format, exported: Exported, path: Path, overwrite: bool) -> list[str]:
-    _check_target(path, True, overwrite)
+    _check_target(path, True, overwrite, exported.folder)
     draft = path.parent / f".{path.name}.partial"
     try:
         notes = form.write(exported, draft)

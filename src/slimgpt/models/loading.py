@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -28,6 +29,7 @@ from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
 from slimgpt.models.heterogeneous import architecture_of, slim_class, stock_class, text_config
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
             raise ModelError(
                 f"{source.name} needs Python code from its own repository; read it, then pass --trust-remote-code"
             ) from error
-        raise ModelError(f"cannot read the model '{source.name}': {_first_line(error)}") from error
+        nowhere = "" if source.folder is not None else f"there is no folder {source.location} here, and from the hub: "
+        raise ModelError(f"cannot read the model '{source.name}': {nowhere}{_first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not source.gguf_file:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -138,7 +141,10 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:
-        raise ModelError(f"cannot read the tokenizer of '{source.name}': {_first_line(error)}") from error
+        reason = _first_line(error)
+        if Path(location).is_dir() and not any(file.name in TOKENIZER_FILES for file in Path(location).iterdir()):
+            reason = f"{location} has none of {', '.join(TOKENIZER_FILES)}"
+        raise ModelError(f"cannot read the tokenizer of '{source.name}': {reason}") from error
 
 
 def load_model(
@@ -173,11 +179,19 @@ def load_model(
             source.location,
             dtype=torch_dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             trust_remote_code=trust_remote_code,
             **arguments,  # type: ignore[arg-type]
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"cannot load the weights of '{source.name}': {_first_line(error)}") from error
+        hint = "; is the file whole?" if source.gguf_file else ""
+        raise ModelError(f"cannot load the weights of '{source.name}': {_first_line(error)}{hint}") from error
+    mismatched: Any = info.get("mismatched_keys") or ()
+    for name, found, expected in sorted(mismatched):
+        raise ModelError(
+            f"cannot load the weights of '{source.name}': {name} is {tuple(found)} in the files and {tuple(expected)} "
+            "by the config"
+        )
     missing = sorted(info.get("missing_keys") or ())
     if missing:
         raise ModelError(

@@ -325,7 +325,7 @@ def _per_layer(
         units, size = _removable(layer, head_unit), layer.sizes[CHANNELS]
         per_head = layer.unit_parameters.get(head_unit, 1)
         if size < round_to:
-            raise PlanError(f"layer {i} has {size} FFN channels, fewer than --round-to {round_to}")
+            raise PlanError(f"layer {i} has {size} FFN channels, fewer than --round-to {round_to} (--for may set it)")
         most = layer.removed_from_ffn({**layer.sizes, **least_ffn(layer, round_to, whole_experts)})
         largest = (units - 1) * per_head + most
         if target > largest + TOLERANCE * layer.parameters:
@@ -366,7 +366,7 @@ def _uniform(
         raise PlanError("the layers of this model differ in width already; prune the dense model with --uniform")
     units, size = _removable(first, head_unit), first.sizes[CHANNELS]
     if size < round_to:
-        raise PlanError(f"the FFN has {size} channels, fewer than --round-to {round_to}")
+        raise PlanError(f"the FFN has {size} channels, fewer than --round-to {round_to} (--for may set it)")
     ratio = target / shape.layer_parameters
     per_layer = target / len(shape.layers)
     candidates = []

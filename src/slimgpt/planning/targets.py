@@ -74,8 +74,15 @@ def _parse(text: str, suffix: str, units: dict[str, int], what: str, examples: s
 
 
 def parameters_for(size: int, itemsize: int, tensors: int) -> int:
-    """How many parameters fit into so many bytes of safetensors files with so many tensors."""
-    return (size - HEADER_BYTES * (tensors + 2)) // itemsize
+    """How many parameters fit into so many bytes of safetensors files with so many tensors.
+
+    Raises:
+        PlanError: none does.
+    """
+    headers = HEADER_BYTES * (tensors + 2)
+    if size <= headers:
+        raise PlanError(f"{size:,} bytes are less than what the headers of the files take, about {headers:,}")
+    return (size - headers) // itemsize
 
 
 def cache_bytes(config: PreTrainedConfig, kv_heads: Sequence[int], context: int) -> int:
