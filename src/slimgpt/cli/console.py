@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -192,6 +193,7 @@ def quiet() -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
