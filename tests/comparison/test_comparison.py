@@ -204,7 +204,7 @@ def test_compare_replaces_only_comparisons(compared, folders, text_file, tmp_pat
         (["--long", 300], "a window of 300 tokens"),
         (["--long", 1], "too small"),
         (["--passkey", "100,300"], "a text of 300 tokens"),
-        (["--prompt", 250, "--new-tokens", 10], "a prompt and 10 new tokens of 260 tokens"),
+        (["--prompt", 250, "--new-tokens", 10], "--prompt 250 and --new-tokens 10, a text of 260 tokens"),
         (["--rounds", 0], "must be 1 or more"),
         (["--tasks", "piqa,pica"], "task 'pica' is unknown"),
         (["--tasks", "piqa,winogrande"], "winogrande"),
