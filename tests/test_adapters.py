@@ -52,6 +52,14 @@ def test_an_adapter_is_pruned_like_the_merged_model(adapter, text_file, tmp_path
     assert json.loads((tmp_path / "slim" / "slimgpt.json").read_text())["base_model"] == "adapter"
 
 
+def test_neither_the_adapter_nor_its_base_is_replaced(adapter, dense_folder, text_file):
+    folder, _ = adapter
+    for out in (folder, dense_folder):
+        with pytest.raises(slimgpt.SlimGPTError, match="the model that is read"):
+            slimgpt.prune_folder(str(folder), out, calibration=str(text_file), overwrite=True, **OPTIONS)
+    assert (dense_folder / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

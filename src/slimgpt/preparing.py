@@ -102,7 +102,7 @@ def prepare(
     there = resume and (path / REPORT_FILE).is_file()
     source = locate(model)
     if writes:
-        check_output(path, overwrite or there, made_from=source.adapter or source.folder)
+        check_output(path, overwrite or there, made_from=source.folders)
     model_config = load_config(source, trust_remote_code)
     shape = describe(model_config)
     plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def check_output(
     overwrite: bool = False,
     needed: int = 0,
     marker: str = "config.json",
-    made_from: Path | None = None,
+    made_from: Iterable[Path] = (),
 ) -> Path:
     """Refuse an output folder early: before the work that would fill it.
 
@@ -28,7 +28,7 @@ def check_output(
         overwrite: a folder of the same kind that is there may be replaced.
         needed: bytes that will be written.
         marker: the file that tells such a folder from others; ``config.json`` is in every model's.
-        made_from: the folder of the model that the new one is made from, which is never replaced.
+        made_from: the folders of the model that the new one is made from, which are never replaced.
 
     Raises:
         OutputError: the folder exists, is no folder, cannot be written to, or its disk is too full.
@@ -37,7 +37,7 @@ def check_output(
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path} exists and is a file; give the name of a folder")
     if path.is_dir() and any(path.iterdir()):
-        if made_from is not None and path.resolve() in (made_from.resolve(), *made_from.resolve().parents):
+        if any(source.resolve().is_relative_to(path.resolve()) for source in made_from):
             raise OutputError(f"{path} holds the model that is read; give another folder for the result")
         if not overwrite:
             raise OutputError(f"{path} exists; give another folder, or pass --overwrite to replace it")

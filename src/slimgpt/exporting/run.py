@@ -143,7 +143,10 @@ def export(
     if to != "gguf" and (quantize or tokenizer_pre):
         raise ExportError(f"quantize and tokenizer_pre are for GGUF files, and {to} is none; leave them out")
     path = Path(out).expanduser().absolute()
-    _check_target(path, form.single, overwrite, Path(slim).expanduser())
+    if form.single:
+        _check_file(path, overwrite)
+    else:
+        _check_folder(path, overwrite, Path(slim).expanduser())
     exported = open_folder(slim)
     form.check(exported)
     notes = (
@@ -194,12 +197,13 @@ def _format(to: str) -> Format:
     return FORMATS[to]
 
 
-def _check_target(path: Path, single: bool, overwrite: bool, slim: Path) -> None:
-    if not single:
-        if path.suffix == ".gguf":
-            raise OutputError(f"{path} is the name of a GGUF file, and a folder will be written; give another name")
-        check_output(path, overwrite, made_from=slim)
-        return
+def _check_folder(path: Path, overwrite: bool, slim: Path) -> None:
+    if path.suffix == ".gguf":
+        raise OutputError(f"{path} is the name of a GGUF file, and a folder will be written; give another name")
+    check_output(path, overwrite, made_from=[slim])
+
+
+def _check_file(path: Path, overwrite: bool) -> None:
     if path.suffix != ".gguf":
         raise OutputError(f"{path} does not end in .gguf; give the name of the file to write")
     if path.is_dir():
@@ -211,7 +215,7 @@ def _check_target(path: Path, single: bool, overwrite: bool, slim: Path) -> None
 
 
 def _write_file(form: Format, exported: Exported, path: Path, overwrite: bool) -> list[str]:
-    _check_target(path, True, overwrite, exported.folder)
+    _check_file(path, overwrite)
     draft = path.parent / f".{path.name}.partial"
     try:
         notes = form.write(exported, draft)

@@ -49,6 +49,11 @@ class Source:
         return path if path.is_dir() else None
 
     @property
+    def folders(self) -> list[Path]:
+        """All local folders that are read: of the weights, and of the adapter."""
+        return [folder for folder in (self.folder, self.adapter) if folder is not None]
+
+    @property
     def arguments(self) -> dict[str, str]:
         """The keyword arguments that every ``from_pretrained`` call needs."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
@@ -187,7 +192,8 @@ def load_model(
         hint = "; is the file whole?" if source.gguf_file else ""
         raise ModelError(f"cannot load the weights of '{source.name}': {_first_line(error)}{hint}") from error
     mismatched: Any = info.get("mismatched_keys") or ()
-    for name, found, expected in sorted(mismatched):
+    if mismatched:
+        name, found, expected = min(mismatched)
         raise ModelError(
             f"cannot load the weights of '{source.name}': {name} is {tuple(found)} in the files and {tuple(expected)} "
             "by the config"

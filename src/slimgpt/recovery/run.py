@@ -197,7 +197,7 @@ def _check(
         stored = stored_dtype(source, model_config, "auto")
         # The result, and two states of what is trained with two moments each in fp32.
         states_take = 0 if config.adapters else 2 * 3 * 4
-        check_output(output, overwrite, parameters * (stored.itemsize + states_take), made_from=source.folder)
+        check_output(output, overwrite, parameters * (stored.itemsize + states_take), made_from=source.folders)
     tokenizer = load_tokenizer(source, trust_remote_code)
     needed = needed_examples(config)
     examples = collect(
