@@ -84,8 +84,8 @@ class PruneConfig:
         sizes = [name for name in ("ratio", "params", "bytes", "plan") if getattr(self, name) is not None]
         if len(sizes) > 1:
             raise UsageError(f"{' and '.join(sizes)} were given; each says how small the model shall be: give one")
-        free = (self.schedule, self.kv_cache, self.uniform, self.round_to != 1, self.whole_experts)
-        free += (self.head_unit != "auto",)
+        unit = self.head_unit != "auto"
+        free = (self.schedule, unit, self.kv_cache, self.uniform, self.round_to != 1, self.whole_experts)
         if self.plan is not None and any(free):
             raise UsageError(
                 "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "

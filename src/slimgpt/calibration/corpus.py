@@ -66,7 +66,8 @@ def _read_file(path: Path) -> Iterator[Document]:
             with path.open(encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _document(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+                        where = f"{path}, line {number}"
+                        yield _document(_parsed(line, where), where)
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(rows, list):

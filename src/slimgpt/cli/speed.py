@@ -77,22 +77,18 @@ def speed(
 
 def print_timings(found: Timings) -> None:
     """A column per model and a table per batch size, then the ratios to the base."""
+    from slimgpt.comparison.timing import FIGURES
+
     for batch in dict.fromkeys(row.batch for row in found.rows):
         rows = [row for row in found.rows if row.batch == batch]
         table = Table(f"batch {batch}", title_justify="left")
         for row in rows:
             table.add_column(Path(row.model).name, justify="right", overflow="fold")
-        for name, values in (
-            ("parameters", [f"{row.parameters:,}" for row in rows]),
-            ("MB on disk", [f"{row.bytes / 1e6:,.1f}" for row in rows]),
-            ("prefill, tokens/s", [f"{row.prefill:,.0f}" for row in rows]),
-            ("decode, tokens/s", [f"{row.decode:,.1f}" for row in rows]),
-            ("first token, ms", [f"{row.first_token * 1e3:,.0f}" for row in rows]),
-            ("peak memory, MB", ["-" if row.peak_memory is None else f"{row.peak_memory / 1e6:,.0f}" for row in rows]),
-            ("MFLOPs per prompt token", [f"{row.prefill_flops / 1e6:,.1f}" for row in rows]),
-            ("MFLOPs per new token", [f"{row.decode_flops / 1e6:,.1f}" for row in rows]),
-        ):
-            table.add_row(name, *values)
+        table.add_row("parameters", *(f"{row.parameters:,}" for row in rows))
+        table.add_row("MB on disk", *(f"{row.bytes / 1e6:,.1f}" for row in rows))
+        for name, figure in FIGURES.items():
+            values = [getattr(row, name) for row in rows]
+            table.add_row(figure.title, *("-" if v is None else format(v / figure.scale, figure.style) for v in values))
         out.print(table)
     for (model, batch), ratio in found.ratios().items():
         peak = f", peak memory x {ratio['peak_memory']:.3f}" if "peak_memory" in ratio else ""

@@ -14,7 +14,7 @@ from slimgpt.comparison.kept import kept_folder
 from slimgpt.comparison.page import write_page
 from slimgpt.comparison.plots import plot_quality
 from slimgpt.comparison.sides import Counter, Measuring, Side, Wanted
-from slimgpt.comparison.timing import Timings, time_models
+from slimgpt.comparison.timing import FIGURES, Timings, time_models
 from slimgpt.evaluation import check_generation, check_protocol, check_tasks, read_text
 from slimgpt.evaluation.tasks import answers, difference, flips, metric_of
 from slimgpt.models.heterogeneous import check_context
@@ -217,14 +217,7 @@ def _speed_rows(found: Comparison) -> Iterator[Row]:
         return
     for batch in found.wanted.batches:
         rows = [row for row in found.timings.rows if row.batch == batch]
-        for name, title, scale, style, better in (
-            ("prefill", "prefill, tokens per second", 1, ",.0f", "more"),
-            ("decode", "decode, tokens per second", 1, ",.1f", "more"),
-            ("first_token", "first token, ms", 1e-3, ",.0f", "less"),
-            ("peak_memory", "peak memory, MB", 1e6, ",.0f", "less"),
-            ("prefill_flops", "MFLOPs per prompt token", 1e6, ",.0f", "less"),
-            ("decode_flops", "MFLOPs per new token", 1e6, ",.0f", "less"),
-        ):
+        for name, (title, scale, style, better) in FIGURES.items():
             values = [getattr(row, name) for row in rows]
             yield Row(
                 f"speed, batch {batch}", title, tuple(None if v is None else v / scale for v in values), style, better

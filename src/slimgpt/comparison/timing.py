@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -19,7 +19,25 @@ from slimgpt.models.heterogeneous import layer_sizes
 from slimgpt.models.loading import Source, load, locate
 from slimgpt.planning.cost import generation_flops
 
-NUMBERS = ("prefill", "decode", "first_token", "peak_memory", "prefill_flops", "decode_flops")
+
+class Figure(NamedTuple):
+    """How a number of a :class:`Timing` is shown: its name, what it is divided by, its format, and what is better."""
+
+    title: str
+    scale: float
+    style: str
+    better: str
+
+
+FIGURES = {
+    "prefill": Figure("prefill, tokens per second", 1, ",.0f", "more"),
+    "decode": Figure("decode, tokens per second", 1, ",.1f", "more"),
+    "first_token": Figure("first token, ms", 1e-3, ",.0f", "less"),
+    "peak_memory": Figure("peak memory, MB", 1e6, ",.0f", "less"),
+    "prefill_flops": Figure("MFLOPs per prompt token", 1e6, ",.0f", "less"),
+    "decode_flops": Figure("MFLOPs per new token", 1e6, ",.0f", "less"),
+}
+"""By the names of the numbers."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,7 @@ class Timings:
                 mine, base = asdict(row), bases[row.batch]
                 found[row.model, row.batch] = {
                     name: (base[name] / mine[name] if name.endswith("flops") else mine[name] / base[name])
-                    for name in (*NUMBERS, "parameters", "bytes")
+                    for name in (*FIGURES, "parameters", "bytes")
                     if mine[name] and base[name]
                 }
         return found

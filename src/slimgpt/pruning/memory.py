@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import os
 import re
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slimgpt.errors import UsageError
+from slimgpt.pruning.ranks import processes_here
 
 DEVICE, HOST, FILE, RECOMPUTE = "device", "host", "file", "recompute"
 RESERVE = 0.85
@@ -60,7 +60,7 @@ def free_bytes(device: torch.device) -> int:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     with suppress(OSError, ValueError):  # no control group, or "max"
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(free, 0) // processes_here()
 
 
 def used_bytes(device: torch.device) -> int:

@@ -92,6 +92,11 @@ def rank_of_environment() -> int:
     return int(os.environ["RANK"]) if in_torchrun() else 0
 
 
+def processes_here() -> int:
+    """How many processes ``torchrun`` started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 @contextmanager
 def join(device: torch.device) -> Iterator[Ranks]:
     """Take part in the run that ``torchrun`` started: NCCL on GPUs, Gloo on CPUs; alone without it."""
