@@ -425,6 +425,7 @@ def test_killed_while_the_folder_is_put_together(moment, wide, text_file, tmp_pa
     slimgpt.prune_folder(str(wide), tmp_path / "plain", **options)
     (tmp_path / "resumed").mkdir()
     (tmp_path / "resumed" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "resumed" / "model.safetensors").write_bytes(b"")
 
     class Killed(BaseException):
         pass

@@ -16,7 +16,7 @@ from slimgpt.api import OnLayer, evaluate, make_config, with_evaluation
 from slimgpt.checkpoint import save, weight_bytes
 from slimgpt.evaluation import measure_speed, peak_memory
 from slimgpt.folders import execute
-from slimgpt.models.loading import load, load_model
+from slimgpt.models.loading import load, load_model, locate
 from slimgpt.preparing import prepare
 from slimgpt.pruning import OnDistilled, OnMeasured, OnRehearsed, PruneReport
 
@@ -123,7 +123,7 @@ def run_demo(
     speeds = measure_speed([dense, slim])
     del model, slim, dense  # the fresh processes need the memory
     say("loading both folders with plain transformers in fresh processes")
-    memory = [peak_memory(str(dense_folder), own_code=False), peak_memory(str(folder), own_code=True)]
+    memory = [peak_memory(locate(str(path))) for path in (dense_folder, folder)]
     sides = [
         Side(parameters, weight_bytes(path), quality[0], speed.prefill, speed.decode, peak, quality[1])
         for parameters, path, quality, speed, peak in zip(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from slimgpt.api import (
     versions,
 )
 from slimgpt.checkpoint import assemble, check_output
+from slimgpt.checkpoint.folder import output_lock
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import NumericalError, RankError
 from slimgpt.models.heterogeneous import architecture_of, decoder_layers, empty_model, layer_sizes, rebuild_layer
@@ -58,7 +59,7 @@ from slimgpt.pruning import (
     to_measure,
     tokens_to_distill,
 )
-from slimgpt.pruning.journal import write_text
+from slimgpt.pruning.journal import reading, write_text
 from slimgpt.pruning.memory import free_bytes, hold_to
 from slimgpt.pruning.ranks import Ranks, join
 
@@ -148,7 +149,7 @@ def run_to_folder(
         SlimGPTError: as :func:`slimgpt.prune`; :class:`ResumeError` where there is an unfinished run of something else.
     """
     p = prepared
-    with join(p.device) as ranks:
+    with join(p.device) as ranks, output_lock(p.output) if ranks.main else nullcontext():
         tokens = tokens_to_distill(p.config, p.shape, p.plan, p.windows)
         windows = ranks.share(repaired_on(p.windows, tokens))
         stored = p.stored
@@ -338,9 +339,10 @@ class _FolderRun:
                     p.plan, p.shape, layers.model, layers, p.windows, p.config, run, self.calls.on_measured
                 )
                 write_text(file, json.dumps({"layers": plan.layers, "allocation": allocation}))
-            found = json.loads(file.read_text(encoding="utf-8"))
-            allocation = found["allocation"]
-            widths = torch.tensor([[layer[name] for name in names] for layer in found["layers"]])
+            with reading(file):
+                found = json.loads(file.read_text(encoding="utf-8"))
+                allocation = found["allocation"]
+                widths = torch.tensor([[layer[name] for name in names] for layer in found["layers"]])
         rows = self.ranks.broadcast(widths.to(p.device)).tolist()
         chosen = [dict(zip(names, row)) for row in rows]
         return plan_of_widths(p.shape, chosen, p.plan.head_unit, ratio=p.plan.ratio), allocation

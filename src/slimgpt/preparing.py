@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
 from slimgpt.api import calibration_windows, plan_for
+from slimgpt.calibration import local_files
 from slimgpt.checkpoint import check_output
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
@@ -102,7 +103,8 @@ def prepare(
     there = resume and (path / REPORT_FILE).is_file()
     source = locate(model)
     if writes:
-        check_output(path, overwrite or there, made_from=source.folders)
+        inputs = [*source.folders, *local_files([calibration, config.plan])]
+        check_output(path, overwrite or there, inputs=inputs)
     model_config = load_config(source, trust_remote_code)
     shape = describe(model_config)
     plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))

@@ -190,7 +190,7 @@ def test_compare_replaces_only_comparisons(compared, folders, text_file, tmp_pat
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
     done = run("compare", folders / "dense", folders / "slim-20", "--out", tmp_path / "thesis", "--overwrite", *words)
     assert done.exit_code == 2
-    assert "holds no compare.json" in " ".join(done.output.split())
+    assert "holds no comparison" in " ".join(done.output.split())
     done = run("compare", folders / "dense", folders / "nothing", "--out", tmp_path / "new", *words)
     assert done.exit_code == 2
     assert not (tmp_path / "new").exists()

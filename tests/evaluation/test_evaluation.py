@@ -7,6 +7,7 @@ import torch
 
 from slimgpt.errors import ModelError, UsageError
 from slimgpt.evaluation import measure_speed, peak_memory, perplexity
+from slimgpt.models.loading import locate
 from tests.families import tiny_model
 
 
@@ -65,8 +66,8 @@ def test_speed_of_two_models(model):
 
 def test_peak_memory_is_that_of_a_fresh_process(dense_folder, tmp_path):
     ballast = torch.ones(300_000_000)  # 1.2 GB here must not count there
-    peak = peak_memory(str(dense_folder), own_code=False)
+    peak = peak_memory(locate(str(dense_folder)))
     del ballast
     assert 50e6 < peak < 1.2e9
-    with pytest.raises(ModelError, match="does not load"):
-        peak_memory(str(tmp_path), own_code=False)
+    with pytest.raises(ModelError, match=r"no config.json"):
+        peak_memory(locate(str(tmp_path)))

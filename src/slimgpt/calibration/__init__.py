@@ -1,6 +1,6 @@
 """Text to token ids ``(num_samples, seq_len)``."""
 
-from slimgpt.calibration.corpus import Document, Instruction, read_documents, shuffled
+from slimgpt.calibration.corpus import Document, Instruction, local_files, read_documents, shuffled
 from slimgpt.calibration.sampling import cut_windows, digest, leading_ids, render, sample_windows
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "cut_windows",
     "digest",
     "leading_ids",
+    "local_files",
     "read_documents",
     "render",
     "sample_windows",

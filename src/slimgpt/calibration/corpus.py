@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,12 @@ def read_documents(source: str) -> Iterator[Document]:
         raise CalibrationError(f"no such text: {path}")
     else:
         yield from _read_hub(source)
+
+
+def local_files(sources: Iterable[object]) -> list[Path]:
+    """Those of some sources that are files or folders of this machine."""
+    paths = (Path(source).expanduser() for source in sources if isinstance(source, str) and source != assets.DEMO)
+    return [path for path in paths if path.exists()]
 
 
 def _read_file(path: Path) -> Iterator[Document]:

@@ -4,7 +4,8 @@ from slimgpt.checkpoint.assembly import assemble
 from slimgpt.checkpoint.folder import check_output, new_folder
 from slimgpt.checkpoint.inspecting import Inspection, inspect, read_report
 from slimgpt.checkpoint.plot import plot_widths
-from slimgpt.checkpoint.saving import save, weight_bytes
+from slimgpt.checkpoint.saving import save
+from slimgpt.models.weight_files import weight_bytes
 
 __all__ = [
     "Inspection",

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
-from slimgpt.checkpoint.folder import settle
+from slimgpt.checkpoint.folder import replace_folder, settle
 from slimgpt.checkpoint.saving import target_form, write_sidecars
 from slimgpt.checkpoint.shards import SHARD_BYTES, shard_name, write_index
 from slimgpt.errors import OutputError
@@ -75,10 +75,7 @@ def assemble(
             if origin is not None and (origin / file).is_file():
                 shutil.copyfile(origin / file, work / file)
         settle(work)
-        replaced = journal.folder / "replaced"
-        if journal.output.exists():
-            journal.output.rename(replaced)
-        work.rename(journal.output)
+        replace_folder(work, journal.output, journal.folder / "replaced")
     except (OSError, SafetensorError) as error:
         raise OutputError(
             f"writing {journal.output} failed: {error}; free some space, then go on with --resume"

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slimgpt.checkpoint.saving import REPORT_FILE, weight_bytes
+from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ModelError
 from slimgpt.models.loading import check_files, load_config, locate
 from slimgpt.models.shape import LayerShape, describe
+from slimgpt.models.weight_files import weight_bytes
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,18 @@ from slimgpt.checkpoint.folder import new_folder
 from slimgpt.checkpoint.plot import plot_widths
 from slimgpt.checkpoint.shards import write_shards
 from slimgpt.models.families import MULTIMODAL
-from slimgpt.models.heterogeneous import architecture_of, layer_sizes, modeling_source, stock_class
+from slimgpt.models.heterogeneous import (
+    MODELING_FILE,
+    architecture_of,
+    layer_sizes,
+    modeling_source,
+    stock_class,
+)
 from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.stock import stock_config
+from slimgpt.models.weight_files import weight_bytes
 from slimgpt.pruning.report import PruneReport
 
-MODELING_FILE = "modeling_slim.py"
 REPORT_FILE = "slimgpt.json"
 
 
@@ -123,8 +129,3 @@ def report_text(report: PruneReport) -> str:
     """The report as JSON, with every list of numbers on one line."""
     text = json.dumps(report.to_json(), indent=1)
     return re.sub(r"\[([\d\s,.e+-]+)\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-
-
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files in a folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

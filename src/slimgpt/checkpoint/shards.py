@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from slimgpt.models.alignment import write_tensors
-from slimgpt.models.weights import INDEX_FILE
+from slimgpt.models.weight_files import INDEX_FILE
 
 SHARD_BYTES = 5 * 10**9
 

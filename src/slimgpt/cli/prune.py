@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -138,6 +137,7 @@ def prune(
     from slimgpt.checkpoint import weight_bytes
     from slimgpt.folders import run_to_folder
     from slimgpt.preparing import prepare
+    from slimgpt.pruning.ranks import rank_of_environment
 
     quiet()
     round_to, uniform = suit(engines, round_to, uniform)
@@ -185,8 +185,10 @@ def prune(
     with layer_progress(prepared.windows.numel(), prepared.device) as calls:
         on_layer, on_measured, on_distilled, on_rehearsed = calls
         report = run_to_folder(prepared, on_layer, _print_start, on_measured, on_distilled, on_rehearsed)
+    if rank_of_environment() != 0:  # the first process writes the folder, and may still be at it
+        return
     _print_report(report, weight_bytes(prepared.output), prepared.output)
-    if export_to is not None and os.environ.get("RANK", "0") == "0":
+    if export_to is not None:
         from slimgpt.cli.export import print_export
         from slimgpt.exporting import export
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slimgpt.checkpoint import new_folder
+from slimgpt.checkpoint.folder import COMPARISON_FOLDER, check_output, new_folder
 from slimgpt.comparison.kept import kept_folder
 from slimgpt.comparison.page import write_page
 from slimgpt.comparison.plots import plot_quality
@@ -103,11 +103,12 @@ def compare(
     """
     wanted = wanted or Wanted()
     names = [base, *slim]
+    check_output(output, overwrite, kind=COMPARISON_FOLDER)
     _check(names, wanted, data_dir, trust_remote_code)
     texts = [read_text(text, data_dir) for text in wanted.texts]
     kept = kept_folder(Path(output).expanduser().absolute())
     measuring = Measuring(wanted, texts, kept, data_dir, device, dtype, trust_remote_code, counter)
-    with new_folder(output, overwrite, marker="compare.json") as folder:
+    with new_folder(output, overwrite, COMPARISON_FOLDER) as folder:
         sides = []
         for name, label in zip(names, _labels(names)):
             say(f"measuring {label}")

@@ -139,7 +139,7 @@ def time_models(
             prefill=speed.prefill,
             decode=speed.decode,
             first_token=speed.first_token,
-            peak_memory=_peak(source, str(target), batch, prompt, new_tokens) if memory else None,
+            peak_memory=_peak(source, str(target), batch, prompt, new_tokens, trust_remote_code) if memory else None,
             **fact,
         )
         for batch, of_batch in zip(batches, speeds)
@@ -173,9 +173,9 @@ def _facts(source: Source, model: PreTrainedModel, prompt: int, new_tokens: int)
     return {"parameters": parameters, "bytes": size, "prefill_flops": prefill, "decode_flops": decode}
 
 
-def _peak(source: Source, device: str, batch: int, prompt: int, new_tokens: int) -> int | None:
-    own_code = source.folder is not None and (source.folder / "modeling_slim.py").is_file()
+def _peak(source: Source, device: str, batch: int, prompt: int, new_tokens: int, trust_remote_code: bool) -> int | None:
+    sizes = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens}
     try:
-        return peak_memory(source.location, own_code, device, source.gguf_file, batch, prompt, new_tokens)
+        return peak_memory(source, device, **sizes, trust_remote_code=trust_remote_code)
     except ModelError:  # needs code of its own, or does not fit twice
         return None

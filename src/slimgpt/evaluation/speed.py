@@ -6,16 +6,19 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import ModelError, UsageError
-from slimgpt.models.heterogeneous import check_context
+from slimgpt.models.heterogeneous import MODELING_FILE, check_context, slim_modeling
+from slimgpt.models.loading import Source, load_config
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,22 @@ def _one_round(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[fl
 
 
 _PROBE = """
-import json, re, resource, sys, torch
-from transformers import AutoModelForCausalLM
+import importlib, json, re, resource, sys, torch
+import transformers
 from transformers.utils import logging
 logging.disable_progress_bar()
-folder, own_code, device, gguf, batch, prompt, new = sys.argv[1:]
+folder, code, name, trust, device, gguf, batch, prompt, new = sys.argv[1:]
+if code:
+    sys.path.insert(0, code)
+    cls = getattr(importlib.import_module("modeling_slim"), name)
+else:
+    cls = getattr(transformers, name)
 arguments = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=own_code == "1", **arguments)
+model = cls.from_pretrained(folder, trust_remote_code=trust == "1", **arguments)
 device = torch.device(device)
 model.to(device)
-ids = (torch.arange(int(prompt)) % model.config.vocab_size).expand(int(batch), -1).to(device)
+words = model.config.get_text_config(decoder=True).vocab_size
+ids = (torch.arange(int(prompt)) % words).expand(int(batch), -1).to(device)
 model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(new), do_sample=False)
 if device.type == "cuda":
     peak = torch.cuda.max_memory_allocated(device)
@@ -127,29 +136,37 @@ print(json.dumps({"peak": peak}))
 
 
 def peak_memory(
-    folder: str,
-    own_code: bool,
+    source: Source,
     device: str = "cpu",
-    gguf_file: str | None = None,
+    *,
     batch: int = 1,
     prompt: int = 256,
     new_tokens: int = 16,
+    trust_remote_code: bool = False,
 ) -> int:
     """Peak bytes of a fresh process that loads a model with plain transformers and generates.
 
-    On CUDA the bytes are the device's, else the whole process's.
+    On CUDA the bytes are the device's, else the whole process's. A slim checkpoint's class comes from the text that
+    this version writes, never from the file in the folder, which anybody may have changed.
 
     Args:
-        own_code: the folder is a slim checkpoint of ours that brings its modeling file: let it run.
-        gguf_file: the name of a GGUF file in the folder; it is loaded as float32.
+        source: the model; a GGUF file is loaded as float32.
+        trust_remote_code: let the fresh process run Python code of the model's folder.
 
     Raises:
-        ModelError: the folder does not load there.
+        ModelError: the model does not load there.
     """
-    numbers = [str(number) for number in (batch, prompt, new_tokens)]
-    command = [sys.executable, "-c", _PROBE, folder, "1" if own_code else "0", device, gguf_file or "", *numbers]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    slim = None if source.gguf_file or trust_remote_code else slim_modeling(load_config(source))
+    with tempfile.TemporaryDirectory() as code:
+        name = "AutoModelForCausalLM"
+        if slim is not None:
+            name, text = slim
+            Path(code, MODELING_FILE).write_text(text, encoding="utf-8")
+        command = [sys.executable, "-c", _PROBE, source.location, code if slim else "", name]
+        command += ["1" if trust_remote_code else "0", device, source.gguf_file or ""]
+        command += [str(number) for number in (batch, prompt, new_tokens)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(f"{folder} does not load in a fresh process: {reason}")
+        raise ModelError(f"{source.name} does not load in a fresh process: {reason}")
     return int(json.loads(done.stdout.splitlines()[-1])["peak"])

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from slimgpt.checkpoint.folder import check_output, new_folder
+from slimgpt.checkpoint.folder import check_output, new_folder, output_lock
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
 from slimgpt.exporting import folders, gguf_format, onnx, padded
@@ -200,7 +200,7 @@ def _format(to: str) -> Format:
 def _check_folder(path: Path, overwrite: bool, slim: Path) -> None:
     if path.suffix == ".gguf":
         raise OutputError(f"{path} is the name of a GGUF file, and a folder will be written; give another name")
-    check_output(path, overwrite, made_from=[slim])
+    check_output(path, overwrite, inputs=[slim])
 
 
 def _check_file(path: Path, overwrite: bool) -> None:
@@ -218,7 +218,8 @@ def _write_file(form: Format, exported: Exported, path: Path, overwrite: bool) -
     _check_file(path, overwrite)
     draft = path.parent / f".{path.name}.partial"
     try:
-        notes = form.write(exported, draft)
+        with output_lock(path):
+            notes = form.write(exported, draft)
         with draft.open("rb") as handle:
             os.fsync(handle.fileno())
         draft.rename(path)

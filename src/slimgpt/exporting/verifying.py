@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
 from slimgpt.errors import ExportError, UsageError
-from slimgpt.models.loading import load, load_tokenizer, locate
+from slimgpt.models.heterogeneous import slim_modeling
+from slimgpt.models.loading import load, load_config, load_tokenizer, locate
 
 PROMPTS = (
     "The greatest challenge that our country faces is",
@@ -171,11 +172,11 @@ def _text(text: str | None) -> str:
 
 
 def _transformers(folder: str, stock: bool = False) -> Engine:
-    if stock:  # as anybody else would load it
+    if stock and slim_modeling(load_config(locate(folder))) is None:  # as anybody else would load it
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     else:
         model, tokenizer = load(folder, dtype="float32")
 

@@ -24,6 +24,9 @@ from slimgpt.models.modeling_slim import SlimMixin, build_layer, keep_buffers
 from slimgpt.models.slicing import State
 from slimgpt.models.unknown import HELP, found_in
 
+MODELING_FILE = "modeling_slim.py"
+"""The file in a checkpoint whose layers differ in width that holds its class."""
+
 Resizing = tuple[str, int, tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]]
 """The attention module, the head size, and the axes of matrices with the sizes along them."""
 
@@ -96,6 +99,15 @@ def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, archi
         + f'\n\nclass {name}(SlimMixin, {base.__name__}):\n    _slim_layers = "{architecture.layers}"\n'
         + (f"    _slim_resizing = {how!r}\n" if how is not None else "")
     )
+
+
+def slim_modeling(config: PreTrainedConfig) -> tuple[str, str] | None:
+    """The class name and the text of the modeling file of a checkpoint whose layers differ in width; else ``None``."""
+    architecture = lookup(config)
+    if architecture is None or not text_config(config).is_heterogeneous:
+        return None
+    base = stock_class(config)
+    return slim_class(base, config, architecture).__name__, modeling_source(base, config, architecture)
 
 
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -23,6 +23,7 @@ from transformers import (
 
 from slimgpt import assets
 from slimgpt.errors import ModelError, UnsupportedFamilyError, UsageError
+from slimgpt.models import weight_files
 from slimgpt.models.adapters import base_of, is_adapter, merge
 from slimgpt.models.alignment import align
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
@@ -315,27 +316,13 @@ def weights_folder(source: Source) -> Path | None:
 
 
 def check_files(source: Source) -> None:
-    """Open the header of every safetensors file of a folder before anything long begins.
+    """Open the header of every safetensors file of a local model before anything long begins.
 
     Raises:
-        ModelError: there is no safetensors file, or one cannot be read.
+        ModelError: there is no safetensors file, one cannot be read, or a tensor is in two of them.
     """
-    if source.folder is None or source.gguf_file:
-        return
-    files = sorted(source.folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"{source.folder} holds no .safetensors file; pickled weights are never read: convert them with "
-            "transformers' save_pretrained first"
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as handle:
-                handle.keys()
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file} is no readable safetensors file (corrupt, encrypted or cut short): {_first_line(error)}"
-            ) from error
+    if source.folder is not None and not source.gguf_file:
+        weight_files.check_files(weight_files.weight_files(source.folder))
 
 
 def _first_line(error: Exception) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -16,8 +15,8 @@ from slimgpt.errors import ModelError, NumericalError
 from slimgpt.models import adapters
 from slimgpt.models.heterogeneous import architecture_of, empty_model, rebuild_layer
 from slimgpt.models.loading import Source, weights_folder
+from slimgpt.models.weight_files import check_files, weight_files
 
-INDEX_FILE = "model.safetensors.index.json"
 SAMPLES, SAMPLE_BYTES = 64, 1 << 14
 
 
@@ -30,23 +29,13 @@ class WeightFiles:
         folder: the model folder.
 
     Raises:
-        ModelError: the index names a file that is not there, or a file cannot be read.
+        ModelError: see :func:`slimgpt.models.weight_files.weight_files` and ``check_files`` there.
     """
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / INDEX_FILE
-        try:
-            if index.is_file():
-                listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            elif (folder / "model.safetensors").is_file():  # beside it may lie the same weights in another order
-                listed = ["model.safetensors"]
-            else:
-                listed = sorted(file.name for file in folder.glob("*.safetensors"))
-            self.files = [folder / name for name in listed]
-            self._handles = [safe_open(file, framework="pt") for file in self.files]
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ModelError(f"cannot read the weights in {folder}: {error}") from error
+        self.folder, self.files = folder, weight_files(folder)
+        check_files(self.files)
+        self._handles = [safe_open(file, framework="pt") for file in self.files]
         self._where = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
 
     def __contains__(self, name: str) -> bool:

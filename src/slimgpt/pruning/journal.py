@@ -19,8 +19,10 @@ A layer is finished once its safetensors file has its name, which it gets when i
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +37,10 @@ from slimgpt.pruning.report import LayerReport
 from slimgpt.pruning.sequential import Finished
 from slimgpt.pruning.writing import Written
 
-JOURNAL_FILE = "journal.json"
+JOURNAL_FILE, DISCARDED_FILE = "journal.json", "discarded.json"
+CHECKSUM = "crc32"
+"""In a layer's report while it is in the journal: of the bytes of its weights file."""
+
 DISTILLATION_FILE = "distillation.json"
 TEXT_FILE, TRAINING_FILE = "text.safetensors", "training.safetensors"
 
@@ -73,7 +78,13 @@ class Journal:
         self.scratch.mkdir()
         for leftover in self.layers.glob("*.tmp"):
             leftover.unlink()
-        return len(list(self.layers.glob("*.safetensors")))
+        finished = sorted(self.layers.glob("*.safetensors"))
+        for index, file in enumerate(finished):
+            with reading(file):
+                stored = json.loads(self.files(index)[1].read_text(encoding="utf-8"))[CHECKSUM]
+                if stored != _checksum(file):
+                    raise ValueError("its checksum is another than when it was written")
+        return len(finished)
 
     def __call__(self, index: int) -> Finished | None:
         """A finished layer, or ``None``.
@@ -84,10 +95,12 @@ class Journal:
         weights, report = self.files(index)
         if not weights.is_file():
             return None
-        with _reading(weights):
+        with reading(weights):
             start = len(f"{self.prefix}.{index}.")
             state = {name[start:]: tensor for name, tensor in _tensors(weights).items()}
-            return Finished(LayerReport.from_json(json.loads(report.read_text(encoding="utf-8"))), state)
+            values = json.loads(report.read_text(encoding="utf-8"))
+            values.pop(CHECKSUM)
+            return Finished(LayerReport.from_json(values), state)
 
     def write(self, finished: Finished) -> None:
         """Keep a layer.
@@ -98,8 +111,9 @@ class Journal:
         index = finished.report.layer
         weights, report = self.files(index)
         with self._writing(weights, kept=index > 0):
-            write_text(report, json.dumps(finished.report.to_json()))
-            self._write_state(weights, index, finished.state)
+            draft = self._write_draft(weights, index, finished.state)
+            write_text(report, json.dumps({**finished.report.to_json(), CHECKSUM: _checksum(draft)}))
+            publish(draft, weights)
 
     def write_distilled(self, states: Iterable[State], said: dict[str, Any]) -> None:
         """Keep what training made of all layers, and what is said of it.
@@ -123,7 +137,7 @@ class Journal:
         file = self.folder / TEXT_FILE
         if not file.is_file():
             self._write(file, make()._asdict())
-        with _reading(file):
+        with reading(file):
             return Written(**_tensors(file))
 
     def write_training(self, reached: State) -> None:
@@ -144,7 +158,7 @@ class Journal:
             ResumeError: it is damaged.
         """
         file = self.folder / TRAINING_FILE
-        with _reading(file):
+        with reading(file):
             return _tensors(file) if file.is_file() else None
 
     def _write(self, file: Path, tensors: State) -> None:
@@ -154,7 +168,8 @@ class Journal:
     def said_of_distilled(self) -> dict[str, Any] | None:
         """What was said of the training, if it is finished."""
         file = self.folder / DISTILLATION_FILE
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        with reading(file):
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
     def weights(self, index: int) -> Path:
         """The file of a layer's weights as they are to be saved."""
@@ -163,8 +178,12 @@ class Journal:
         return trained if trained.is_file() else layer
 
     def _write_state(self, file: Path, index: int, state: State) -> None:
-        start = f"{self.prefix}.{index}."
-        _write_tensors({start + name: tensor for name, tensor in state.items()}, file)
+        publish(self._write_draft(file, index, state), file)
+
+    def _write_draft(self, file: Path, index: int, state: State) -> Path:
+        start, draft = f"{self.prefix}.{index}.", file.with_suffix(".tmp")
+        write_tensors({start + name: tensor for name, tensor in state.items()}, draft)
+        return draft
 
     @contextmanager
     def _writing(self, file: Path, kept: bool) -> Iterator[None]:
@@ -190,11 +209,10 @@ class Journal:
         return worth
 
     def discard(self) -> None:
-        """Remove the working folder; the journal goes last but one, so that a kill in between is understood."""
+        """Remove the working folder; what was being replaced gets its name back."""
         if (replaced := self.folder / "replaced").exists() and not self.output.exists():
             replaced.rename(self.output)
-        (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        discard_unfinished(self.folder)
 
 
 def _write_tensors(tensors: State, file: Path) -> None:
@@ -208,11 +226,21 @@ def _tensors(file: Path) -> State:
         return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
 
 
+def _checksum(file: Path) -> int:
+    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return zlib.crc32(content)
+
+
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
+def reading(file: Path) -> Iterator[None]:
+    """Say of an error while a kept file is read that the file is damaged.
+
+    Raises:
+        ResumeError: in place of it.
+    """
     try:
         yield
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise ResumeError(f"{file} is damaged ({error}); start anew with --overwrite") from error
 
 
@@ -231,7 +259,8 @@ def open_unfinished(
         ResumeError: an unfinished run of another request, or one that was not asked for.
     """
     file = folder / JOURNAL_FILE
-    if folder.exists() and not file.is_file():  # killed before it had begun, or while it was cleared away
+    if folder.exists() and not file.is_file():
+        _check_ours(folder)  # killed before it had begun, or while it was cleared away
         discard()
     if folder.exists() and not resume:
         if not overwrite:
@@ -242,12 +271,43 @@ def open_unfinished(
     if not folder.exists():
         folder.mkdir(parents=True)
         write_text(file, json.dumps(request, indent=1))
-    found = differences(json.loads(file.read_text(encoding="utf-8")), request)
+    with reading(file):
+        before = json.loads(file.read_text(encoding="utf-8"))
+    found = differences(before, request)
     if found:
         raise ResumeError(
             f"the unfinished run in {folder} is another one: {'; '.join(found)}. Give the same options again, or "
             "--overwrite without --resume to start anew"
         )
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse a folder of the working folder's name that no run has made.
+
+    Raises:
+        OutputError: it is a link or a file, or something else is in it.
+    """
+    whole = folder.is_dir() and not folder.is_symlink()
+    entries = [entry for entry in folder.iterdir() if entry.name != f"{JOURNAL_FILE}.tmp"] if whole else []
+    if not whole or (entries and not (folder / DISCARDED_FILE).is_file()):
+        others = f" ({entries[0].name}, ...)" if whole else ""
+        raise OutputError(
+            f"{folder} is where this run would keep its layers, and no run of ours has made it{others}; move it away, "
+            "or give another folder for the result"
+        )
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Remove a working folder; what tells that it is ours goes last, so that a kill in between is understood."""
+    journal, discarded = folder / JOURNAL_FILE, folder / DISCARDED_FILE
+    if journal.is_file():
+        journal.replace(discarded)
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry != discarded:
+            entry.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def unfinished_folder(output: Path) -> Path:

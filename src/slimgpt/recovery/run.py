@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from slimgpt import assets
 from slimgpt.api import versions
+from slimgpt.calibration import local_files
 from slimgpt.checkpoint import check_output, save
+from slimgpt.checkpoint.folder import output_lock
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ModelError, UsageError
 from slimgpt.models.heterogeneous import check_context
@@ -143,7 +146,7 @@ def recover(
     """
     config = make_recovery_config(**settings)
     checked = _check(slim, out, data, teacher, device, dtype, overwrite, trust_remote_code, config)
-    with join(checked.device) as ranks:
+    with join(checked.device) as ranks, output_lock(checked.output) if ranks.main else nullcontext():
         return _run(checked, ranks, resume, overwrite, on_teacher, on_step)
 
 
@@ -197,7 +200,12 @@ def _check(
         stored = stored_dtype(source, model_config, "auto")
         # The result, and two states of what is trained with two moments each in fp32.
         states_take = 0 if config.adapters else 2 * 3 * 4
-        check_output(output, overwrite, parameters * (stored.itemsize + states_take), made_from=source.folders)
+        check_output(
+            output,
+            overwrite,
+            parameters * (stored.itemsize + states_take),
+            inputs=[*source.folders, *local_files(sources)],
+        )
     tokenizer = load_tokenizer(source, trust_remote_code)
     needed = needed_examples(config)
     examples = collect(

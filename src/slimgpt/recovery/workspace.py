@@ -9,12 +9,11 @@ states/          weights, optimizer and random numbers after the last evaluation
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimgpt.pruning.journal import JOURNAL_FILE, open_unfinished, unfinished_folder, write_text
+from slimgpt.pruning.journal import discard_unfinished, open_unfinished, reading, unfinished_folder, write_text
 
 CHOICES_FILE = "choices.json"
 
@@ -36,7 +35,8 @@ class Workspace:
         request = json.loads(json.dumps(request))  # as it will be read back
         open_unfinished(self.folder, request, resume, overwrite, self.discard)
         if (choices := self.folder / CHOICES_FILE).is_file():
-            self._choices = json.loads(choices.read_text(encoding="utf-8"))
+            with reading(choices):
+                self._choices = json.loads(choices.read_text(encoding="utf-8"))
         self.seconds = self._choices.setdefault("seconds", {})
 
     def choice(self, name: str, choose: Callable[[], Any]) -> Any:
@@ -53,9 +53,8 @@ class Workspace:
             self._write()
 
     def discard(self) -> None:
-        """Remove the folder; the journal goes first, so that a kill in between is understood."""
-        (self.folder / JOURNAL_FILE).unlink(missing_ok=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove the folder."""
+        discard_unfinished(self.folder)
 
     def _write(self) -> None:
         write_text(self.folder / CHOICES_FILE, json.dumps(self._choices))

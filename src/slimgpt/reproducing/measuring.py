@@ -13,7 +13,6 @@ import torch
 
 from slimgpt.api import evaluate
 from slimgpt.checkpoint import weight_bytes
-from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.evaluation import measure_speed, peak_memory
 from slimgpt.models import load
 from slimgpt.models.loading import as_device, locate
@@ -53,8 +52,7 @@ def measure_model(
         target = as_device(device)
         if source.folder is not None and not source.gguf_file:
             del loaded
-            own_code = (source.folder / REPORT_FILE).is_file()
-            figures["peak memory, GB"] = peak_memory(str(source.folder), own_code, str(target)) / 1e9
+            figures["peak memory, GB"] = peak_memory(source, str(target)) / 1e9
             figures["weights, GB"] = weight_bytes(source.folder) / 1e9
     return figures, details
 

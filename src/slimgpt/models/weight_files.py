@@ -1,0 +1,73 @@
+"""Which safetensors files of a folder are the model: the same for every command, and the same as transformers takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+
+from safetensors import SafetensorError, safe_open
+
+from slimgpt.errors import ModelError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that ``from_pretrained`` reads: the single file, or else the shards that the index names.
+
+    Others in the folder (``consolidated.safetensors``, old shards beside a newer single file) are not the model.
+
+    Raises:
+        ModelError: there is none, or the index is damaged or names a file outside the folder.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        others = sorted(file.name for file in folder.glob("*.safetensors"))
+        beside = f"; it holds {others[0]}, which transformers does not take for the model" if others else ""
+        raise ModelError(
+            f"{folder} holds no {SINGLE_FILE} and no {INDEX_FILE}{beside}. Pickled weights are never read: convert "
+            "them with transformers' save_pretrained first"
+        )
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} is no index of safetensors files: {type(error).__name__}: {error}") from error
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{index} names no files; fetch it again")
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise ModelError(f"{index} names {name}, which lies outside the folder; only files inside it are read")
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} lacks {name}, which its index names; fetch it, or delete the index")
+    return [folder / name for name in names]
+
+
+def check_files(files: list[Path]) -> None:
+    """Open the header of every file before anything long begins.
+
+    Raises:
+        ModelError: one cannot be read, or a tensor is in two of them.
+    """
+    where: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                names = list(handle.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{file} is no readable safetensors file (corrupt, encrypted or cut short): {error}"
+            ) from error
+        for name in names:
+            if name in where:
+                raise ModelError(
+                    f"{name} is in {where[name].name} and in {file.name}; which one is meant cannot be told: remove one"
+                )
+            where[name] = file
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files that are the model."""
+    return sum(file.stat().st_size for file in weight_files(folder))
