@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from yardstick.models import multi_head
 
 import slimgpt
-from slimgpt.api import versions
 from slimgpt.calibration import sample_windows
-from slimgpt.models.loading import as_device
-from slimgpt.pruning import total_seconds
+from slimgpt.pruning.report import total_seconds
+from slimgpt.runtime.devices import as_device
+from slimgpt.runtime.versions import versions
 
 console = Console()
 

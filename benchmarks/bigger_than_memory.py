@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from slimgpt import assets
-from slimgpt.api import versions
-from slimgpt.models.heterogeneous import empty_model
-from slimgpt.models.loading import as_device
+from slimgpt.models.build import empty_model
+from slimgpt.runtime.devices import as_device
+from slimgpt.runtime.versions import versions
 
 SHARD_BYTES = 10**9
 

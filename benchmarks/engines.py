@@ -22,7 +22,7 @@ import torch
 import typer
 
 import slimgpt
-from slimgpt.api import versions
+from slimgpt.runtime.versions import versions
 
 
 def main(

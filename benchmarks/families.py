@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from slimgpt.models.mixtures import MIXTURES  # noqa: E402
-from slimgpt.models.support import Support, families  # noqa: E402
+from slimgpt.models.families.moe import MIXTURES  # noqa: E402
+from slimgpt.models.families.support import Support, families  # noqa: E402
 from tests.families import NAMES  # noqa: E402
 
 TOGETHER = 10

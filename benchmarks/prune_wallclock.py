@@ -23,17 +23,22 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import slimgpt
-from slimgpt.api import versions
 from slimgpt.calibration import sample_windows
 from slimgpt.config import PruneConfig
+from slimgpt.layerwise.capture import capture, run_layer
+from slimgpt.layerwise.context import Run
 from slimgpt.models.families import ARCHITECTURES
-from slimgpt.models.heterogeneous import layer_sizes
-from slimgpt.models.loading import DTYPES, as_device
+from slimgpt.models.lookup import layer_sizes
 from slimgpt.planning import make_plan
 from slimgpt.planning.cost import pruning_flops
-from slimgpt.pruning import PruneReport, Run, memory_need, parse_bytes, place, prune_layers, total_seconds
-from slimgpt.pruning.capture import capture, run_layer
-from slimgpt.pruning.memory import Shelf
+from slimgpt.pruning.loop import prune_layers
+from slimgpt.pruning.memory_estimate import memory_need
+from slimgpt.pruning.report import PruneReport, total_seconds
+from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.devices import DTYPES, as_device
+from slimgpt.runtime.memory import place
+from slimgpt.runtime.units import parse_bytes
+from slimgpt.runtime.versions import versions
 
 SHAPES = {
     "llama-1b": {"hidden_size": 2048, "layers": 16, "heads": 32, "kv": 8, "ffn": 8192, "vocab": 32000},

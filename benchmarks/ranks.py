@@ -20,7 +20,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 
-from slimgpt.api import versions
+from slimgpt.runtime.versions import versions
 
 DIVIDED = ("forward", "hessian")
 

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import slimgpt
-from slimgpt.api import versions
+from slimgpt.runtime.versions import versions
 
 console = Console()
 

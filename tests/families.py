@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.models import ARCHITECTURES
-from slimgpt.models.mixtures import MIXTURES
+from slimgpt.models.families.moe import MIXTURES
 
 LAYERS, VOCABULARY = 4, 97
 

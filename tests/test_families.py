@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 
 import slimgpt
 from slimgpt.errors import PlanError, UnsupportedFamilyError, UsageError
+from slimgpt.layerwise.capture import capture, run_layer
+from slimgpt.layerwise.partial_forward import run_to, run_with
 from slimgpt.models import ARCHITECTURES, REFUSED
 from slimgpt.models.families import ffn, grouped
-from slimgpt.models.heterogeneous import layer_sizes, lookup
+from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.slicing import output_matrix, unit_rows
-from slimgpt.pruning.capture import capture, run_layer, run_to, run_with
-from slimgpt.pruning.memory import Shelf
+from slimgpt.runtime.activation_store import Shelf
 from tests.families import (
     HYBRIDS,
     NAMES,
@@ -254,7 +255,8 @@ def test_a_slim_model_can_be_pruned_again(family, tmp_path):
     assert second.plan.parameters < first.plan.parameters
     assert abs(second.plan.achieved - 0.2) < 0.01
     slimgpt.save(model, None, second, tmp_path / "second")
-    from slimgpt.models.loading import load_config, load_model, locate
+    from slimgpt.models.loading import load_config, load_model
+    from slimgpt.models.source import locate
 
     source = locate(str(tmp_path / "second"))
     again = load_model(source, load_config(source))
@@ -289,7 +291,7 @@ def test_run_to_stops_before_the_output_matrix():
 
 def test_a_family_can_be_described_without_touching_the_package(monkeypatch):
     """As docs/adding-a-family.md has it."""
-    monkeypatch.setattr("slimgpt.models.heterogeneous.ARCHITECTURES", mine := dict(ARCHITECTURES))
+    monkeypatch.setattr("slimgpt.models.build.ARCHITECTURES", mine := dict(ARCHITECTURES))
     monkeypatch.setattr("slimgpt.models.families.ARCHITECTURES", mine)
     del mine["arcee"]
     with pytest.raises(UnsupportedFamilyError, match=r"(?s)nobody has shown|has described it.*mlp\.up_proj: Linear"):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 import slimgpt
 from slimgpt.cli import app
 from slimgpt.evaluation import peak_memory
-from slimgpt.models.loading import locate
+from slimgpt.models.source import locate
 
 MARK = "import pathlib\npathlib.Path({!r}).write_text('it ran')\n"
 

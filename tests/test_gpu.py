@@ -11,9 +11,10 @@ import torch
 
 import slimgpt
 from slimgpt.evaluation import perplexity
-from slimgpt.pruning.memory import Placement, parse_bytes
-from slimgpt.pruning.sequential import Run
-from slimgpt.pruning.whole import prune_model
+from slimgpt.layerwise.context import Run
+from slimgpt.pruning.in_place import prune_model
+from slimgpt.runtime.memory import Placement
+from slimgpt.runtime.units import parse_bytes
 from slimgpt.solver import Gram
 from tests.families import tiny_model, windows
 
@@ -76,10 +77,10 @@ def test_products_of_16_bits_are_summed_in_more(dtype):
 @pytest.mark.parametrize(("stream", "kept"), [("host", "host"), ("file", "recompute"), ("device", "recompute")])
 def test_where_activations_are_kept_changes_nothing(stream, kept, tmp_path):
     plain, other = tiny_model("llama").double(), tiny_model("llama").double()
-    config = slimgpt.api.make_config(method="paper", ratio=0.4, batch_size=3)
+    config = slimgpt.config.make_config(method="paper", ratio=0.4, batch_size=3)
     for model, placement in ((plain, Placement(10**10, "device", "device")), (other, Placement(10**10, stream, kept))):
-        shape = slimgpt.models.shape.describe(model.config, model)
-        plan = slimgpt.api.plan_for(model.config, config, shape)
+        shape = slimgpt.models.parameter_counts.describe(model.config, model)
+        plan = slimgpt.planning.planner.plan_for(model.config, config, shape)
         for _ in prune_model(model, IDS, plan, config, Run(torch.device("cuda"), placement, scratch=tmp_path)):
             pass
     state = plain.state_dict()

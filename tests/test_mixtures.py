@@ -11,16 +11,19 @@ import torch
 from safetensors.torch import load_file
 
 import slimgpt
+from slimgpt.layerwise.capture import capture, run_layer
+from slimgpt.layerwise.partial_forward import arguments_of
 from slimgpt.models import EXPERTS, Experts
-from slimgpt.models.experts import down_matrix, expert_output, intermediate
-from slimgpt.models.heterogeneous import empty_model, layer_sizes, lookup
-from slimgpt.models.loading import load_config, load_model, locate
-from slimgpt.models.naming import ConvertedFiles
+from slimgpt.models.build import empty_model
+from slimgpt.models.expert_tensors import down_matrix, expert_output, intermediate
+from slimgpt.models.loading import load_config, load_model
+from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.slicing import unit_rows
-from slimgpt.models.weights import misfit
-from slimgpt.pruning.capture import arguments_of, capture, run_layer
-from slimgpt.pruning.memory import Shelf
+from slimgpt.models.source import locate
+from slimgpt.models.streaming import misfit
+from slimgpt.models.weight_conversion import ConvertedFiles
 from slimgpt.pruning.report import mask_of, units_of
+from slimgpt.runtime.activation_store import Shelf
 from slimgpt.solver.experts import Routing, contributions
 from tests.families import in_a_process_without_slimgpt, windows
 from tests.mixtures import OWN_OF_MIXTURES, tiny_mixture

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import slimgpt
-from slimgpt.models.heterogeneous import lookup, stock_class, text_config
+from slimgpt.models.build import stock_class
+from slimgpt.models.lookup import lookup, text_config
 from tests.families import COMMON, windows
 
 IDS = windows(2, 24, seed=7)

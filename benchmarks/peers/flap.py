@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peers.units import CHANNELS, HEADS, Job, Kept, cut, decoder_layers, structures_of, walk
-from slimgpt.models.architectures import Structure
-from slimgpt.models.heterogeneous import layer_sizes
-from slimgpt.models.shape import describe
+from slimgpt.models.architecture import Structure
+from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.parameter_counts import describe
 from slimgpt.models.slicing import output_matrix, unit_rows
 
 HEAD_UNIT = "kv"

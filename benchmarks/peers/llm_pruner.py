@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from peers.units import HEADS, Job, Kept, cut, decoder_layers, structures_of
-from slimgpt.models.architectures import Fused, Structure
-from slimgpt.models.heterogeneous import layer_sizes
-from slimgpt.models.shape import describe
+from slimgpt.models.architecture import Fused, Structure
+from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.parameter_counts import describe
 from slimgpt.models.slicing import output_matrix
-from slimgpt.planning.plan import make_plan
+from slimgpt.planning.planner import make_plan
 
 HEAD_UNIT = "kv"
 SAMPLES, TOKENS = 10, 128

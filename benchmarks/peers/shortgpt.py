@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from peers.units import Job, decoder_layers, walk
-from slimgpt.models.heterogeneous import architecture_of
-from slimgpt.models.shape import count
+from slimgpt.models.build import architecture_of
+from slimgpt.models.parameter_counts import count
 
 
 def shortgpt(model: PreTrainedModel, job: Job) -> None:

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
-from slimgpt.models.architectures import Structure
-from slimgpt.models.heterogeneous import architecture_of, layer_sizes, rebuild_layer
-from slimgpt.models.shape import count, describe
+from slimgpt.layerwise.capture import capture, run_layer
+from slimgpt.layerwise.context import Run, running_layer
+from slimgpt.models.architecture import Structure
+from slimgpt.models.build import architecture_of, rebuild_layer
+from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.parameter_counts import count, describe
 from slimgpt.models.slicing import output_matrix, slice_state, unit_rows
-from slimgpt.models.stock import apply_sizes
+from slimgpt.models.stock_config import apply_sizes
 from slimgpt.planning.plan import plan_of_widths
-from slimgpt.pruning import Placement, Run, prune_model
-from slimgpt.pruning.capture import capture, run_layer
-from slimgpt.pruning.memory import Shelf
-from slimgpt.pruning.sequential import running_layer
+from slimgpt.pruning.in_place import prune_model
+from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.memory import Placement
 
 HEADS, CHANNELS = "heads", "channels"
 Kept = list[dict[str, Tensor]]
@@ -132,6 +134,6 @@ def _cut_and_repair(model: PreTrainedModel, kept: Kept, head_unit: str, job: Job
     plan = plan_of_widths(describe(model.config, model), widths, head_unit)
     config = PruneConfig(repair=True, seed=job.seed, batch_size=job.batch_size)
     dtype = None if job.dtype == "float32" else getattr(torch, job.dtype)
-    run = Run(job.device, Placement(0, "device", "device"), dtype, choice=lambda index, name: kept[index][name])
-    for report in prune_model(model, job.windows, plan, config, run):
+    run = Run(job.device, Placement(0, "device", "device"), dtype)
+    for report in prune_model(model, job.windows, plan, config, run, lambda index, name: kept[index][name]):
         job.on_step(report.layer + 1, len(widths))

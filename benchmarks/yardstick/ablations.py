@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from slimgpt.planning.ratios import RATIOS
+from slimgpt.planning.schedules import RATIOS
 from yardstick.rows import DENSE, Row
 from yardstick.run import Settings
 from yardstick.texts import SOURCES

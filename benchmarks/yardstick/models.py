@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import slimgpt
 from slimgpt import assets
-from slimgpt.models.heterogeneous import head_dim
+from slimgpt.models.lookup import head_dim
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import slimgpt
-from slimgpt.api import versions
 from slimgpt.calibration import digest
 from slimgpt.errors import CalibrationError
 from slimgpt.evaluation import perplexity
 from slimgpt.evaluation.tasks import answers, evaluate_tasks
-from slimgpt.models.heterogeneous import layer_sizes
-from slimgpt.models.loading import as_device
+from slimgpt.models.lookup import layer_sizes
+from slimgpt.runtime.devices import as_device
+from slimgpt.runtime.versions import versions
 from yardstick.models import bring, run_in
 from yardstick.rows import DENSE, Result, Row, Store
 from yardstick.texts import SOURCES, Texts, own_words, sha256

@@ -12,14 +12,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimgpt.api import evaluate, prune
     from slimgpt.checkpoint import inspect, save
     from slimgpt.comparison import compare
     from slimgpt.errors import SlimGPTError
     from slimgpt.evaluation import evaluate_tasks
+    from slimgpt.evaluation.evaluate import evaluate
     from slimgpt.exporting import export, verify
-    from slimgpt.folders import prune_folder
     from slimgpt.models import ARCHITECTURES, Architecture, Fused, Structure, load, register
+    from slimgpt.pipeline.in_memory import prune
+    from slimgpt.pipeline.to_folder import prune_folder
     from slimgpt.planning import Plan, make_plan
     from slimgpt.pruning import PruneReport
     from slimgpt.recovery import recover
@@ -35,14 +36,14 @@ _HOME = {
     "SlimGPTError": "errors",
     "Structure": "models",
     "compare": "comparison",
-    "evaluate": "api",
+    "evaluate": "evaluation.evaluate",
     "evaluate_tasks": "evaluation",
     "export": "exporting",
     "inspect": "checkpoint",
     "load": "models",
     "make_plan": "planning",
-    "prune": "api",
-    "prune_folder": "folders",
+    "prune": "pipeline.in_memory",
+    "prune_folder": "pipeline.to_folder",
     "recover": "recovery",
     "register": "models",
     "save": "checkpoint",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from slimgpt.errors import UsageError
+from slimgpt.solver import CRITERIA
 
 ALLOCATIONS = ("auto", "schedule", "sensitivity", "search")
 
@@ -134,3 +136,20 @@ def parse_schedule(text: str | None) -> str | tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise UsageError(f"schedule '{text}' is neither a name nor a list of numbers such as 0.1,0.2,0.3") from None
+
+
+def make_config(**settings: Any) -> PruneConfig:
+    """Settings, with the method checked.
+
+    Raises:
+        UsageError: a value outside its range or an unknown method.
+    """
+    schedule = settings.get("schedule")
+    if isinstance(schedule, str):
+        settings["schedule"] = parse_schedule(schedule)
+    elif schedule is not None:
+        settings["schedule"] = tuple(schedule)
+    config = PruneConfig(**settings)
+    if config.method not in CRITERIA:
+        raise UsageError(f"method '{config.method}' is unknown; choose {', '.join(CRITERIA)}")
+    return config

@@ -65,3 +65,11 @@ class NumericalError(SlimGPTError):
 
 class AssetError(SlimGPTError):
     """Demo material that cannot be fetched or fails its hash."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error of another library, with the next one where it ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -16,7 +16,7 @@ from peers.units import CHANNELS, HEADS, Job, cut, decoder_layers, decoder_param
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt.models.heterogeneous import layer_sizes
+from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.slicing import unit_rows
 from slimgpt.solver import reconstruct, relative_error
 from tests.families import tiny_model, windows

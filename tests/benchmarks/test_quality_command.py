@@ -18,7 +18,7 @@ from yardstick.ablations import NUM_SAMPLES, SEQ_LENS, ablation_rows
 from yardstick.rows import Row, Store
 from yardstick.run import Bench, Settings
 
-from slimgpt.planning.ratios import RATIOS
+from slimgpt.planning.schedules import RATIOS
 from tests.benchmarks.test_yardstick import TINY
 
 

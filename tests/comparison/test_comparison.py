@@ -12,9 +12,9 @@ import pytest
 
 import slimgpt
 from slimgpt.comparison import Timing, Timings, time_models
-from slimgpt.comparison.compare import Row
+from slimgpt.comparison.result import Row
 from slimgpt.evaluation.tasks import answers, difference, flips
-from slimgpt.models.heterogeneous import layer_sizes
+from slimgpt.models.lookup import layer_sizes
 from slimgpt.planning.cost import generation_flops
 from tests.comparison.browser import CHROMIUM, browse
 from tests.evaluation.conftest import data_dir  # noqa: F401  (a fixture)
@@ -109,7 +109,7 @@ def test_the_page_in_a_real_browser(compared, tmp_path):
 @pytest.fixture
 def loads(monkeypatch):
     """The names of the models that were loaded to be measured."""
-    module, names = sys.modules["slimgpt.comparison.sides"], []
+    module, names = sys.modules["slimgpt.comparison.measure"], []
     load = module.load
     monkeypatch.setattr(module, "load", lambda name, *rest: names.append(Path(name).name) or load(name, *rest))
     return names
@@ -117,7 +117,7 @@ def loads(monkeypatch):
 
 @pytest.mark.parametrize("changed", [False, True], ids=["same rows", "other rows"])
 def test_a_killed_comparison_goes_on(changed, folders, text_file, data_dir, tmp_path, monkeypatch, loads):  # noqa: F811
-    module, out = sys.modules["slimgpt.comparison.sides"], tmp_path / "out"
+    module, out = sys.modules["slimgpt.comparison.measure"], tmp_path / "out"
     data_dir = shutil.copytree(data_dir, tmp_path / "rows")
     words = [
         "compare", folders / "dense", tmp_path / "slim", "--text", text_file, "--max-tokens", 256, "--tasks", "piqa",
@@ -212,7 +212,7 @@ def test_compare_replaces_only_comparisons(compared, folders, text_file, tmp_pat
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_any_model_is(words, message, folders, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["slimgpt.comparison.sides"], "load", None)  # calling it would fail
+    monkeypatch.setattr(sys.modules["slimgpt.comparison.measure"], "load", None)  # calling it would fail
     rows = tmp_path / "rows/piqa/validation.jsonl"
     rows.parent.mkdir(parents=True)
     rows.write_text('{"goal": "eat", "sol1": "chew", "sol2": "sing", "label": 0}\n')
@@ -225,7 +225,7 @@ def test_what_cannot_be_measured_is_refused_before_any_model_is(words, message, 
 
 def test_all_models_are_looked_for_before_one_is_measured(folders, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys.modules["slimgpt.comparison.sides"], "load", None)
+    monkeypatch.setattr(sys.modules["slimgpt.comparison.measure"], "load", None)
     done = run("compare", folders / "dense", "nobody/nothing", "--out", tmp_path / "new", "--no-speed")
     assert done.exit_code == 2
     assert "cannot read the model 'nobody/nothing'" in " ".join(done.output.split())

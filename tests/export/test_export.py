@@ -19,9 +19,9 @@ import slimgpt
 from slimgpt.cli import app
 from slimgpt.errors import ExportError, OutputError
 from slimgpt.exporting import FORMATS, check_format
-from slimgpt.exporting.folders import ffn_mult
-from slimgpt.exporting.gguf_format import interleave, rope_factors
+from slimgpt.exporting.gguf import interleave, rope_factors
 from slimgpt.exporting.gguf_tokenizer import pre_tokenizer
+from slimgpt.exporting.nemotron import ffn_mult
 from slimgpt.exporting.source import open_folder
 from tests.families import CORE, tiny_model, windows
 
@@ -306,7 +306,7 @@ def test_what_a_plan_says_of_a_form_is_what_export_does(family, uniform, slim, t
 
 
 def test_k_quants_need_the_quantiser(slim, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.exporting.gguf_format._llama_types", dict)
+    monkeypatch.setattr("slimgpt.exporting.gguf._llama_types", dict)
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(ExportError, match=r"llama\.cpp's own quantiser"):
         slimgpt.export(slim("llama"), tmp_path / "slim.gguf", "gguf", quantize="Q4_K_M")
@@ -344,7 +344,7 @@ def test_an_interrupted_export_leaves_nothing(to, slim, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    target = "gguf.GGUFWriter.write_tensor_data" if to == "gguf" else "slimgpt.exporting.folders.write_rest"
+    target = "gguf.GGUFWriter.write_tensor_data" if to == "gguf" else "slimgpt.exporting.hf_folder.write_rest"
     monkeypatch.setattr(target, stop)
     with pytest.raises(KeyboardInterrupt):
         slimgpt.export(slim("llama"), tmp_path / ("slim.gguf" if to == "gguf" else "slim"), to)

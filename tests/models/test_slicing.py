@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slimgpt.models import ARCHITECTURES
-from slimgpt.models.architectures import Fused, Structure
+from slimgpt.models.architecture import Fused, Structure
 from slimgpt.models.slicing import slice_state, unit_rows
 
 

@@ -9,11 +9,12 @@ from transformers import AutoConfig
 
 from slimgpt.errors import PlanError
 from slimgpt.models import EXPERTS, SHARED
-from slimgpt.models.architectures import CHANNELS
-from slimgpt.models.heterogeneous import empty_model, size_fields
-from slimgpt.models.shape import ExpertsShape, LayerShape, describe
+from slimgpt.models.architecture import CHANNELS
+from slimgpt.models.build import empty_model
+from slimgpt.models.lookup import size_fields
+from slimgpt.models.parameter_counts import ExpertsShape, LayerShape, describe
 from slimgpt.planning import make_plan, parse_cache, read_plan, to_toml
-from slimgpt.planning.feedforward import ffn_sizes, least_ffn
+from slimgpt.planning.ffn import ffn_sizes, least_ffn
 from slimgpt.planning.plan import plan_of_widths
 from tests.families import tiny_config
 from tests.mixtures import OWN_OF_MIXTURES

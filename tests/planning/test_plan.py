@@ -10,9 +10,10 @@ from transformers import AutoConfig
 
 from slimgpt.errors import PlanError
 from slimgpt.models import ARCHITECTURES, describe
-from slimgpt.models.heterogeneous import empty_model, head_dim
-from slimgpt.models.shape import count_tied
-from slimgpt.models.stock import stock_config
+from slimgpt.models.build import empty_model
+from slimgpt.models.lookup import head_dim
+from slimgpt.models.parameter_counts import count_tied
+from slimgpt.models.stock_config import stock_config
 from slimgpt.planning import TOLERANCE, make_plan
 
 

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimgpt
 from slimgpt.errors import PlanError, UsageError
+from slimgpt.models.build import empty_model
 from slimgpt.models.families import ARCHITECTURES
-from slimgpt.models.heterogeneous import empty_model
-from slimgpt.models.shape import count_tied, describe
-from slimgpt.models.stock import apply_sizes
+from slimgpt.models.parameter_counts import count_tied, describe
+from slimgpt.models.stock_config import apply_sizes
 from slimgpt.planning import make_plan, parse_cache, parse_count, parse_size, profile_for, read_plan, to_toml, verdicts
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.planning.targets import CacheTarget, cache_bytes

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 import slimgpt
 from slimgpt.cli import app
 from slimgpt.errors import NumericalError, OutputError, ResumeError, UsageError
-from slimgpt.recovery.examples import collect
-from slimgpt.recovery.losses import predicted
-from slimgpt.recovery.teacher import TeacherCache, layer_numbers
+from slimgpt.losses.distillation import predicted
+from slimgpt.recovery.dataset import collect
+from slimgpt.recovery.teacher_cache import TeacherCache, layer_numbers
 from tests.recovery.conftest import SMALL
 
 
@@ -230,7 +230,7 @@ def test_teacher_cache_holds_what_the_dense_model_says(dense_folder, text_file, 
 
 
 def test_teacher_cache_goes_on_where_it_was_killed(dense_folder, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.recovery.teacher.FLUSH_EVERY", 1)
+    monkeypatch.setattr("slimgpt.recovery.teacher_cache.FLUSH_EVERY", 1)
     dense, tokenizer = slimgpt.load(str(dense_folder))
     training = collect(tokenizer, [str(text_file)], 24, 0, 12).training
 

@@ -1,7 +1,7 @@
 """Text to token ids ``(num_samples, seq_len)``."""
 
-from slimgpt.calibration.corpus import Document, Instruction, local_files, read_documents, shuffled
-from slimgpt.calibration.sampling import cut_windows, digest, leading_ids, render, sample_windows
+from slimgpt.calibration.documents import Document, Instruction, local_files, read_documents, shuffled
+from slimgpt.calibration.windows import cut_windows, digest, leading_ids, render, sample_windows
 
 __all__ = [
     "Document",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from slimgpt import assets
-from slimgpt.models.mixtures import ffn_text
+from slimgpt.models.families.moe import ffn_text
 from slimgpt.pruning.report import PruneReport
 
 WIDTHS_DIFFER = (

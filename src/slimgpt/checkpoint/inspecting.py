@@ -9,9 +9,10 @@ from typing import Any
 
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ModelError
-from slimgpt.models.loading import check_files, load_config, locate
-from slimgpt.models.shape import LayerShape, describe
-from slimgpt.models.weight_files import weight_bytes
+from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.loading import load_config
+from slimgpt.models.parameter_counts import LayerShape, describe
+from slimgpt.models.source import check_files, locate
 
 
 @dataclass(frozen=True)

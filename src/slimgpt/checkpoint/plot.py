@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from slimgpt.models.architectures import Sizes
+from slimgpt.models.architecture import Sizes
 
 DENSE, HEADS, CHANNELS = "#d0d5dd", "#b54708", "#175cd3"
 

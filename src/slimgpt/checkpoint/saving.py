@@ -14,20 +14,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 
 from slimgpt.checkpoint.card import model_card
-from slimgpt.checkpoint.folder import new_folder
 from slimgpt.checkpoint.plot import plot_widths
-from slimgpt.checkpoint.shards import write_shards
+from slimgpt.io.folders import new_folder
+from slimgpt.io.shards import write_shards
+from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.build import MODELING_FILE, architecture_of, modeling_source, stock_class
 from slimgpt.models.families import MULTIMODAL
-from slimgpt.models.heterogeneous import (
-    MODELING_FILE,
-    architecture_of,
-    layer_sizes,
-    modeling_source,
-    stock_class,
-)
+from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.modeling_slim import SlimMixin
-from slimgpt.models.stock import stock_config
-from slimgpt.models.weight_files import weight_bytes
+from slimgpt.models.stock_config import stock_config
 from slimgpt.pruning.report import PruneReport
 
 REPORT_FILE = "slimgpt.json"

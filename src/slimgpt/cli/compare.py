@@ -9,22 +9,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from slimgpt.cli.console import (
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    TrustOption,
-    app,
-    count_bar,
-    friendly,
-    out,
-    quiet,
-)
+from slimgpt.cli.console import app, friendly, out, quiet
 from slimgpt.cli.evaluate import DataOption, FewshotOption, LimitOption, PasskeyOption, TasksHelp, whole_numbers
+from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
+from slimgpt.cli.progress import count_bar
 from slimgpt.cli.speed import BatchOption, NewOption, PromptOption, RoundsOption
 
 if TYPE_CHECKING:
-    from slimgpt.comparison import Comparison
+    from slimgpt.comparison.result import Comparison
 
 
 @app.command()
@@ -55,9 +47,9 @@ def compare(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """BASE and its slim versions in one table, one picture and one HTML page."""
-    from slimgpt.comparison import Wanted
-    from slimgpt.comparison import compare as run
-    from slimgpt.evaluation import task_names
+    from slimgpt.comparison.compare import compare as run
+    from slimgpt.comparison.measure import Wanted
+    from slimgpt.evaluation.tasks import task_names
 
     quiet()
     wanted = Wanted(

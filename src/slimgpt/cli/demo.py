@@ -10,10 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from slimgpt import assets
-from slimgpt.cli.console import app, friendly, layer_progress, out, quiet
+from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.progress import layer_progress
 
 if TYPE_CHECKING:
-    from slimgpt.demo import DemoResult
+    from slimgpt.pipeline.demo import DemoResult
 
 
 @app.command()
@@ -26,13 +27,13 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
     """Prune SmolLM2-135M-Instruct and show it before and after; needs no hub, about three minutes on two cores."""
-    from slimgpt.checkpoint import check_output
-    from slimgpt.demo import run_demo
+    from slimgpt.io.folders import check_output
+    from slimgpt.pipeline.demo import run_demo
 
     quiet()
     for part in ("slim", "dense"):
         check_output(output / part, overwrite)
-    from slimgpt.models.loading import as_device
+    from slimgpt.runtime.devices import as_device
 
     with layer_progress(num_samples * seq_len, as_device("auto")) as calls:
         result = run_demo(
@@ -57,7 +58,7 @@ def _print_demo(result: DemoResult) -> None:
     for name, before, after, style in rows:
         table.add_row(name, format(before, style), format(after, style), f"{after / before:.3f}")
     out.print(table)
-    from slimgpt.demo import PROMPT
+    from slimgpt.pipeline.demo import PROMPT
 
     for name, sample in (("before", dense.sample), ("after", slim.sample)):
         out.print(f"[bold]{name}:[/] [dim]{PROMPT}[/]{escape(sample.removeprefix(PROMPT))}\n", highlight=False)

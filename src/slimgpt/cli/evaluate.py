@@ -8,24 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import (
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    TrustOption,
-    app,
-    bar,
-    check_json,
-    count_bar,
-    friendly,
-    out,
-    quiet,
-    write_json,
-)
+from slimgpt.cli.console import app, check_json, friendly, out, quiet, write_json
+from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
+from slimgpt.cli.progress import bar, count_bar
 from slimgpt.errors import UsageError
 
 if TYPE_CHECKING:
-    from slimgpt.evaluation import Passkey, Perplexity, TaskScores
+    from slimgpt.evaluation.passkey_retrieval import Passkey
+    from slimgpt.evaluation.perplexity import Perplexity
+    from slimgpt.evaluation.tasks import TaskScores
 
 DataOption = Annotated[
     Path | None,
@@ -70,12 +61,16 @@ def evaluate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Perplexity of MODEL on a text, its scores on tasks, its memory over long texts; each with its protocol."""
-    from slimgpt.api import evaluate as run
-    from slimgpt.checkpoint import read_report
-    from slimgpt.evaluation import check_protocol, check_tasks, evaluate_tasks, leak_note, read_text
-    from slimgpt.evaluation import passkey as run_passkey
-    from slimgpt.models.heterogeneous import check_context
-    from slimgpt.models.loading import load, locate
+    from slimgpt.checkpoint.inspecting import read_report
+    from slimgpt.evaluation.contamination import leak_note
+    from slimgpt.evaluation.corpora import read_text
+    from slimgpt.evaluation.evaluate import evaluate as run
+    from slimgpt.evaluation.passkey_retrieval import passkey as run_passkey
+    from slimgpt.evaluation.perplexity import check_protocol
+    from slimgpt.evaluation.tasks import check_tasks, evaluate_tasks
+    from slimgpt.models.loading import load
+    from slimgpt.models.lookup import check_context
+    from slimgpt.models.source import locate
 
     quiet()
     check_json(json_file, overwrite)

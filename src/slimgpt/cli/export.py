@@ -11,7 +11,8 @@ import typer
 from slimgpt.cli.console import app, check_json, friendly, out, quiet
 
 if TYPE_CHECKING:
-    from slimgpt.exporting import ExportReport, Verification
+    from slimgpt.exporting.run import ExportReport
+    from slimgpt.exporting.verification import Verification
 
 SlimArgument = Annotated[Path, typer.Argument(metavar="SLIM", help="The folder that `slimgpt prune` wrote.")]
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")]
@@ -41,7 +42,7 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Write SLIM in a form that other engines read, and compare the two."""
-    from slimgpt.exporting import export as run
+    from slimgpt.exporting.run import export as run
 
     quiet()
     check_json(json_file, overwrite)
@@ -68,7 +69,7 @@ def verify(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
 ) -> None:
     """Run EXPORT in its engine and SLIM in transformers on the same tokens, and compare logits and perplexity."""
-    from slimgpt.exporting import verify as run
+    from slimgpt.exporting.verification import verify as run
 
     quiet()
     check_json(json_file, overwrite)

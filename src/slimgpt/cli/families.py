@@ -19,7 +19,7 @@ def families(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """What can be removed from every family, and what a stock class holds of it."""
-    from slimgpt.models.support import families as run
+    from slimgpt.models.families.support import families as run
 
     quiet()
     found = [family for family in run() if refused or as_json or family.units]

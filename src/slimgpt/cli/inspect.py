@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import ModelArgument, TrustOption, app, friendly, out, quiet
+from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.options import ModelArgument, TrustOption
 
 
 @app.command()
@@ -19,7 +20,7 @@ def inspect(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Widths per layer, parameters, bytes, and what was removed. Loads no weights."""
-    from slimgpt.checkpoint import inspect as run
+    from slimgpt.checkpoint.inspecting import inspect as run
 
     quiet()
     found = run(model, trust_remote_code)
@@ -32,7 +33,7 @@ def inspect(
     table = Table(title=f"{found.model} ({found.model_type})", title_justify="left")
     for column in ("layer", "heads", "KV heads", "FFN channels", "parameters", *(["removed"] if before else [])):
         table.add_column(column, justify="right")
-    from slimgpt.models.mixtures import ffn_text
+    from slimgpt.models.families.moe import ffn_text
 
     for index, layer in enumerate(found.layers):
         row = [

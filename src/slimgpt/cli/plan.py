@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import ModelArgument, TrustOption, app, check_json, friendly, out, quiet
+from slimgpt.cli.console import app, check_json, friendly, out, quiet
+from slimgpt.cli.options import ModelArgument, TrustOption
 from slimgpt.cli.prune import suit
 
 if TYPE_CHECKING:
-    from slimgpt.forecast import Forecast
+    from slimgpt.pipeline.estimate import Forecast
 
 
 @app.command()
@@ -47,9 +48,9 @@ def plan(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """What pruning MODEL would give, before any weight is loaded: widths, sizes, cost, and which engines run it."""
-    from slimgpt.api import make_config
-    from slimgpt.forecast import forecast
-    from slimgpt.planning import to_toml
+    from slimgpt.config import make_config
+    from slimgpt.pipeline.estimate import forecast
+    from slimgpt.planning.plan_file import to_toml
 
     quiet()
     check_json(save, overwrite, "--save")
@@ -87,7 +88,7 @@ def _print(found: Forecast) -> None:
     table = Table(title=f"{found.model} ({found.model_type})", title_justify="left")
     for column in ("layers", "heads", "KV heads", "FFN channels"):
         table.add_column(column, justify="right")
-    from slimgpt.models.mixtures import ffn_text
+    from slimgpt.models.families.moe import ffn_text
 
     for first, last, sizes in found.runs():
         table.add_row(

@@ -8,23 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import (
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    TrustOption,
-    app,
-    friendly,
-    layer_progress,
-    out,
-    quiet,
-)
+from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
+from slimgpt.cli.progress import layer_progress
 from slimgpt.config import PruneConfig
 from slimgpt.errors import OutputError
 
 if TYPE_CHECKING:
-    from slimgpt.planning import Plan
-    from slimgpt.pruning import Placement, PruneReport
+    from slimgpt.planning.plan import Plan
+    from slimgpt.pruning.report import PruneReport
+    from slimgpt.runtime.memory import Placement
 
 DEFAULTS = PruneConfig()
 WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed twice"}
@@ -133,11 +126,11 @@ def prune(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prune MODEL and save the smaller model as the folder OUT."""
-    from slimgpt.api import make_config
-    from slimgpt.checkpoint import weight_bytes
-    from slimgpt.folders import run_to_folder
-    from slimgpt.preparing import prepare
-    from slimgpt.pruning.ranks import rank_of_environment
+    from slimgpt.config import make_config
+    from slimgpt.io.weight_files import weight_bytes
+    from slimgpt.pipeline.prepare import prepare
+    from slimgpt.pipeline.to_folder import run_to_folder
+    from slimgpt.runtime.distributed import rank_of_environment
 
     quiet()
     round_to, uniform = suit(engines, round_to, uniform)
@@ -168,7 +161,7 @@ def prune(
             model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory
         )
     if export_to is not None:
-        from slimgpt.exporting import check_format
+        from slimgpt.exporting.run import check_format
 
         check_format(export_to, prepared.model_config, prepared.plan.layers)
         exported = export_path(output, export_to)
@@ -190,7 +183,7 @@ def prune(
     _print_report(report, weight_bytes(prepared.output), prepared.output)
     if export_to is not None:
         from slimgpt.cli.export import print_export
-        from slimgpt.exporting import export
+        from slimgpt.exporting.run import export
 
         with out.status(f"exporting to {export_to}"):
             written = export(prepared.output, export_path(prepared.output, export_to), export_to, overwrite=overwrite)
@@ -199,7 +192,7 @@ def prune(
 
 def suit(engines: str | None, round_to: int | None, uniform: bool) -> tuple[int, bool]:
     """The step of FFN widths and whether layers are equal: what the user says, or what the engines ask for."""
-    from slimgpt.planning import profile_for
+    from slimgpt.planning.engines import profile_for
 
     profile = profile_for([name.strip() for name in engines.split(",")] if engines else [])
     return profile.round_to if round_to is None else round_to, uniform or profile.uniform
@@ -227,7 +220,7 @@ def _print_plan(plan: Plan, config: PruneConfig) -> None:
         f"{plan.parameters_before:,} -> {plan.parameters:,} parameters",
         soft_wrap=True,
     )
-    from slimgpt.planning import TOLERANCE
+    from slimgpt.planning.plan import TOLERANCE
 
     if abs(plan.achieved - plan.ratio) > TOLERANCE:
         if config.kv_cache is not None and plan.achieved > plan.ratio:
@@ -246,7 +239,7 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
     table = Table(title=f"{report.base_model}, method {report.settings.method}", title_justify="left")
     for column in ("layer", "heads", "KV heads", "FFN channels", "removed", "error attention", "error FFN", "seconds"):
         table.add_column(column, justify="right", min_width=max(map(len, column.split())))  # 80 columns are enough
-    from slimgpt.models.mixtures import ffn_text
+    from slimgpt.models.families.moe import ffn_text
 
     for layer in report.layers:
         s = layer.sizes

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from slimgpt.cli.console import DeviceOption, DtypeOption, TrustOption, app, friendly, out, quiet
+from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption
 from slimgpt.errors import UsageError
 
 if TYPE_CHECKING:
-    from slimgpt.recovery import Recovery, Step
+    from slimgpt.recovery.run import Recovery
+    from slimgpt.recovery.trainer import Step
 
 LINES = 50
 """Lines that a run prints about its steps where the output is no terminal, about."""
@@ -89,7 +91,7 @@ def recover(
 
     Several GPUs: `torchrun --nproc-per-node 8 -m slimgpt recover ...`.
     """
-    from slimgpt.recovery import recover as run
+    from slimgpt.recovery.run import recover as run
 
     quiet()
     progress = Progress(

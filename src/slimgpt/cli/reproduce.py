@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import DeviceOption, app, bar, friendly, out, quiet
+from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.options import DeviceOption
+from slimgpt.cli.progress import bar
 
 DEFAULT_OUT = Path("slimgpt-reproduced")
 

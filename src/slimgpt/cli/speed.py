@@ -8,23 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import (
-    DeviceOption,
-    DtypeOption,
-    ModelArgument,
-    TrustOption,
-    app,
-    bar,
-    check_json,
-    friendly,
-    out,
-    quiet,
-    write_json,
-)
+from slimgpt.cli.console import app, check_json, friendly, out, quiet, write_json
 from slimgpt.cli.evaluate import whole_numbers
+from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
+from slimgpt.cli.progress import bar
 
 if TYPE_CHECKING:
-    from slimgpt.comparison import Timings
+    from slimgpt.comparison.timing import Timings
 
 BatchOption = Annotated[str, typer.Option(help="Prompts at once, for example 1,8.")]
 PromptOption = Annotated[int, typer.Option(help="Tokens per prompt.")]
@@ -51,7 +41,7 @@ def speed(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prefill and decode in tokens per second, time to the first token, peak memory, bytes and FLOPs."""
-    from slimgpt.comparison import time_models
+    from slimgpt.comparison.timing import time_models
 
     quiet()
     check_json(json_file, overwrite)

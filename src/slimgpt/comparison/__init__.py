@@ -1,7 +1,8 @@
 """Models side by side: quality, size and speed in one table, one picture and one page."""
 
-from slimgpt.comparison.compare import Comparison, compare
-from slimgpt.comparison.sides import Side, Wanted
+from slimgpt.comparison.compare import compare
+from slimgpt.comparison.measure import Side, Wanted
+from slimgpt.comparison.result import Comparison
 from slimgpt.comparison.timing import Timing, Timings, time_models
 
 __all__ = ["Comparison", "Side", "Timing", "Timings", "Wanted", "compare", "time_models"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from slimgpt.comparison.compare import Comparison
+    from slimgpt.comparison.result import Comparison
 
 COLORS = ("#1f6feb", "#d9730d", "#2f9e6e", "#a44cc4", "#c2255c", "#6b7280")
 MARKERS = ("o", "s", "^", "D", "v", "P")

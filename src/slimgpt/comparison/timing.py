@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from slimgpt.api import versions
-from slimgpt.checkpoint import weight_bytes
 from slimgpt.errors import ModelError
-from slimgpt.evaluation import measure_speed, peak_memory
-from slimgpt.models.heterogeneous import layer_sizes
-from slimgpt.models.loading import Source, load, locate
+from slimgpt.evaluation.speed import measure_speed, peak_memory
+from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.loading import load
+from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.source import Source, locate
 from slimgpt.planning.cost import generation_flops
+from slimgpt.runtime.versions import versions
 
 
 class Figure(NamedTuple):

@@ -1,11 +1,11 @@
 """What a model is worth: perplexity, accuracy on tasks, memory over long texts, speed."""
 
-from slimgpt.evaluation.leaks import leak_note
-from slimgpt.evaluation.long import Passkey, passkey
+from slimgpt.evaluation.contamination import leak_note
+from slimgpt.evaluation.corpora import CORPORA, Text, read_text
+from slimgpt.evaluation.passkey_retrieval import Passkey, passkey
 from slimgpt.evaluation.perplexity import Perplexity, check_protocol, perplexity
 from slimgpt.evaluation.speed import Speed, check_generation, measure_speed, peak_memory
 from slimgpt.evaluation.tasks import ALIASES, TaskScores, check_tasks, evaluate_tasks, task_names
-from slimgpt.evaluation.texts import CORPORA, Text, read_text
 
 __all__ = [
     "ALIASES",

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt.calibration import leading_ids
+from slimgpt.calibration.windows import leading_ids
 from slimgpt.errors import UsageError
-from slimgpt.models.heterogeneous import check_context
-from slimgpt.models.modes import in_eval_mode
+from slimgpt.models.eval_mode import in_eval_mode
+from slimgpt.models.lookup import check_context
 
 BOS = ("auto", "once", "window")
 """Where the tokens stand that the tokenizer puts before a text: at its start, or at the start of every window.

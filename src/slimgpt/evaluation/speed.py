@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import ModelError, UsageError
-from slimgpt.models.heterogeneous import MODELING_FILE, check_context, slim_modeling
-from slimgpt.models.loading import Source, load_config
+from slimgpt.models.build import MODELING_FILE, slim_modeling
+from slimgpt.models.loading import load_config
+from slimgpt.models.lookup import check_context
+from slimgpt.models.source import Source
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def evaluate_tasks(
         tasks: names of tasks, groups or tags of the harness, or of :data:`ALIASES`; a string may list several.
         limit: only the first so many rows of every task.
         num_fewshot: examples before every question; by default what the task says.
-        data_dir: take the rows from files here instead of the hub; see :func:`slimgpt.evaluation.rows.read_rows`.
+        data_dir: take the rows from files here instead of the hub; see :func:`slimgpt.evaluation.task_rows.read_rows`.
         on_start: told how many requests there are; gives what is called with the number answered since.
 
     Raises:

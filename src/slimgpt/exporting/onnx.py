@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.folders import check_uniform, write_uniform
+from slimgpt.exporting.hf_folder import check_uniform, write_uniform
 from slimgpt.exporting.source import Exported
 
 PACKAGES = {

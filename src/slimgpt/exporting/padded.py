@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.folders import write_stock_folder
+from slimgpt.exporting.hf_folder import write_stock_folder
 from slimgpt.exporting.source import Exported
-from slimgpt.models.architectures import Sizes
-from slimgpt.models.heterogeneous import text_config, with_sizes
-from slimgpt.models.mixtures import Experts
-from slimgpt.models.stock import stock_config
+from slimgpt.models.architecture import Sizes
+from slimgpt.models.families.moe import Experts
+from slimgpt.models.lookup import text_config, with_sizes
+from slimgpt.models.stock_config import stock_config
 
 
 def padded_sizes(sizes: list[dict[str, int]]) -> dict[str, int]:

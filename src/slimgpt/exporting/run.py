@@ -12,16 +12,16 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
-from slimgpt.checkpoint.folder import check_output, new_folder, output_lock
+from slimgpt.checkpoint.journal import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
-from slimgpt.exporting import folders, gguf_format, onnx, padded
+from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, padded
 from slimgpt.exporting.source import Exported, open_folder
-from slimgpt.exporting.verifying import Verification, engine_problem, verify
-from slimgpt.models.architectures import Sizes
-from slimgpt.models.stock import stock_config
+from slimgpt.exporting.verification import Verification, engine_problem, verify
+from slimgpt.io.folders import check_output, new_folder, output_lock
+from slimgpt.models.architecture import Sizes
+from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.engines import gguf_architecture, is_uniform, nemotron_problem
-from slimgpt.pruning.journal import write_text
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def _padded_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str | 
 
 def _gguf(quantize: str, pre: str | None) -> Format:
     return Format(
-        lambda exported: gguf_format.check(exported, quantize),
-        lambda exported, file: gguf_format.write(exported, file, quantize, pre),
+        lambda exported: gguf.check(exported, quantize),
+        lambda exported, file: gguf.write(exported, file, quantize, pre),
         _gguf_problem,
         single=True,
     )
@@ -70,9 +70,9 @@ def _gguf(quantize: str, pre: str | None) -> Format:
 
 FORMATS: dict[str, Format] = {
     "gguf": _gguf("F16", None),
-    "hf-uniform": Format(folders.check_uniform, folders.write_uniform, _uniform_problem),
+    "hf-uniform": Format(hf_folder.check_uniform, hf_folder.write_uniform, _uniform_problem),
     "padded": Format(padded.check, padded.write, _padded_problem),
-    "nemotron-nas": Format(folders.check_nemotron, folders.write_nemotron, nemotron_problem),
+    "nemotron-nas": Format(nemotron.check_nemotron, nemotron.write_nemotron, nemotron_problem),
     "onnx": Format(onnx.check("onnx"), onnx.write("onnx"), _uniform_problem),
     "openvino": Format(onnx.check("openvino"), onnx.write("openvino"), _uniform_problem),
 }

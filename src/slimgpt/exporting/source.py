@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from slimgpt.errors import ExportError
-from slimgpt.models.architectures import Architecture
-from slimgpt.models.heterogeneous import architecture_of, empty_model, layer_sizes
-from slimgpt.models.loading import Source, check_files, load_config, load_tokenizer, locate
-from slimgpt.models.weights import WeightFiles, misfit
+from slimgpt.models.architecture import Architecture
+from slimgpt.models.build import architecture_of, empty_model
+from slimgpt.models.loading import load_config, load_tokenizer
+from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.source import Source, check_files, locate
+from slimgpt.models.streaming import WeightFiles, misfit
 
 
 @dataclass(frozen=True)

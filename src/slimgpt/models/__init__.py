@@ -1,10 +1,10 @@
 """What a decoder is, described as data, and how to make one narrower."""
 
-from slimgpt.models.architectures import SIZE_FIELDS, Architecture, Fused, Relabel, Structure
+from slimgpt.models.architecture import SIZE_FIELDS, Architecture, Fused, Relabel, Structure
 from slimgpt.models.families import ARCHITECTURES, REFUSED, register
+from slimgpt.models.families.moe import EXPERTS, SHARED, Experts, Mixture
 from slimgpt.models.loading import load
-from slimgpt.models.mixtures import EXPERTS, SHARED, Experts, Mixture
-from slimgpt.models.shape import LayerShape, ModelShape, describe
+from slimgpt.models.parameter_counts import LayerShape, ModelShape, describe
 
 __all__ = [
     "ARCHITECTURES",

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -21,70 +17,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from slimgpt import assets
-from slimgpt.errors import ModelError, UnsupportedFamilyError, UsageError
-from slimgpt.models import weight_files
-from slimgpt.models.adapters import base_of, is_adapter, merge
-from slimgpt.models.alignment import align
+from slimgpt.errors import ModelError, UnsupportedFamilyError, first_line
+from slimgpt.io.tensors import align
+from slimgpt.models.adapters import merge
+from slimgpt.models.build import architecture_of, slim_class, stock_class
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
-from slimgpt.models.heterogeneous import architecture_of, slim_class, stock_class, text_config
+from slimgpt.models.lookup import text_config
+from slimgpt.models.source import Source, check_files, locate
+from slimgpt.runtime.devices import as_device, as_dtype
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model is: what ``from_pretrained`` is given, the name of a GGUF file inside it if it is one, and the
-    folder of an adapter to be merged into it."""
-
-    name: str
-    location: str
-    gguf_file: str | None = None
-    adapter: Path | None = None
-
-    @property
-    def folder(self) -> Path | None:
-        """The local folder, or ``None`` for a hub id."""
-        path = Path(self.location)
-        return path if path.is_dir() else None
-
-    @property
-    def folders(self) -> list[Path]:
-        """All local folders that are read: of the weights, and of the adapter."""
-        return [folder for folder in (self.folder, self.adapter) if folder is not None]
-
-    @property
-    def arguments(self) -> dict[str, str]:
-        """The keyword arguments that every ``from_pretrained`` call needs."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
-
-def locate(name: str) -> Source:
-    """Find what the user means by MODEL.
-
-    Raises:
-        ModelError: it looks like a path and nothing is there, or the folder holds no model.
-    """
-    if name == assets.DEMO:
-        file = assets.demo_model()
-        return Source(assets.MODEL_NAME, str(file.parent), file.name)
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no such GGUF file: {path}")
-        return Source(path.name, str(path.parent), path.name)
-    if path.is_dir():
-        if is_adapter(path):
-            return replace(locate(base_of(path)), name=path.name, adapter=path)
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} holds no config.json; give the folder that save_pretrained wrote")
-        return Source(path.name, str(path))
-    if path.is_file():
-        raise ModelError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"no such folder: {path}")
-    return Source(name, name)
 
 
 def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -103,7 +45,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
                 f"{source.name} needs Python code from its own repository; read it, then pass --trust-remote-code"
             ) from error
         nowhere = "" if source.folder is not None else f"there is no folder {source.location} here, and from the hub: "
-        raise ModelError(f"cannot read the model '{source.name}': {nowhere}{_first_line(error)}") from error
+        raise ModelError(f"cannot read the model '{source.name}': {nowhere}{first_line(error)}") from error
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not source.gguf_file:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -125,7 +67,7 @@ def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
     try:
         raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{source.folder}/config.json cannot be read: {_first_line(error)}") from error
+        raise ModelError(f"{source.folder}/config.json cannot be read: {first_line(error)}") from error
     if not isinstance(raw, dict) or "model_type" not in raw:
         raise ModelError(f"{source.folder}/config.json does not name a model_type")
     if "auto_map" in raw and raw["model_type"] not in (*ARCHITECTURES, *MULTIMODAL):
@@ -147,7 +89,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if Path(location).is_dir() and not any(file.name in TOKENIZER_FILES for file in Path(location).iterdir()):
             reason = f"{location} has none of {', '.join(TOKENIZER_FILES)}"
         raise ModelError(f"cannot read the tokenizer of '{source.name}': {reason}") from error
@@ -191,7 +133,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         hint = "; is the file whole?" if source.gguf_file else ""
-        raise ModelError(f"cannot load the weights of '{source.name}': {_first_line(error)}{hint}") from error
+        raise ModelError(f"cannot load the weights of '{source.name}': {first_line(error)}{hint}") from error
     mismatched: Any = info.get("mismatched_keys") or ()
     if mismatched:
         name, found, expected = min(mismatched)
@@ -238,96 +180,6 @@ def load(
     config = load_config(source, trust_remote_code)
     model = load_model(source, config, dtype, target, trust_remote_code)
     return model, load_tokenizer(source, trust_remote_code)
-
-
-def as_dtype(name: str) -> torch.dtype | str:
-    """A torch dtype from its name, ``auto`` unchanged.
-
-    Raises:
-        UsageError: an unknown name.
-    """
-    if name != "auto" and name not in DTYPES:
-        raise UsageError(f"dtype '{name}' is unknown; choose auto, {', '.join(DTYPES)}")
-    return DTYPES.get(name, name)
-
-
-def as_device(name: str) -> torch.device:
-    """A torch device from its name; ``auto`` is CUDA, then MPS, then the CPU.
-
-    Raises:
-        UsageError: an unknown name, or a device this machine does not have.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device '{name}' cannot be used here: {_first_line(error)}") from error
-    return device
-
-
-def forward_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.dtype | None:
-    """The type in which layers are run over calibration tokens; ``None`` leaves them as they are stored.
-
-    ``auto`` leaves them too, except for 16-bit weights on a CPU: there a short timing decides between bfloat16 and
-    float32, since only some processors multiply 16-bit numbers faster.
-
-    Raises:
-        UsageError: an unknown name.
-    """
-    named = as_dtype(wanted)
-    if isinstance(named, torch.dtype):
-        return None if named == stored else named
-    if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
-        return None
-    fastest = min((torch.bfloat16, torch.float32), key=_matmul_seconds)
-    return None if fastest == stored else fastest
-
-
-@cache
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """The best of a few matrix products on the CPU."""
-    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
-def weights_folder(source: Source) -> Path | None:
-    """The folder of a model's safetensors files, fetched from the hub if need be; ``None`` for a GGUF file.
-
-    An adapter's is that of its base model.
-
-    Raises:
-        ModelError: the hub cannot be reached, or has no safetensors files of it.
-    """
-    if source.gguf_file:
-        return None
-    if source.folder is not None:
-        return source.folder
-    try:
-        return Path(snapshot_download(source.location, allow_patterns=["*.json", "model*.safetensors"]))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot fetch the weights of '{source.name}': {_first_line(error)}") from error
-
-
-def check_files(source: Source) -> None:
-    """Open the header of every safetensors file of a local model before anything long begins.
-
-    Raises:
-        ModelError: there is no safetensors file, one cannot be read, or a tensor is in two of them.
-    """
-    if source.folder is not None and not source.gguf_file:
-        weight_files.check_files(weight_files.weight_files(source.folder))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 __all__ = ["Source", "UnsupportedFamilyError", "as_device", "as_dtype", "load", "load_config", "load_model", "locate"]

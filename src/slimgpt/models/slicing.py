@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slimgpt.models.architectures import Fused, Sizes, Structure
+from slimgpt.models.architecture import Fused, Sizes, Structure
 
 State = dict[str, Tensor]
 

@@ -1,11 +1,13 @@
 """A target becomes a plan of widths, from the config alone."""
 
-from slimgpt.planning.budget import Contribution, Sensitivity, between, spend, trial
+from slimgpt.planning.allocation import Contribution, Sensitivity, between, spend, trial
 from slimgpt.planning.engines import ENGINES, Verdict, profile_for, verdicts
-from slimgpt.planning.plan import HEAD_UNITS, TOLERANCE, Plan, head_units, make_plan
-from slimgpt.planning.planfile import read_plan, to_toml
-from slimgpt.planning.ratios import DEFAULT_RATIO, RATIOS, layer_ratios
-from slimgpt.planning.targets import CacheTarget, parse_cache, parse_count, parse_size
+from slimgpt.planning.plan import HEAD_UNITS, TOLERANCE, Plan, head_units
+from slimgpt.planning.plan_file import read_plan, to_toml
+from slimgpt.planning.planner import make_plan
+from slimgpt.planning.schedules import DEFAULT_RATIO, RATIOS, layer_ratios
+from slimgpt.planning.targets import CacheTarget, parse_cache
+from slimgpt.runtime.units import parse_count, parse_size
 
 __all__ = [
     "DEFAULT_RATIO",

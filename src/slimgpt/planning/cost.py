@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
-from slimgpt.models.architectures import CHANNELS, Sizes
-from slimgpt.models.heterogeneous import head_dim, text_config
-from slimgpt.models.mixtures import EXPERTS, SHARED
-from slimgpt.models.shape import ModelShape
+from slimgpt.models.architecture import CHANNELS, Sizes
+from slimgpt.models.families.moe import EXPERTS, SHARED
+from slimgpt.models.lookup import head_dim, text_config
+from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.plan import Plan
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
-from slimgpt.models.architectures import Sizes
-from slimgpt.models.heterogeneous import head_dim, text_config
-from slimgpt.models.stock import stock_config
+from slimgpt.models.architecture import Sizes
+from slimgpt.models.lookup import head_dim, text_config
+from slimgpt.models.stock_config import stock_config
 
 NEMOTRON_STEP = 256
 """FFN widths that ``block_configs`` can express are multiples of it."""

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
-from slimgpt.models.heterogeneous import head_dim, text_config
-from slimgpt.models.shape import ModelShape
+from slimgpt.models.lookup import head_dim, text_config
+from slimgpt.models.parameter_counts import ModelShape
+from slimgpt.runtime.units import _BYTES, parse_size
 
-_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
-_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BYTES |= {f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)}
 
 CACHE_BYTES = 2
@@ -34,24 +33,6 @@ class CacheTarget:
     context: int
 
 
-def parse_count(text: str | int) -> int:
-    """A number of parameters from ``1.0B``, ``350M``, ``1_000_000`` or a plain number.
-
-    Raises:
-        PlanError: anything else, or not above zero.
-    """
-    return _parse(str(text), r"([kmbt]?)", _DECIMAL, "number of parameters", "1.0B, 350M or 1000000")
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes from ``800MB``, ``1.5GiB`` or a plain number.
-
-    Raises:
-        PlanError: anything else, or not above zero.
-    """
-    return _parse(str(text), r"([kmgt]i?)?b?", _BYTES, "size in bytes", "800MB, 1.5GiB or 1000000")
-
-
 def parse_cache(text: str) -> CacheTarget:
     """A limit of the KV cache from ``1GB@32k``: bytes at a context of tokens.
 
@@ -63,14 +44,6 @@ def parse_cache(text: str) -> CacheTarget:
     if not at or not match or float(match[1]) <= 0:
         raise PlanError(f"'{text}' is no limit of a KV cache; give bytes and context, for example 1GB@32k")
     return CacheTarget(parse_size(size), int(float(match[1]) * (1024 if match[2] else 1)))
-
-
-def _parse(text: str, suffix: str, units: dict[str, int], what: str, examples: str) -> int:
-    match = re.fullmatch(rf"\s*([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*{suffix}\s*", text.lower())
-    value = float(match[1].replace("_", "")) * units[match[2] or ""] if match else 0.0
-    if value < 1:
-        raise PlanError(f"'{text}' is no {what}; give for example {examples}")
-    return int(value)
 
 
 def parameters_for(size: int, itemsize: int, tensors: int) -> int:

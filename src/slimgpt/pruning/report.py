@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from slimgpt.calibration.windows import digest
 from slimgpt.config import PruneConfig
+from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
+from slimgpt.runtime.memory import Placement
 
 
 def mask_of(kept: Sequence[int], units: int) -> str:
@@ -160,3 +166,35 @@ def total_seconds(layers: Sequence[LayerReport]) -> dict[str, float]:
         for part, seconds in layer.seconds.items():
             parts[part] += seconds
     return parts
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A layer that is pruned: what was decided, and the state dict of the narrower layer on the CPU."""
+
+    report: LayerReport
+    state: State
+
+
+def described(windows: Tensor, source: str) -> dict[str, Any]:
+    """What a report says of the calibration tokens."""
+    return {
+        "source": source,
+        "num_samples": windows.shape[0],
+        "seq_len": windows.shape[1],
+        "sha256": digest(windows),
+    }
+
+
+def execution(dtype: torch.dtype, placement: Placement, processes: int = 1) -> dict[str, Any]:
+    """What a report says of how a run went about its work."""
+    return {
+        "forward_dtype": str(dtype).removeprefix("torch."),
+        "placement": {"stream": placement.stream, "kept": placement.kept, "gram": placement.gram},
+        "processes": processes,
+    }
+
+
+def with_evaluation(report: PruneReport, **evaluation: Any) -> PruneReport:
+    """A report with figures added that were taken after pruning."""
+    return replace(report, evaluation={**report.evaluation, **evaluation})

@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, set_seed
 
-from slimgpt import assets
-from slimgpt.api import versions
-from slimgpt.calibration import local_files
-from slimgpt.checkpoint import check_output, save
-from slimgpt.checkpoint.folder import output_lock
-from slimgpt.checkpoint.saving import REPORT_FILE
-from slimgpt.errors import ModelError, UsageError
-from slimgpt.models.heterogeneous import check_context
-from slimgpt.models.loading import (
-    Source,
-    as_device,
-    as_dtype,
-    check_files,
-    forward_dtype,
-    load_config,
-    load_model,
-    load_tokenizer,
-    locate,
-)
-from slimgpt.models.shape import describe
-from slimgpt.models.weights import check_finite, fingerprint, source_files
-from slimgpt.preparing import stored_dtype
-from slimgpt.pruning import PruneReport
-from slimgpt.pruning.ranks import Ranks, join, local_device, rank_of_environment
-from slimgpt.recovery.curve import Curve, write_curve
-from slimgpt.recovery.examples import Data, collect
-from slimgpt.recovery.settings import RecoverConfig
-from slimgpt.recovery.state import STATE, load_weights, states
-from slimgpt.recovery.teacher import TeacherCache
+from slimgpt.checkpoint.saving import save
+from slimgpt.errors import UsageError
+from slimgpt.io.folders import output_lock
+from slimgpt.models.fingerprint import fingerprint, source_files
+from slimgpt.models.loading import load_model
+from slimgpt.models.streaming import check_finite, stored_dtype
+from slimgpt.recovery.checks import _check, _Checked, make_recovery_config
+from slimgpt.recovery.config import RecoverConfig
+from slimgpt.recovery.loss_curve import Curve, write_curve
+from slimgpt.recovery.resume import Workspace
+from slimgpt.recovery.teacher_cache import TeacherCache
+from slimgpt.recovery.train_state import STATE, load_weights, states
 from slimgpt.recovery.trainer import (
     OnStep,
     RecoveryTrainer,
     hopeless,
-    needed_examples,
     prepared_model,
     total_steps,
 )
-from slimgpt.recovery.workspace import Workspace
+from slimgpt.runtime.devices import forward_dtype
+from slimgpt.runtime.distributed import Ranks, join
+from slimgpt.runtime.versions import versions
 
 OnTeacher = Callable[[int, int], None]
 """Called with the examples that the teacher has seen, and all of this process."""
@@ -84,24 +66,6 @@ class Recovery:
         values = asdict(self)
         values.pop("folder")
         return values
-
-
-@dataclass
-class _Checked:
-    """A request that nothing is wrong with."""
-
-    source: Source
-    output: Path
-    model_config: Any
-    tokenizer: PreTrainedTokenizerBase
-    report: PruneReport | None
-    config: RecoverConfig
-    sources: tuple[str, ...]
-    data: Data
-    teacher: tuple[Source, Any] | None
-    device: torch.device
-    dtype: str
-    trust_remote_code: bool
 
 
 def recover(
@@ -148,112 +112,6 @@ def recover(
     checked = _check(slim, out, data, teacher, device, dtype, overwrite, trust_remote_code, config)
     with join(checked.device) as ranks, output_lock(checked.output) if ranks.main else nullcontext():
         return _run(checked, ranks, resume, overwrite, on_teacher, on_step)
-
-
-def make_recovery_config(**settings: Any) -> RecoverConfig:
-    """Settings by name.
-
-    Raises:
-        UsageError: an unknown name or a value outside its range.
-    """
-    unknown = sorted(settings.keys() - RecoverConfig.__dataclass_fields__.keys())
-    if unknown:
-        raise UsageError(
-            f"recover has no setting '{unknown[0]}'; it has {', '.join(RecoverConfig.__dataclass_fields__)}"
-        )
-    if settings.get("shares") is not None:
-        settings["shares"] = tuple(settings["shares"])
-    return RecoverConfig(**settings)
-
-
-def _check(
-    slim: str | Path,
-    out: str | Path,
-    data: str | Sequence[str],
-    teacher: str | None,
-    device: str,
-    dtype: str,
-    overwrite: bool,
-    trust_remote_code: bool,
-    config: RecoverConfig,
-) -> _Checked:
-    if config.adapters and find_spec("peft") is None:
-        raise UsageError("adapters need peft: pip install 'slimgpt[recover]', or take --method full")
-    if teacher is not None and not config.teacher:
-        raise UsageError(f"method {config.method} has no teacher: leave it out, or take method distill")
-    target = local_device(as_device(device))
-    as_dtype(dtype)
-    sources = (data,) if isinstance(data, str) else tuple(data)
-    if not sources:
-        raise UsageError("no data was given")
-    output = Path(out).expanduser().absolute()
-    if rank_of_environment() == 0:
-        check_output(output, overwrite)
-    source = locate(str(slim))
-    model_config = load_config(source, trust_remote_code)
-    parameters = describe(model_config).parameters
-    check_context(model_config, "a max_length", config.max_length)
-    check_files(source)
-    report = read_report(source)
-    found = _find_teacher(teacher, report, model_config, config, trust_remote_code) if config.teacher else None
-    if rank_of_environment() == 0:
-        stored = stored_dtype(source, model_config, "auto")
-        # The result, and two states of what is trained with two moments each in fp32.
-        states_take = 0 if config.adapters else 2 * 3 * 4
-        check_output(
-            output,
-            overwrite,
-            parameters * (stored.itemsize + states_take),
-            inputs=[*source.folders, *local_files(sources)],
-        )
-    tokenizer = load_tokenizer(source, trust_remote_code)
-    needed = needed_examples(config)
-    examples = collect(
-        tokenizer, sources, config.max_length, config.held_out, needed, config.pack, config.seed, config.shares
-    )
-    return _Checked(
-        source, output, model_config, tokenizer, report, config, sources, examples, found, target, dtype,
-        trust_remote_code,
-    )  # fmt: skip
-
-
-def read_report(source: Source) -> PruneReport | None:
-    """The report of a slim folder; ``None`` for a model that we did not prune.
-
-    Raises:
-        ModelError: its ``slimgpt.json`` is damaged.
-    """
-    if source.folder is None or not (file := source.folder / REPORT_FILE).is_file():
-        return None
-    try:
-        return PruneReport.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{file} is damaged: {error}") from error
-
-
-def _find_teacher(
-    name: str | None, report: PruneReport | None, model_config: Any, config: RecoverConfig, trust_remote_code: bool
-) -> tuple[Source, Any]:
-    """The dense model and its config, checked against the slim one's."""
-    if name is None:
-        if report is None:
-            raise UsageError("the model has no slimgpt.json that names its dense model; give --teacher")
-        name = assets.DEMO if report.base_model == assets.MODEL_NAME else report.base_model
-    try:
-        source = locate(name)
-        found = load_config(source, trust_remote_code)
-        check_files(source)
-    except ModelError as error:
-        raise ModelError(f"the teacher cannot be read; name the dense model with --teacher: {error}") from error
-    for field in ("vocab_size", *(("hidden_size", "num_hidden_layers") if config.layer_weight else ())):
-        if getattr(found, field) != getattr(model_config, field):
-            raise UsageError(
-                f"the teacher {source.name} has {field} {getattr(found, field)}, the slim model "
-                f"{getattr(model_config, field)}: it is not the model this one was made from"
-            )
-    if config.top_k > found.vocab_size:
-        raise UsageError(f"top_k is {config.top_k}; the vocabulary has only {found.vocab_size} tokens")
-    return source, found
 
 
 def _run(

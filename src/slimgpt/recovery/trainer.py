@@ -14,11 +14,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from slimgpt.errors import NumericalError
-from slimgpt.recovery import state as states
-from slimgpt.recovery.examples import Example, collate
-from slimgpt.recovery.losses import layer_distance, predicted, text_loss, text_loss_and_divergence
-from slimgpt.recovery.settings import RecoverConfig
-from slimgpt.recovery.teacher import TeacherCache, layer_numbers
+from slimgpt.losses.distillation import layer_distance, predicted, text_loss, text_loss_and_divergence
+from slimgpt.recovery import train_state as states
+from slimgpt.recovery.config import RecoverConfig
+from slimgpt.recovery.dataset import Example, collate
+from slimgpt.recovery.teacher_cache import TeacherCache, layer_numbers
 
 MAX_GRADIENT_NORM = 1.0
 POINTS = 500

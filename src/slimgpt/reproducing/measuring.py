@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from slimgpt.api import evaluate
-from slimgpt.checkpoint import weight_bytes
-from slimgpt.evaluation import measure_speed, peak_memory
-from slimgpt.models import load
-from slimgpt.models.loading import as_device, locate
+from slimgpt.evaluation.evaluate import evaluate
+from slimgpt.evaluation.speed import measure_speed, peak_memory
+from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.loading import load
+from slimgpt.models.source import locate
 from slimgpt.reproducing.recipe import Evaluation
+from slimgpt.runtime.devices import as_device
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

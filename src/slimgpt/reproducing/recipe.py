@@ -10,7 +10,7 @@ from typing import Any
 from slimgpt import assets
 from slimgpt.config import PruneConfig
 from slimgpt.errors import UsageError
-from slimgpt.recovery import RecoverConfig
+from slimgpt.recovery.config import RecoverConfig
 
 MEASURES = {
     "perplexity": "on every text of `texts` at every window of `windows`",

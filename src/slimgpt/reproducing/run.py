@@ -7,43 +7,27 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from slimgpt.api import make_config, versions
+from slimgpt.checkpoint.journal import write_text
+from slimgpt.config import make_config
 from slimgpt.errors import OutputError, UsageError
-from slimgpt.folders import prune_folder
-from slimgpt.models.loading import as_device, load_config, locate
-from slimgpt.pruning.journal import write_text
-from slimgpt.recovery import recover
-from slimgpt.recovery.run import make_recovery_config
+from slimgpt.models.loading import load_config
+from slimgpt.models.source import locate
+from slimgpt.pipeline.to_folder import prune_folder
+from slimgpt.recovery.checks import make_recovery_config
+from slimgpt.recovery.run import recover
 from slimgpt.reproducing.measuring import measure_model, peak_of
 from slimgpt.reproducing.recipe import Evaluation, Recipe, Row, read_recipe
+from slimgpt.reproducing.result import TUNED, Result
 from slimgpt.reproducing.table import table
+from slimgpt.runtime.devices import as_device
+from slimgpt.runtime.versions import versions
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 """Where the recipes are in a clone of the repository."""
-
-TUNED = ", tuned"
-"""What the name of a row gets that was trained after pruning."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of the finished table.
-
-    Args:
-        name: the row's, with :data:`TUNED` after training.
-        figures: by column.
-        paper: what the paper states, by column.
-        details: protocols and reports behind the figures.
-    """
-
-    name: str
-    figures: dict[str, float]
-    paper: dict[str, float]
-    details: dict[str, Any]
 
 
 def reproduce(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from slimgpt.reproducing.recipe import Recipe
 
 if TYPE_CHECKING:
-    from slimgpt.reproducing.run import Result
+    from slimgpt.reproducing.result import Result
 
 
 def columns(results: Sequence[Result]) -> list[str]:

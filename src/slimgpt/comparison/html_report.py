@@ -1,0 +1,160 @@
+"""The comparison as one HTML file that needs nothing else: light and dark, on a screen or a phone."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from slimgpt.comparison.plots import COLORS, position_figures, quality_figures
+
+if TYPE_CHECKING:
+    from slimgpt.comparison.result import Comparison, Row
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --page: #ffffff; --card: #f6f8fa;
+  --good: #1a7f37; --bad: #b42318; --note: #9a6700; %(light)s }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --soft: #9198a1; --line: #30363d; --page: #0d1117;
+  --card: #161b22; --good: #4ac26b; --bad: #ff7b72; --note: #e3b341; %(dark)s } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 64rem; padding: 1.5rem 1rem 4rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p { margin: .25rem 0; color: var(--soft); }
+.plots { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { flex: 1 1 20rem; max-width: 36rem; min-width: 0; margin: 0;
+  padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  overflow-x: auto; }
+figure svg { display: block; width: 100%%; min-width: 18rem; height: auto; }
+.scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .5rem; }
+table { border-collapse: collapse; width: 100%%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .75rem; text-align: right; white-space: nowrap; vertical-align: baseline; }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page); }
+td:first-child { white-space: normal; min-width: 9rem; }
+thead th { border-bottom: 2px solid var(--line); background: var(--card) !important; cursor: default; }
+tbody tr + tr td, tbody tr + tr th { border-top: 1px solid var(--line); }
+tr.group th { text-align: left; background: var(--card); font-size: .8rem; letter-spacing: .03em; color: var(--soft); }
+@media (max-width: 40rem) { th, td { padding: .35rem .4rem; } td:first-child { min-width: 7.5rem; } }
+small { display: block; color: var(--soft); font-size: .78rem; }
+small.good { color: var(--good); } small.bad { color: var(--bad); }
+small.note { color: var(--note); white-space: normal; }
+pre { overflow-x: auto; padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
+  font-size: .78rem; }
+summary { cursor: pointer; }
+"""
+
+_DARK = ("#58a6ff", "#f0883e", "#3fb68b", "#c586e0", "#f06595", "#9ca3af")
+"""The colours of the plots on a dark page."""
+
+
+def write_page(found: Comparison, file: Path) -> None:
+    """Write the report."""
+    names = [side.name for side in found.sides]
+    variables = {
+        "light": " ".join(f"--c{i}: {color};" for i, color in enumerate(COLORS)),
+        "dark": " ".join(f"--c{i}: {color};" for i, color in enumerate(_DARK)),
+    }
+    plots = [*quality_figures(found), *position_figures(found)]
+    body = [
+        f"<h1>{_escape(names[0])} and its slim versions</h1>",
+        f"<p>{_escape(_summary(found))}</p>",
+        '<h2>Quality against size, and over long texts</h2>\n<div class="plots">',
+        *(f"<figure>{_svg(figure)}</figure>" for figure in plots),
+        "</div>",
+        "<h2>All figures</h2>",
+        f'<div class="scroll">{_table(found, names)}</div>',
+        "<p>Under a value of a slim model: its ratio to the first column.</p>",
+        "<h2>How they were taken</h2>",
+        f"<details><summary>protocols</summary><pre>{_escape(json.dumps(_protocols(found), indent=1))}</pre></details>",
+    ]
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_escape(names[0])}: dense and slim</title>\n<style>{_STYLE % variables}</style>\n</head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body>\n</html>\n"
+    )
+    file.write_text(page, encoding="utf-8")
+
+
+def _summary(found: Comparison) -> str:
+    """What a reader in a hurry needs to know."""
+    base, parts = found.sides[0], []
+    ratios = found.timings.ratios() if found.timings else {}
+    for side, name in zip(
+        found.sides[1:], dict.fromkeys(r.model for r in found.timings.rows[1:]) if found.timings else ()
+    ):
+        values = ratios.get((name, found.wanted.batches[0]), {})
+        (text, before), (_, after) = base.perplexities[0], side.perplexities[0]
+        parts.append(
+            f"{side.name}: {side.parameters / base.parameters:.0%} of the parameters, perplexity "
+            f"{before.perplexity:.2f} → {after.perplexity:.2f} on {Path(text).name}"
+            + (f", decodes {values['decode']:.2f} times as fast" if "decode" in values else "")
+        )
+    return "; ".join(parts) + "." if parts else ""
+
+
+def _table(found: Comparison, names: list[str]) -> str:
+    lines = [
+        "<table>",
+        "<thead><tr><th></th>" + "".join(f"<th>{_escape(name)}</th>" for name in names) + "</tr></thead>",
+    ]
+    group = None
+    lines.append("<tbody>")
+    for row in found.table():
+        if row.group != group:
+            group = row.group
+            lines.append(f'<tr class="group"><th colspan="{len(names) + 1}">{_escape(group)}</th></tr>')
+        note = f'<small class="note">{_escape(row.note)}</small>' if row.note else ""
+        cells = "".join(f"<td>{_escape(row.text(i))}{_change(row, i)}</td>" for i in range(len(names)))
+        lines.append(f"<tr><td>{_escape(row.name)}{note}</td>{cells}</tr>")
+    return "\n".join([*lines, "</tbody>", "</table>"])
+
+
+def _change(row: Row, index: int) -> str:
+    ratio = row.change(index)
+    if ratio is None:
+        return ""
+    kind = (
+        "" if not row.better or abs(ratio - 1) < 0.005 else "good" if (ratio > 1) == (row.better == "more") else "bad"
+    )
+    return f'<small class="{kind}">&times; {ratio:.3f}</small>'
+
+
+def _protocols(found: Comparison) -> dict[str, Any]:
+    base = found.sides[0]
+    return {
+        "perplexity": [{"text": Path(t).name, "window": p.window, **p.protocol} for t, p in base.perplexities],
+        "tasks": base.tasks and base.tasks.protocol,
+        "pass key": base.passkey and base.passkey.protocol,
+        "speed": found.timings and found.timings.protocol,
+    }
+
+
+def _svg(figure: Any) -> str:
+    """A figure as SVG whose text takes the page's colour and whose lines change with the page's scheme."""
+    import matplotlib
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
+        figure.patch.set_alpha(0)
+        for axis in figure.axes:
+            axis.patch.set_alpha(0)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"#000000|#262626|black", "currentColor", text)
+    text = re.sub(r"(<text\b[^>]*style=\")", r"\1fill: currentColor; ", text)
+    text = re.sub(r"font: ([^;\"]*?)'[^\"]*?(?=[;\"])", r"font: \1system-ui, sans-serif", text)
+    for index, color in enumerate(COLORS):
+        text = text.replace(color, f"var(--c{index})")
+    return text
+
+
+def _escape(text: str) -> str:
+    return html.escape(str(text))

@@ -1,0 +1,1 @@
+"""Training after pruning, towards the dense model's predictions."""

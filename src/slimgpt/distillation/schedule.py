@@ -1,0 +1,154 @@
+"""How many tokens a pruned model is trained on, and what that costs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimgpt.config import PruneConfig
+from slimgpt.errors import UsageError
+from slimgpt.models.build import architecture_of, decoder_layers
+from slimgpt.models.lookup import layer_sizes, text_config
+from slimgpt.models.parameter_counts import ModelShape, measurable
+from slimgpt.planning.plan import Plan
+
+BACK = 4 / 3
+"""What the way back costs, in forward passes: gradients of what goes into every matrix, and a third of it for those of
+the output matrices."""
+
+
+WRITING = 1.5
+"""What a token costs that the dense model writes, in forward passes: one, and its predictions. It is not read again."""
+
+
+class _Effort(NamedTuple):
+    """How much is trained.
+
+    Args:
+        passes: so many forward passes of the dense layers over the calibration tokens the training may cost.
+        steps: about so many, of at least ``STEP_TOKENS`` tokens.
+        others: the rate of all other matrices than the output ones, as a share of theirs; 0: they stay. They would
+            take most of the memory, and learn little from few tokens.
+    """
+
+    passes: float
+    steps: int
+    others: float
+
+    def learning(self, plan: Plan) -> float:
+        """What a token that is there costs, in forward passes of the dense layers: one, and the way through the pruned
+        layers and back."""
+        return 1 + (1 + (2 if self.others else BACK)) * (1 - plan.achieved)
+
+
+USUAL, SEARCH = _Effort(1.4, 64, 0.0), _Effort(11.5, 320, 0.25)
+"""By default, and with ``--allocation search``."""
+
+
+LEAST_TOKENS = 32768
+"""So many calibration tokens there must be for a training that nobody asked for."""
+
+
+HELD_TOKENS = 2048
+"""So many tokens are neither repaired nor trained on: the training is kept only if its losses fell there."""
+
+
+LENGTH = 256
+"""Longer windows are cut."""
+
+
+STEP_TOKENS = 512
+"""A step has at least so many tokens."""
+
+
+def passes_to_distill(config: PruneConfig, plan: Plan, windows: Tensor, tokens: int) -> float:
+    """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
+    token that is there, the writing of those that are not, and the way forth and back through the pruned layers."""
+    return tokens * _effort(config).learning(plan) + max(tokens - _room(windows), 0) * (WRITING - 1)
+
+
+def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
+    """On how many tokens a pruned model is trained; 0: not at all. If they are more than there are, the dense model
+    writes the others.
+
+    Raises:
+        UsageError: it was asked for and cannot be done.
+    """
+    if config.distill == 0:
+        return 0
+    if config.distill == "auto":
+        if not measurable(shape) or windows.numel() < LEAST_TOKENS or len(windows) == 1:
+            return 0
+        effort, room = _effort(config), _room(windows)
+        passes, learning = effort.passes * windows.numel(), effort.learning(plan)
+        beyond = (passes - room * learning) / (learning + WRITING - 1)
+        return int(room + beyond if beyond > 0 else passes / learning)
+    if not measurable(shape):
+        raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
+    if len(windows) == 1:
+        raise UsageError(
+            "distill: the last of the calibration windows is only judged by, so one is too few; raise --num-samples, "
+            "with a lower --seq-len if the text is short"
+        )
+    return int(config.distill)
+
+
+def disk_to_distill(
+    model: PreTrainedModel,
+    config: PruneConfig,
+    plan: Plan,
+    windows: Tensor,
+    tokens: int,
+    itemsize: int,
+    device: torch.device,
+) -> int:
+    """What a training of a run from folder to folder keeps in files beside the layers, in bytes.
+
+    That is the hidden states of what the dense model writes; on a CPU, where memory holds nothing that grows with the
+    depth, also what is trained, in fp32 with Adam's moments in bfloat16, and the hidden states of all text in front of
+    the layers and behind them.
+
+    Args:
+        model: the dense model; its tensors need no storage.
+        tokens: see :func:`tokens_to_distill`.
+        itemsize: bytes of a number as it is stored.
+    """
+    hidden = text_config(model.config).hidden_size * itemsize
+    written = hidden * max(tokens - _room(windows), 0)
+    if device.type != "cpu" or not tokens:
+        return written
+    structures = architecture_of(model.config, model).chosen(plan.head_unit)
+    trained = 0.0
+    for layer, dense, slim in zip(decoder_layers(model), layer_sizes(model.config), plan.layers):
+        states = layer.state_dict()
+        outputs = [(states[s.key].numel(), s.units(slim) / s.units(dense)) for s in structures if s.key in states]
+        numbers = sum(tensor.numel() for tensor in states.values())
+        trained += numbers * (1 - plan.achieved) if _effort(config).others else sum(n * left for n, left in outputs)
+    return int(8 * trained) + 2 * written + 2 * hidden * tokens
+
+
+def repaired_on(windows: Tensor, tokens: int) -> Tensor:
+    """The windows that pruning calibrates on: if the pruned model is to be trained, the last ones are left out of it.
+
+    What the repair has seen would speak for the model as the repair left it.
+
+    Args:
+        tokens: see :func:`tokens_to_distill`.
+    """
+    return windows[: -_held_windows(windows)] if tokens else windows
+
+
+def _effort(config: PruneConfig) -> _Effort:
+    return SEARCH if config.allocation == "search" else USUAL
+
+
+def _room(windows: Tensor) -> int:
+    """How many calibration tokens can be trained on."""
+    return (len(windows) - _held_windows(windows)) * windows.shape[1]
+
+
+def _held_windows(windows: Tensor) -> int:
+    return max(min(HELD_TOKENS, windows.numel() // 4) // windows.shape[1], 1)

@@ -1,0 +1,337 @@
+"""What the repair of single matrices cannot reach: a short training of the pruned model on the calibration text.
+
+The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
+matrices, those of all layers, and the layers' norms are moved together towards what the dense model predicts and the
+text says: a few dozen steps of Adam, every token seen once. A longer training, as in a search, begins with text that
+the dense model writes, and moves all other matrices, too. Layers are visited in order, forth and back, with their
+inputs kept in between and each layer's weights moved as soon as its gradient is known, so that one layer at a time
+has to be on the device.
+
+A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
+rate serves models whose weights differ in scale.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.distillation.data import Lesson, training_run
+from slimgpt.layerwise.capture import Arguments, put_parameter, run_layer
+from slimgpt.layerwise.context import Run, check_output, running_layer, shelf_for
+from slimgpt.layerwise.divergence import brought, divergences
+from slimgpt.models.build import architecture_of, decoder_layers
+from slimgpt.models.slicing import State
+from slimgpt.planning.plan import Plan
+from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.memory import DEVICE, trim, used_bytes
+
+RATE, WARMUP = 2.6e-3, 0.1
+"""How far a step moves a matrix at most, as a share of its root mean square and for a divergence of one nat, and the
+share of steps until then. A divergence is like the square of a distance, so its root is what steps are scaled by."""
+
+BETAS = (0.9, 0.95)
+"""Adam's memory of the mean and of the square of the gradient."""
+
+TEXT = 1.0
+"""Weight of the text's own cross-entropy beside the divergence, where that is a nat or more at first. Below, it shrinks
+as the rate does: what the text says is the larger surprise, and would drown what the dense model says. Text that the
+dense model has written comes first and has no such weight: it says nothing that the model's predictions do not."""
+
+KEPT_EVERY = 600.0
+"""So many seconds may pass before what a training has reached is kept once more."""
+
+OnReached = Callable[[State], None]
+"""Called from time to time with what a killed training goes on from; see :class:`Distillation`."""
+
+OnDistilled = Callable[[int, int, float, float], None]
+"""Called after every step with its number, the number of all steps, the divergence per token and the seconds."""
+
+
+@dataclass
+class _Passed:
+    """One batch that has gone through a layer: what went in, the weights to be moved, and what came out."""
+
+    hidden: Tensor
+    weights: list[Tensor]
+    after: Tensor
+
+
+class _Found(NamedTuple):
+    """The losses per compared token."""
+
+    divergence: float
+    surprise: float
+
+    def loss(self, text: float) -> float:
+        """What is minimised."""
+        return self.divergence + text * self.surprise
+
+
+class Distillation:
+    """The training of a pruned model.
+
+    Args:
+        model: what is around the layers; it stays as it is.
+        take: gives the pruned layer of an index; it stays as it is.
+        plan: its widths.
+        lesson: what :func:`rehearse` gave.
+        run: as the model was pruned.
+        reached: what an earlier run had reached, as it was told of it: the losses before, the divergence of every step,
+            and the parameters with Adam's moments by number.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        take: Callable[[int], nn.Module],
+        plan: Plan,
+        lesson: Lesson,
+        run: Run,
+        reached: State | None = None,
+    ):
+        self.model, self.take, self.plan, self.lesson, self.reached = model, take, plan, lesson, reached
+        self.run = training_run(model, run)
+        self.names: list[dict[str, int]] = []  # of every layer's trained parameters, with their numbers on the shelves
+        self.types: list[torch.dtype] = []
+        self.scales: list[float] = []
+        self.trained = 0
+        self.stay: dict[int, nn.Module] = {}  # layers that the device has room for
+        self.trail: list[list[_Passed]] = []  # of every layer on the way forth; empty where it is to be run again
+
+    def __call__(self, on_distilled: OnDistilled | None = None, on_reached: OnReached | None = None) -> dict[str, Any]:
+        """Train, and say what it gave, per token; ``kept`` is whether the losses on the held-out text fell.
+
+        Raises:
+            NumericalError: NaN or infinity behind a layer.
+        """
+        start = kept = time.perf_counter()
+        self._begin()
+        steps, held = self.lesson.steps, range(self.lesson.held)
+        with brought(self.model, self.run.device, self.run.dtype):
+            before, curve = self._go_on() if self.reached else (self._look(held), [])
+            far = math.sqrt(min(max(before.divergence, 0.0), 1.0))
+            highest, text = RATE * far, TEXT * far
+            for number, batches in list(enumerate(steps))[self.trained :]:
+                began = time.perf_counter()
+                heeded = text if batches[0] >= self.lesson.held + self.lesson.written else 0.0
+                hidden = self._forth(batches, learn=True)
+                found, gradients = self._compare(batches, hidden, heeded)
+                self._back(batches, gradients, highest * _rate(number, len(steps)))
+                self.trained += 1
+                curve.append(found.divergence)
+                trim()
+                if on_distilled:
+                    on_distilled(number, len(steps), found.divergence, time.perf_counter() - began)
+                if on_reached and time.perf_counter() - kept > KEPT_EVERY and number + 1 < len(steps):
+                    on_reached(self._state(before, curve))
+                    kept = time.perf_counter()
+            self._round()
+            after = self._look(held)
+        return {
+            "tokens": self.lesson.count(number for step in steps for number in step),
+            "written_tokens": self.lesson.count(range(self.lesson.held, self.lesson.held + self.lesson.written)),
+            "steps": len(steps),
+            "rate": highest,
+            "held_out_tokens": self.lesson.count(held),
+            "text_weight": text,
+            "divergence": {"before": before.divergence, "after": after.divergence},
+            "cross_entropy": {"before": before.surprise, "after": after.surprise},
+            "curve": curve,
+            "kept": after.loss(text) < before.loss(text),
+            "seconds": time.perf_counter() - start,
+        }
+
+    def _round(self) -> None:
+        """Let the shelves hold what will be saved: single steps may be lost in 16 bits."""
+        for number, dtype in enumerate(self.types):
+            if dtype != torch.float32:
+                weight = self.weights.get(number)
+                self.weights.put(number, weight.to(dtype).to(weight))
+
+    def parameters(self, index: int) -> State:
+        """The trained parameters of a layer by name, on the CPU, in the type they were stored in."""
+        return {
+            name: self.weights.get(number).to("cpu", self.types[number]) for name, number in self.names[index].items()
+        }
+
+    def apply(self, model: PreTrainedModel) -> None:
+        """Put the trained parameters into a pruned model that is in memory."""
+        for index, layer in enumerate(decoder_layers(model)):
+            for name, trained in self.parameters(index).items():
+                layer.get_parameter(name).data.copy_(trained)
+
+    def _begin(self) -> None:
+        """Bring what is trained to the shelves, in fp32: single steps are smaller than what 16 bits can tell apart."""
+        found = [self._trained(self.take(index)) for index in range(len(self.plan.layers))]
+        count = sum(parameter.numel() for named in found for parameter, _ in named.values())
+        self.weights, self.means, self.squares = (shelf_for(self.run, size * count) for size in (4, 2, 2))
+        for named in found:
+            self.names.append({})
+            for name, (parameter, share) in named.items():
+                number = len(self.types)
+                self.names[-1][name] = number
+                self.types.append(parameter.dtype)
+                weight = parameter.detach().to(self.run.device, torch.float32, copy=True)
+                self.weights.put(number, weight)
+                self.scales.append(share * float(weight.square().mean().sqrt()))
+            trim()
+        used = used_bytes(self.run.device)
+        self.room = used + max(self.run.placement.budget - used, 0) // 3
+
+    def _shelves(self) -> dict[str, Shelf]:
+        return {"parameter": self.weights, "mean": self.means, "square": self.squares}
+
+    def _state(self, before: _Found, curve: list[float]) -> State:
+        """What has been reached."""
+        kept = {f"{kind}.{n}": one for kind, shelf in self._shelves().items() for n, one in shelf.stored().items()}
+        figures = {"before": before, "curve": curve}
+        return {**kept, **{name: torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}}
+
+    def _go_on(self) -> tuple[_Found, list[float]]:
+        """Take up what an earlier run had reached."""
+        reached = self.reached or {}
+        for kind, shelf in self._shelves().items():
+            for number in range(len(self.types)):
+                shelf.put(number, reached[f"{kind}.{number}"].to(self.run.device, copy=True))
+        curve = reached["curve"].tolist()
+        self.trained, self.reached = len(curve), None
+        return _Found(*reached["before"].tolist()), curve
+
+    def _trained(self, layer: nn.Module) -> dict[str, tuple[nn.Parameter, float]]:
+        """The parameters of a layer that are trained, by name, and the share of the rate that is theirs: output
+        matrices, what scales or shifts a norm, and perhaps all other matrices."""
+        chosen = architecture_of(self.model.config, self.model).chosen(self.plan.head_unit)
+        keys = {structure.key for structure in chosen}
+        norms = [name for name, module in layer.named_modules() if "norm" in type(module).__name__.lower()]
+        found = {}
+        for name, parameter in layer.named_parameters():
+            first = name in keys or name.rpartition(".")[0] in norms
+            # A key's bias has no gradient but rounding, and Adam makes a full step of that.
+            share = 1.0 if first else self.lesson.others if parameter.ndim > 1 else 0.0
+            if share:
+                found[name] = (parameter, share)
+        return found
+
+    def _layer(self, index: int) -> nn.Module:
+        """A layer with the weights it has by now, of which gradients can be taken."""
+        layer = self.stay.get(index)
+        if layer is None:
+            layer = running_layer(self.take(index), self.model.config, index, self.run, self.plan.layers[index])
+            if used_bytes(self.run.device) < self.room:
+                self.stay[index] = layer
+        for name, parameter in layer.named_parameters():
+            number = self.names[index].get(name)
+            weight = parameter.detach() if number is None else self.weights.get(number).to(parameter.dtype)
+            put_parameter(layer, name, nn.Parameter(weight, requires_grad=number is not None))
+        return layer
+
+    def _look(self, batches: Sequence[int]) -> _Found:
+        return self._compare(batches, self._forth(batches))[0]
+
+    def _forth(self, batches: Sequence[int], learn: bool = False) -> list[Tensor]:
+        """The hidden states of some batches behind the last layer.
+
+        Args:
+            learn: whether the way back will be gone. Every layer's inputs are kept for it, and with them, as long as
+                there is room, all that gradients are made of, so that the layer need not be run again.
+        """
+        arguments, device = self.lesson.stream.arguments, self.run.device
+        hidden = [self.lesson.stream.hidden.get(number) for number in batches]
+        self.inputs = shelf_for(self.run, len(self.plan.layers) * sum(tensor.nbytes for tensor in hidden))
+        self.trail = []
+        used = used_bytes(device)
+        ceiling = used + (self.run.placement.budget - used) // 2 if self.inputs.place == DEVICE else 0
+        for index in range(len(self.plan.layers)):
+            layer, passed = self._layer(index), list[_Passed]()
+            keep = learn and used_bytes(device) < ceiling
+            for place, number in enumerate(batches):
+                if keep:
+                    passed.append(self._pass(layer, index, hidden[place], arguments[number][index]))
+                    hidden[place] = passed[-1].after.detach()
+                    continue
+                if learn:
+                    self.inputs.put(index * len(batches) + place, hidden[place])
+                with torch.no_grad():
+                    hidden[place] = run_layer(layer, hidden[place], arguments[number][index])
+            check_output(index, hidden[-1])
+            self.trail.append(passed)
+            del layer
+        return hidden
+
+    def _compare(
+        self, batches: Sequence[int], hidden: list[Tensor], text: float | None = None
+    ) -> tuple[_Found, list[Tensor]]:
+        """The losses of some batches, and their gradients behind the last layer.
+
+        Args:
+            text: its weight in the gradients; ``None``: these are not wanted, and zero.
+        """
+        slopes = text is not None
+        divergence, surprise, gradients, tokens, followed = 0.0, 0.0, [], 0, 0
+        for place, number in enumerate(batches):
+            ids, dense = self.lesson.ids[number], self.lesson.dense.get(number)
+            apart, said, steep = divergences(
+                self.model, dense, [hidden[place]], ids, self.lesson.tuples, [slopes], text or 0.0
+            )
+            divergence, surprise = divergence + apart[0], surprise + said[0]
+            gradients += steep
+            tokens, followed = tokens + ids[:, 1:].numel(), followed + ids[:, 2:].numel()
+        return _Found(divergence / max(tokens, 1), surprise / max(followed, 1)), gradients
+
+    def _pass(self, layer: nn.Module, index: int, hidden: Tensor, arguments: Arguments) -> _Passed:
+        """Run a layer so that gradients can be taken."""
+        leaf = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            after = run_layer(layer, leaf, arguments)
+        return _Passed(leaf, [layer.get_parameter(name) for name in self.names[index]], after)
+
+    def _back(self, batches: Sequence[int], gradients: list[Tensor], rate: float) -> None:
+        """Gradients of every layer from the last to the first; each is moved once its own are known."""
+        for index in reversed(range(len(self.plan.layers))):
+            totals: list[Tensor] = []
+            for place, one in enumerate(self.trail.pop() or self._again(index, batches)):
+                found = torch.autograd.grad(
+                    one.after, [one.hidden, *one.weights], gradients[place], materialize_grads=True
+                )
+                gradients[place] = found[0]
+                sums = totals or [0.0] * len(one.weights)
+                totals = [total + gradient.float() for total, gradient in zip(sums, found[1:])]
+            for number, gradient in zip(self.names[index].values(), totals):
+                self._move(number, gradient, rate)
+
+    def _again(self, index: int, batches: Sequence[int]) -> Iterator[_Passed]:
+        """Run a layer a second time, one batch after the other, on the inputs that were kept."""
+        layer = self._layer(index)
+        for place, number in enumerate(batches):
+            hidden = self.inputs.get(index * len(batches) + place)
+            yield self._pass(layer, index, hidden, self.lesson.stream.arguments[number][index])
+
+    def _move(self, number: int, gradient: Tensor, rate: float) -> None:
+        """One step of Adam."""
+        weight, fresh = self.weights.get(number), self.trained == 0
+        mean = torch.zeros_like(weight) if fresh else self.means.get(number).float()
+        square = torch.zeros_like(weight) if fresh else self.squares.get(number).float()
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.lerp_(gradient.square(), 1 - BETAS[1])
+        count = self.trained + 1
+        spread = (square / (1 - BETAS[1] ** count)).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+        weight.addcdiv_(mean, spread, value=-rate * self.scales[number] / (1 - BETAS[0] ** count))
+        self.weights.put(number, weight)
+        self.means.put(number, mean.bfloat16())
+        self.squares.put(number, square.bfloat16())
+
+
+def _rate(step: int, steps: int) -> float:
+    """The rate of a step, as a share of the highest: it rises, then falls to nothing on a cosine."""
+    rise = max(int(WARMUP * steps), 1)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))

@@ -1,0 +1,77 @@
+"""Exports that are Hugging Face folders of a stock class, or of a format other engines read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig
+
+from slimgpt.errors import ExportError
+from slimgpt.exporting.source import Exported
+from slimgpt.io.shards import write_shards
+from slimgpt.models.build import stock_class
+from slimgpt.models.stock_config import stock_config
+from slimgpt.planning.engines import is_uniform
+
+
+def write_stock_folder(
+    exported: Exported, folder: Path, config: PreTrainedConfig, layer: Callable[[int], dict[str, Tensor]] | None = None
+) -> None:
+    """Write config, weights, tokenizer and generation settings for a stock class.
+
+    Args:
+        layer: the state dict of a layer; by default as it is.
+    """
+    config.architectures = [stock_class(config).__name__]
+    config.dtype = exported.config.dtype
+    config.save_pretrained(folder)
+    write_weights(exported, folder, layer)
+    write_rest(exported, folder)
+
+
+def write_weights(exported: Exported, folder: Path, layer: Callable[[int], dict[str, Tensor]] | None = None) -> None:
+    """Write the weights in shards, a layer in memory at a time."""
+    start = f"{exported.architecture.layers}."
+    around = {name: exported[name] for name in exported.names if not name.startswith(start)}
+    take = layer or exported.layer
+
+    def groups():
+        yield around
+        for index in range(len(exported.sizes)):
+            yield {f"{start}{index}.{name}": tensor for name, tensor in take(index).items()}
+
+    write_shards(folder, groups())
+
+
+def write_rest(exported: Exported, folder: Path) -> None:
+    """Tokenizer and generation settings."""
+    exported.tokenizer().save_pretrained(folder)
+    if (exported.folder / "generation_config.json").is_file():
+        GenerationConfig.from_pretrained(exported.folder).to_json_file(folder / "generation_config.json")
+
+
+def check_uniform(exported: Exported) -> None:
+    """Refuse what no stock class holds.
+
+    Raises:
+        ExportError: layers of different widths, or a head count that every stock class refuses.
+    """
+    if not is_uniform(exported.sizes):
+        raise ExportError(
+            f"the layers of {exported.source.name} differ in width, so no stock class holds them; use --to padded, or "
+            "prune with --uniform"
+        )
+    if stock_config(exported.config, exported.sizes[0]) is None:
+        raise ExportError(f"no stock class of transformers takes the widths {exported.sizes[0]}; use --to padded")
+
+
+def write_uniform(exported: Exported, folder: Path) -> list[str]:
+    """A stock class of the same widths, relabelled where the family's own refuses them; returns notes."""
+    config = stock_config(exported.config, exported.sizes[0])
+    assert config is not None
+    write_stock_folder(exported, folder, config)
+    if config.model_type != exported.config.model_type:
+        return [f"saved as {config.model_type}, which computes the same function"]
+    return []

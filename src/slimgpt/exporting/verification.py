@@ -1,0 +1,207 @@
+"""An exported model beside the slim folder, each in its own engine, on real text."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from slimgpt import assets
+from slimgpt.errors import ExportError, UsageError
+from slimgpt.models.build import slim_modeling
+from slimgpt.models.loading import load, load_config, load_tokenizer
+from slimgpt.models.source import locate
+
+PROMPTS = (
+    "The greatest challenge that our country faces is",
+    "Once upon a time there was a",
+    "The capital of France is",
+    "In the year 1990 the",
+    "To be or not to be,",
+)
+NEW_TOKENS = 16
+TEXT = (
+    "The state of the Union is strong because the people are strong. We have built roads and schools, we have written "
+    "laws and kept them, and we have argued about all of it in public. Nothing was given; everything was made by hands "
+    "and by patience. What remains to be done is more than what has been done, and it will be done in the same way: "
+    "one day after another, with open books and open doors, and with no fear of counting what was lost and won."
+)
+"""A little text of ours for where the bundled one is not at hand; its perplexity is good for comparing only."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How an exported model compares with the slim folder on the same token ids.
+
+    Args:
+        engine: what loaded the exported model, with its version.
+        tokens: how many were compared.
+        window: tokens per window, without overlap.
+        perplexity: of the exported model.
+        reference: of the slim folder.
+        difference: ``perplexity / reference - 1``.
+        largest: the largest absolute difference of a logit.
+        identical: whether all logits are equal to the bit.
+        continuations: how many greedy continuations agree, of how many.
+        chat_template: whether it is the same text; ``None`` if neither has one.
+    """
+
+    engine: str
+    tokens: int
+    window: int
+    perplexity: float
+    reference: float
+    difference: float
+    largest: float
+    identical: bool
+    continuations: tuple[int, int]
+    chat_template: bool | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+@dataclass
+class Engine:
+    """A loaded model: logits ``(tokens, vocabulary)`` of a list of ids, and a greedy continuation."""
+
+    name: str
+    logits: Callable[[list[int]], Tensor]
+    chat_template: str | None
+
+    def continuation(self, ids: list[int]) -> list[int]:
+        """The ids that follow greedily, each from a fresh pass over all before."""
+        ids = list(ids)
+        for _ in range(NEW_TOKENS):
+            ids.append(int(self.logits(ids)[-1].argmax()))
+        return ids[-NEW_TOKENS:]
+
+
+def engine_problem(path: str | Path) -> str | None:
+    """Why the exported model cannot be run here; ``None`` if it can."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        if importlib.util.find_spec("llama_cpp") is None:
+            return "llama-cpp-python is not installed"
+        return None
+    config = path / "config.json"
+    if not config.is_file():
+        return "its engine is not installed"
+    if '"nemotron-nas"' in config.read_text(encoding="utf-8"):
+        return "nemotron-nas runs in vLLM, SGLang, TensorRT-LLM or mlx-lm, none of which is called from here"
+    return None
+
+
+def verify(
+    exported: str | Path, slim: str | Path, *, text: str | None = None, max_tokens: int = 1024, window: int = 256
+) -> Verification:
+    """Run both models on the same tokens and compare.
+
+    Args:
+        exported: a folder of a stock class, or a ``.gguf`` file.
+        slim: the folder that it was made from.
+        text: a text file, or ``demo``; a paragraph of ours if not given.
+        max_tokens: how much of it.
+        window: tokens per window, without overlap.
+
+    Raises:
+        ExportError: the engine is not installed, or the vocabularies differ.
+        UsageError: the text is too short.
+    """
+    problem = engine_problem(exported)
+    if problem is not None:
+        raise ExportError(f"{exported} cannot be verified here: {problem}")
+    tokenizer = load_tokenizer(locate(str(slim)))
+    ids = tokenizer(_text(text), add_special_tokens=False).input_ids[:max_tokens]
+    window = min(window, len(ids) // 16 * 16 or len(ids))
+    if window < 2:
+        raise UsageError("the text has fewer than two tokens")
+    reference = _transformers(str(slim))
+    left = (
+        _llama_cpp(Path(exported), window) if Path(exported).suffix == ".gguf" else _transformers(str(exported), True)
+    )
+    losses = [0.0, 0.0]
+    largest, identical, count = 0.0, True, 0
+    for start in range(0, len(ids) - window + 1, window):
+        part = ids[start : start + window]
+        a, b = left.logits(part), reference.logits(part)
+        if a.shape != b.shape:
+            raise ExportError(f"{exported} has {a.shape[-1]} words, {slim} has {b.shape[-1]}")
+        target = torch.tensor(part[1:])
+        for number, logits in enumerate((a, b)):
+            losses[number] += float(F.cross_entropy(logits[:-1].double(), target, reduction="sum"))
+        largest = max(largest, float((a - b).abs().max()))
+        identical = identical and torch.equal(a, b)
+        count += len(part) - 1
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    agree = sum(left.continuation(prompt) == reference.continuation(prompt) for prompt in prompts)
+    perplexities = [math.exp(loss / count) for loss in losses]
+    templates = left.chat_template, reference.chat_template
+    return Verification(
+        engine=left.name,
+        tokens=count,
+        window=window,
+        perplexity=perplexities[0],
+        reference=perplexities[1],
+        difference=perplexities[0] / perplexities[1] - 1,
+        largest=largest,
+        identical=identical,
+        continuations=(agree, len(prompts)),
+        chat_template=None if templates == (None, None) else templates[0] == templates[1],
+    )
+
+
+def _text(text: str | None) -> str:
+    if text is None:
+        return TEXT
+    if text == assets.DEMO:
+        return "\n\n".join(assets.demo_documents()[1])
+    try:
+        return Path(text).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the text {text}: {error}") from error
+
+
+def _transformers(folder: str, stock: bool = False) -> Engine:
+    if stock and slim_modeling(load_config(locate(folder))) is None:  # as anybody else would load it
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    else:
+        model, tokenizer = load(folder, dtype="float32")
+
+    @torch.no_grad()
+    def logits(ids: list[int]) -> Tensor:
+        return model(torch.tensor([ids])).logits[0].float()
+
+    return Engine(f"transformers {version('transformers')}", logits, _template(tokenizer))
+
+
+def _llama_cpp(file: Path, window: int) -> Engine:
+    import llama_cpp  # pyright: ignore[reportMissingImports]
+
+    context = max(window, 64 + NEW_TOKENS)
+    model = llama_cpp.Llama(str(file), n_ctx=context, n_batch=context, logits_all=True, verbose=False)
+
+    def logits(ids: list[int]) -> Tensor:
+        model.reset()
+        model.eval(ids)
+        return torch.from_numpy(model.scores[: len(ids)].copy())
+
+    template = model.metadata.get("tokenizer.chat_template")
+    return Engine(f"llama-cpp-python {version('llama-cpp-python')}", logits, template)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    return tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None

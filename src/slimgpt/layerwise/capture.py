@@ -1,0 +1,174 @@
+"""What the decoder layers are called with, and one layer run in parts.
+
+The model runs once with every layer replaced by a stand-in that writes down its keyword arguments and hands the
+hidden states on, which costs an embedding. Afterwards each layer is run by itself with its *own* arguments: layer
+0's masks and position embeddings are wrong for the others wherever attention windows differ.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.errors import ModelError
+from slimgpt.runtime.activation_store import Shelf
+
+Arguments = dict[str, Any]
+
+
+@dataclass
+class Stream:
+    """The hidden states between two layers, and how to call each layer.
+
+    Args:
+        hidden: for every batch the hidden states ``(batch, seq_len, hidden_size)``.
+        arguments: for every batch the keyword arguments of every layer; equal tensors are shared.
+    """
+
+    hidden: Shelf
+    arguments: list[list[Arguments]]
+
+    def __len__(self) -> int:
+        return len(self.arguments)
+
+
+class StandIn(nn.Module):
+    """Takes a module's place for a while: calls a function instead, and still shows the module's attributes.
+
+    Some models read an attribute of a layer before they call it, such as its attention type.
+    """
+
+    def __init__(self, original: nn.Module, function: Callable[..., Any]):
+        super().__init__()
+        self.function = function
+        self.original = [original]  # in a list, so that it is not registered as a sub-module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.original[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@contextmanager
+def stood_in(layers: nn.ModuleList, function: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Every layer replaced by a :class:`StandIn` for a while; ``function`` gives for each what is called instead."""
+    originals = list(layers)
+    try:
+        for index, layer in enumerate(originals):
+            layers[index] = StandIn(layer, function(layer))
+        yield
+    finally:
+        for index, layer in enumerate(originals):
+            layers[index] = layer
+
+
+@torch.no_grad()
+def capture(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    windows: Tensor,
+    batch_size: int,
+    hidden: Shelf,
+    dtype: torch.dtype | None = None,
+) -> Stream:
+    """The inputs of the first layer and every layer's arguments, on the device of ``hidden``.
+
+    Args:
+        windows: ``(num_samples, seq_len)`` long token ids.
+        batch_size: windows per batch.
+        hidden: where the hidden states are to be kept.
+        dtype: convert what is floating-point to it; ``None`` leaves it as the model makes it.
+    """
+    arguments: list[list[Arguments]] = []
+    known: dict[int, list[Arguments]] = {}  # windows are unpadded: equal batch sizes give equal arguments
+    embedding_device = next(model.get_input_embeddings().parameters()).device
+    calls: list[tuple[Tensor, Arguments]] = []
+
+    unpacked = False  # whether the model takes apart what a layer returns
+
+    def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # Where the model takes the first item of what a layer returns, the next layer is called with a part of the
+        # hidden states; only the first layer's are wanted.
+        hidden_states, named = _named(layer, args, kwargs)
+        calls.append((calls[0][0] if calls else hidden_states, named))
+        return (calls[0][0], None) if unpacked else calls[0][0]
+
+    with stood_in(layers, lambda layer: partial(record, layer)):
+        for number, batch in enumerate(windows.split(batch_size)):
+            inputs = {"input_ids": batch.to(embedding_device), "use_cache": False}
+            try:
+                calls.clear()
+                model.base_model(**inputs)
+            except ValueError:  # a tensor of another length than the tuple that the model expects
+                if unpacked or len(calls) != 1:
+                    raise
+                unpacked = True
+                calls.clear()
+                model.base_model(**inputs)
+            if len(calls) != len(layers):
+                raise ModelError(f"{len(calls)} of {len(layers)} layers were called in one forward pass")
+            move = _Mover(hidden.device, dtype)
+            hidden.put(number, move(calls[0][0]))
+            if len(batch) not in known:
+                known[len(batch)] = [move(kwargs) for _, kwargs in calls]
+            arguments.append(known[len(batch)])
+    return Stream(hidden, arguments)
+
+
+def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Tensor, Arguments]:
+    """The hidden states of a call, which come first, and its other arguments by name."""
+    signature = inspect.signature(layer.forward)
+    named = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            named |= named.pop(name, {})
+    return named.pop(next(iter(signature.parameters))), named
+
+
+class _Mover:
+    """Moves the tensors in nested arguments to a device and a floating-point type; shared ones stay shared."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype | None):
+        self.device, self.dtype = device, dtype
+        self.moved: dict[int, Tensor] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self.moved.setdefault(id(value), self._tensor(value))
+        if isinstance(value, (tuple, list)):
+            return type(value)(self(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self(item) for key, item in value.items()}
+        return value
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        if self.dtype is None or self.dtype == tensor.dtype or not tensor.is_floating_point():
+            return tensor.to(self.device)
+        tensor, limits = tensor.to(self.device), torch.finfo(self.dtype)
+        if torch.finfo(tensor.dtype).max > limits.max:  # a mask's lowest number must not become infinity
+            tensor = tensor.clamp(limits.min, limits.max)
+        return tensor.to(self.dtype)
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """The hidden states after a layer."""
+    output = layer(hidden, **arguments)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def put_parameter(layer: nn.Module, name: str, parameter: Tensor) -> None:
+    """Set a parameter of a layer by its full name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(layer.get_submodule(owner), leaf, parameter)

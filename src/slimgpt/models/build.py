@@ -1,0 +1,177 @@
+"""Models and layers of any width, always from Hugging Face's own constructors.
+
+A layer is rebuilt from its sliced state dict and a config of its own rather than by cutting its Linears in place:
+some families read sizes from the config in ``forward``, and the model in memory then comes from the same
+constructor as the one that is read back from disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import cache
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from slimgpt.errors import UnsupportedFamilyError
+from slimgpt.models import modeling_slim
+from slimgpt.models.architecture import HEADS, KV_HEADS, Architecture, Sizes
+from slimgpt.models.families import LLAMA, REFUSED
+from slimgpt.models.families.unknown import HELP, found_in
+from slimgpt.models.lookup import head_dim, lookup, missing_module, text_config, with_sizes
+from slimgpt.models.modeling_slim import SlimMixin, build_layer, keep_buffers
+from slimgpt.models.slicing import State
+
+MODELING_FILE = "modeling_slim.py"
+"""The file in a checkpoint whose layers differ in width that holds its class."""
+
+Resizing = tuple[str, int, tuple[tuple[str, str, tuple[tuple[str, int], ...]], ...]]
+"""The attention module, the head size, and the axes of matrices with the sizes along them."""
+
+
+def resizing(config: PreTrainedConfig, architecture: Architecture) -> Resizing | None:
+    """How layers get their widths where the family's constructor does not take them; see ``modeling_slim.py``."""
+    if not architecture.resized:
+        return None
+    each = {HEADS: head_dim(config), KV_HEADS: head_dim(config)}
+    attention = next((s.container for s in architecture.structures if s.name == "heads"), "")
+
+    def numbers(parts: tuple[str, ...]) -> tuple[tuple[str, int], ...]:
+        return tuple((architecture.fields.get(part, part), each.get(part, 1)) for part in parts)
+
+    rows = ((module, "out", numbers(parts)) for module, parts in architecture.rows().items())
+    columns = ((module, "in", numbers((size,))) for module, size in architecture.columns().items())
+    return attention, head_dim(config), (*rows, *columns)
+
+
+@cache
+def _slim_class(base: type[PreTrainedModel], layers: str, resizing: Resizing | None) -> type[PreTrainedModel]:
+    values = {"_slim_layers": layers, "_slim_resizing": resizing, "__module__": __name__}
+    return type(f"Slim{base.__name__}", (SlimMixin, base), values)
+
+
+def slim_class(
+    base: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture
+) -> type[PreTrainedModel]:
+    """The subclass of a stock causal LM that builds every layer from its own config."""
+    return _slim_class(base, architecture.layers, resizing(config, architecture))
+
+
+def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture) -> str:
+    """The text of the modeling file that travels with a checkpoint: the mixin and one class."""
+    name, how = f"Slim{base.__name__}", resizing(config, architecture)
+    return (
+        inspect.getsource(modeling_slim).replace(
+            "from transformers import PreTrainedConfig", f"from transformers import {base.__name__}, PreTrainedConfig"
+        )
+        + f'\n\nclass {name}(SlimMixin, {base.__name__}):\n    _slim_layers = "{architecture.layers}"\n'
+        + (f"    _slim_resizing = {how!r}\n" if how is not None else "")
+    )
+
+
+def slim_modeling(config: PreTrainedConfig) -> tuple[str, str] | None:
+    """The class name and the text of the modeling file of a checkpoint whose layers differ in width; else ``None``."""
+    architecture = lookup(config)
+    if architecture is None or not text_config(config).is_heterogeneous:
+        return None
+    base = stock_class(config)
+    return slim_class(base, config, architecture).__name__, modeling_source(base, config, architecture)
+
+
+def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The causal LM class that transformers has for this config, or the one that also reads images.
+
+    Raises:
+        UnsupportedFamilyError: there is none.
+    """
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]  # type: ignore[return-value]
+    raise UnsupportedFamilyError(
+        f"model_type '{config.model_type}' has no causal language model in transformers; `slimgpt families` lists "
+        "those that are supported"
+    )
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: every shape, no storage."""
+    base = stock_class(config)
+    architecture = lookup(config)
+    if text_config(config).is_heterogeneous and architecture is not None:
+        base = slim_class(base, config, architecture)
+    with torch.device("meta"):
+        return base(copy.deepcopy(config))
+
+
+def architecture_of(config: PreTrainedConfig, model: nn.Module | None = None) -> Architecture:
+    """The description of a config's family, checked against the modules of the model.
+
+    Args:
+        model: the model itself, or its empty form; built from the config if it is not given.
+
+    Raises:
+        UnsupportedFamilyError: the family is not in the table, or a module of its description is not there.
+    """
+    model = model or empty_model(config)
+    known = lookup(config)
+    missing = missing_module(model, known or LLAMA)
+    if known is not None and missing is None:
+        return known
+    what = f"model_type '{config.model_type}'"
+    if config.model_type in REFUSED:
+        raise UnsupportedFamilyError(f"{what} is not supported: {REFUSED[config.model_type]}; see `slimgpt families`")
+    if known is not None:
+        found = f"{what} is described otherwise: module '{missing}' was not found in {type(model).__name__}"
+    elif missing is None:
+        found = (
+            f"{what} is not supported: its modules are named like llama's, and nobody has verified that they can be "
+        )
+        found += "cut like them"
+    else:
+        found = f"{what} is not supported: nobody has described it"
+    raise UnsupportedFamilyError(
+        f"{found}. {HELP} says how to describe it; `slimgpt families` lists what is supported. "
+        f"In {type(model).__name__} there is\n{found_in(model)}"
+    )
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers of a model of a family in the table.
+
+    Raises:
+        UnsupportedFamilyError: its family is not there.
+    """
+    layers = model.get_submodule(architecture_of(model.config, model).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def rebuild_layer(
+    layer: nn.Module, config: PreTrainedConfig, index: int, state: State, sizes: Sizes | None = None
+) -> nn.Module:
+    """A decoder layer like ``layer`` from its own constructor, a config of its own and a state dict.
+
+    No weight is copied. Buffers that the state dict does not carry come from ``layer``.
+
+    Args:
+        config: the model's config.
+        sizes: the widths of the new layer; by default what the config says.
+    """
+    architecture = lookup(config) or LLAMA
+    how, config = resizing(config, architecture), text_config(config)
+    own = config.per_layer_config[index]
+    if sizes is None and how is not None:
+        sizes = architecture.read(own, index)  # a dense config need not write all of them
+    if sizes is not None:
+        own = with_sizes(own, sizes)
+    with torch.device("meta"):
+        new = build_layer(type(layer), config, own, index, how)
+    keep_buffers(layer, new)
+    new.load_state_dict(state, strict=True, assign=True)
+    for name, buffer in list(new.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            setattr(new.get_submodule(owner), leaf, layer.get_buffer(name))
+    return new.train(layer.training)

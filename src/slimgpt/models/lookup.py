@@ -1,0 +1,94 @@
+"""From a config to the description of its family and to its widths."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+from torch import nn
+from transformers import PreTrainedConfig
+
+from slimgpt.errors import UsageError
+from slimgpt.models.architecture import Architecture, Sizes
+from slimgpt.models.families import ARCHITECTURES, LLAMA, MULTIMODAL, PARTS
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the language model: itself, or the part of a multimodal model's config."""
+    return config.get_text_config(decoder=True)
+
+
+def check_context(config: PreTrainedConfig, what: str, tokens: int) -> None:
+    """Refuse more tokens than the model has positions for.
+
+    Args:
+        what: what has so many tokens, as the message begins.
+
+    Raises:
+        UsageError: they are too many.
+    """
+    longest = getattr(text_config(config), "max_position_embeddings", None)
+    if longest is not None and tokens > longest:
+        raise UsageError(f"{what} of {tokens:,} tokens: that is longer than the model's context of {longest:,}")
+
+
+def lookup(config: PreTrainedConfig) -> Architecture | None:
+    """The description of a config's family, unchecked; ``None`` if the table has none."""
+    text = text_config(config)
+    entry = ARCHITECTURES.get(text.model_type, PARTS.get(text.model_type))
+    found = entry(text) if callable(entry) else entry
+    if found is None or text is config:
+        return found
+    prefix = MULTIMODAL.get(config.model_type)
+    return replace(found, layers=f"{prefix}.{found.layers.removeprefix('model.')}", relabel=None) if prefix else None
+
+
+def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
+    """The first module of a description that no layer of a model has, or that one has only in part."""
+    try:
+        layers = model.get_submodule(architecture.layers)
+    except AttributeError:
+        return architecture.layers
+    names = [{**dict(layer.named_modules()), **dict(layer.named_parameters())} for layer in layers.children()]
+    for structure in architecture.structures:
+        # Dense layers and layers of experts stand in for each other: a model need not have both.
+        alternatives = [other.output for other in architecture.structures if other.unit == structure.unit]
+        if not any(output in there for there in names for output in alternatives):
+            return f"{architecture.layers}.*.{structure.output}"
+        for index, there in enumerate(names):
+            for module in structure.modules if structure.output in there else ():
+                if module not in there:
+                    return f"{architecture.layers}.{index}.{module}"
+    return None
+
+
+def layer_sizes(config: PreTrainedConfig) -> list[dict[str, int]]:
+    """The widths of every layer, from the config."""
+    architecture = lookup(config) or LLAMA
+    return [architecture.read(layer, index) for index, layer in enumerate(text_config(config).per_layer_config)]
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """The size of one head; the same in every layer."""
+    architecture, config = lookup(config), text_config(config)
+    if architecture is not None and architecture.resized:  # the model's config keeps the dense head count
+        return config._getattr_without_heterogeneous_validation("hidden_size") // (
+            config._getattr_without_heterogeneous_validation("num_attention_heads")
+        )
+    layer = config.per_layer_config[0]
+    return getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+
+
+def with_sizes(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
+    """A copy of a (layer's) config with other widths; ``head_dim`` is written so that it no longer follows them."""
+    narrow = copy.copy(config)
+    for field, value in size_fields(config, sizes).items():
+        setattr(narrow, field, value)
+    return narrow
+
+
+def size_fields(config: PreTrainedConfig, sizes: Sizes) -> dict[str, int]:
+    """The config fields that say these widths, ``head_dim`` among them where the family takes it."""
+    architecture = lookup(config) or LLAMA
+    values = {config.attribute_map.get(name, name): value for name, value in architecture.write(sizes).items()}
+    return values if architecture.resized else {**values, "head_dim": head_dim(config)}

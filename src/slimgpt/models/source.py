@@ -1,0 +1,95 @@
+"""Where a model is: a hub id, a folder, a GGUF file, an adapter or the demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from slimgpt import assets
+from slimgpt.errors import ModelError, first_line
+from slimgpt.io import weight_files
+from slimgpt.models.adapters import base_of, is_adapter
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model is: what ``from_pretrained`` is given, the name of a GGUF file inside it if it is one, and the
+    folder of an adapter to be merged into it."""
+
+    name: str
+    location: str
+    gguf_file: str | None = None
+    adapter: Path | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, or ``None`` for a hub id."""
+        path = Path(self.location)
+        return path if path.is_dir() else None
+
+    @property
+    def folders(self) -> list[Path]:
+        """All local folders that are read: of the weights, and of the adapter."""
+        return [folder for folder in (self.folder, self.adapter) if folder is not None]
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """The keyword arguments that every ``from_pretrained`` call needs."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+
+def locate(name: str) -> Source:
+    """Find what the user means by MODEL.
+
+    Raises:
+        ModelError: it looks like a path and nothing is there, or the folder holds no model.
+    """
+    if name == assets.DEMO:
+        file = assets.demo_model()
+        return Source(assets.MODEL_NAME, str(file.parent), file.name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such GGUF file: {path}")
+        return Source(path.name, str(path.parent), path.name)
+    if path.is_dir():
+        if is_adapter(path):
+            return replace(locate(base_of(path)), name=path.name, adapter=path)
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json; give the folder that save_pretrained wrote")
+        return Source(path.name, str(path))
+    if path.is_file():
+        raise ModelError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"no such folder: {path}")
+    return Source(name, name)
+
+
+def weights_folder(source: Source) -> Path | None:
+    """The folder of a model's safetensors files, fetched from the hub if need be; ``None`` for a GGUF file.
+
+    An adapter's is that of its base model.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has no safetensors files of it.
+    """
+    if source.gguf_file:
+        return None
+    if source.folder is not None:
+        return source.folder
+    try:
+        return Path(snapshot_download(source.location, allow_patterns=["*.json", "model*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot fetch the weights of '{source.name}': {first_line(error)}") from error
+
+
+def check_files(source: Source) -> None:
+    """Open the header of every safetensors file of a local model before anything long begins.
+
+    Raises:
+        ModelError: there is no safetensors file, one cannot be read, or a tensor is in two of them.
+    """
+    if source.folder is not None and not source.gguf_file:
+        weight_files.check_files(weight_files.weight_files(source.folder))

@@ -1,0 +1,165 @@
+"""The tensors of a model folder, memory-mapped, and a model around them whose layers come one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from slimgpt.errors import ModelError, NumericalError
+from slimgpt.io.weight_files import check_files, weight_files
+from slimgpt.models.build import architecture_of, empty_model, rebuild_layer
+from slimgpt.models.source import Source, weights_folder
+from slimgpt.runtime.devices import DTYPES
+
+
+class WeightFiles:
+    """The tensors of a folder's safetensors files by name.
+
+    Files are mapped, not read: a tensor's pages come from disk when it is used and do not count as memory of ours.
+
+    Args:
+        folder: the model folder.
+
+    Raises:
+        ModelError: see :func:`slimgpt.io.weight_files.weight_files` and ``check_files`` there.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.files = folder, weight_files(folder)
+        check_files(self.files)
+        self._handles = [safe_open(file, framework="pt") for file in self.files]
+        self._where = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the first floating-point tensor."""
+        tensors = (self[name] for name in self._where)
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, from the file's header."""
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+
+class StreamedModel:
+    """A model whose embeddings, norms and head are mapped from its files and whose layers are brought in one by one.
+
+    Args:
+        config: the model's config.
+        weights: its files.
+        dtype: convert the weights to it as they come; ``None`` leaves them as stored.
+
+    Attributes:
+        model: the model; its layers have shapes and no storage.
+
+    Raises:
+        ModelError: see :meth:`misfit`, which tells beforehand.
+    """
+
+    def __init__(self, config: PreTrainedConfig, weights: WeightFiles, dtype: torch.dtype | None = None):
+        self.weights, self.dtype = weights, dtype
+        self.model = empty_model(config)
+        self.prefix = architecture_of(config, self.model).layers
+        if (problem := misfit(self.model, weights)) is not None:
+            raise ModelError(f"cannot stream {weights.folder}: {problem}")
+        around = [name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")]
+        state = {name: self._read(name) for name in around if name in weights}
+        self.model.load_state_dict(state, strict=False, assign=True)
+        self.model.tie_weights()
+        _fill_buffers(self.model)
+        if (weights.folder / "generation_config.json").is_file():
+            self.model.generation_config = GenerationConfig.from_pretrained(weights.folder)
+        self.model.eval()
+        self.model.requires_grad_(False)
+
+    def layer(self, index: int) -> nn.Module:
+        """A decoder layer with its weights mapped from the files."""
+        empty = self.model.get_submodule(f"{self.prefix}.{index}")
+        names = {name: f"{self.prefix}.{index}.{name}" for name in empty.state_dict()}
+        state = {name: self._read(full) for name, full in names.items()}
+        return rebuild_layer(empty, self.model.config, index, state)
+
+    def check_finite(self, part: int = 0, parts: int = 1) -> None:
+        """Look for NaN and infinity in the stored weights, one tensor at a time.
+
+        Args:
+            part: check only every ``parts``-th tensor, from this one.
+
+        Raises:
+            NumericalError: with the name of the first tensor that has one.
+        """
+        names = [name for name in self.model.state_dict() if name in self.weights]
+        check_finite((name, self.weights[name]) for name in names[part::parts])
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.weights[name]
+        return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
+
+
+def misfit(model: PreTrainedModel, weights: WeightFiles) -> str | None:
+    """Why the names and shapes in the files are not those of the model; ``None`` if they are.
+
+    transformers renames or regroups the tensors of some checkpoints on the way in; those must be loaded whole.
+    """
+    tied = model.all_tied_weights_keys or {}
+    for name, tensor in model.state_dict().items():
+        if name not in weights:
+            if name not in tied:
+                return f"the files lack {name}"
+        elif weights.shape(name) != tuple(tensor.shape):
+            return f"{name} is {weights.shape(name)} in the files and {tuple(tensor.shape)} by the config"
+    return None
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Look for NaN and infinity.
+
+    Raises:
+        NumericalError: with the name of the first tensor that has one.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = tensor.aminmax()  # NaN spreads to both; unlike isfinite this allocates nothing
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                raise NumericalError(
+                    f"the weights hold NaN or infinity in {name}; the file is damaged or training diverged"
+                )
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Give the buffers that no file holds (rotary frequencies, embedding scales) their values.
+
+    They are built without storage; transformers fills them as it does in ``from_pretrained``, for which everything
+    that has been loaded is marked as initialised.
+    """
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device="cpu"))
+    model.initialize_weights()
+
+
+def stored_dtype(source: Source, model_config: Any, dtype: str) -> torch.dtype:
+    """The type that weights are saved in: the one asked for, or their own."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if source.gguf_file:
+        return torch.float32
+    if model_config.dtype is not None:
+        return model_config.dtype
+    folder = weights_folder(source)
+    return WeightFiles(folder).dtype if folder is not None else torch.float32

@@ -1,0 +1,1 @@
+"""A whole run: request, stages, result."""

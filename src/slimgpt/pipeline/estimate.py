@@ -1,0 +1,151 @@
+"""What pruning a model would give and cost, from its config alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from slimgpt.config import PruneConfig
+from slimgpt.distillation.schedule import BACK, passes_to_distill, tokens_to_distill
+from slimgpt.models.build import empty_model
+from slimgpt.models.loading import load_config
+from slimgpt.models.lookup import text_config
+from slimgpt.models.parameter_counts import ModelShape, describe
+from slimgpt.models.source import locate
+from slimgpt.models.streaming import stored_dtype
+from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
+from slimgpt.planning.engines import Verdict, verdicts
+from slimgpt.planning.plan import Plan
+from slimgpt.planning.planner import plan_for
+from slimgpt.planning.targets import cache_bytes
+from slimgpt.pruning.memory_estimate import memory_need
+from slimgpt.runtime.devices import as_device, as_dtype
+from slimgpt.sensitivity.allocate import looks, to_measure
+from slimgpt.sensitivity.measure import divide, weighed
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan, and what it means.
+
+    Args:
+        bytes: of the weights by type.
+        gguf_bytes: the same by type of GGUF quantisation, about.
+        kv_before: bytes of KV cache per token, 16 bits, full attention in every layer.
+        flops_before: per generated token, the attention over the context left out.
+        memory: bytes that pruning needs beside the mapped weights, about.
+        seconds: that pruning takes on this machine, about.
+    """
+
+    model: str
+    model_type: str
+    plan: Plan
+    bytes: dict[str, int]
+    gguf_bytes: dict[str, int]
+    kv_before: int
+    kv_after: int
+    flops_before: float
+    flops_after: float
+    memory: int
+    seconds: float
+    tokens: int
+    device: str
+    verdicts: tuple[Verdict, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain dicts and lists."""
+        return asdict(self)
+
+    def runs(self) -> Iterator[tuple[int, int, dict[str, int]]]:
+        """Neighbouring layers of the same widths: first, last, widths."""
+        first = 0
+        for index, sizes in enumerate(self.plan.layers):
+            if index + 1 == len(self.plan.layers) or self.plan.layers[index + 1] != sizes:
+                yield first, index, sizes
+                first = index + 1
+
+
+def all_flops(
+    model_config: PreTrainedConfig, config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor
+) -> dict[str, float]:
+    """Multiplications and additions by part of all that pruning does: measuring, the loop itself, training.
+
+    Args:
+        windows: ``(num_samples, seq_len)``; only its shape counts.
+    """
+    dense = [layer.sizes for layer in shape.layers]
+
+    def loop(tokens: int) -> dict[str, float]:
+        return pruning_flops(model_config, dense, plan.layers, tokens, config.seq_len)
+
+    flops = loop(windows.numel())
+    each = flops["dense forward"] / windows.numel()
+    head = 2.0 * text_config(model_config).vocab_size * text_config(model_config).hidden_size
+    flops["gradients"] = 0.0
+    if to_measure(config, shape, windows):
+        fit, probe = divide(windows, shape.widest)
+        trial = loop(fit.numel())
+        for points in looks(config):
+            for part in ("forward", "hessian", "solver"):
+                flops[part] += trial[part]
+            # Forth: the dense model and every point of the path. Back: a point again, with gradients.
+            forth, back = 1 + len(points), weighed(points)
+            flops["gradients"] += probe.numel() * (each * (forth + back * (1 + BACK)) + (forth + back) * head)
+    if tokens := tokens_to_distill(config, shape, plan, windows):
+        # The dense model once; predictions of the dense model, of the pruned one, and back.
+        flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 3 * head
+    return flops
+
+
+def forecast(
+    model: str,
+    config: PruneConfig,
+    dtype: str = "auto",
+    engines: Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+) -> Forecast:
+    """Plan without loading a weight.
+
+    Args:
+        model: a hub id, a local folder, a ``.gguf`` file, or ``demo``.
+        dtype: of the weights on disk.
+        engines: to be judged; all of them if not given.
+
+    Raises:
+        SlimGPTError: the model cannot be planned for, or no widths can do what was asked for.
+    """
+    as_dtype(dtype)
+    target = as_device(device)
+    source = locate(model)
+    model_config = load_config(source, trust_remote_code)
+    empty = empty_model(model_config)
+    shape = describe(model_config, empty)
+    stored = stored_dtype(source, model_config, dtype)
+    plan = plan_for(model_config, config, shape, stored)
+    dense = [layer.sizes for layer in shape.layers]
+    tokens = torch.empty(config.num_samples, config.seq_len, device="meta")
+    need = memory_need(empty, tokens, plan, config, stored, copied=target.type != "cpu")
+    flops = all_flops(model_config, config, shape, plan, tokens)
+    caches = [[sizes["num_key_value_heads"] for sizes in layers] for layers in (dense, plan.layers)]
+    return Forecast(
+        model=source.name,
+        model_type=model_config.model_type,
+        plan=plan,
+        bytes={name: plan.parameters * size for name, size in DTYPE_BYTES.items()},
+        gguf_bytes=gguf_bytes(model_config, plan),
+        kv_before=cache_bytes(model_config, caches[0], 1),
+        kv_after=cache_bytes(model_config, caches[1], 1),
+        flops_before=flops_per_token(model_config, plan, shape),
+        flops_after=flops_per_token(model_config, plan),
+        memory=max(need.layer, need.solver) + need.streams * need.stream + need.kept,
+        seconds=pruning_seconds(flops, target, stored),
+        tokens=tokens.numel(),
+        device=target.type,
+        verdicts=tuple(verdicts(model_config, plan.layers, engines)),
+    )

@@ -1,0 +1,119 @@
+"""Everything about a run from folder to folder that can be checked before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from slimgpt import assets
+from slimgpt.calibration.documents import local_files
+from slimgpt.calibration.windows import calibration_windows
+from slimgpt.checkpoint.saving import REPORT_FILE
+from slimgpt.config import PruneConfig
+from slimgpt.distillation.schedule import tokens_to_distill
+from slimgpt.io.folders import check_output
+from slimgpt.models.loading import load_config, load_tokenizer
+from slimgpt.models.lookup import check_context, text_config
+from slimgpt.models.parameter_counts import ModelShape, describe
+from slimgpt.models.source import Source, check_files, locate
+from slimgpt.models.streaming import stored_dtype
+from slimgpt.planning.plan import Plan
+from slimgpt.planning.planner import plan_for
+from slimgpt.runtime.devices import as_device, as_dtype
+from slimgpt.runtime.distributed import local_device, rank_of_environment
+from slimgpt.runtime.units import parse_bytes
+
+SIDE_FILES = 64 << 20
+"""Bytes that tokenizer, card and report may take beside the weights, generously."""
+
+
+@dataclass
+class Prepared:
+    """Everything about a run that could be checked without loading weights."""
+
+    source: Source
+    output: Path
+    model_config: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: PruneConfig
+    shape: ModelShape
+    plan: Plan
+    windows: Tensor
+    calibration: str
+    device: torch.device
+    dtype: str
+    trust_remote_code: bool
+    overwrite: bool
+    resume: bool
+    budget: int | None
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The type of the weights, as they are saved."""
+        return stored_dtype(self.source, self.model_config, self.dtype)
+
+
+def prepare(
+    model: str,
+    output: str | Path,
+    config: PruneConfig,
+    calibration: str = assets.DEMO,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    overwrite: bool = False,
+    resume: bool = False,
+    memory: str | None = None,
+) -> Prepared:
+    """Check a run from folder to folder before anything long begins: model, plan, output, disk, text.
+
+    Raises:
+        SlimGPTError: whatever is wrong with the request.
+    """
+    target = local_device(as_device(device))
+    as_dtype(dtype)
+    as_dtype(config.forward_dtype)
+    budget = parse_bytes(memory) if memory else None
+    # Only rank 0 writes; an output that a killed run had finished is looked at by `finished_before`.
+    writes = rank_of_environment() == 0
+    path = Path(output).expanduser().absolute()
+    there = resume and (path / REPORT_FILE).is_file()
+    source = locate(model)
+    if writes:
+        inputs = [*source.folders, *local_files([calibration, config.plan])]
+        check_output(path, overwrite or there, inputs=inputs)
+    model_config = load_config(source, trust_remote_code)
+    shape = describe(model_config)
+    plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
+    prepared = Prepared(
+        source=source,
+        output=path,
+        model_config=model_config,
+        tokenizer=None,  # type: ignore[arg-type]  # set below, once the disk is known to have room
+        config=config,
+        shape=shape,
+        plan=plan,
+        windows=torch.empty(0),
+        calibration=calibration,
+        device=target,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        overwrite=overwrite,
+        resume=resume,
+        budget=budget,
+    )
+    if writes and not there:
+        check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDE_FILES)
+    check_files(source)
+    prepared.tokenizer = load_tokenizer(source, trust_remote_code)
+    prepared.windows, prepared.calibration = calibration_windows(
+        calibration, prepared.tokenizer, config, text_config(model_config).vocab_size
+    )
+    check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
+    tokens_to_distill(config, shape, plan, prepared.windows)
+    return prepared

@@ -1,0 +1,49 @@
+"""The dense model's layers, one by one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from slimgpt.models.build import decoder_layers, empty_model
+from slimgpt.models.loading import load_model
+from slimgpt.models.source import weights_folder
+from slimgpt.models.streaming import StreamedModel, check_finite, misfit
+from slimgpt.models.weight_conversion import ConvertedFiles
+from slimgpt.pipeline.prepare import Prepared
+from slimgpt.runtime.distributed import Ranks
+
+
+@dataclass
+class _Layers:
+    """A dense model whose layers are taken one by one."""
+
+    model: PreTrainedModel
+    streamed: StreamedModel | None
+
+    def __call__(self, index: int) -> nn.Module:
+        if self.streamed is not None:
+            return self.streamed.layer(index)
+        return decoder_layers(self.model)[index]
+
+    def check_finite(self, ranks: Ranks) -> None:
+        if self.streamed is not None:
+            self.streamed.check_finite(ranks.rank, ranks.world)
+        else:
+            check_finite(self.model.state_dict().items())
+
+
+def open_model(p: Prepared) -> _Layers:
+    """The model mapped from its files, or, where these need converting on the way in, loaded whole."""
+    folder = weights_folder(p.source) if p.source.adapter is None else None
+    if folder is not None and (folder / "config.json").is_file():
+        empty = empty_model(p.model_config)
+        weights = ConvertedFiles(folder, empty)
+        if misfit(empty, weights) is None:
+            streamed = StreamedModel(p.model_config, weights, p.stored)
+            streamed.model.config.name_or_path = p.source.name
+            streamed.model.config.dtype = p.stored
+            return _Layers(streamed.model, streamed)
+    return _Layers(load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code), None)

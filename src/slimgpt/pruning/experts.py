@@ -1,0 +1,263 @@
+"""The experts of one layer: whole ones removed, then channels inside those that stay.
+
+Experts read the same tokens, so these are kept once for all of them; then one expert after another is run on the
+tokens routed to it, solved, and adds its share to the output. Memory holds the Gram matrix and the inputs of one expert
+at a time, and every matrix is multiplied once per token that is routed to it. Only the removal of whole experts takes
+two passes more: one to see what each puts into the output, one to fit those that stay once the router has moved their
+tokens.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from slimgpt.models.architecture import CHANNELS, Sizes
+from slimgpt.models.build import rebuild_layer
+from slimgpt.models.expert_tensors import (
+    down_matrix,
+    expert_output,
+    intermediate,
+    keep_channels,
+    keep_experts,
+    scale_experts,
+)
+from slimgpt.models.families.moe import EXPERTS, Experts
+from slimgpt.pruning.report import ExpertsReport, mask_of, units_of
+from slimgpt.runtime.activation_store import Shelf
+from slimgpt.solver import Gram
+from slimgpt.solver.experts import (
+    CHUNK,
+    OutputGram,
+    Routing,
+    contributions,
+    expert_scores,
+    needs_fallback,
+    select_experts,
+)
+
+if TYPE_CHECKING:
+    from slimgpt.pruning.layer import Layer
+
+
+class MixtureWork:
+    """The experts of a layer while they are pruned.
+
+    Args:
+        layer: the layer that is worked on.
+        experts: its description.
+        sizes: the widths of the layer before.
+        groups: in how many groups of equal size the experts must fall.
+    """
+
+    def __init__(self, layer: Layer, experts: Experts, sizes: Sizes, groups: int):
+        self.work, self.experts, self.sizes, self.groups = layer, experts, dict(sizes), groups
+        self.run, self.ranks = layer.run, layer.run.ranks
+        self.tokens = cast(Shelf, layer.shelf(self.run.placement.stream))  # (tokens, hidden) of every batch
+        self.routings: list[Routing] = []
+        self.kept = torch.arange(sizes[EXPERTS])
+        self.scales: list[float] = []
+
+    @property
+    def module(self) -> Any:
+        """The module that holds the experts, as they run now."""
+        return self.work.layer.get_submodule(self.experts.module)
+
+    def prune(self, target: Sizes) -> Shelf:
+        """Bring the experts to the sizes asked for, and return their outputs, ``(tokens, hidden)`` for every batch."""
+        outputs = self._remove(target[EXPERTS]) if target[EXPERTS] < self.sizes[EXPERTS] else None
+        if outputs is None:
+            with self.work.timed("forward"):
+                for number in range(len(self.work.stream)):
+                    self._route(number)
+        return self._narrow(target[CHANNELS])
+
+    def _route(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """One batch: tokens ``(tokens, hidden)``, the experts of each and their weights ``(tokens, k)``."""
+        tokens, index, weights = self.work.called(number, self.experts.module)
+        self.tokens.put(number, tokens)
+        self.routings[number:] = [Routing(index, weights, self.sizes[EXPERTS])]
+        return tokens, index, weights
+
+    def _all_outputs(self, number: int, gram: OutputGram, target: Tensor | None) -> Tensor:
+        """Run all experts on one batch; what they add up to, ``(tokens, hidden)``."""
+        tokens, index, weights = self._route(number)
+        added = []
+        for start in range(0, len(tokens), CHUNK):
+            part = slice(start, start + CHUNK)
+            routing = Routing(index[part], weights[part], self.sizes[EXPERTS])
+            outputs = contributions(routing, tokens[part], index.shape[1], tokens.shape[1], self._output)
+            added.append(outputs.sum(1))
+            gram.add(index[part], outputs, added[-1] if target is None else target[part])
+        return torch.cat(added)
+
+    def _output(self, expert: int, tokens: Tensor) -> Tensor:
+        return expert_output(self.module, self.experts, expert, tokens)
+
+    def _remove(self, keep: int) -> None:
+        """Remove whole experts with their rows of the router, and scale the outputs of those that stay."""
+        work, earlier = self.work, self.work.earlier
+        everyone, batches = self.sizes[EXPERTS], range(len(work.stream))
+        targets = cast(Shelf, work.shelf(self.run.placement.stream))
+        gram = OutputGram(everyone, self.run.device, work.sum_dtype)
+        if not work.replay:
+            with work.timed("forward"):
+                for number in batches:
+                    targets.put(number, self._all_outputs(number, gram, None))
+            self.ranks.total(gram.C)
+        with work.timed("solver"):
+            if self.ranks.main and earlier is not None:
+                kept = torch.tensor(cast(ExpertsReport, earlier.report.experts).kept)
+            else:
+                down = work.state[self.experts.key]
+                norms = torch.stack([matrix.double().square().sum() for matrix in down])
+                scores = expert_scores(work.config.method, gram.C.diagonal().cpu(), norms, work.generator)
+                kept = select_experts(scores, keep, self.groups)
+            self.kept = self.ranks.broadcast(kept.to(self.run.device)).cpu()
+            work.state = keep_experts(work.state, self.experts, self.kept)
+            self.sizes[EXPERTS] = keep
+            self._rebuild(keep_experts(work.layer.state_dict(), self.experts, self.kept))
+        gram = OutputGram(keep, self.run.device, work.sum_dtype)
+        with work.timed("forward"):
+            for number in batches:
+                if work.replay:
+                    self._route(number)
+                else:
+                    self._all_outputs(number, gram, targets.take(number))
+        with work.timed("solver"):
+            scales = torch.ones(keep, device=self.run.device, dtype=gram.C.dtype)
+            if self.ranks.main and earlier is not None:
+                scales = scales.new_tensor(cast(ExpertsReport, earlier.report.experts).scales)
+            elif not work.replay:
+                for tensor in (gram.C, gram.c, gram.total):
+                    self.ranks.total(tensor)
+                if work.repair:
+                    scales = gram.scales(work.config.damping)
+                work.error["experts"] = gram.error(scales)
+            scales = self.ranks.broadcast(scales)
+            self.scales = scales.tolist()
+            if work.repair:
+                work.state = scale_experts(work.state, self.experts, scales)
+                names = (self.experts.key, f"{self.experts.key}_bias")
+                scaled = {name: work.running(work.state[name]) for name in names if name in work.state}
+                self._rebuild({**work.layer.state_dict(), **scaled})
+
+    def _rebuild(self, state: dict[str, Tensor]) -> None:
+        """Let the layer run with other experts; everything else is as it was before pruning."""
+        work = self.work
+        sizes = {**work.dense_sizes, EXPERTS: self.sizes[EXPERTS]}
+        work.layer = rebuild_layer(work.layer, work.model_config, work.index, state, sizes)
+
+    def _narrow(self, keep: int) -> Shelf:
+        """Choose channels and repair the output matrix of one expert after another."""
+        work, width = self.work, self.sizes[CHANNELS]
+        everyone = range(self.sizes[EXPERTS])
+        outputs = cast(Shelf, work.shelf(self.run.placement.stream))
+        for number in range(len(work.stream)):
+            outputs.put(number, torch.zeros_like(self.tokens.get(number)))
+        counts, square = self._counts()
+        chosen: list[Tensor] = []
+        matrices: list[Tensor] = []
+        lost = energy = 0.0
+        for expert in everyone:
+            sparse = needs_fallback(counts[expert], width)
+            if keep == width or work.replay:
+                columns, W = self._decide(expert, None, keep, sparse)
+                with work.timed("forward"):
+                    for number in range(len(work.stream)):
+                        self._add(number, expert, self._inputs(number, expert), columns, W, outputs)
+            else:
+                gram, held = work.gram(width), work.shelf(self.run.placement.kept)
+                for number, routing in enumerate(self.routings):
+                    with work.timed("forward"):
+                        inputs = self._inputs(number, expert)
+                    with work.timed("hessian"):
+                        gram.add(inputs * routing.weights(expert).to(inputs))
+                    if held is not None:
+                        held.put(number, inputs)
+                with work.timed("hessian"):
+                    if sparse:
+                        self._add_sample(gram, expert, square)
+                    self.ranks.reduce(gram)
+                with work.timed("solver"):
+                    columns, W = self._decide(expert, gram, keep, sparse)
+                    lost += work.solved[0] * work.solved[1] * counts[expert]
+                    energy += work.solved[1] * counts[expert]
+                with work.timed("forward"):
+                    for number in range(len(work.stream)):
+                        inputs = held.take(number) if held is not None else self._inputs(number, expert)
+                        self._add(number, expert, inputs, columns, W, outputs)
+            chosen.append(torch.arange(width) if columns is None else columns.cpu())
+            matrices.append(self._stored)
+        if keep < width:
+            work.state = keep_channels(work.state, self.experts, torch.stack(chosen), torch.stack(matrices))
+        work.error["channels"] = lost / energy if energy > 0 else 0.0
+        work.kept["experts"] = self.kept.tolist()
+        fallback = [int(self.kept[e]) for e in everyone if keep < width and needs_fallback(counts[e], width)]
+        masks = [] if keep == width else [mask_of(channels.tolist(), width) for channels in chosen]
+        work.experts = ExpertsReport(self.kept.tolist(), counts, fallback, self.scales, masks)
+        return outputs
+
+    def _counts(self) -> tuple[list[int], float]:
+        """The tokens that each expert sees in all processes, and the mean square of the router's weights."""
+        device, everyone = self.run.device, range(self.sizes[EXPERTS])
+        counts = torch.tensor([routing.counts for routing in self.routings], device=device).sum(0)
+        squares = sum(r.weights(e).double().square().sum().item() for r in self.routings for e in everyone)
+        summed = torch.tensor([squares], device=device, dtype=self.work.sum_dtype)
+        self.ranks.total(counts)
+        self.ranks.total(summed)
+        return counts.tolist(), float(summed) / max(int(counts.sum()), 1)
+
+    def _inputs(self, number: int, expert: int) -> Tensor:
+        """The inputs of an expert's output matrix in one batch, ``(count, width)``."""
+        return intermediate(self.module, expert, self.tokens.rows(number, self.routings[number].rows(expert)))
+
+    def _add(self, number: int, expert: int, inputs: Tensor, columns: Tensor | None, W: Tensor, outputs: Shelf) -> None:
+        """Multiply one batch by an expert's narrow matrix and add it to the output."""
+        routing = self.routings[number]
+        if not routing.counts[expert]:
+            return
+        bias = self.module.down_proj_bias[expert] if self.module.has_bias else None
+        result = F.linear(inputs if columns is None else inputs[:, columns], W, bias) * routing.weights(expert)
+        outputs.add_rows(number, routing.rows(expert), result)
+
+    def _add_sample(self, gram: Gram, expert: int, square: float) -> None:
+        """Add tokens of the whole layer, evenly spaced, to what an expert saw itself: twice as many as it has channels.
+
+        They count as the average token does, whatever the router thinks of them.
+        """
+        wanted = -(-2 * self.sizes[CHANNELS] // (len(self.routings) * self.ranks.world))
+        for number in range(len(self.routings)):
+            there = self.tokens.length(number)
+            rows = torch.linspace(0, there - 1, min(wanted, there), device=self.run.device).long()
+            gram.add(intermediate(self.module, expert, self.tokens.rows(number, rows)) * square**0.5)
+
+    def _decide(self, expert: int, gram: Gram | None, keep: int, sparse: bool) -> tuple[Tensor | None, Tensor]:
+        """The columns of an expert that stay (``None``: all) and the matrix as the forward pass needs it.
+
+        Rank 0 takes both from an earlier run or from the solver, the others from rank 0.
+        """
+        work, device = self.work, self.run.device
+        stored, _ = down_matrix(work.state, self.experts, expert)
+        out, width = stored.shape
+        if keep == width:
+            self._stored = stored
+            return None, work.running(stored)
+        if not self.ranks.main:
+            kept = torch.empty(keep, dtype=torch.long)
+            W = torch.empty(out, keep, dtype=stored.dtype, device=device)
+        elif work.earlier is not None:
+            kept = torch.tensor(units_of(cast(ExpertsReport, work.earlier.report.experts).channels[expert]))
+            W = down_matrix(work.earlier.state, self.experts, expert)[0].to(device, copy=True).contiguous()
+        else:
+            assert gram is not None
+            where = f"{self.experts.module}, expert {int(self.kept[expert])}"
+            seen = " and tokens of the whole layer" if sparse else ""
+            kept, W = work.solve(f"{where} ({gram.count} tokens{seen})", stored.to(device), gram, work.channels(keep))
+        kept = self.ranks.broadcast(kept.to(device))
+        W = self.ranks.broadcast(W)
+        self._stored = W.cpu()
+        return kept, work.running(W)

@@ -1,0 +1,150 @@
+"""The loop: layer by layer, attention before FFN, each on the stream of the layers already pruned.
+
+Every matrix is multiplied once per token. Attention runs once and the inputs of its output matrix are kept; the
+pruned matrix turns them into the attention's result. The gate and up matrices run once on that, and their output
+meets the pruned down matrix. So a layer costs less than one dense forward pass, plus two Gram matrices and the
+solver. A layer that was pruned by an earlier run goes through the same code with its matrices given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.config import PruneConfig
+from slimgpt.layerwise.capture import capture
+from slimgpt.layerwise.context import Run
+from slimgpt.models.architecture import Sizes, Structure
+from slimgpt.models.build import architecture_of, decoder_layers
+from slimgpt.models.families.moe import Experts, Mixture
+from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.parameter_counts import count
+from slimgpt.models.slicing import State
+from slimgpt.planning.plan import Plan
+from slimgpt.pruning.experts import MixtureWork
+from slimgpt.pruning.layer import Layer, SelectedUnits, matrix_of
+from slimgpt.pruning.report import Finished, LayerReport
+from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.memory import trim
+
+FinishedLayers = Callable[[int], Finished | None]
+"""Gives a layer that an earlier run has finished."""
+
+
+@torch.no_grad()
+def prune_layers(
+    model: PreTrainedModel,
+    take: Callable[[int], nn.Module],
+    windows: Tensor,
+    plan: Plan,
+    config: PruneConfig,
+    run: Run,
+    finished_layers: FinishedLayers = lambda _: None,
+    selected_units: SelectedUnits | None = None,
+) -> Iterator[Finished]:
+    """Prune layer after layer; the model itself is not changed.
+
+    Args:
+        model: what is around the layers (its own layers may have no storage).
+        take: gives the dense layer of an index, on any device.
+        windows: ``(num_samples, seq_len)`` long, the calibration tokens of this process.
+        plan: the widths to reach.
+        finished_layers: gives the layers that an earlier run has finished.
+        selected_units: takes the criterion's place; what it selects is repaired as the settings say.
+
+    Raises:
+        NumericalError: NaN or infinity in activations, or a Hessian that is not positive definite.
+    """
+    architecture = architecture_of(model.config, model)
+    structures = architecture.chosen(plan.head_unit)
+    layers = decoder_layers(model)
+    hidden = Shelf(run.placement.stream, run.device, run.scratch)
+    stream = capture(model, layers, windows, config.batch_size, hidden, run.dtype)
+    for index, (sizes, target) in enumerate(zip(layer_sizes(model.config), plan.layers, strict=True)):
+        dense = take(index)
+        work = Layer(index, dense, model.config, config, run, stream, selected_units)
+        # All processes go the same way, though only rank 0 sees the journal.
+        earlier = finished_layers(index) if run.ranks.main else None
+        work.earlier = earlier
+        work.replay = bool(run.ranks.agree(int(earlier is not None)))
+        work.expert_groups = architecture.groups_of_experts(model.config) if isinstance(architecture, Mixture) else 1
+        state = _prune_structures(work, structures, sizes, target)
+        if earlier is not None:
+            yield earlier
+            continue
+        report = LayerReport(
+            index,
+            dict(target),
+            work.kept,
+            work.error,
+            count(dense),
+            sum(tensor.numel() for name, tensor in state.items() if name in work.parameters),
+            work.seconds,
+            work.experts,
+        )
+        finished = Finished(report, {name: tensor.to("cpu") for name, tensor in state.items()})
+        del work, dense, state  # the next layer is not to be worked on beside this one
+        yield finished
+        del finished
+        trim()
+
+
+def _prune_structures(work: Layer, structures: Sequence[Structure], sizes: Sizes, target: Sizes) -> State:
+    """The state dict of the narrower layer in its stored type; the inputs of the next layer replace this one's."""
+    stream = work.stream
+    structures = [structure for structure in structures if structure.key in work.state]
+    if not structures:
+        with work.timed("forward"):
+            for number in range(len(stream)):
+                work.leave(number)
+    for structure in structures:
+        last = structure is structures[-1]
+        if isinstance(structure, Experts):
+            _prune_experts(work, structure, sizes, target, last)
+            continue
+        name = structure.name
+        W, bias = matrix_of(work.layer, structure)
+        results = cast(Shelf, work.shelf(work.run.placement.stream))
+        out = None if last else results
+        if work.replay or structure.units(target) == structure.units(sizes):
+            columns, W = work.decide(name, structure, W, None, sizes, target)
+            with work.timed("forward"):
+                for number in range(len(stream)):
+                    work.finish(number, work.structure_inputs(number, structure), columns, W, bias, out)
+        else:
+            gram, kept = work.gram(W.shape[1]), work.shelf(work.run.placement.kept)
+            for number in range(len(stream)):
+                with work.timed("forward"):
+                    inputs = work.structure_inputs(number, structure)
+                with work.timed("hessian"):
+                    gram.add(inputs)
+                if kept is not None:
+                    kept.put(number, inputs)
+                del inputs
+            with work.timed("hessian"):
+                work.run.ranks.reduce(gram)
+            with work.timed("solver"):
+                columns, W = work.decide(name, structure, W, gram, sizes, target)
+                del gram
+            with work.timed("forward"):
+                for number in range(len(stream)):
+                    inputs = kept.take(number) if kept is not None else work.structure_inputs(number, structure)
+                    work.finish(number, inputs, columns, W, bias, out)
+        work.results[work.place] = results
+        sizes = structure.shrink(sizes, structure.units(target))
+    return work.state
+
+
+def _prune_experts(work: Layer, experts: Experts, sizes: Sizes, target: Sizes, last: bool) -> None:
+    outputs = MixtureWork(work, experts, sizes, work.expert_groups).prune(target)
+    for number in range(len(work.stream)):
+        work.rebuild[experts.module, number] = lambda tensor: tensor
+        if last:
+            with work.timed("forward"):
+                work.leave(number, {experts.module: outputs.take(number)})
+    if not last:
+        work.results[experts.module] = outputs

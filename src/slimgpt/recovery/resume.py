@@ -1,0 +1,60 @@
+"""Where a recovery run keeps what it has done, so that a killed one goes on: ``.OUT.unfinished`` beside the output::
+
+journal.json     what was asked for; another request is refused
+choices.json     what was chosen on this machine, and the seconds so far
+teacher/         the dense model's predictions
+states/          weights, optimizer and random numbers after the last evaluation and after the best one
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from slimgpt.checkpoint.journal import discard_unfinished, open_unfinished, reading, unfinished_folder, write_text
+
+CHOICES_FILE = "choices.json"
+
+
+class Workspace:
+    """The working folder of the run that writes ``output``."""
+
+    def __init__(self, output: Path):
+        self.folder = unfinished_folder(output)
+        self.seconds: dict[str, float] = {}
+        self._choices: dict[str, Any] = {}
+
+    def open(self, request: dict[str, Any], resume: bool, overwrite: bool) -> None:
+        """Begin, or go on.
+
+        Raises:
+            ResumeError: an unfinished run of another request, or one that was not asked for.
+        """
+        request = json.loads(json.dumps(request))  # as it will be read back
+        open_unfinished(self.folder, request, resume, overwrite, self.discard)
+        if (choices := self.folder / CHOICES_FILE).is_file():
+            with reading(choices):
+                self._choices = json.loads(choices.read_text(encoding="utf-8"))
+        self.seconds = self._choices.setdefault("seconds", {})
+
+    def choice(self, name: str, choose: Callable[[], Any]) -> Any:
+        """What was chosen when the run began; chosen now if it begins."""
+        if name not in self._choices:
+            self._choices[name] = choose()
+            self._write()
+        return self._choices[name]
+
+    def add_seconds(self, part: str, seconds: float) -> None:
+        """Count time that was spent."""
+        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        if self.folder.is_dir():
+            self._write()
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        discard_unfinished(self.folder)
+
+    def _write(self) -> None:
+        write_text(self.folder / CHOICES_FILE, json.dumps(self._choices))

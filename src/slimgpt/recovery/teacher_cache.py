@@ -1,0 +1,158 @@
+"""What the dense model says of every training token, kept in files so that it need not stay in memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from slimgpt.checkpoint.journal import write_text
+from slimgpt.errors import NumericalError, OutputError
+from slimgpt.losses.chunked import log_probabilities
+from slimgpt.losses.distillation import predicted
+from slimgpt.recovery.dataset import Example, collate
+
+FLUSH_EVERY = 32
+"""Batches after which what is done is put on the disk."""
+
+
+def layer_numbers(count: int, depth: int) -> list[int]:
+    """The layers whose outputs are compared, as indices into ``hidden_states``: evenly spaced, ending in the last."""
+    count = min(count, depth)
+    return [round((number + 1) * depth / count) for number in range(count)]
+
+
+@dataclass
+class TeacherCache:
+    """Files of one row per predicted token of the training examples, in their order.
+
+    Args:
+        folder: where they are: ``tokens.npy`` ``(rows, k)`` int32, ``log_p.npy`` ``(rows, k)`` float16 and, where
+            layers are compared, ``layers.npy`` ``(rows, layers, hidden)``, the bits of bfloat16.
+        examples: the training examples.
+        top_k: the most likely tokens to keep.
+        hidden: layers and hidden size, where layer outputs are kept.
+    """
+
+    folder: Path
+    examples: Sequence[Example]
+    top_k: int
+    hidden: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        self.starts = [0, *accumulate(example.predicted for example in self.examples)]
+        self.files: dict[str, np.ndarray] = {}
+
+    @property
+    def layout(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of every file."""
+        rows = self.starts[-1]
+        layout: dict[str, tuple[tuple[int, ...], str]] = {
+            "tokens": ((rows, self.top_k), "int32"),
+            "log_p": ((rows, self.top_k), "float16"),
+        }
+        if self.hidden is not None:
+            layout["layers"] = ((rows, *self.hidden), "int16")
+        return layout
+
+    @property
+    def bytes(self) -> int:
+        """What the files take."""
+        return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self.layout.values())
+
+    def create(self) -> None:
+        """Make the files, unless they are there.
+
+        Raises:
+            OutputError: the disk has too little room.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if all((self.folder / f"{name}.npy").is_file() for name in self.layout):
+            return
+        free = shutil.disk_usage(self.folder).free
+        if self.bytes > free:
+            raise OutputError(
+                f"the teacher's predictions take {self.bytes / 1e9:.1f} GB beside the output, where "
+                f"{free / 1e9:.1f} GB are free; lower --top-k or --max-steps, or leave --layer-weight at 0"
+            )
+        for name, (shape, kind) in self.layout.items():
+            np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.dtype(kind), shape)
+
+    def open(self, mode: str) -> None:
+        """Map the files: ``r`` or ``r+``."""
+        for name in self.layout:
+            self.files[name] = np.load(self.folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False)  # type: ignore[call-overload]
+
+    @torch.no_grad()
+    def fill(
+        self,
+        teacher: PreTrainedModel,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Run the dense model over this process's share of the examples, from where a killed run stopped.
+
+        Raises:
+            NumericalError: the dense model's predictions are no numbers.
+        """
+        self.open("r+")
+        mark = self.folder / f"done-{rank}-of-{world}.json"
+        done = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else 0
+        share = range(rank, len(self.examples), world)
+        numbers = layer_numbers(self.hidden[0], teacher.config.num_hidden_layers) if self.hidden else []
+        for count, start in enumerate(range(done, len(share), batch_size), start=1):
+            chosen = list(share[start : start + batch_size])
+            self._fill_batch(teacher, chosen, numbers)
+            stop = min(start + batch_size, len(share))
+            if count % FLUSH_EVERY == 0 or stop == len(share):
+                for values in self.files.values():
+                    values.flush()  # type: ignore[attr-defined]
+                write_text(mark, json.dumps(stop))
+            if progress:
+                progress(stop, len(share))
+
+    def _fill_batch(self, teacher: PreTrainedModel, chosen: list[int], numbers: list[int]) -> None:
+        batch = collate([self.examples[index] for index in chosen], 0)
+        batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
+        outputs = teacher(**batch, use_cache=False, output_hidden_states=bool(numbers))
+        logits, _ = predicted(outputs.logits, labels)
+        tokens = logits.topk(self.top_k, -1).indices
+        log_p = log_probabilities(logits, tokens)
+        if not log_p.isfinite().all():
+            raise NumericalError("the dense model's predictions are NaN or infinite; try --dtype float32")
+        found = {"tokens": tokens.int().cpu().numpy(), "log_p": log_p.half().cpu().numpy()}
+        if numbers:
+            states = torch.stack([predicted(outputs.hidden_states[number], labels)[0] for number in numbers], 1)
+            found["layers"] = states.bfloat16().view(torch.int16).cpu().numpy()
+        row = 0
+        for index in chosen:
+            start, stop = self.starts[index], self.starts[index + 1]
+            for name, array in found.items():
+                self.files[name][start:stop] = array[row : row + stop - start]
+            row += stop - start
+
+    def rows(self, chosen: Sequence[int]) -> dict[str, Tensor]:
+        """What the dense model said of the predicted tokens of some examples, one example after the other."""
+        if not self.files:
+            self.open("r")
+        picked = {
+            name: torch.from_numpy(
+                np.concatenate([values[self.starts[index] : self.starts[index + 1]] for index in chosen])
+            )
+            for name, values in self.files.items()
+        }
+        picked["tokens"] = picked["tokens"].long()
+        if "layers" in picked:
+            picked["layers"] = picked["layers"].view(torch.bfloat16)
+        return {f"teacher_{name}": tensor for name, tensor in picked.items()}

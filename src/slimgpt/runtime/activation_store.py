@@ -1,0 +1,82 @@
+"""Activations kept between two passes: on the device, in host memory or in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from slimgpt.runtime.memory import DEVICE, FILE
+
+
+class Shelf:
+    """Tensors by number, such as one per batch, kept in a chosen place.
+
+    Args:
+        place: ``device``, ``host`` (pinned where a GPU is used) or ``file``.
+        device: where :meth:`get` returns them.
+        scratch: the folder for the files.
+    """
+
+    def __init__(self, place: str, device: torch.device, scratch: Path | None = None):
+        self.place, self.device = place, device
+        self._tensors: dict[int, Tensor] = {}
+        self._folder = tempfile.TemporaryDirectory(dir=scratch) if place == FILE else None
+
+    def put(self, number: int, tensor: Tensor) -> None:
+        """Keep a tensor; one of the same number and shape is replaced where it is."""
+        if self.place == DEVICE:
+            self._tensors[number] = tensor.to(self.device)
+            return
+        there = self._tensors.get(number)
+        if there is None or there.shape != tensor.shape or there.dtype != tensor.dtype:
+            there = self.make(number, tensor.shape, tensor.dtype)
+        there.copy_(tensor)
+
+    def make(self, number: int, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for a tensor that is to be filled in, where it will be kept."""
+        if self._folder is not None:
+            made = mapped(Path(self._folder.name) / str(number), shape, dtype)
+        elif self.place == DEVICE:
+            made = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            made = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
+        self._tensors[number] = made
+        return made
+
+    def get(self, number: int) -> Tensor:
+        """The tensor, on the device."""
+        return self._tensors[number].to(self.device, non_blocking=True)
+
+    def take(self, number: int) -> Tensor:
+        """The tensor, no longer kept."""
+        tensor = self.get(number)
+        del self._tensors[number]
+        return tensor
+
+    def rows(self, number: int, index: Tensor) -> Tensor:
+        """Some rows of a tensor, on the device."""
+        there = self._tensors[number]
+        return there[index.to(there.device)].to(self.device, non_blocking=True)
+
+    def add_rows(self, number: int, index: Tensor, values: Tensor) -> None:
+        """Add to some rows of a tensor, each of them named once."""
+        there = self._tensors[number]
+        there.index_add_(0, index.to(there.device), values.to(there))
+
+    def stored(self) -> dict[int, Tensor]:
+        """All tensors by number, where they are kept."""
+        return dict(self._tensors)
+
+    def length(self, number: int) -> int:
+        """How many rows a tensor has."""
+        return len(self._tensors[number])
+
+
+def mapped(file: Path, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor of zeros whose memory is a file; the system writes it out where memory is short."""
+    size = torch.Size(shape).numel()
+    file.unlink(missing_ok=True)
+    return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)

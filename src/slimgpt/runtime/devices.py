@@ -1,0 +1,69 @@
+"""Devices and number types by name, and which type multiplies fastest here."""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+from slimgpt.errors import UsageError, first_line
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def as_dtype(name: str) -> torch.dtype | str:
+    """A torch dtype from its name, ``auto`` unchanged.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    if name != "auto" and name not in DTYPES:
+        raise UsageError(f"dtype '{name}' is unknown; choose auto, {', '.join(DTYPES)}")
+    return DTYPES.get(name, name)
+
+
+def as_device(name: str) -> torch.device:
+    """A torch device from its name; ``auto`` is CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: an unknown name, or a device this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"device '{name}' cannot be used here: {first_line(error)}") from error
+    return device
+
+
+def forward_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """The type in which layers are run over calibration tokens; ``None`` leaves them as they are stored.
+
+    ``auto`` leaves them too, except for 16-bit weights on a CPU: there a short timing decides between bfloat16 and
+    float32, since only some processors multiply 16-bit numbers faster.
+
+    Raises:
+        UsageError: an unknown name.
+    """
+    named = as_dtype(wanted)
+    if isinstance(named, torch.dtype):
+        return None if named == stored else named
+    if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
+        return None
+    fastest = min((torch.bfloat16, torch.float32), key=_matmul_seconds)
+    return None if fastest == stored else fastest
+
+
+@cache
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """The best of a few matrix products on the CPU."""
+    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

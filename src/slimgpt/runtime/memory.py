@@ -1,0 +1,154 @@
+"""Where what is kept between two steps lives: on the device, in host memory, in a file, or nowhere."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from slimgpt.errors import UsageError
+from slimgpt.runtime.distributed import processes_here
+
+DEVICE, HOST, FILE, RECOMPUTE = "device", "host", "file", "recompute"
+RESERVE = 0.85
+"""Share of the free memory that is used when the user names no budget."""
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind; where the system does not tell, all that is resident."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return psutil.Process().memory_info().rss
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on a device, container limits included.
+
+    Of a host's memory that is this process's share, if ``torchrun`` started several there.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    with suppress(OSError, ValueError):  # no control group, or "max"
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(free, 0) // processes_here()
+
+
+def used_bytes(device: torch.device) -> int:
+    """Memory in use by this process where the work is done."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else anonymous_bytes()
+
+
+def hold_to(gpu: torch.device, budget: int) -> None:
+    """Let this process have no more than ``budget`` bytes of a GPU's memory."""
+    total = torch.cuda.get_device_properties(gpu).total_memory
+    # Given by its number: a device without one (`cuda`) is refused here, though it is not elsewhere.
+    torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0), gpu.index)
+
+
+@cache
+def _libc() -> ctypes.CDLL | None:
+    name = ctypes.util.find_library("c") if sys.platform == "linux" else None
+    libc = ctypes.CDLL(name) if name else None
+    return libc if libc is not None and hasattr(libc, "malloc_trim") else None
+
+
+def trim() -> None:
+    """Give freed memory back to the system: glibc keeps it, scattered among what is in use."""
+    if (libc := _libc()) is not None:
+        libc.malloc_trim(0)
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run needs on its device, in bytes.
+
+    Args:
+        layer: the weights of the largest layer, dense and narrow, and its batch while it runs.
+        solver: the matrices of the largest problem.
+        stream: the hidden states between two layers.
+        kept: the inputs of the widest output matrix over all tokens.
+        streams: how many things of the stream's size are kept while a layer is worked on: the hidden states and what
+            attention returned; with experts also what they read and what they return, and their dense output.
+    """
+
+    layer: int
+    solver: int
+    stream: int
+    kept: int
+    streams: int = 2
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where each kind of activation is kept, and whether the Gram matrix lives in a file.
+
+    Args:
+        budget: bytes of memory that may be used on the device.
+        stream: ``device``, ``host`` or ``file``.
+        kept: ``device``, ``host`` or ``recompute``.
+        gram: ``device`` or ``file``.
+    """
+
+    budget: int
+    stream: str
+    kept: str
+    gram: str = DEVICE
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def place(need: Need, device: torch.device, budget: int | None = None) -> Placement:
+    """The fastest places that the budget allows.
+
+    What is needed at once comes first (a layer, the solver), then the stream, of which there are two or more while
+    a layer is worked on, then the inputs of the output matrix, which can also be computed twice.
+
+    Args:
+        budget: bytes; on a GPU of its memory, on the CPU of the process's anonymous memory. ``None``: what is free.
+
+    Raises:
+        UsageError: a layer and its solver alone are more than the budget.
+    """
+    base = used_bytes(device)
+    limit = budget if budget is not None else base + int(RESERVE * free_bytes(device))
+    room = limit - base - max(need.layer, need.solver)
+    on_cpu = device.type == "cpu"
+    gram = DEVICE
+    if room < 0 and on_cpu:  # half of the solver's memory is the Gram matrix
+        gram = FILE
+        room = limit - base - max(need.layer, need.solver * 2 // 3)
+    if room < 0:
+        least = limit - room
+        raise UsageError(
+            f"a memory budget of {limit / 1e9:.2f} GB is too small: one layer and its solver need "
+            f"{least / 1e9:.2f} GB; raise --memory, or lower --batch-size"
+        )
+    stream = kept = DEVICE
+    if need.streams * need.stream > room:
+        stream = FILE if on_cpu else HOST
+    else:
+        room -= need.streams * need.stream
+    host = free_bytes(torch.device("cpu")) * RESERVE if not on_cpu else 0.0
+    if stream == HOST:
+        if need.streams * need.stream > host:
+            stream = FILE
+        else:
+            host -= need.streams * need.stream
+    if need.kept > room:
+        kept = HOST if need.kept < host else RECOMPUTE
+    return Placement(limit, stream, kept, gram)

@@ -1,0 +1,1 @@
+"""Measured costs of heads and channels."""

@@ -1,0 +1,135 @@
+"""``slimgpt plan`` on the published sizes of models that people use, from config.json alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from slimgpt.cli import app
+from slimgpt.models.build import empty_model
+from slimgpt.models.families import ARCHITECTURES
+from slimgpt.models.loading import load_config
+from slimgpt.models.parameter_counts import count_tied
+from slimgpt.models.source import locate
+from slimgpt.models.stock_config import apply_sizes
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 8192}  # fmt: skip
+PUBLISHED = {
+    "llama-3.1-8b": (
+        {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+         "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": False, "dtype": "bfloat16"},
+        8_030_261_248,
+    ),
+    "qwen2.5-7b": (
+        {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+         "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768,
+         "tie_word_embeddings": False, "dtype": "bfloat16"},
+        7_615_616_512,
+    ),
+    "qwen3-8b": (
+        {"model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+         "head_dim": 128, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936,
+         "max_position_embeddings": 40960,
+         "tie_word_embeddings": False, "dtype": "bfloat16"},
+        8_190_735_360,
+    ),
+    "mistral-7b": (
+        {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+         "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768, "max_position_embeddings": 32768,
+         "sliding_window": None, "tie_word_embeddings": False, "dtype": "bfloat16"},
+        7_248_023_552,
+    ),
+    "gemma-3-4b": (
+        {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+         "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 262208,
+         "max_position_embeddings": 131072, "sliding_window": 1024, "dtype": "bfloat16"},
+        3_880_263_168,
+    ),
+}  # fmt: skip
+MIXTRAL = {"model_type": "mixtral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with nothing but a published config."""
+
+    def make(name):
+        (tmp_path / name).mkdir()
+        config = MIXTRAL if name == "mixtral" else PUBLISHED[name][0]
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        return tmp_path / name
+
+    return make
+
+
+def plan(*words):
+    return CliRunner().invoke(app, ["plan", *map(str, words)])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("target", [("--ratio", "0.3"), ("--ratio", "0.25", "--uniform", "--round-to", "64")])
+def test_published_sizes(name, target, folder):
+    path = folder(name)
+    result = plan(path, *target, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.output)
+    assert found["plan"]["parameters_before"] == PUBLISHED[name][1]
+    config = load_config(locate(str(path)))
+    model = empty_model(config)
+    apply_sizes(model, ARCHITECTURES[config.model_type], [dict(layer) for layer in found["plan"]["layers"]])
+    assert count_tied(empty_model(model.config)) == found["plan"]["parameters"]
+    assert found["bytes"]["bfloat16"] == 2 * found["plan"]["parameters"]
+    q8 = found["gguf_bytes"]["Q8_0"] / found["plan"]["parameters"]
+    assert q8 == pytest.approx(8.5 / 8, rel=0.01) if "--uniform" in target else 8.5 / 8 <= q8 < 1.5  # odd rows stay F16
+    assert {verdict["engine"] for verdict in found["verdicts"]} == {"hf", "vllm", "llama.cpp", "sglang", "mlx", "onnx"}
+
+
+def test_targets_on_a_published_size(folder):
+    path = folder("llama-3.1-8b")
+    found = json.loads(plan(path, "--params", "6.5B", "--json").output)
+    assert 6_500_000_000 - 3 * 4096 <= found["plan"]["parameters"] <= 6_500_000_000
+    found = json.loads(plan(path, "--bytes", "13GB", "--json").output)
+    assert 12.99e9 < 2 * found["plan"]["parameters"] <= 13e9
+    found = json.loads(plan(path, "--kv-cache", "2GB@32k", "--json").output)
+    assert found["kv_before"] == 131072
+    assert found["kv_after"] * 32768 <= 2e9
+    result = plan(path, "--params", "6.5B", "--for", "vllm,llama.cpp")
+    assert result.exit_code == 0, result.output
+    assert "0-31" in result.output  # one row: all layers are equal
+
+
+def test_saved_plans_are_read_back(folder, tmp_path):
+    path = folder("qwen2.5-7b")
+    assert plan(path, "--ratio", "0.2", "--save", tmp_path / "plan.toml").exit_code == 0
+    assert 'model_type = "qwen2"' in (tmp_path / "plan.toml").read_text()
+    assert plan(path, "--ratio", "0.2", "--save", tmp_path / "plan.toml").exit_code == 2
+    nowhere = plan(path, "--ratio", "0.2", "--save", tmp_path / "no" / "plan.toml")
+    assert nowhere.exit_code == 2
+    assert "give another place for --save" in " ".join(nowhere.stderr.split())
+
+
+def test_a_mixture_of_experts_is_planned_from_its_config(folder):
+    result = plan(folder("mixtral"), "--ratio", "0.2")
+    assert result.exit_code == 0, result.output
+    assert "20.0" in result.output
+
+
+def test_no_weight_is_loaded_and_nothing_that_takes_long(folder):
+    """A whole process. Its seconds are the imports of torch and transformers; what else is large stays out."""
+    path = folder("llama-3.1-8b")
+    code = "import sys; from slimgpt.cli import app; app(standalone_mode=False); print(*sys.modules, sep=chr(10))"
+    words = [sys.executable, "-c", code, "plan", str(path), "--ratio", "0.3"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.splitlines())
+    assert {"torch", "transformers", "slimgpt.planning"} <= imported
+    large = {"datasets", "gguf", "lm_eval", "matplotlib", "pandas", "peft", "pyarrow", "sklearn"}
+    assert imported & {*large, "slimgpt.recovery", "slimgpt.comparison"} == set()
+    assert [file.name for file in path.iterdir()] == ["config.json"]

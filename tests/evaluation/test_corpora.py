@@ -1,0 +1,136 @@
+"""Named texts, leaks, and numbers hidden in long texts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+import slimgpt
+from slimgpt.errors import CalibrationError, UsageError
+from slimgpt.evaluation import leak_note, passkey, read_text
+from slimgpt.evaluation.corpora import CORPORA, Text
+from slimgpt.evaluation.loglikelihood import log_likelihoods
+from slimgpt.evaluation.passkey_retrieval import DEPTHS, _question
+from tests.families import tiny_model
+
+HUB_ROWS = ["", " = Robert Boulter = \n", "", " Robert Boulter is an English actor . \n", " He had a role . \n"]
+"""WikiText-2 rows as the hub has them."""
+
+FILE = " \n = Robert Boulter = \n \n Robert Boulter is an English actor . \n He had a role . \n"
+"""The same as wiki.test.raw has them."""
+
+
+def test_wikitext_from_the_file_is_the_text_of_the_literature(tmp_path, monkeypatch):
+    (tmp_path / "wikitext2").mkdir()
+    (tmp_path / "wikitext2" / "wiki.test.raw").write_text(FILE)
+    found = read_text("wikitext2", tmp_path)
+    assert found.content == "\n\n".join(HUB_ROWS)
+    assert found.joining == r"rows joined with '\n\n', from wiki.test.raw"
+    asked = {}
+
+    def load_dataset(**arguments):
+        asked.update(arguments)
+        return Dataset.from_dict({"text": HUB_ROWS})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_text("wikitext2").content == found.content
+    assert (asked["path"], asked["name"], asked["split"]) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
+
+
+def test_c4_takes_so_many_rows_and_windows(tmp_path, tokenizer):
+    (tmp_path / "c4").mkdir()
+    rows = [json.dumps({"text": f"Document {i} runs past the old mill and the sea."}) for i in range(1200)]
+    (tmp_path / "c4" / "c4_validation.jsonl").write_text("\n".join(rows))
+    found = read_text("c4", tmp_path)
+    assert found.content.startswith("Document 0 runs past the old mill and the sea. Document 1 ")
+    assert "Document 1099 " in found.content
+    assert "Document 1100 " not in found.content
+    result = slimgpt.evaluate(tiny_model("llama"), tokenizer, "c4", window=16, data_dir=tmp_path)
+    assert result.tokens == CORPORA["c4"].max_windows * 16
+
+
+def test_texts_that_are_not_there(tmp_path, monkeypatch):
+    with pytest.raises(CalibrationError, match="has no ptb"):
+        read_text("ptb", tmp_path)
+    with pytest.raises(CalibrationError, match="cannot read the text"):
+        read_text(str(tmp_path / "nothing.txt"))
+    monkeypatch.setattr("datasets.load_dataset", lambda **_: (_ for _ in ()).throw(ConnectionError("no route")))
+    with pytest.raises(CalibrationError, match="no route"):
+        read_text("wikitext2")
+
+
+def calibrated(source):
+    return {"calibration": {"source": str(source), "num_samples": 8}}
+
+
+def test_leaks_by_name():
+    wikitext, c4 = Text("wikitext2", ""), Text("c4", "")
+    assert leak_note(None, wikitext) is None
+    assert leak_note(calibrated("allenai/c4:en"), wikitext) is None
+    assert "WikiText" in leak_note(calibrated("Salesforce/wikitext:wikitext-2-raw-v1:train"), wikitext)
+    assert "WikiText" in leak_note(calibrated("/somewhere/wiki.train.raw.txt"), wikitext)
+    assert "C4" in leak_note(calibrated("/data/c4/c4_train.jsonl"), c4)
+    assert leak_note(calibrated("/data/mac4/x.txt"), c4) is None
+    assert "other speeches" in leak_note(calibrated("demo"), Text("demo", ""))
+    trained = {**calibrated("demo"), "recovery": [{"settings": {"data": ["alpaca.json", "wikitext:train"]}}]}
+    assert leak_note(trained, wikitext).startswith("trained on")
+
+
+def test_leaks_by_content(tmp_path):
+    lines = [f"Sentence {i} of a book that is long enough not to be anywhere else by chance." for i in range(40)]
+    seen = tmp_path / "book.txt"
+    seen.write_text("\n".join(lines[:20]))
+    assert leak_note(calibrated(seen), Text("a.txt", "\n".join(lines[20:]))) is None
+    assert "50% of this text" in leak_note(calibrated(seen), Text("b.txt", "\n".join(lines)))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "\n".join(lines)}))
+    assert "100% of this text" in leak_note(calibrated(rows), Text("b.txt", "\n".join(lines)))
+
+
+def test_the_leak_is_said_in_the_line_of_the_figure(dense_folder, text_file, tmp_path):
+    from tests.test_command_line import run
+
+    slim, result = tmp_path / "slim", tmp_path / "result.json"
+    small = ["--calibration", text_file, "--num-samples", 8, "--seq-len", 24, "--device", "cpu"]
+    assert run("prune", dense_folder, slim, *small).exit_code == 0
+    done = run("evaluate", slim, "--text", text_file, "--window", 32, "--max-tokens", 640, "--json", result)
+    line = next(line for line in done.output.splitlines() if line.startswith("perplexity"))
+    assert "calibrated on 100% of this text" in line
+    assert "100%" in json.loads(result.read_text())["leak"]
+    assert "calibrated" not in run("evaluate", dense_folder, "--text", text_file, "--window", 32).output
+
+
+def test_passkey_questions_have_the_length_and_the_number(tokenizer):
+    for depth in (0.0, 0.5, 1.0):
+        context, answer = _question(tokenizer, 700, depth, 12345)
+        assert len(context) + len(answer) == 700
+    with pytest.raises(UsageError, match="has no room"):
+        _question(tokenizer, 20, 0.5, 12345)
+
+
+def test_passkey_counts_what_greedy_decoding_gives(tokenizer, monkeypatch):
+    """A model that knows the answers of the first depth only."""
+    model = tiny_model("llama", max_position_embeddings=800)
+
+    def some(model, requests, max_length, _):
+        real = log_likelihoods(model, requests[:1], max_length)
+        assert len(real) == 1
+        return [(0.0, index < 3) for index, _ in enumerate(requests)]
+
+    monkeypatch.setattr("slimgpt.evaluation.passkey_retrieval.log_likelihoods", some)
+    found = passkey(model, tokenizer, [700], trials=3)
+    assert found.by_depth == {700: [1.0, *[0.0] * (DEPTHS - 1)]}
+    assert found.found == {700: pytest.approx(1 / DEPTHS)}
+    with pytest.raises(UsageError, match="longer than the model's context"):
+        passkey(model, tokenizer, [801])
+
+
+def test_passkey_answers_are_those_of_generate(tokenizer):
+    model = tiny_model("llama", max_position_embeddings=800)
+    context, _ = _question(tokenizer, 700, 0.5, 12345)
+    ids = torch.tensor([context])
+    greedy = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0, -5:]
+    assert log_likelihoods(model, [(context, greedy.tolist())], 800)[0][1]
