@@ -34,9 +34,9 @@ from slimgpt.planning.cost import pruning_flops
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.pruning.report import PruneReport, total_seconds
-from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.devices import DTYPES, as_device
-from slimgpt.runtime.memory import place
+from slimgpt.runtime.memory import choose_placement
 from slimgpt.runtime.units import parse_bytes
 from slimgpt.runtime.versions import versions
 
@@ -71,7 +71,7 @@ def dense_pass(
     """Seconds of the decoder layers' forward pass over the tokens, layer by layer as the loop runs them."""
     layers = model.get_submodule(ARCHITECTURES[model.config.model_type].layers)
     assert isinstance(layers, nn.ModuleList)
-    stream = capture(model, layers, ids, batch_size, Shelf("device", device), dtype)
+    stream = capture(model, layers, ids, batch_size, ActivationStore("device", device), dtype)
     seconds = 0.0
     for index, layer in enumerate(layers):
         home = next(layer.parameters())
@@ -144,7 +144,7 @@ def main(
         forward = None if name == "stored" else DTYPES[name]
         plan = make_plan(model.config, ratio)
         need = memory_need(model, ids, plan, config, forward, forward is not None or target.type != "cpu")
-        placement = place(need, target, parse_bytes(memory) if memory else None)
+        placement = choose_placement(need, target, parse_bytes(memory) if memory else None)
         if target.type == "cuda":
             torch.cuda.reset_peak_memory_stats(target)
         report, dense_seconds, seconds = min(

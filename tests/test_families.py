@@ -22,7 +22,7 @@ from slimgpt.models import ARCHITECTURES, REFUSED
 from slimgpt.models.families import ffn, grouped
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.slicing import output_matrix, unit_rows
-from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.activation_store import ActivationStore
 from tests.families import (
     HYBRIDS,
     NAMES,
@@ -123,7 +123,7 @@ def test_replaying_the_layers_is_the_models_own_forward(name):
         model(IDS, use_cache=False)
         hook.remove()
         expected = after[0][0] if isinstance(after[0], tuple) else after[0]
-        stream = capture(model, layers, IDS, 1, Shelf("device", torch.device("cpu")))
+        stream = capture(model, layers, IDS, 1, ActivationStore("device", torch.device("cpu")))
         assert len(stream) == 2
         for number in range(2):
             hidden = stream.hidden.get(number)
@@ -278,7 +278,7 @@ def test_attention_implementation_reaches_the_layers(family):
 
 def test_run_to_stops_before_the_output_matrix():
     model = tiny_model("llama")
-    stream = capture(model, model.model.layers, IDS, 2, Shelf("device", torch.device("cpu")))
+    stream = capture(model, model.model.layers, IDS, 2, ActivationStore("device", torch.device("cpu")))
     seen = []
     linear = model.model.layers[0].self_attn.o_proj
     linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -11,7 +11,7 @@ import torch
 
 import slimgpt
 from slimgpt.evaluation import perplexity
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.runtime.memory import Placement
 from slimgpt.runtime.units import parse_bytes
@@ -81,7 +81,9 @@ def test_where_activations_are_kept_changes_nothing(stream, kept, tmp_path):
     for model, placement in ((plain, Placement(10**10, "device", "device")), (other, Placement(10**10, stream, kept))):
         shape = slimgpt.models.parameter_counts.describe(model.config, model)
         plan = slimgpt.planning.planner.plan_for(model.config, config, shape)
-        for _ in prune_model(model, IDS, plan, config, Run(torch.device("cuda"), placement, scratch=tmp_path)):
+        for _ in prune_model(
+            model, IDS, plan, config, ExecutionContext(torch.device("cuda"), placement, scratch=tmp_path)
+        ):
             pass
     state = plain.state_dict()
     for name, tensor in other.state_dict().items():

@@ -20,10 +20,10 @@ from slimgpt.models.loading import load_config, load_model
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.slicing import unit_rows
 from slimgpt.models.source import locate
-from slimgpt.models.streaming import misfit
+from slimgpt.models.streaming import weights_mismatch
 from slimgpt.models.weight_conversion import ConvertedFiles
 from slimgpt.pruning.report import mask_of, units_of
-from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.solver.experts import Routing, contributions
 from tests.families import in_a_process_without_slimgpt, windows
 from tests.mixtures import OWN_OF_MIXTURES, tiny_mixture
@@ -69,7 +69,7 @@ def sparse_layers(model):
 def expert_calls(model, ids):
     """Every layer with experts, and the tokens, experts and weights that these are called with."""
     experts, _ = sparse_layers(model)
-    stream = capture(model, model.model.layers, ids, len(ids), Shelf("device", torch.device("cpu")))
+    stream = capture(model, model.model.layers, ids, len(ids), ActivationStore("device", torch.device("cpu")))
     hidden = stream.hidden.get(0)
     for index, layer in enumerate(model.model.layers):
         run = partial(run_layer, layer, hidden, stream.arguments[0][index])
@@ -277,7 +277,7 @@ def test_a_folder_of_separate_experts_is_streamed_resumed_and_written_in_its_for
     source = locate(str(mixtral_folder))
     config = load_config(source)
     empty = empty_model(config)
-    assert misfit(empty, ConvertedFiles(mixtral_folder, empty)) is None  # so that it is streamed
+    assert weights_mismatch(empty, ConvertedFiles(mixtral_folder, empty)) is None  # so that it is streamed
 
     report = slimgpt.prune_folder(str(mixtral_folder), tmp_path / "whole", **options)
     model, tokenizer = slimgpt.load(str(mixtral_folder))

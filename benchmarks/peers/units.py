@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.layerwise.capture import capture, run_layer
-from slimgpt.layerwise.context import Run, running_layer
+from slimgpt.layerwise.context import ExecutionContext, running_layer
 from slimgpt.models.architecture import Structure
 from slimgpt.models.build import architecture_of, rebuild_layer
 from slimgpt.models.lookup import layer_sizes
@@ -21,7 +21,7 @@ from slimgpt.models.slicing import output_matrix, slice_state, unit_rows
 from slimgpt.models.stock_config import apply_sizes
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.pruning.in_place import prune_model
-from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import Placement
 
 HEADS, CHANNELS = "heads", "channels"
@@ -92,8 +92,8 @@ def walk(
         moved: called with the index and the hidden states before and after it, ``(batch, seq_len, hidden_size)``.
     """
     layers, dtype = decoder_layers(model), getattr(torch, job.dtype)
-    run = Run(job.device, Placement(0, "device", "device"), dtype)
-    stream = capture(model, layers, job.windows, job.batch_size, Shelf("device", job.device), dtype)
+    run = ExecutionContext(job.device, Placement(0, "device", "device"), dtype)
+    stream = capture(model, layers, job.windows, job.batch_size, ActivationStore("device", job.device), dtype)
     for index, layer in enumerate(layers):
         running = running_layer(layer, model.config, index, run)
         watch(index, running)
@@ -134,6 +134,6 @@ def _cut_and_repair(model: PreTrainedModel, kept: Kept, head_unit: str, job: Job
     plan = plan_of_widths(describe(model.config, model), widths, head_unit)
     config = PruneConfig(repair=True, seed=job.seed, batch_size=job.batch_size)
     dtype = None if job.dtype == "float32" else getattr(torch, job.dtype)
-    run = Run(job.device, Placement(0, "device", "device"), dtype)
+    run = ExecutionContext(job.device, Placement(0, "device", "device"), dtype)
     for report in prune_model(model, job.windows, plan, config, run, lambda index, name: kept[index][name]):
         job.on_step(report.layer + 1, len(widths))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt.calibration import Document, cut_windows, leading_ids, read_documents, shuffled
+from slimgpt.calibration import Document, cut_windows, prefix_ids, read_documents, shuffled
 from slimgpt.errors import CalibrationError
 
 FILES = {
@@ -159,7 +159,7 @@ def own_words(
     """
     if file.is_file():
         return load_file(file)["windows"]
-    prefix = leading_ids(tokenizer) or [tokenizer.eos_token_id]
+    prefix = prefix_ids(tokenizer) or [tokenizer.eos_token_id]
     torch.manual_seed(seed)
     parts = []
     starts = range(0, num_samples, batch_size)

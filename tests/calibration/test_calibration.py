@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import slimgpt
-from slimgpt.calibration import digest, leading_ids, read_documents, sample_windows
+from slimgpt.calibration import digest, prefix_ids, read_documents, sample_windows
 from slimgpt.errors import CalibrationError
 from tests.conftest import SENTENCES
 from tests.families import tiny_model, windows
@@ -101,8 +101,8 @@ def test_chat_goes_through_the_template(tokenizer, tmp_path):
 
 def test_every_window_starts_as_the_tokenizer_starts_a_text(tokenizer, starting, tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [{"text": sentence} for sentence in SENTENCES])
-    assert leading_ids(tokenizer) == []
-    assert leading_ids(starting) == [2]
+    assert prefix_ids(tokenizer) == []
+    assert prefix_ids(starting) == [2]
     found = sample_windows(starting, str(file), 3, 10)
     assert found.shape == (3, 10)
     assert found[:, 0].tolist() == [2, 2, 2]

@@ -8,7 +8,7 @@ from transformers.cache_utils import DynamicLayer
 
 from slimgpt.distillation.generate import write
 from slimgpt.errors import NumericalError
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import decoder_layers
 from slimgpt.runtime.memory import Placement
 from tests.families import NAMES, tiny_model, windows
@@ -16,8 +16,8 @@ from tests.families import NAMES, tiny_model, windows
 IDS = windows(6, 24)
 
 
-def run(budget: int = 10**12, dtype: torch.dtype | None = None) -> Run:
-    return Run(torch.device("cpu"), Placement(budget, "device", "device"), dtype)
+def run(budget: int = 10**12, dtype: torch.dtype | None = None) -> ExecutionContext:
+    return ExecutionContext(torch.device("cpu"), Placement(budget, "device", "device"), dtype)
 
 
 def written(model, count=12, length=20, seed=0, on_token=None, **options):

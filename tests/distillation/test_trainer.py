@@ -12,10 +12,10 @@ import torch
 import slimgpt
 from slimgpt.config import make_config
 from slimgpt.distillation import trainer as distillation
-from slimgpt.distillation.data import _equal_batches, rehearse
+from slimgpt.distillation.data import _equal_batches, build_distillation_data
 from slimgpt.distillation.schedule import passes_to_distill, tokens_to_distill
 from slimgpt.distillation.trainer import Distillation
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.parameter_counts import describe
 from slimgpt.planning.planner import plan_for
@@ -33,8 +33,8 @@ def short_steps(monkeypatch):
     monkeypatch.setattr("slimgpt.distillation.schedule.STEP_TOKENS", 144)  # two batches of three windows
 
 
-def run(place: str = "device", budget: int = 10**12) -> Run:
-    return Run(torch.device("cpu"), Placement(budget, place, place))
+def run(place: str = "device", budget: int = 10**12) -> ExecutionContext:
+    return ExecutionContext(torch.device("cpu"), Placement(budget, place, place))
 
 
 def case(family: str, place: str = "device", tokens: int = 300, allocation: str = "schedule", budget: int = 10**12):
@@ -45,7 +45,7 @@ def case(family: str, place: str = "device", tokens: int = 300, allocation: str 
     for _ in prune_model(slim, IDS, plan, CONFIG, run()):
         pass
     config = replace(CONFIG, allocation=allocation)
-    lesson = rehearse(dense, decoder_layers(dense).__getitem__, IDS, tokens, config, run(place))
+    lesson = build_distillation_data(dense, decoder_layers(dense).__getitem__, IDS, tokens, config, run(place))
     return dense, slim, Distillation(slim, decoder_layers(slim).__getitem__, plan, lesson, run(place, budget))
 
 
@@ -157,8 +157,8 @@ def test_what_is_kept_in_files_or_brought_every_time_gives_the_same():
 def test_a_model_in_memory_is_trained_if_that_helps(monkeypatch):
     plain, trained, spoilt = tiny_model("llama"), tiny_model("llama"), tiny_model("llama")
     calls, options = [], {**OPTIONS, "calibration": IDS[:6].repeat(4, 1)}  # what helps the one part helps the other
-    repaired_on = {**options, "calibration": IDS[:6].repeat(3, 1)}  # the last quarter is held out
-    assert slimgpt.prune(plain, None, distill="off", **repaired_on).distillation == {}
+    pruning_split = {**options, "calibration": IDS[:6].repeat(3, 1)}  # the last quarter is held out
+    assert slimgpt.prune(plain, None, distill="off", **pruning_split).distillation == {}
     report = slimgpt.prune(trained, None, distill=360, on_distilled=lambda *said: calls.append(said), **options)
     said = report.distillation
     assert said["kept"]
@@ -179,7 +179,7 @@ def test_a_model_in_memory_is_trained_if_that_helps(monkeypatch):
 
 def test_by_default_it_is_done_where_there_are_tokens_enough(monkeypatch):
     assert slimgpt.prune(tiny_model("llama"), None, **OPTIONS).distillation == {}
-    monkeypatch.setattr("slimgpt.distillation.schedule.LEAST_TOKENS", 200)
+    monkeypatch.setattr("slimgpt.distillation.schedule.MIN_TOKENS", 200)
     report = slimgpt.prune(tiny_model("llama"), None, **OPTIONS)
     passes = 1.4 / (1 + 7 / 3 * (1 - report.plan.achieved))
     assert report.distillation["tokens"] == int(passes * IDS.numel()) // 24 * 24
@@ -208,7 +208,7 @@ def test_what_is_not_there_is_written_first():
     assert training.lesson.written == 0
     calls = []
     take = decoder_layers(dense).__getitem__
-    lesson = rehearse(dense, take, IDS, 1100, CONFIG, run(), lambda *said: calls.append(said))
+    lesson = build_distillation_data(dense, take, IDS, 1100, CONFIG, run(), lambda *said: calls.append(said))
     # 45 windows of 24 tokens are asked for; 18 are there, in batches of 3 behind the two that are held out.
     assert lesson.written == 9
     assert [len(step) for step in lesson.steps] == [2, 2, 2, 2, 1, 2, 2, 2]
@@ -233,7 +233,7 @@ def test_what_is_not_there_is_written_first():
 
 
 def test_a_search_trains_longer(monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.schedule.LEAST_TOKENS", 200)
+    monkeypatch.setattr("slimgpt.distillation.schedule.MIN_TOKENS", 200)
     shape = describe(tiny_model("llama").config)
     plan = plan_for(tiny_model("llama").config, CONFIG, shape)
     room = 18 * 24
@@ -248,7 +248,7 @@ def test_a_search_trains_longer(monkeypatch):
 
 
 def test_mixtures_are_not_trained(monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.schedule.LEAST_TOKENS", 1)
+    monkeypatch.setattr("slimgpt.distillation.schedule.MIN_TOKENS", 1)
     assert slimgpt.prune(tiny_model("mixtral"), None, **OPTIONS).distillation == {}
     with pytest.raises(slimgpt.SlimGPTError, match="experts"):
         slimgpt.prune(tiny_model("mixtral"), None, distill=100, **OPTIONS)
@@ -258,7 +258,7 @@ def test_one_window_cannot_be_trained_on_and_judged_by(monkeypatch):
     one = {**OPTIONS, "calibration": IDS.reshape(1, -1)[:, :60]}
     with pytest.raises(slimgpt.SlimGPTError, match="raise --num-samples"):
         slimgpt.prune(tiny_model("llama"), None, distill=100, **one)
-    monkeypatch.setattr("slimgpt.distillation.schedule.LEAST_TOKENS", 50)
+    monkeypatch.setattr("slimgpt.distillation.schedule.MIN_TOKENS", 50)
     assert slimgpt.prune(tiny_model("llama"), None, **one).distillation == {}
 
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 import slimgpt
 from slimgpt.errors import CalibrationError, UsageError
-from slimgpt.evaluation import leak_note, passkey, read_text
+from slimgpt.evaluation import contamination_note, passkey, read_text
 from slimgpt.evaluation.corpora import CORPORA, Text
 from slimgpt.evaluation.loglikelihood import log_likelihoods
 from slimgpt.evaluation.passkey_retrieval import DEPTHS, _question
@@ -68,26 +68,26 @@ def calibrated(source):
 
 def test_leaks_by_name():
     wikitext, c4 = Text("wikitext2", ""), Text("c4", "")
-    assert leak_note(None, wikitext) is None
-    assert leak_note(calibrated("allenai/c4:en"), wikitext) is None
-    assert "WikiText" in leak_note(calibrated("Salesforce/wikitext:wikitext-2-raw-v1:train"), wikitext)
-    assert "WikiText" in leak_note(calibrated("/somewhere/wiki.train.raw.txt"), wikitext)
-    assert "C4" in leak_note(calibrated("/data/c4/c4_train.jsonl"), c4)
-    assert leak_note(calibrated("/data/mac4/x.txt"), c4) is None
-    assert "other speeches" in leak_note(calibrated("demo"), Text("demo", ""))
+    assert contamination_note(None, wikitext) is None
+    assert contamination_note(calibrated("allenai/c4:en"), wikitext) is None
+    assert "WikiText" in contamination_note(calibrated("Salesforce/wikitext:wikitext-2-raw-v1:train"), wikitext)
+    assert "WikiText" in contamination_note(calibrated("/somewhere/wiki.train.raw.txt"), wikitext)
+    assert "C4" in contamination_note(calibrated("/data/c4/c4_train.jsonl"), c4)
+    assert contamination_note(calibrated("/data/mac4/x.txt"), c4) is None
+    assert "other speeches" in contamination_note(calibrated("demo"), Text("demo", ""))
     trained = {**calibrated("demo"), "recovery": [{"settings": {"data": ["alpaca.json", "wikitext:train"]}}]}
-    assert leak_note(trained, wikitext).startswith("trained on")
+    assert contamination_note(trained, wikitext).startswith("trained on")
 
 
 def test_leaks_by_content(tmp_path):
     lines = [f"Sentence {i} of a book that is long enough not to be anywhere else by chance." for i in range(40)]
     seen = tmp_path / "book.txt"
     seen.write_text("\n".join(lines[:20]))
-    assert leak_note(calibrated(seen), Text("a.txt", "\n".join(lines[20:]))) is None
-    assert "50% of this text" in leak_note(calibrated(seen), Text("b.txt", "\n".join(lines)))
+    assert contamination_note(calibrated(seen), Text("a.txt", "\n".join(lines[20:]))) is None
+    assert "50% of this text" in contamination_note(calibrated(seen), Text("b.txt", "\n".join(lines)))
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": "\n".join(lines)}))
-    assert "100% of this text" in leak_note(calibrated(rows), Text("b.txt", "\n".join(lines)))
+    assert "100% of this text" in contamination_note(calibrated(rows), Text("b.txt", "\n".join(lines)))
 
 
 def test_the_leak_is_said_in_the_line_of_the_figure(dense_folder, text_file, tmp_path):

@@ -23,7 +23,7 @@ from slimgpt.evaluation import harness
 from slimgpt.evaluation.harness import FOLDERS, run_harness, task_manager
 from slimgpt.evaluation.tasks import (
     COMMONSENSE,
-    ENOUGH,
+    MIN_QUESTIONS,
     TaskScores,
     _commonest,
     answers,
@@ -176,19 +176,19 @@ def test_a_model_of_one_answer_is_said_to_be_one(tokenizer, many_rows, monkeypat
     preferred = ["no" if a[0] > b[0] else "yes" for (a,), (b,) in (row["resps"] for row in found.samples["boolq"])]
     word = max(("yes", "no"), key=preferred.count)
     share = preferred.count(word) / 24
-    assert found.commonest == {"boolq": (word, share)}
+    assert found.majority_answer == {"boolq": (word, share)}
     for least, words in ((share, {"boolq": f"'{word}' to {share:.0%}"}), (share + 0.01, {})):
-        monkeypatch.setattr("slimgpt.evaluation.tasks.ONE_SIDED", least)
-        assert found.one_sided() == words
+        monkeypatch.setattr("slimgpt.evaluation.tasks.DEGENERATE_SHARE", least)
+        assert found.degenerate_tasks() == words
     read_back = TaskScores.from_json(json.loads(json.dumps(found.with_answers())))
     assert read_back.to_json() == found.to_json()
     assert answers(read_back) == answers(found)
     few = evaluate_tasks(model, tokenizer, "boolq", limit=19, data_dir=many_rows)
-    assert few.commonest == {}
+    assert few.majority_answer == {}
 
 
 def test_the_command_line_says_that_a_model_has_one_answer(dense_folder, many_rows, monkeypatch):
-    monkeypatch.setattr("slimgpt.evaluation.tasks.ONE_SIDED", 0.5)
+    monkeypatch.setattr("slimgpt.evaluation.tasks.DEGENERATE_SHARE", 0.5)
     done = run("evaluate", dense_folder, "--tasks", "boolq", "--data-dir", many_rows, "--device", "cpu")
     assert re.search(r"boolq: the model answers '(yes|no)' to \d+% of the questions", done.output)
 
@@ -198,7 +198,7 @@ def test_the_command_line_says_that_a_model_has_one_answer(dense_folder, many_ro
 )
 def test_tasks_without_options_have_no_commonest_one(argument):
     row = {"arguments": [argument], "filtered_resps": ["words"]}
-    assert _commonest([row] * ENOUGH) is None
+    assert _commonest([row] * MIN_QUESTIONS) is None
 
 
 @pytest.mark.parametrize("limit", [2, pytest.param(100, marks=pytest.mark.slow)])  # slow: about 4 minutes

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 
 import slimgpt
 from slimgpt.errors import OutputError, ResumeError, UsageError
-from slimgpt.layerwise.context import Run, shelf_for
+from slimgpt.layerwise.context import Run, activation_store_for
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.pipeline import to_folder as folders
-from slimgpt.runtime.activation_store import Shelf
-from slimgpt.runtime.memory import Need, Placement, hold_to, place
+from slimgpt.runtime.activation_store import ActivationStore
+from slimgpt.runtime.memory import MemoryRequirement, Placement, choose_placement, limit_gpu_memory
 from slimgpt.runtime.units import parse_bytes
 from tests.families import CORE, tiny_model, windows
 
@@ -152,7 +152,7 @@ def test_running_out_of_memory_is_answered_with_a_smaller_budget(dense, text_fil
 
     def remember(need, device, budget=None):
         budgets.append(budget)
-        return place(need, device)
+        return choose_placement(need, device)
 
     monkeypatch.setattr(sequential.Layer, "solve", fail_once)
     monkeypatch.setattr("slimgpt.pipeline.to_folder.place", remember)
@@ -166,17 +166,17 @@ def test_places_follow_the_budget(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("slimgpt.runtime.memory.used_bytes", lambda _: 100)
     monkeypatch.setattr("slimgpt.runtime.memory.free_bytes", lambda _: 1000)
-    need = Need(layer=100, solver=300, stream=50, kept=400)
-    assert place(need, cpu, 1000) == Placement(1000, "device", "device")
-    assert place(need, cpu, 899) == Placement(899, "device", "recompute")
-    assert place(need, gpu, 899) == Placement(899, "device", "host")
-    assert place(need, cpu, 480) == Placement(480, "file", "recompute")
-    assert place(need, gpu, 480).stream == "host"
-    assert place(need, cpu, 350).gram == "file"
+    need = MemoryRequirement(layer=100, solver=300, stream=50, kept=400)
+    assert choose_placement(need, cpu, 1000) == Placement(1000, "device", "device")
+    assert choose_placement(need, cpu, 899) == Placement(899, "device", "recompute")
+    assert choose_placement(need, gpu, 899) == Placement(899, "device", "host")
+    assert choose_placement(need, cpu, 480) == Placement(480, "file", "recompute")
+    assert choose_placement(need, gpu, 480).stream == "host"
+    assert choose_placement(need, cpu, 350).gram == "file"
     for device, budget in ((cpu, 290), (gpu, 390)):
         with pytest.raises(UsageError, match="too small"):
-            place(need, device, budget)
-    assert place(need, cpu) == Placement(950, "device", "device")
+            choose_placement(need, device, budget)
+    assert choose_placement(need, cpu) == Placement(950, "device", "device")
 
 
 @pytest.mark.parametrize(("text", "size"), [("8GB", 8e9), ("1.5 GiB", 1.5 * 2**30), ("800mb", 8e8), ("123", 123)])
@@ -199,12 +199,12 @@ def test_a_gpu_is_held_to_the_budget_whether_or_not_it_has_a_number(name, index,
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 10**9))
     monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: calls.append(given), raising=False)
     for budget in (8 * 10**9, 800 * 10**9):
-        hold_to(torch.device(name), budget)
+        limit_gpu_memory(torch.device(name), budget)
     assert calls == [(0.1, index), (1.0, index)]
 
 
 def test_a_shelf_in_a_file_gives_back_what_was_put(tmp_path):
-    shelf = Shelf("file", torch.device("cpu"), tmp_path)
+    shelf = ActivationStore("file", torch.device("cpu"), tmp_path)
     for round_number in range(2):
         for number in range(3):
             shelf.put(number, torch.full((2, 5), float(number + round_number), dtype=torch.bfloat16))
@@ -231,7 +231,7 @@ def test_what_is_large_is_kept_farther_off(device, scratch, size, place, tmp_pat
         monkeypatch.setattr(f"slimgpt.pruning.layer.{name}", lambda _, found=found: found)
     placement = Placement(10 * 10**9, "device", "device")
     run = Run(torch.device(device), placement, scratch=tmp_path if scratch else None)
-    assert shelf_for(run, size * 10**9).place == place
+    assert activation_store_for(run, size * 10**9).place == place
 
 
 # Killed and resumed
@@ -294,7 +294,7 @@ def same_text(tmp_path_factory) -> Path:
 
 def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_text, tmp_path, monkeypatch):
     monkeypatch.setattr("slimgpt.distillation.schedule.STEP_TOKENS", 24)
-    monkeypatch.setattr("slimgpt.distillation.trainer.KEPT_EVERY", 0.0)
+    monkeypatch.setattr("slimgpt.distillation.trainer.SAVE_INTERVAL_S", 0.0)
     # More tokens than there are: the dense model writes the others, once.
     options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0, "distill": 192}
     plain = slimgpt.prune_folder(str(wide), tmp_path / "plain", **options)
@@ -359,7 +359,7 @@ def test_what_a_training_keeps_on_the_disk_is_counted_before(allocation, wide, s
     report = slimgpt.prune_folder(str(wide), tmp_path / "slim", on_distilled=look, **options)
     assert report.distillation["written_tokens"] == 48
     layers = sum(layer.parameters for layer in report.layers) * 4
-    rest = report.plan.parameters * 4 - layers + folders.SIDE_FILES  # comes to the output alone
+    rest = report.plan.parameters * 4 - layers + folders.SIDECAR_BYTES  # comes to the output alone
     assert 0.5 < (needed[0] - rest) / max(seen) < 1.5
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import MistralConfig
 
 from slimgpt.models.parameter_counts import describe
-from slimgpt.planning import Contribution, Sensitivity, between, make_plan, spend, trial
+from slimgpt.planning import Sensitivity, StructureCost, between, make_plan, spend, trial
 from slimgpt.planning.allocation import FLOOR, _cheapest, _options
 
 LAYERS = 4
@@ -23,8 +23,8 @@ SHAPE = describe(CONFIG)
 
 def sensitivity(scales: list[float], heads: list[float]) -> Sensitivity:
     """A cost per layer at 40% of the channels and at one of three query heads."""
-    ffn = [Contribution(i, "ffn", 0.4, s) for i, s in enumerate(scales)]
-    query = [Contribution(i, "query", 1 / 3, s) for i, s in enumerate(heads)]
+    ffn = [StructureCost(i, "ffn", 0.4, s) for i, s in enumerate(scales)]
+    query = [StructureCost(i, "query", 1 / 3, s) for i, s in enumerate(heads)]
     return Sensitivity(sum(scales) + sum(heads), (*ffn, *query))
 
 
@@ -101,7 +101,7 @@ def test_equal_costs_give_equal_widths():
 
 def test_costs_pass_through_what_was_measured_and_grow_faster_than_the_share():
     for unit in ("ffn", "query", "kv"):
-        cost = Contribution(0, unit, 0.4, 0.02)
+        cost = StructureCost(0, unit, 0.4, 0.02)
         assert cost.at(0) == 0
         assert cost.at(0.4) == pytest.approx(0.02)
         per_share = [cost.at(x / 100) / x for x in range(1, 101)]
@@ -134,5 +134,5 @@ def test_a_trial_narrows_everything_and_removes_about_as_much(ratio):
 
 def test_what_cannot_be_spent_leaves_the_plan_as_it_is():
     plan = make_plan(CONFIG, 0.5, shape=SHAPE)
-    few = Sensitivity(0.1, (Contribution(0, "ffn", 0.5, 0.1),))
+    few = Sensitivity(0.1, (StructureCost(0, "ffn", 0.5, 0.1),))
     assert spend(plan, SHAPE, few) is plan

@@ -16,7 +16,16 @@ from slimgpt.models.build import empty_model
 from slimgpt.models.families import ARCHITECTURES
 from slimgpt.models.parameter_counts import count_tied, describe
 from slimgpt.models.stock_config import apply_sizes
-from slimgpt.planning import make_plan, parse_cache, parse_count, parse_size, profile_for, read_plan, to_toml, verdicts
+from slimgpt.planning import (
+    constraints_for,
+    engine_support,
+    make_plan,
+    parse_cache,
+    parse_count,
+    parse_size,
+    read_plan,
+    to_toml,
+)
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.planning.targets import CacheTarget, cache_bytes
 from tests.families import CORE, tiny_model, windows
@@ -225,7 +234,7 @@ def test_a_verdict_on_transformers_is_what_loading_does(family, uniform, unit, t
     except PlanError:
         assert uniform
         return
-    verdict = verdicts(model.config, report.plan.layers, ["hf"])[0]
+    verdict = engine_support(model.config, report.plan.layers, ["hf"])[0]
     slimgpt.save(model, None, report, tmp_path / "slim")
     try:
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "slim", trust_remote_code=False)
@@ -239,9 +248,12 @@ def test_a_verdict_on_transformers_is_what_loading_does(family, uniform, unit, t
 
 
 def test_profiles_combine_to_the_strictest():
-    assert (profile_for(["hf"]).round_to, profile_for(["hf"]).uniform) == (1, False)
-    assert (profile_for(["llama.cpp", "vllm"]).round_to, profile_for(["llama.cpp", "vllm"]).uniform) == (64, True)
+    assert (constraints_for(["hf"]).round_to, constraints_for(["hf"]).uniform) == (1, False)
+    assert (constraints_for(["llama.cpp", "vllm"]).round_to, constraints_for(["llama.cpp", "vllm"]).uniform) == (
+        64,
+        True,
+    )
     with pytest.raises(PlanError, match="'tensorrt' is unknown; choose hf, vllm"):
-        profile_for(["tensorrt"])
+        constraints_for(["tensorrt"])
     with pytest.raises(PlanError, match="unknown"):
-        verdicts(CONFIG, SHAPE.layers, ["tensorrt"])
+        engine_support(CONFIG, SHAPE.layers, ["tensorrt"])

@@ -8,7 +8,7 @@ import torch
 
 import slimgpt
 from slimgpt.errors import NumericalError
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.slicing import unit_rows
 from slimgpt.pruning.layer import gram_for
@@ -181,7 +181,9 @@ def test_dropout_has_no_part_in_it():
 
 def test_processes_of_one_run_do_not_sum_into_the_same_file(tmp_path):
     placement = Placement(10**9, "device", "device", gram="file")
-    runs = [Run(torch.device("cpu"), placement, ranks=Ranks(rank, 2), scratch=tmp_path) for rank in range(2)]
+    runs = [
+        ExecutionContext(torch.device("cpu"), placement, ranks=Ranks(rank, 2), scratch=tmp_path) for rank in range(2)
+    ]
     one, other = (gram_for(4, run) for run in runs)
     one.add(torch.ones(3, 4))
     assert not other.sum.any()

@@ -11,22 +11,22 @@ import torch
 
 import slimgpt
 from slimgpt.config import make_config
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.parameter_counts import describe
 from slimgpt.planning import Sensitivity, between, spend, trial
 from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.runtime.memory import Placement
-from slimgpt.sensitivity.measure import PARTS, SEARCHED, WHOLE, divide, measure
+from slimgpt.sensitivity.measure import ENDPOINT, PARTS, SIMPSON, divide, measure
 from tests.families import tiny_model, windows
 
 IDS = windows(12, 24)
 CONFIG = make_config(ratio=0.3, batch_size=5)
 
 
-def run(place: str = "device") -> Run:
-    return Run(torch.device("cpu"), Placement(0 if place == "device" else 10**9, place, place))
+def run(place: str = "device") -> ExecutionContext:
+    return ExecutionContext(torch.device("cpu"), Placement(0 if place == "device" else 10**9, place, place))
 
 
 def case(family: str):
@@ -57,13 +57,13 @@ def test_the_divergence_is_that_of_the_pruned_model_and_its_parts_sum_up_to_it(f
         found.divergence, rel=0.2 if family == "gemma2" else 0.06
     )
     assert len(found.contributions) == 2 * len(layers)
-    parts, whole = (measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), None, p) for p in (PARTS, WHOLE))
+    parts, whole = (measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), None, p) for p in (PARTS, ENDPOINT))
     assert parts.contributions == found.contributions
     assert parts.divergence == pytest.approx(sum(part.cost for part in parts.contributions), rel=1e-12)
     assert (whole.divergence, whole.contributions) == (found.divergence, ())
 
 
-@pytest.mark.parametrize(("family", "points"), [("llama", PARTS), ("gpt2", PARTS), ("llama", SEARCHED)])
+@pytest.mark.parametrize(("family", "points"), [("llama", PARTS), ("gpt2", PARTS), ("llama", SIMPSON)])
 def test_a_part_is_the_integral_of_the_slope_along_the_path(family, points):
     model, plan, layers = case(family)
     found = measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), points=points)
@@ -163,7 +163,7 @@ def test_what_was_measured_is_followed_and_reported():
     model = tiny_model("llama")
     shape = describe(model.config, model)
     costs = json.loads(json.dumps(report.to_json()))["allocation"]["contributions"]
-    costs = Sensitivity(0.0, tuple(slimgpt.planning.Contribution(**cost) for cost in costs))
+    costs = Sensitivity(0.0, tuple(slimgpt.planning.StructureCost(**cost) for cost in costs))
     cheapest = spend(scheduled.plan, shape, costs)
     expected = between(scheduled.plan, cheapest, shape, 1 - scheduled.plan.achieved)
     assert expected.layers == report.plan.layers

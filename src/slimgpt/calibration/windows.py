@@ -35,7 +35,7 @@ def cut_windows(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], num_samples: int, seq_len: int, source: str
 ) -> Tensor:
     """Windows from documents in the order given; see :func:`sample_windows`."""
-    prefix = leading_ids(tokenizer)
+    prefix = prefix_ids(tokenizer)
     body = seq_len - len(prefix)
     if body < 1:
         raise CalibrationError(
@@ -58,7 +58,7 @@ def cut_windows(
     return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(num_samples, -1), windows], 1)
 
 
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special tokens that the tokenizer puts before every text, usually none or one BOS."""
     with_special = tokenizer("a")["input_ids"]
     without = tokenizer("a", add_special_tokens=False)["input_ids"]

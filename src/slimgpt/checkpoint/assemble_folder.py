@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from slimgpt.checkpoint.journal import Journal
 from slimgpt.checkpoint.saving import target_form, write_sidecars
 from slimgpt.errors import OutputError
-from slimgpt.io.folders import replace_folder, settle
+from slimgpt.io.folders import fsync_tree, replace_folder
 from slimgpt.io.shards import SHARD_BYTES, shard_name, write_index
 from slimgpt.io.tensors import write_tensors
 from slimgpt.models.build import architecture_of
@@ -74,7 +74,7 @@ def assemble(
         for file in PROCESSOR_FILES:
             if origin is not None and (origin / file).is_file():
                 shutil.copyfile(origin / file, work / file)
-        settle(work)
+        fsync_tree(work)
         replace_folder(work, journal.output, journal.folder / "replaced")
     except (OSError, SafetensorError) as error:
         raise OutputError(

@@ -30,11 +30,11 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from slimgpt.distillation.generate import Written
+from slimgpt.distillation.generate import GeneratedText
 from slimgpt.errors import OutputError, ResumeError
 from slimgpt.io.tensors import write_tensors
 from slimgpt.models.slicing import State
-from slimgpt.pruning.report import Finished, LayerReport
+from slimgpt.pruning.report import LayerReport, PrunedLayer
 
 JOURNAL_FILE, DISCARDED_FILE = "journal.json", "discarded.json"
 CHECKSUM = "crc32"
@@ -85,7 +85,7 @@ class Journal:
                     raise ValueError("its checksum is another than when it was written")
         return len(finished)
 
-    def __call__(self, index: int) -> Finished | None:
+    def __call__(self, index: int) -> PrunedLayer | None:
         """A finished layer, or ``None``.
 
         Raises:
@@ -99,9 +99,9 @@ class Journal:
             state = {name[start:]: tensor for name, tensor in _tensors(weights).items()}
             values = json.loads(report.read_text(encoding="utf-8"))
             values.pop(CHECKSUM)
-            return Finished(LayerReport.from_json(values), state)
+            return PrunedLayer(LayerReport.from_json(values), state)
 
-    def write(self, finished: Finished) -> None:
+    def write(self, finished: PrunedLayer) -> None:
         """Keep a layer.
 
         Raises:
@@ -126,7 +126,7 @@ class Journal:
                 self._write_state(self.distilled / self.files(index)[0].name, index, state)
             write_text(self.folder / DISTILLATION_FILE, json.dumps(said))
 
-    def text(self, make: Callable[[], Written]) -> Written:
+    def text(self, make: Callable[[], GeneratedText]) -> GeneratedText:
         """The text that the dense model writes: what is kept of it, or what ``make`` makes, which is kept.
 
         Raises:
@@ -137,7 +137,7 @@ class Journal:
         if not file.is_file():
             self._write(file, make()._asdict())
         with reading(file):
-            return Written(**_tensors(file))
+            return GeneratedText(**_tensors(file))
 
     def write_training(self, reached: State) -> None:
         """Keep what the training has reached, in place of what it had before; not where the disk has no room for it
@@ -164,7 +164,7 @@ class Journal:
         with self._writing(file, kept=True):
             _write_tensors(tensors, file)
 
-    def said_of_distilled(self) -> dict[str, Any] | None:
+    def distillation_info(self) -> dict[str, Any] | None:
         """What was said of the training, if it is finished."""
         file = self.folder / DISTILLATION_FILE
         with reading(file):
@@ -211,7 +211,7 @@ class Journal:
         """Remove the working folder; what was being replaced gets its name back."""
         if (replaced := self.folder / "replaced").exists() and not self.output.exists():
             replaced.rename(self.output)
-        discard_unfinished(self.folder)
+        delete_unfinished(self.folder)
 
 
 def _write_tensors(tensors: State, file: Path) -> None:
@@ -296,7 +296,7 @@ def _check_ours(folder: Path) -> None:
         )
 
 
-def discard_unfinished(folder: Path) -> None:
+def delete_unfinished(folder: Path) -> None:
     """Remove a working folder; what tells that it is ours goes last, so that a kill in between is understood."""
     journal, discarded = folder / JOURNAL_FILE, folder / DISCARDED_FILE
     if journal.is_file():

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 from slimgpt.cli.evaluate import DataOption, FewshotOption, LimitOption, PasskeyOption, TasksHelp, whole_numbers
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from slimgpt.cli.progress import count_bar
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
-@friendly
+@handle_errors
 def compare(
     base: ModelArgument,
     slim: Annotated[list[str], typer.Argument(metavar="SLIM...", help="One or more models to set beside it.")],
@@ -48,11 +48,11 @@ def compare(
 ) -> None:
     """BASE and its slim versions in one table, one picture and one HTML page."""
     from slimgpt.comparison.compare import compare as run
-    from slimgpt.comparison.measure import Wanted
+    from slimgpt.comparison.measure import CompareConfig
     from slimgpt.evaluation.tasks import task_names
 
-    quiet()
-    wanted = Wanted(
+    silence_libraries()
+    wanted = CompareConfig(
         texts=tuple(word.strip() for word in text.split(",")),
         windows=tuple(whole_numbers(window, "--window")),
         max_tokens=max_tokens,

@@ -37,7 +37,7 @@ out = Console()
 err = Console(stderr=True)
 
 
-def friendly(command: Callable[..., None]) -> Callable[..., None]:
+def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Turn our errors into one clear message and exit code 2, and Ctrl-C into 130."""
 
     @functools.wraps(command)
@@ -81,7 +81,7 @@ def write_json(file: Path | None, values: Any) -> None:
         file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """What every command does after its imports: collect garbage again, and keep the libraries' own progress bars and
     warnings out of ours."""
     gc.enable()

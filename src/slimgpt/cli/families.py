@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 
 
 @app.command()
-@friendly
+@handle_errors
 def families(
     refused: Annotated[bool, typer.Option("--refused", help="Also those that are refused, and why.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -21,7 +21,7 @@ def families(
     """What can be removed from every family, and what a stock class holds of it."""
     from slimgpt.models.families.support import families as run
 
-    quiet()
+    silence_libraries()
     found = [family for family in run() if refused or as_json or family.units]
     if as_json:
         typer.echo(json.dumps([{**asdict(family), "level": family.level} for family in found]))

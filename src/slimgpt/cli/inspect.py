@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 from slimgpt.cli.options import ModelArgument, TrustOption
 
 
 @app.command()
-@friendly
+@handle_errors
 def inspect(
     model: ModelArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
@@ -22,7 +22,7 @@ def inspect(
     """Widths per layer, parameters, bytes, and what was removed. Loads no weights."""
     from slimgpt.checkpoint.inspecting import inspect as run
 
-    quiet()
+    silence_libraries()
     found = run(model, trust_remote_code)
     if as_json:
         typer.echo(json.dumps(found.to_json()))

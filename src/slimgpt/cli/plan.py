@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, friendly, out, quiet
+from slimgpt.cli.console import app, check_json, handle_errors, out, silence_libraries
 from slimgpt.cli.options import ModelArgument, TrustOption
-from slimgpt.cli.prune import suit
+from slimgpt.cli.prune import resolve_engine_constraints
 
 if TYPE_CHECKING:
-    from slimgpt.pipeline.estimate import Forecast
+    from slimgpt.pipeline.estimate import Estimate
 
 
 @app.command()
-@friendly
+@handle_errors
 def plan(
     model: ModelArgument,
     ratio: Annotated[float | None, typer.Option(help="Share of the decoder layers' parameters to remove.")] = None,
@@ -52,10 +52,10 @@ def plan(
     from slimgpt.pipeline.estimate import forecast
     from slimgpt.planning.plan_file import to_toml
 
-    quiet()
+    silence_libraries()
     check_json(save, overwrite, "--save")
     names = [name.strip() for name in engines.split(",")] if engines else None
-    round_to, uniform = suit(engines, round_to, uniform)
+    round_to, uniform = resolve_engine_constraints(engines, round_to, uniform)
     config = make_config(
         ratio=ratio,
         params=params,
@@ -83,7 +83,7 @@ def plan(
         )
 
 
-def _print(found: Forecast) -> None:
+def _print(found: Estimate) -> None:
     plan = found.plan
     table = Table(title=f"{found.model} ({found.model_type})", title_justify="left")
     for column in ("layers", "heads", "KV heads", "FFN channels"):
@@ -116,7 +116,7 @@ def _print(found: Forecast) -> None:
     engines = Table(title="engines", title_justify="left")
     for column in ("engine", "runs", "how", "or ask for"):
         engines.add_column(column)
-    for verdict in found.verdicts:
+    for verdict in found.engine_support:
         engines.add_row(verdict.engine, "yes" if verdict.runs else "no", verdict.how, verdict.change)
     out.print(engines)
 

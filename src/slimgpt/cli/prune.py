@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from slimgpt.cli.progress import layer_progress
 from slimgpt.config import PruneConfig
@@ -24,7 +24,7 @@ WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed t
 
 
 @app.command()
-@friendly
+@handle_errors
 def prune(
     model: ModelArgument,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
@@ -132,8 +132,8 @@ def prune(
     from slimgpt.pipeline.to_folder import run_to_folder
     from slimgpt.runtime.distributed import rank_of_environment
 
-    quiet()
-    round_to, uniform = suit(engines, round_to, uniform)
+    silence_libraries()
+    round_to, uniform = resolve_engine_constraints(engines, round_to, uniform)
     config = make_config(
         ratio=ratio,
         schedule=schedule,
@@ -190,11 +190,11 @@ def prune(
         print_export(written)
 
 
-def suit(engines: str | None, round_to: int | None, uniform: bool) -> tuple[int, bool]:
+def resolve_engine_constraints(engines: str | None, round_to: int | None, uniform: bool) -> tuple[int, bool]:
     """The step of FFN widths and whether layers are equal: what the user says, or what the engines ask for."""
-    from slimgpt.planning.engines import profile_for
+    from slimgpt.planning.engines import constraints_for
 
-    profile = profile_for([name.strip() for name in engines.split(",")] if engines else [])
+    profile = constraints_for([name.strip() for name in engines.split(",")] if engines else [])
     return profile.round_to if round_to is None else round_to, uniform or profile.uniform
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption
 from slimgpt.errors import UsageError
 
@@ -21,7 +21,7 @@ LINES = 50
 
 
 @app.command()
-@friendly
+@handle_errors
 def recover(
     slim: Annotated[Path, typer.Argument(metavar="SLIM", help="The folder that `slimgpt prune` wrote.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
@@ -93,7 +93,7 @@ def recover(
     """
     from slimgpt.recovery.run import recover as run
 
-    quiet()
+    silence_libraries()
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, friendly, out, quiet
+from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 from slimgpt.cli.options import DeviceOption
 from slimgpt.cli.progress import bar
 
@@ -16,7 +16,7 @@ DEFAULT_OUT = Path("slimgpt-reproduced")
 
 
 @app.command()
-@friendly
+@handle_errors
 def reproduce(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of one in recipes/, such as llama-7b.")],
     output: Annotated[Path, typer.Option("--out", metavar="DIR", help="For tables and finished rows.")] = DEFAULT_OUT,
@@ -36,7 +36,7 @@ def reproduce(
     from slimgpt.reproducing import reproduce as run
     from slimgpt.reproducing.table import cells
 
-    quiet()
+    silence_libraries()
     with bar("rows") as (progress, task):
 
         def on_row(number: int, total: int, text: str) -> None:

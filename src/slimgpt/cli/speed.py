@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, friendly, out, quiet, write_json
+from slimgpt.cli.console import app, check_json, handle_errors, out, silence_libraries, write_json
 from slimgpt.cli.evaluate import whole_numbers
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from slimgpt.cli.progress import bar
@@ -23,7 +23,7 @@ RoundsOption = Annotated[int, typer.Option(help="Timed rounds; medians count.")]
 
 
 @app.command()
-@friendly
+@handle_errors
 def speed(
     model: ModelArgument,
     against: Annotated[str | None, typer.Option(metavar="BASE", help="Time BASE in turn with MODEL.")] = None,
@@ -43,7 +43,7 @@ def speed(
     """Prefill and decode in tokens per second, time to the first token, peak memory, bytes and FLOPs."""
     from slimgpt.comparison.timing import time_models
 
-    quiet()
+    silence_libraries()
     check_json(json_file, overwrite)
     batches = whole_numbers(batch, "--batch")
     names = [model] if against is None else [against, model]

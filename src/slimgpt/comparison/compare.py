@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slimgpt.comparison.cache import kept_folder
 from slimgpt.comparison.html_report import write_page
-from slimgpt.comparison.measure import Counter, Measuring, Wanted
+from slimgpt.comparison.measure import CompareConfig, Counter, Measurer
 from slimgpt.comparison.plots import plot_quality
 from slimgpt.comparison.result import Comparison
 from slimgpt.comparison.timing import time_models
@@ -27,7 +27,7 @@ def compare(
     base: str,
     slim: Sequence[str],
     output: str | Path,
-    wanted: Wanted | None = None,
+    wanted: CompareConfig | None = None,
     *,
     data_dir: str | Path | None = None,
     device: str = "auto",
@@ -53,13 +53,13 @@ def compare(
     Raises:
         SlimGPTError: a model, a text or a task cannot be had; the folder exists.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or CompareConfig()
     names = [base, *slim]
     check_output(output, overwrite, kind=COMPARISON_FOLDER)
     _check(names, wanted, data_dir, trust_remote_code)
     texts = [read_text(text, data_dir) for text in wanted.texts]
     kept = kept_folder(Path(output).expanduser().absolute())
-    measuring = Measuring(wanted, texts, kept, data_dir, device, dtype, trust_remote_code, counter)
+    measuring = Measurer(wanted, texts, kept, data_dir, device, dtype, trust_remote_code, counter)
     with new_folder(output, overwrite, COMPARISON_FOLDER) as folder:
         sides = []
         for name, label in zip(names, _labels(names)):
@@ -91,7 +91,7 @@ def compare(
     return found
 
 
-def _check(names: Sequence[str], wanted: Wanted, data_dir: str | Path | None, trust_remote_code: bool) -> None:
+def _check(names: Sequence[str], wanted: CompareConfig, data_dir: str | Path | None, trust_remote_code: bool) -> None:
     """Refuse what cannot be measured of every model before the first one is."""
     windows = [*wanted.windows, *([] if wanted.long_window is None else [wanted.long_window])]
     for window in windows:

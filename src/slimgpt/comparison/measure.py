@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.checkpoint.inspecting import read_report
 from slimgpt.comparison.cache import Kept
-from slimgpt.evaluation.contamination import leak_note
+from slimgpt.evaluation.contamination import contamination_note
 from slimgpt.evaluation.corpora import Text
 from slimgpt.evaluation.evaluate import evaluate
 from slimgpt.evaluation.passkey_retrieval import Passkey, passkey
@@ -32,7 +32,7 @@ Counter = Callable[[str], AbstractContextManager[Callable[[int], Callable[[int],
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CompareConfig:
     """What to measure.
 
     Args:
@@ -91,7 +91,7 @@ class Side:
 
 
 @dataclass
-class Measuring:
+class Measurer:
     """How the models of a comparison are measured.
 
     Args:
@@ -101,7 +101,7 @@ class Measuring:
         counter: opens a progress bar.
     """
 
-    wanted: Wanted
+    wanted: CompareConfig
     texts: Sequence[Text]
     folder: Path
     data_dir: str | Path | None = None
@@ -127,7 +127,7 @@ class Measuring:
 class _Model:
     """One of the models; it is loaded once something has to be measured."""
 
-    def __init__(self, how: Measuring, name: str):
+    def __init__(self, how: Measurer, name: str):
         self.how, self.name = how, name
         self.source = locate(name)
         found = versions(as_device(how.device))
@@ -151,7 +151,7 @@ class _Model:
         parameters = self.kept("parameters", lambda: sum(p.numel() for p in self.loaded[0].parameters()))
         side = Side(label, parameters, plan.get("achieved"))
         for text in texts:
-            note = leak_note(report, text)
+            note = contamination_note(report, text)
             if note:
                 side.leaks[text.name] = note
             side.perplexities += [(text.name, self._perplexity(text, window)) for window in wanted.windows]

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from slimgpt.comparison.measure import Side, Wanted
+from slimgpt.comparison.measure import CompareConfig, Side
 from slimgpt.comparison.timing import FIGURES, Timings
 from slimgpt.evaluation.tasks import answers, difference, flips, metric_of
 
@@ -18,7 +18,7 @@ class Comparison:
 
     sides: tuple[Side, ...]
     timings: Timings | None
-    wanted: Wanted
+    wanted: CompareConfig
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -84,7 +84,7 @@ def _rows(found: Comparison) -> Iterator[Row]:
         for task, metrics in tasks[0].scores.items():
             metric = metric_of(metrics) or next(iter(metrics))
             values = tuple(t.scores[task].get(metric) if t else None for t in tasks)
-            sided = [(side.name, side.tasks.one_sided().get(task)) for side in sides if side.tasks]
+            sided = [(side.name, side.tasks.degenerate_tasks().get(task)) for side in sides if side.tasks]
             notes = [f"{name} answers {words} of the questions" for name, words in sided if words]
             style = ".1%" if metric.startswith("acc") else ".4g"
             yield Row("tasks", f"{task} ({metric})", values, style, "more", "; ".join(notes))

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
-from slimgpt.distillation.generate import Written, write
-from slimgpt.distillation.schedule import LENGTH, STEP_TOKENS, _effort, repaired_on
-from slimgpt.layerwise.capture import Stream, capture, run_layer
-from slimgpt.layerwise.context import Run, running_layer, shelf_for
+from slimgpt.distillation.generate import GeneratedText, generate_text
+from slimgpt.distillation.schedule import MAX_SEQ_LEN, STEP_TOKENS, pruning_split, training_budget
+from slimgpt.layerwise.capture import LayerInputs, capture, run_layer
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.divergence import returns_tuple
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.lookup import text_config
-from slimgpt.runtime.activation_store import Shelf
-from slimgpt.runtime.memory import trim
+from slimgpt.runtime.activation_store import ActivationStore
+from slimgpt.runtime.memory import malloc_trim
 
 OnRehearsed = Callable[[str, int, int, float], None]
 """Called after every step of what comes before the training, with what is done, the step's number, the number of all
@@ -28,7 +28,7 @@ such steps, and the seconds."""
 
 
 @dataclass
-class Lesson:
+class DistillationData:
     """Text, and what the dense model makes of it.
 
     Args:
@@ -36,26 +36,26 @@ class Lesson:
         held: so many batches, the first ones, are not trained on.
         written: so many behind them are what the dense model wrote.
         per_step: how many that are trained on make a step.
-        others: see :class:`_Effort`.
+        others: see :class:`TrainingBudget`.
         stream: the inputs of the first layer, and how to call each.
         dense: the hidden states behind the dense model's last layer, by batch.
         tuples: see :func:`slimgpt.layerwise.divergence.returns_tuple`.
     """
 
     ids: Sequence[Tensor]
-    held: int
-    written: int
+    held_out: int
+    generated: int
     per_step: int
-    others: float
-    stream: Stream
-    dense: Shelf
+    other_matrices_lr: float
+    stream: LayerInputs
+    dense_hidden: ActivationStore
     tuples: bool
 
     @property
     def steps(self) -> list[range]:
         """The numbers of the batches of every step; none has both text that was written and text that was given."""
         found, count = [], len(self.ids)
-        for first, last in ((self.held, self.held + self.written), (self.held + self.written, count)):
+        for first, last in ((self.held_out, self.held_out + self.generated), (self.held_out + self.generated, count)):
             starts = range(first, last, self.per_step)
             found += [range(start, min(start + self.per_step, last)) for start in starts]
         return found
@@ -65,74 +65,76 @@ class Lesson:
         return sum(self.ids[number].numel() for number in numbers)
 
 
-def rehearse(
+def build_distillation_data(
     model: PreTrainedModel,
-    take: Callable[[int], nn.Module],
+    load_layer: Callable[[int], nn.Module],
     windows: Tensor,
     tokens: int,
     config: PruneConfig,
-    run: Run,
+    run: ExecutionContext,
     on_rehearsed: OnRehearsed | None = None,
-    once: Callable[[Callable[[], Written]], Written] = lambda make: make(),
-) -> Lesson:
+    load_or_generate: Callable[[Callable[[], GeneratedText]], GeneratedText] = lambda make: make(),
+) -> DistillationData:
     """Choose the text to train on, let the dense model write what is missing, and run it over all of it.
 
     Args:
         model: what is around the layers.
-        take: gives the dense layer of an index.
+        load_layer: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)`` long; the last ones are held out.
         tokens: see :func:`tokens_to_distill`.
         once: makes the text that the dense model writes, or gives what an earlier run has made.
     """
     run = training_run(model, run)
-    length = min(windows.shape[1], LENGTH)
+    length = min(windows.shape[1], MAX_SEQ_LEN)
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    given = repaired_on(windows, tokens)
+    given = pruning_split(windows, tokens)
     rest = pieces[: len(given) * (windows.shape[1] // length)]
-    held = pieces[len(rest) :]
-    effort = _effort(config)
-    wanted = max(STEP_TOKENS, tokens // effort.steps) // length
-    batch, per_step = _equal_batches(wanted, min(config.batch_size, len(held)))
-    held = held[: len(held) // batch * batch]
+    held_out = pieces[len(rest) :]
+    budget = training_budget(config)
+    wanted = max(STEP_TOKENS, tokens // budget.steps) // length
+    batch, per_step = _equal_batches(wanted, min(config.batch_size, len(held_out)))
+    held_out = held_out[: len(held_out) // batch * batch]
     # Pieces of one document are spread over the steps.
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
     count = max(tokens // length, 1)
-    written = max(count - len(rest), 0) // batch * batch
+    generated = max(count - len(rest), 0) // batch * batch
     layers = decoder_layers(model)
-    text = Written(rest[:0], Tensor())
-    if written:
+    text = GeneratedText(rest[:0], Tensor())
+    if generated:
         on_token = partial(on_rehearsed, "the dense model writes text") if on_rehearsed else None
-        text = once(lambda: write(model, take, given, written, length, config.seed, run, on_token))
-    chosen = torch.cat([held, text.ids, rest[order[:count]]])
+        text = load_or_generate(
+            lambda: generate_text(model, load_layer, given, generated, length, config.seed, run, on_token)
+        )
+    chosen = torch.cat([held_out, text.ids, rest[order[:count]]])
     each = next(model.get_input_embeddings().parameters()).element_size()
     size = chosen.numel() * each * text_config(model.config).hidden_size
-    stream = capture(model, layers, chosen, batch, shelf_for(run, size), run.dtype)
-    dense, tuples = shelf_for(run, size), False
-    known = range(len(held) // batch, (len(held) + written) // batch)
+    stream = capture(model, layers, chosen, batch, activation_store_for(run, size), run.dtype)
+    dense_hidden, tuples = activation_store_for(run, size), False
+    known = range(len(held_out) // batch, (len(held_out) + generated) // batch)
     for number, hidden in zip(known, text.hidden.split(batch)):
-        dense.put(number, hidden)
+        dense_hidden.put(number, hidden)
     unknown = [number for number in range(len(stream)) if number not in known]
     with torch.no_grad():
         for index in range(len(layers)):
             start = time.perf_counter()
-            layer = running_layer(take(index), model.config, index, run)
-            before = dense if index else stream.hidden
+            layer = running_layer(load_layer(index), model.config, index, run)
+            before = dense_hidden if index else stream.hidden
             if index == 0:
                 tuples = returns_tuple(layer, before.get(0), stream.arguments[0][index])
             for number in unknown:
-                dense.put(number, run_layer(layer, before.get(number), stream.arguments[number][index]))
+                dense_hidden.put(number, run_layer(layer, before.get(number), stream.arguments[number][index]))
             del layer
-            trim()
+            malloc_trim()
             if on_rehearsed:
                 on_rehearsed("the dense model reads it", index, len(layers), time.perf_counter() - start)
-    return Lesson(
+    return DistillationData(
         ids=chosen.split(batch),
-        held=len(held) // batch,
-        written=written // batch,
+        held_out=len(held_out) // batch,
+        generated=generated // batch,
         per_step=per_step,
-        others=effort.others,
+        other_matrices_lr=budget.other_matrices_lr,
         stream=stream,
-        dense=dense,
+        dense_hidden=dense_hidden,
         tuples=tuples,
     )
 
@@ -144,7 +146,7 @@ def _equal_batches(count: int, most: int) -> tuple[int, int]:
     return count // number, number
 
 
-def training_run(model: PreTrainedModel, run: Run) -> Run:
+def training_run(model: PreTrainedModel, run: ExecutionContext) -> ExecutionContext:
     """The run as the training needs it: gradients do not fit into float16, so bfloat16 takes its place."""
     stored = next(model.get_input_embeddings().parameters()).dtype
     return run.single_process(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)

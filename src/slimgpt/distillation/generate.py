@@ -18,24 +18,24 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from slimgpt.errors import NumericalError
-from slimgpt.layerwise.capture import stood_in
-from slimgpt.layerwise.context import Run, running_layer, shelf_for
-from slimgpt.layerwise.divergence import brought
+from slimgpt.layerwise.capture import patched_layers
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
+from slimgpt.layerwise.divergence import on_device
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.lookup import layer_sizes, text_config
 from slimgpt.planning.targets import CACHE_BYTES, cache_bytes
 from slimgpt.runtime.memory import used_bytes
 
-PROMPT = 16
+PROMPT_TOKENS = 16
 """So many tokens of the calibration text begin a piece, or half of it where that is less."""
 
-AT_ONCE = 256
+MAX_BATCH = 256
 """At most so many pieces are written together: their logits are as many rows over the vocabulary."""
 
 OnToken = Callable[[int, int, float], None]
 
 
-class Written(NamedTuple):
+class GeneratedText(NamedTuple):
     """Text that a model has written.
 
     Args:
@@ -49,23 +49,23 @@ class Written(NamedTuple):
 
 
 @torch.no_grad()
-def write(
+def generate_text(
     model: PreTrainedModel,
-    take: Callable[[int], nn.Module],
+    load_layer: Callable[[int], nn.Module],
     windows: Tensor,
     count: int,
     length: int,
     seed: int,
-    run: Run,
+    run: ExecutionContext,
     on_token: OnToken | None = None,
-) -> Written:
+) -> GeneratedText:
     """Pieces of text, drawn from the dense model's predictions at temperature 1.
 
     Layers come to the device one after the other for every token, those that it has room for once.
 
     Args:
         model: what is around the layers; it stays as it is.
-        take: gives the dense layer of an index.
+        load_layer: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)``; every piece begins with some tokens of one.
         seed: of the places they are taken from, and of what is drawn.
         on_token: called after every token of the pieces that are written together, with its number, the number of all
@@ -75,27 +75,27 @@ def write(
         NumericalError: predictions that are NaN or infinite.
     """
     generator = torch.Generator().manual_seed(seed)
-    prompt = min(PROMPT, length // 2, windows.shape[1])
+    prompt = min(PROMPT_TOKENS, length // 2, windows.shape[1])
     rows = torch.randint(len(windows), (count, 1), generator=generator)
     starts = torch.randint(windows.shape[1] - prompt + 1, (count, 1), generator=generator)
     prompts = windows[rows, starts + torch.arange(prompt)]
     # All at once: what is written does not depend on how many pieces there is room for.
-    chances = torch.rand(count, length - prompt, generator=generator)
+    uniforms = torch.rand(count, length - prompt, generator=generator)
     layers, kept = decoder_layers(model), dict[int, nn.Module]()
     dtype = run.dtype or next(model.get_input_embeddings().parameters()).dtype
     shape = (count, length, text_config(model.config).hidden_size)
-    hidden = shelf_for(run, torch.Size(shape).numel() * dtype.itemsize)
+    hidden = activation_store_for(run, torch.Size(shape).numel() * dtype.itemsize)
     ids, behind, passed = windows.new_empty(shape[:2]), hidden.make(0, shape, dtype), Tensor()
     originals = list(layers)
     used = used_bytes(run.device)
     room = max(run.placement.budget - used, 0)
 
-    def called(index: int, *args: Any, **kwargs: Any) -> Any:
+    def run_layer_of(index: int, *args: Any, **kwargs: Any) -> Any:
         nonlocal passed
         layer = kept.get(index)
         if layer is None:
             stand_in, layers[index] = layers[index], originals[index]  # what is taken comes from there, or is made so
-            layer = running_layer(take(index), model.config, index, run)
+            layer = running_layer(load_layer(index), model.config, index, run)
             layers[index] = stand_in
             if used_bytes(run.device) < used + room // 3:
                 kept[index] = layer
@@ -104,9 +104,12 @@ def write(
         return returned
 
     numbers = {id(layer): index for index, layer in enumerate(originals)}
-    together = _at_once(model, length, room // 3, dtype)
+    together = _batch_size(model, length, room // 3, dtype)
     steps, done, caches = -(-count // together) * (length - prompt), 0, True
-    with brought(model, run.device, run.dtype), stood_in(layers, lambda layer: partial(called, numbers[id(layer)])):
+    with (
+        on_device(model, run.device, run.dtype),
+        patched_layers(layers, lambda layer: partial(run_layer_of, numbers[id(layer)])),
+    ):
         for rows in (slice(first, first + together) for first in range(0, count, together)):
             known: dict[str, Any] = {}
             fresh = text = prompts[rows].to(run.device)
@@ -117,20 +120,20 @@ def write(
                 if text.shape[1] == length:
                     break
                 place = text.shape[1] - prompt
-                fresh = _draw(model, found.logits[:, -1], chances[rows, place : place + 1].to(run.device))
+                fresh = _draw(model, found.logits[:, -1], uniforms[rows, place : place + 1].to(run.device))
                 text = torch.cat([text, fresh], dim=1)
                 if caches := "past_key_values" in found:
-                    known = {"past_key_values": _with_room(found["past_key_values"], length)}
+                    known = {"past_key_values": _preallocated(found["past_key_values"], length)}
                 else:  # what keeps no cache, or one of its own, reads all again
                     fresh = text
                 if on_token:
                     on_token(done, steps, time.perf_counter() - start)
                 done += 1
             ids[rows] = text.to(ids)
-    return Written(ids, behind)
+    return GeneratedText(ids, behind)
 
 
-class _Roomy(DynamicLayer):
+class PreallocatedCacheLayer(DynamicLayer):
     """Keys and values of a layer, with room for all that are to come: a cache that grows is copied for every token,
     which costs more the more pieces are written together.
 
@@ -155,15 +158,15 @@ class _Roomy(DynamicLayer):
         return self.keys, self.values
 
 
-def _with_room(cache: Any, length: int) -> Any:
+def _preallocated(cache: Any, length: int) -> Any:
     """A cache whose layers have room for so many tokens, where they would grow; what keeps something else stays."""
     for index, layer in enumerate(getattr(cache, "layers", [])):
         if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            cache.layers[index] = _Roomy((layer.keys, layer.values), length)
+            cache.layers[index] = PreallocatedCacheLayer((layer.keys, layer.values), length)
     return cache
 
 
-def _at_once(model: PreTrainedModel, length: int, room: int, dtype: torch.dtype) -> int:
+def _batch_size(model: PreTrainedModel, length: int, room: int, dtype: torch.dtype) -> int:
     """How many pieces are written together: their keys and values must find room.
 
     Args:
@@ -171,10 +174,10 @@ def _at_once(model: PreTrainedModel, length: int, room: int, dtype: torch.dtype)
     """
     heads = [sizes["num_key_value_heads"] for sizes in layer_sizes(model.config)]
     cache = cache_bytes(text_config(model.config), heads, length) * dtype.itemsize // CACHE_BYTES
-    return min(max(room // max(cache, 1), 1), AT_ONCE)
+    return min(max(room // max(cache, 1), 1), MAX_BATCH)
 
 
-def _draw(model: PreTrainedModel, logits: Tensor, chances: Tensor) -> Tensor:
+def _draw(model: PreTrainedModel, logits: Tensor, uniforms: Tensor) -> Tensor:
     """The next token of every piece, ``(pieces, 1)``.
 
     Args:
@@ -189,4 +192,4 @@ def _draw(model: PreTrainedModel, logits: Tensor, chances: Tensor) -> Tensor:
     below = logits.softmax(-1).cumsum(-1)  # of a vocabulary this is several times faster than torch.multinomial
     if bool(torch.isnan(below[:, -1].sum())):
         raise NumericalError("the dense model's predictions hold NaN or infinity on text of its own")
-    return torch.searchsorted(below, chances * below[:, -1:], right=True).clamp_max(below.shape[-1] - 1)
+    return torch.searchsorted(below, uniforms * below[:, -1:], right=True).clamp_max(below.shape[-1] - 1)

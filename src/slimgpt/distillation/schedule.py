@@ -15,16 +15,16 @@ from slimgpt.models.lookup import layer_sizes, text_config
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.plan import Plan
 
-BACK = 4 / 3
+BACKWARD_COST = 4 / 3
 """What the way back costs, in forward passes: gradients of what goes into every matrix, and a third of it for those of
 the output matrices."""
 
 
-WRITING = 1.5
+GENERATION_COST = 1.5
 """What a token costs that the dense model writes, in forward passes: one, and its predictions. It is not read again."""
 
 
-class _Effort(NamedTuple):
+class TrainingBudget(NamedTuple):
     """How much is trained.
 
     Args:
@@ -36,27 +36,27 @@ class _Effort(NamedTuple):
 
     passes: float
     steps: int
-    others: float
+    other_matrices_lr: float
 
-    def learning(self, plan: Plan) -> float:
+    def cost_per_token(self, plan: Plan) -> float:
         """What a token that is there costs, in forward passes of the dense layers: one, and the way through the pruned
         layers and back."""
-        return 1 + (1 + (2 if self.others else BACK)) * (1 - plan.achieved)
+        return 1 + (1 + (2 if self.other_matrices_lr else BACKWARD_COST)) * (1 - plan.achieved)
 
 
-USUAL, SEARCH = _Effort(1.4, 64, 0.0), _Effort(11.5, 320, 0.25)
+DEFAULT_BUDGET, SEARCH_BUDGET = TrainingBudget(1.4, 64, 0.0), TrainingBudget(11.5, 320, 0.25)
 """By default, and with ``--allocation search``."""
 
 
-LEAST_TOKENS = 32768
+MIN_TOKENS = 32768
 """So many calibration tokens there must be for a training that nobody asked for."""
 
 
-HELD_TOKENS = 2048
+HELD_OUT_TOKENS = 2048
 """So many tokens are neither repaired nor trained on: the training is kept only if its losses fell there."""
 
 
-LENGTH = 256
+MAX_SEQ_LEN = 256
 """Longer windows are cut."""
 
 
@@ -67,7 +67,9 @@ STEP_TOKENS = 512
 def passes_to_distill(config: PruneConfig, plan: Plan, windows: Tensor, tokens: int) -> float:
     """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
     token that is there, the writing of those that are not, and the way forth and back through the pruned layers."""
-    return tokens * _effort(config).learning(plan) + max(tokens - _room(windows), 0) * (WRITING - 1)
+    return tokens * training_budget(config).cost_per_token(plan) + max(tokens - trainable_tokens(windows), 0) * (
+        GENERATION_COST - 1
+    )
 
 
 def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
@@ -80,12 +82,12 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     if config.distill == 0:
         return 0
     if config.distill == "auto":
-        if not measurable(shape) or windows.numel() < LEAST_TOKENS or len(windows) == 1:
+        if not measurable(shape) or windows.numel() < MIN_TOKENS or len(windows) == 1:
             return 0
-        effort, room = _effort(config), _room(windows)
-        passes, learning = effort.passes * windows.numel(), effort.learning(plan)
-        beyond = (passes - room * learning) / (learning + WRITING - 1)
-        return int(room + beyond if beyond > 0 else passes / learning)
+        effort, room = training_budget(config), trainable_tokens(windows)
+        passes, cost_per_token = effort.passes * windows.numel(), effort.cost_per_token(plan)
+        beyond = (passes - room * cost_per_token) / (cost_per_token + GENERATION_COST - 1)
+        return int(room + beyond if beyond > 0 else passes / cost_per_token)
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
     if len(windows) == 1:
@@ -117,7 +119,7 @@ def disk_to_distill(
         itemsize: bytes of a number as it is stored.
     """
     hidden = text_config(model.config).hidden_size * itemsize
-    written = hidden * max(tokens - _room(windows), 0)
+    written = hidden * max(tokens - trainable_tokens(windows), 0)
     if device.type != "cpu" or not tokens:
         return written
     structures = architecture_of(model.config, model).chosen(plan.head_unit)
@@ -126,11 +128,15 @@ def disk_to_distill(
         states = layer.state_dict()
         outputs = [(states[s.key].numel(), s.units(slim) / s.units(dense)) for s in structures if s.key in states]
         numbers = sum(tensor.numel() for tensor in states.values())
-        trained += numbers * (1 - plan.achieved) if _effort(config).others else sum(n * left for n, left in outputs)
+        trained += (
+            numbers * (1 - plan.achieved)
+            if training_budget(config).other_matrices_lr
+            else sum(n * left for n, left in outputs)
+        )
     return int(8 * trained) + 2 * written + 2 * hidden * tokens
 
 
-def repaired_on(windows: Tensor, tokens: int) -> Tensor:
+def pruning_split(windows: Tensor, tokens: int) -> Tensor:
     """The windows that pruning calibrates on: if the pruned model is to be trained, the last ones are left out of it.
 
     What the repair has seen would speak for the model as the repair left it.
@@ -141,14 +147,14 @@ def repaired_on(windows: Tensor, tokens: int) -> Tensor:
     return windows[: -_held_windows(windows)] if tokens else windows
 
 
-def _effort(config: PruneConfig) -> _Effort:
-    return SEARCH if config.allocation == "search" else USUAL
+def training_budget(config: PruneConfig) -> TrainingBudget:
+    return SEARCH_BUDGET if config.allocation == "search" else DEFAULT_BUDGET
 
 
-def _room(windows: Tensor) -> int:
+def trainable_tokens(windows: Tensor) -> int:
     """How many calibration tokens can be trained on."""
     return (len(windows) - _held_windows(windows)) * windows.shape[1]
 
 
 def _held_windows(windows: Tensor) -> int:
-    return max(min(HELD_TOKENS, windows.numel() // 4) // windows.shape[1], 1)
+    return max(min(HELD_OUT_TOKENS, windows.numel() // 4) // windows.shape[1], 1)

@@ -23,29 +23,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.distillation.data import Lesson, training_run
+from slimgpt.distillation.data import DistillationData, training_run
 from slimgpt.layerwise.capture import Arguments, put_parameter, run_layer
-from slimgpt.layerwise.context import Run, check_output, running_layer, shelf_for
-from slimgpt.layerwise.divergence import brought, divergences
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for, check_output, running_layer
+from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
-from slimgpt.runtime.activation_store import Shelf
-from slimgpt.runtime.memory import DEVICE, trim, used_bytes
+from slimgpt.runtime.activation_store import ActivationStore
+from slimgpt.runtime.memory import DEVICE, malloc_trim, used_bytes
 
-RATE, WARMUP = 2.6e-3, 0.1
+MAX_LR, WARMUP = 2.6e-3, 0.1
 """How far a step moves a matrix at most, as a share of its root mean square and for a divergence of one nat, and the
 share of steps until then. A divergence is like the square of a distance, so its root is what steps are scaled by."""
 
 BETAS = (0.9, 0.95)
 """Adam's memory of the mean and of the square of the gradient."""
 
-TEXT = 1.0
+TEXT_WEIGHT = 1.0
 """Weight of the text's own cross-entropy beside the divergence, where that is a nat or more at first. Below, it shrinks
 as the rate does: what the text says is the larger surprise, and would drown what the dense model says. Text that the
 dense model has written comes first and has no such weight: it says nothing that the model's predictions do not."""
 
-KEPT_EVERY = 600.0
+SAVE_INTERVAL_S = 600.0
 """So many seconds may pass before what a training has reached is kept once more."""
 
 OnReached = Callable[[State], None]
@@ -56,7 +56,7 @@ OnDistilled = Callable[[int, int, float, float], None]
 
 
 @dataclass
-class _Passed:
+class SavedActivations:
     """One batch that has gone through a layer: what went in, the weights to be moved, and what came out."""
 
     hidden: Tensor
@@ -64,15 +64,15 @@ class _Passed:
     after: Tensor
 
 
-class _Found(NamedTuple):
+class Losses(NamedTuple):
     """The losses per compared token."""
 
-    divergence: float
-    surprise: float
+    kl: float
+    cross_entropy: float
 
     def loss(self, text: float) -> float:
         """What is minimised."""
-        return self.divergence + text * self.surprise
+        return self.kl + text * self.cross_entropy
 
 
 class Distillation:
@@ -80,9 +80,9 @@ class Distillation:
 
     Args:
         model: what is around the layers; it stays as it is.
-        take: gives the pruned layer of an index; it stays as it is.
+        load_layer: gives the pruned layer of an index; it stays as it is.
         plan: its widths.
-        lesson: what :func:`rehearse` gave.
+        lesson: what :func:`build_distillation_data` gave.
         run: as the model was pruned.
         reached: what an earlier run had reached, as it was told of it: the losses before, the divergence of every step,
             and the parameters with Adam's moments by number.
@@ -91,20 +91,28 @@ class Distillation:
     def __init__(
         self,
         model: PreTrainedModel,
-        take: Callable[[int], nn.Module],
+        load_layer: Callable[[int], nn.Module],
         plan: Plan,
-        lesson: Lesson,
-        run: Run,
-        reached: State | None = None,
+        data: DistillationData,
+        run: ExecutionContext,
+        resume_state: State | None = None,
     ):
-        self.model, self.take, self.plan, self.lesson, self.reached = model, take, plan, lesson, reached
+        self.model, self.load_layer, self.plan, self.data, self.resume_state = (
+            model,
+            load_layer,
+            plan,
+            data,
+            resume_state,
+        )
         self.run = training_run(model, run)
         self.names: list[dict[str, int]] = []  # of every layer's trained parameters, with their numbers on the shelves
         self.types: list[torch.dtype] = []
         self.scales: list[float] = []
         self.trained = 0
-        self.stay: dict[int, nn.Module] = {}  # layers that the device has room for
-        self.trail: list[list[_Passed]] = []  # of every layer on the way forth; empty where it is to be run again
+        self.resident_layers: dict[int, nn.Module] = {}  # layers that the device has room for
+        self.saved: list[
+            list[SavedActivations]
+        ] = []  # of every layer on the way forth; empty where it is to be run again
 
     def __call__(self, on_distilled: OnDistilled | None = None, on_reached: OnReached | None = None) -> dict[str, Any]:
         """Train, and say what it gave, per token; ``kept`` is whether the losses on the held-out text fell.
@@ -114,36 +122,36 @@ class Distillation:
         """
         start = kept = time.perf_counter()
         self._begin()
-        steps, held = self.lesson.steps, range(self.lesson.held)
-        with brought(self.model, self.run.device, self.run.dtype):
-            before, curve = self._go_on() if self.reached else (self._look(held), [])
-            far = math.sqrt(min(max(before.divergence, 0.0), 1.0))
-            highest, text = RATE * far, TEXT * far
+        steps, held_out = self.data.steps, range(self.data.held_out)
+        with on_device(self.model, self.run.device, self.run.dtype):
+            before, curve = self._go_on() if self.resume_state else (self.evaluate(held_out), [])
+            far = math.sqrt(min(max(before.kl, 0.0), 1.0))
+            highest, text = MAX_LR * far, TEXT_WEIGHT * far
             for number, batches in list(enumerate(steps))[self.trained :]:
                 began = time.perf_counter()
-                heeded = text if batches[0] >= self.lesson.held + self.lesson.written else 0.0
-                hidden = self._forth(batches, learn=True)
-                found, gradients = self._compare(batches, hidden, heeded)
-                self._back(batches, gradients, highest * _rate(number, len(steps)))
+                text_weight = text if batches[0] >= self.data.held_out + self.data.generated else 0.0
+                hidden = self.forward(batches, save_for_backward=True)
+                found, gradients = self._compare(batches, hidden, text_weight)
+                self.backward(batches, gradients, highest * _rate(number, len(steps)))
                 self.trained += 1
-                curve.append(found.divergence)
-                trim()
+                curve.append(found.kl)
+                malloc_trim()
                 if on_distilled:
-                    on_distilled(number, len(steps), found.divergence, time.perf_counter() - began)
-                if on_reached and time.perf_counter() - kept > KEPT_EVERY and number + 1 < len(steps):
+                    on_distilled(number, len(steps), found.kl, time.perf_counter() - began)
+                if on_reached and time.perf_counter() - kept > SAVE_INTERVAL_S and number + 1 < len(steps):
                     on_reached(self._state(before, curve))
                     kept = time.perf_counter()
             self._round()
-            after = self._look(held)
+            after = self.evaluate(held_out)
         return {
-            "tokens": self.lesson.count(number for step in steps for number in step),
-            "written_tokens": self.lesson.count(range(self.lesson.held, self.lesson.held + self.lesson.written)),
+            "tokens": self.data.count(number for step in steps for number in step),
+            "written_tokens": self.data.count(range(self.data.held_out, self.data.held_out + self.data.generated)),
             "steps": len(steps),
             "rate": highest,
-            "held_out_tokens": self.lesson.count(held),
+            "held_out_tokens": self.data.count(held_out),
             "text_weight": text,
-            "divergence": {"before": before.divergence, "after": after.divergence},
-            "cross_entropy": {"before": before.surprise, "after": after.surprise},
+            "divergence": {"before": before.kl, "after": after.kl},
+            "cross_entropy": {"before": before.cross_entropy, "after": after.cross_entropy},
             "curve": curve,
             "kept": after.loss(text) < before.loss(text),
             "seconds": time.perf_counter() - start,
@@ -170,9 +178,9 @@ class Distillation:
 
     def _begin(self) -> None:
         """Bring what is trained to the shelves, in fp32: single steps are smaller than what 16 bits can tell apart."""
-        found = [self._trained(self.take(index)) for index in range(len(self.plan.layers))]
+        found = [self._trained(self.load_layer(index)) for index in range(len(self.plan.layers))]
         count = sum(parameter.numel() for named in found for parameter, _ in named.values())
-        self.weights, self.means, self.squares = (shelf_for(self.run, size * count) for size in (4, 2, 2))
+        self.weights, self.means, self.squares = (activation_store_for(self.run, size * count) for size in (4, 2, 2))
         for named in found:
             self.names.append({})
             for name, (parameter, share) in named.items():
@@ -182,28 +190,28 @@ class Distillation:
                 weight = parameter.detach().to(self.run.device, torch.float32, copy=True)
                 self.weights.put(number, weight)
                 self.scales.append(share * float(weight.square().mean().sqrt()))
-            trim()
+            malloc_trim()
         used = used_bytes(self.run.device)
         self.room = used + max(self.run.placement.budget - used, 0) // 3
 
-    def _shelves(self) -> dict[str, Shelf]:
+    def _shelves(self) -> dict[str, ActivationStore]:
         return {"parameter": self.weights, "mean": self.means, "square": self.squares}
 
-    def _state(self, before: _Found, curve: list[float]) -> State:
+    def _state(self, before: Losses, curve: list[float]) -> State:
         """What has been reached."""
         kept = {f"{kind}.{n}": one for kind, shelf in self._shelves().items() for n, one in shelf.stored().items()}
         figures = {"before": before, "curve": curve}
         return {**kept, **{name: torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}}
 
-    def _go_on(self) -> tuple[_Found, list[float]]:
+    def _go_on(self) -> tuple[Losses, list[float]]:
         """Take up what an earlier run had reached."""
-        reached = self.reached or {}
+        resume_state = self.resume_state or {}
         for kind, shelf in self._shelves().items():
             for number in range(len(self.types)):
-                shelf.put(number, reached[f"{kind}.{number}"].to(self.run.device, copy=True))
-        curve = reached["curve"].tolist()
-        self.trained, self.reached = len(curve), None
-        return _Found(*reached["before"].tolist()), curve
+                shelf.put(number, resume_state[f"{kind}.{number}"].to(self.run.device, copy=True))
+        curve = resume_state["curve"].tolist()
+        self.trained, self.resume_state = len(curve), None
+        return Losses(*resume_state["before"].tolist()), curve
 
     def _trained(self, layer: nn.Module) -> dict[str, tuple[nn.Parameter, float]]:
         """The parameters of a layer that are trained, by name, and the share of the rate that is theirs: output
@@ -215,89 +223,89 @@ class Distillation:
         for name, parameter in layer.named_parameters():
             first = name in keys or name.rpartition(".")[0] in norms
             # A key's bias has no gradient but rounding, and Adam makes a full step of that.
-            share = 1.0 if first else self.lesson.others if parameter.ndim > 1 else 0.0
+            share = 1.0 if first else self.data.other_matrices_lr if parameter.ndim > 1 else 0.0
             if share:
                 found[name] = (parameter, share)
         return found
 
     def _layer(self, index: int) -> nn.Module:
         """A layer with the weights it has by now, of which gradients can be taken."""
-        layer = self.stay.get(index)
+        layer = self.resident_layers.get(index)
         if layer is None:
-            layer = running_layer(self.take(index), self.model.config, index, self.run, self.plan.layers[index])
+            layer = running_layer(self.load_layer(index), self.model.config, index, self.run, self.plan.layers[index])
             if used_bytes(self.run.device) < self.room:
-                self.stay[index] = layer
+                self.resident_layers[index] = layer
         for name, parameter in layer.named_parameters():
             number = self.names[index].get(name)
             weight = parameter.detach() if number is None else self.weights.get(number).to(parameter.dtype)
             put_parameter(layer, name, nn.Parameter(weight, requires_grad=number is not None))
         return layer
 
-    def _look(self, batches: Sequence[int]) -> _Found:
-        return self._compare(batches, self._forth(batches))[0]
+    def evaluate(self, batches: Sequence[int]) -> Losses:
+        return self._compare(batches, self.forward(batches))[0]
 
-    def _forth(self, batches: Sequence[int], learn: bool = False) -> list[Tensor]:
+    def forward(self, batches: Sequence[int], save_for_backward: bool = False) -> list[Tensor]:
         """The hidden states of some batches behind the last layer.
 
         Args:
             learn: whether the way back will be gone. Every layer's inputs are kept for it, and with them, as long as
                 there is room, all that gradients are made of, so that the layer need not be run again.
         """
-        arguments, device = self.lesson.stream.arguments, self.run.device
-        hidden = [self.lesson.stream.hidden.get(number) for number in batches]
-        self.inputs = shelf_for(self.run, len(self.plan.layers) * sum(tensor.nbytes for tensor in hidden))
-        self.trail = []
+        arguments, device = self.data.stream.arguments, self.run.device
+        hidden = [self.data.stream.hidden.get(number) for number in batches]
+        self.inputs = activation_store_for(self.run, len(self.plan.layers) * sum(tensor.nbytes for tensor in hidden))
+        self.saved = []
         used = used_bytes(device)
         ceiling = used + (self.run.placement.budget - used) // 2 if self.inputs.place == DEVICE else 0
         for index in range(len(self.plan.layers)):
-            layer, passed = self._layer(index), list[_Passed]()
-            keep = learn and used_bytes(device) < ceiling
+            layer, passed = self._layer(index), list[SavedActivations]()
+            keep = save_for_backward and used_bytes(device) < ceiling
             for place, number in enumerate(batches):
                 if keep:
                     passed.append(self._pass(layer, index, hidden[place], arguments[number][index]))
                     hidden[place] = passed[-1].after.detach()
                     continue
-                if learn:
+                if save_for_backward:
                     self.inputs.put(index * len(batches) + place, hidden[place])
                 with torch.no_grad():
                     hidden[place] = run_layer(layer, hidden[place], arguments[number][index])
             check_output(index, hidden[-1])
-            self.trail.append(passed)
+            self.saved.append(passed)
             del layer
         return hidden
 
     def _compare(
         self, batches: Sequence[int], hidden: list[Tensor], text: float | None = None
-    ) -> tuple[_Found, list[Tensor]]:
+    ) -> tuple[Losses, list[Tensor]]:
         """The losses of some batches, and their gradients behind the last layer.
 
         Args:
             text: its weight in the gradients; ``None``: these are not wanted, and zero.
         """
         slopes = text is not None
-        divergence, surprise, gradients, tokens, followed = 0.0, 0.0, [], 0, 0
+        kl, cross_entropy, gradients, tokens, followed = 0.0, 0.0, [], 0, 0
         for place, number in enumerate(batches):
-            ids, dense = self.lesson.ids[number], self.lesson.dense.get(number)
-            apart, said, steep = divergences(
-                self.model, dense, [hidden[place]], ids, self.lesson.tuples, [slopes], text or 0.0
+            ids, dense_hidden = self.data.ids[number], self.data.dense_hidden.get(number)
+            kls, cross_entropies, gradient = kl_and_cross_entropy(
+                self.model, dense_hidden, [hidden[place]], ids, self.data.tuples, [slopes], text or 0.0
             )
-            divergence, surprise = divergence + apart[0], surprise + said[0]
-            gradients += steep
+            kl, cross_entropy = kl + kls[0], cross_entropy + cross_entropies[0]
+            gradients += gradient
             tokens, followed = tokens + ids[:, 1:].numel(), followed + ids[:, 2:].numel()
-        return _Found(divergence / max(tokens, 1), surprise / max(followed, 1)), gradients
+        return Losses(kl / max(tokens, 1), cross_entropy / max(followed, 1)), gradients
 
-    def _pass(self, layer: nn.Module, index: int, hidden: Tensor, arguments: Arguments) -> _Passed:
+    def _pass(self, layer: nn.Module, index: int, hidden: Tensor, arguments: Arguments) -> SavedActivations:
         """Run a layer so that gradients can be taken."""
         leaf = hidden.detach().requires_grad_()
         with torch.enable_grad():
             after = run_layer(layer, leaf, arguments)
-        return _Passed(leaf, [layer.get_parameter(name) for name in self.names[index]], after)
+        return SavedActivations(leaf, [layer.get_parameter(name) for name in self.names[index]], after)
 
-    def _back(self, batches: Sequence[int], gradients: list[Tensor], rate: float) -> None:
+    def backward(self, batches: Sequence[int], gradients: list[Tensor], rate: float) -> None:
         """Gradients of every layer from the last to the first; each is moved once its own are known."""
         for index in reversed(range(len(self.plan.layers))):
             totals: list[Tensor] = []
-            for place, one in enumerate(self.trail.pop() or self._again(index, batches)):
+            for place, one in enumerate(self.saved.pop() or self.recompute(index, batches)):
                 found = torch.autograd.grad(
                     one.after, [one.hidden, *one.weights], gradients[place], materialize_grads=True
                 )
@@ -305,16 +313,16 @@ class Distillation:
                 sums = totals or [0.0] * len(one.weights)
                 totals = [total + gradient.float() for total, gradient in zip(sums, found[1:])]
             for number, gradient in zip(self.names[index].values(), totals):
-                self._move(number, gradient, rate)
+                self.adam_step(number, gradient, rate)
 
-    def _again(self, index: int, batches: Sequence[int]) -> Iterator[_Passed]:
+    def recompute(self, index: int, batches: Sequence[int]) -> Iterator[SavedActivations]:
         """Run a layer a second time, one batch after the other, on the inputs that were kept."""
         layer = self._layer(index)
         for place, number in enumerate(batches):
             hidden = self.inputs.get(index * len(batches) + place)
-            yield self._pass(layer, index, hidden, self.lesson.stream.arguments[number][index])
+            yield self._pass(layer, index, hidden, self.data.stream.arguments[number][index])
 
-    def _move(self, number: int, gradient: Tensor, rate: float) -> None:
+    def adam_step(self, number: int, gradient: Tensor, rate: float) -> None:
         """One step of Adam."""
         weight, fresh = self.weights.get(number), self.trained == 0
         mean = torch.zeros_like(weight) if fresh else self.means.get(number).float()

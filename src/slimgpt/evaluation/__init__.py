@@ -1,6 +1,6 @@
 """What a model is worth: perplexity, accuracy on tasks, memory over long texts, speed."""
 
-from slimgpt.evaluation.contamination import leak_note
+from slimgpt.evaluation.contamination import contamination_note
 from slimgpt.evaluation.corpora import CORPORA, Text, read_text
 from slimgpt.evaluation.passkey_retrieval import Passkey, passkey
 from slimgpt.evaluation.perplexity import Perplexity, check_protocol, perplexity
@@ -18,8 +18,8 @@ __all__ = [
     "check_generation",
     "check_protocol",
     "check_tasks",
+    "contamination_note",
     "evaluate_tasks",
-    "leak_note",
     "measure_speed",
     "passkey",
     "peak_memory",

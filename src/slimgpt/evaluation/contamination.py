@@ -24,7 +24,7 @@ PROBE = 60
 """Characters of a line that is looked for in the calibration text: long enough not to be there by chance."""
 
 
-def leak_note(report: Mapping[str, Any] | None, text: Text) -> str | None:
+def contamination_note(report: Mapping[str, Any] | None, text: Text) -> str | None:
     """What has to be said beside a figure; ``None`` where nothing speaks for a leak.
 
     Compared are the names of the corpora, and, where the source of the calibration text is a file that is still

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt.calibration.windows import leading_ids
+from slimgpt.calibration.windows import prefix_ids
 from slimgpt.errors import UsageError
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context
@@ -22,7 +22,7 @@ BOS = ("auto", "once", "window")
 """Where the tokens stand that the tokenizer puts before a text: at its start, or at the start of every window.
 ``auto`` is ``window`` for the models below and ``once``, the literature's way, for all others."""
 
-LEAN_ON_BOS = ("gemma",)
+NEEDS_BOS_PER_WINDOW = ("gemma",)
 """How the names of model types begin that predict badly where a window does not start with BOS."""
 
 
@@ -111,9 +111,9 @@ def perplexity(
     """
     check_protocol(window, bos)
     config = model.config.get_text_config(decoder=True)
-    in_window = bos == "window" or (bos == "auto" and config.model_type.startswith(LEAN_ON_BOS))
+    in_window = bos == "window" or (bos == "auto" and config.model_type.startswith(NEEDS_BOS_PER_WINDOW))
     where = "to every window" if in_window else "once for the whole text"
-    prefix = leading_ids(tokenizer) if in_window else []
+    prefix = prefix_ids(tokenizer) if in_window else []
     body = window - len(prefix)  # of the text in a window
     step = body if stride is None else stride
     if not 1 <= step <= body:

@@ -22,10 +22,10 @@ ALIASES = {"commonsense": COMMONSENSE}
 USUAL = ("acc_norm", "acc")
 """A task's score in means is the first of these that it has."""
 
-ONE_SIDED = 0.9
+DEGENERATE_SHARE = 0.9
 """The share of questions with the same answer from which on that is said beside the score."""
 
-ENOUGH = 20
+MIN_QUESTIONS = 20
 """Fewer questions may have the same answer by chance."""
 
 Answers = dict[str, dict[int, float]]
@@ -55,7 +55,7 @@ class TaskScores:
     mean_stderr: float | None
     protocol: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]]
-    commonest: dict[str, tuple[str, float]] = field(default_factory=dict)
+    majority_answer: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists, without the samples."""
@@ -72,14 +72,16 @@ class TaskScores:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """What :meth:`with_answers` gave, also if it has been in a file."""
-        commonest = {name: (option, share) for name, (option, share) in values["commonest"].items()}
-        return cls(**{**values, "commonest": commonest})
+        majority_answer = {name: (option, share) for name, (option, share) in values["commonest"].items()}
+        return cls(**{**values, "commonest": majority_answer})
 
-    def one_sided(self) -> dict[str, str]:
+    def degenerate_tasks(self) -> dict[str, str]:
         """In words, by task: where one option is preferred so often that the score says little but how often it is
         right."""
         return {
-            name: f"'{option}' to {share:.0%}" for name, (option, share) in self.commonest.items() if share >= ONE_SIDED
+            name: f"'{option}' to {share:.0%}"
+            for name, (option, share) in self.majority_answer.items()
+            if share >= DEGENERATE_SHARE
         }
 
 
@@ -114,7 +116,7 @@ def evaluate_tasks(
         mean_acc=mean_of(asked, ("acc",)),
         mean_stderr=stderr_of_mean(asked),
         samples=found["samples"],
-        commonest={name: one for name, rows in found["samples"].items() if (one := _commonest(rows)) is not None},
+        majority_answer={name: one for name, rows in found["samples"].items() if (one := _commonest(rows)) is not None},
         protocol={
             "harness": f"lm_eval {found['lm_eval_version']}",
             "tasks": names,
@@ -205,7 +207,7 @@ def _metrics(found: dict[str, Any], name: str) -> dict[str, float]:
 def _commonest(rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
     """The option that is preferred most often and its share, where all of many questions have the same options."""
     asked = [[argument[1:] for argument in row["arguments"]] for row in rows]
-    if len(rows) < ENOUGH or any(each != asked[0] for each in asked):
+    if len(rows) < MIN_QUESTIONS or any(each != asked[0] for each in asked):
         return None
     options = [str(rest[0]).strip() for rest in asked[0] if len(rest) == 1 and isinstance(rest[0], str)]
     if not 1 < len(options) == len(asked[0]):  # something else is asked for than a choice

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slimgpt.errors import ExportError, PlanError
 from slimgpt.exporting.gguf_tokenizer import add_tokenizer
-from slimgpt.exporting.source import Exported
+from slimgpt.exporting.source import ExportSource
 from slimgpt.models.lookup import head_dim
 from slimgpt.planning.engines import gguf_architecture, is_uniform
 
@@ -42,7 +42,7 @@ _NAMES = {
 _AROUND = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def check(exported: Exported, quantize: str) -> None:
+def check(exported: ExportSource, quantize: str) -> None:
     """Refuse what cannot be written, before any work.
 
     Raises:
@@ -65,7 +65,7 @@ def check(exported: Exported, quantize: str) -> None:
         )
 
 
-def write(exported: Exported, file: Path, quantize: str, pre: str | None = None) -> list[str]:
+def write(exported: ExportSource, file: Path, quantize: str, pre: str | None = None) -> list[str]:
     """Write a GGUF file.
 
     Args:
@@ -89,7 +89,7 @@ def write(exported: Exported, file: Path, quantize: str, pre: str | None = None)
     return notes
 
 
-def _write(exported: Exported, file: Path, quantize: str, pre: str | None) -> list[str]:
+def _write(exported: ExportSource, file: Path, quantize: str, pre: str | None) -> list[str]:
     architecture = gguf_architecture(exported.config, exported.sizes)
     writer = GGUFWriter(file, architecture)
     try:
@@ -127,7 +127,7 @@ def _kind(shape: tuple[int, ...], quantize: str) -> GGMLQuantizationType:
     return GGMLQuantizationType[quantize]
 
 
-def _metadata(writer: GGUFWriter, exported: Exported, architecture: str, quantize: str) -> None:
+def _metadata(writer: GGUFWriter, exported: ExportSource, architecture: str, quantize: str) -> None:
     config, sizes = exported.config, exported.sizes
     base = str(getattr(config, "name_or_path", "") or exported.source.name)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -172,7 +172,7 @@ _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8
 class _Read:
     """A tensor as llama.cpp wants it, or only its shape."""
 
-    def __init__(self, exported: Exported, names: list[str], heads: int | None = None):
+    def __init__(self, exported: ExportSource, names: list[str], heads: int | None = None):
         self.exported, self.names, self.heads = exported, names, heads
 
     def __call__(self, shape_only: bool) -> Any:
@@ -202,7 +202,7 @@ def interleave(tensor: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).flatten(0, 2)
 
 
-def _tensors(exported: Exported, architecture: str) -> list[tuple[str, _Read]]:
+def _tensors(exported: ExportSource, architecture: str) -> list[tuple[str, _Read]]:
     """Every tensor's name in the file, and how to get it."""
     found: list[tuple[str, _Read]] = []
     rotated = architecture in ("llama", "deci")

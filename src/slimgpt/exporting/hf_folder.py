@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.source import Exported
+from slimgpt.exporting.source import ExportSource
 from slimgpt.io.shards import write_shards
 from slimgpt.models.build import stock_class
 from slimgpt.models.stock_config import stock_config
@@ -17,7 +17,10 @@ from slimgpt.planning.engines import is_uniform
 
 
 def write_stock_folder(
-    exported: Exported, folder: Path, config: PreTrainedConfig, layer: Callable[[int], dict[str, Tensor]] | None = None
+    exported: ExportSource,
+    folder: Path,
+    config: PreTrainedConfig,
+    layer: Callable[[int], dict[str, Tensor]] | None = None,
 ) -> None:
     """Write config, weights, tokenizer and generation settings for a stock class.
 
@@ -31,7 +34,9 @@ def write_stock_folder(
     write_rest(exported, folder)
 
 
-def write_weights(exported: Exported, folder: Path, layer: Callable[[int], dict[str, Tensor]] | None = None) -> None:
+def write_weights(
+    exported: ExportSource, folder: Path, layer: Callable[[int], dict[str, Tensor]] | None = None
+) -> None:
     """Write the weights in shards, a layer in memory at a time."""
     start = f"{exported.architecture.layers}."
     around = {name: exported[name] for name in exported.names if not name.startswith(start)}
@@ -45,14 +50,14 @@ def write_weights(exported: Exported, folder: Path, layer: Callable[[int], dict[
     write_shards(folder, groups())
 
 
-def write_rest(exported: Exported, folder: Path) -> None:
+def write_rest(exported: ExportSource, folder: Path) -> None:
     """Tokenizer and generation settings."""
     exported.tokenizer().save_pretrained(folder)
     if (exported.folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(exported.folder).to_json_file(folder / "generation_config.json")
 
 
-def check_uniform(exported: Exported) -> None:
+def check_uniform(exported: ExportSource) -> None:
     """Refuse what no stock class holds.
 
     Raises:
@@ -67,7 +72,7 @@ def check_uniform(exported: Exported) -> None:
         raise ExportError(f"no stock class of transformers takes the widths {exported.sizes[0]}; use --to padded")
 
 
-def write_uniform(exported: Exported, folder: Path) -> list[str]:
+def write_uniform(exported: ExportSource, folder: Path) -> list[str]:
     """A stock class of the same widths, relabelled where the family's own refuses them; returns notes."""
     config = stock_config(exported.config, exported.sizes[0])
     assert config is not None

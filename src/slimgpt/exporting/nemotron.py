@@ -8,12 +8,12 @@ from typing import Any
 
 from slimgpt.errors import ExportError
 from slimgpt.exporting.hf_folder import write_rest, write_weights
-from slimgpt.exporting.source import Exported
+from slimgpt.exporting.source import ExportSource
 from slimgpt.models.lookup import head_dim
 from slimgpt.planning.engines import NEMOTRON_STEP, nemotron_problem
 
 
-def check_nemotron(exported: Exported) -> None:
+def check_nemotron(exported: ExportSource) -> None:
     """Refuse what ``block_configs`` cannot express.
 
     Raises:
@@ -23,7 +23,7 @@ def check_nemotron(exported: Exported) -> None:
         raise ExportError(f"{exported.source.name} cannot become nemotron-nas: {problem}; or use --to padded")
 
 
-def write_nemotron(exported: Exported, folder: Path) -> list[str]:
+def write_nemotron(exported: ExportSource, folder: Path) -> list[str]:
     """The weights under a config with ``block_configs``, which vLLM, SGLang, TensorRT-LLM and mlx-lm read; notes."""
     config: dict[str, Any] = exported.config.to_dict()
     for field in ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "rope_parameters"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from slimgpt.errors import ExportError
 from slimgpt.exporting.hf_folder import check_uniform, write_uniform
-from slimgpt.exporting.source import Exported
+from slimgpt.exporting.source import ExportSource
 
 PACKAGES = {
     "onnx": ("optimum.exporters.onnx", "optimum-onnx"),
@@ -16,10 +16,10 @@ PACKAGES = {
 }
 
 
-def check(to: str) -> Callable[[Exported], None]:
+def check(to: str) -> Callable[[ExportSource], None]:
     """What refuses a model that optimum cannot take, before any work."""
 
-    def refuse(exported: Exported) -> None:
+    def refuse(exported: ExportSource) -> None:
         check_uniform(exported)
         module, package = PACKAGES[to]
         if not _installed(module):
@@ -28,10 +28,10 @@ def check(to: str) -> Callable[[Exported], None]:
     return refuse
 
 
-def write(to: str) -> Callable[[Exported, Path], list[str]]:
+def write(to: str) -> Callable[[ExportSource, Path], list[str]]:
     """What hands the model, as a stock class, to optimum."""
 
-    def convert(exported: Exported, folder: Path) -> list[str]:
+    def convert(exported: ExportSource, folder: Path) -> list[str]:
         from importlib import import_module
 
         stock = folder / "stock"

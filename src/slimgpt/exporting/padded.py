@@ -14,7 +14,7 @@ from torch import Tensor
 
 from slimgpt.errors import ExportError
 from slimgpt.exporting.hf_folder import write_stock_folder
-from slimgpt.exporting.source import Exported
+from slimgpt.exporting.source import ExportSource
 from slimgpt.models.architecture import Sizes
 from slimgpt.models.families.moe import Experts
 from slimgpt.models.lookup import text_config, with_sizes
@@ -32,7 +32,7 @@ def padded_sizes(sizes: list[dict[str, int]]) -> dict[str, int]:
     }
 
 
-def check(exported: Exported) -> None:
+def check(exported: ExportSource) -> None:
     """Refuse what cannot be padded, before any work.
 
     Raises:
@@ -60,7 +60,7 @@ def check(exported: Exported) -> None:
         )
 
 
-def write(exported: Exported, folder: Path) -> list[str]:
+def write(exported: ExportSource, folder: Path) -> list[str]:
     """Write the padded model into ``folder``; returns notes."""
     target = padded_sizes(exported.sizes)
     config = stock_config(with_sizes(exported.config, target), target)

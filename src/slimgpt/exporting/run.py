@@ -16,7 +16,7 @@ from slimgpt.checkpoint.journal import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
 from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, padded
-from slimgpt.exporting.source import Exported, open_folder
+from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
 from slimgpt.io.folders import check_output, new_folder, output_lock
 from slimgpt.models.architecture import Sizes
@@ -34,8 +34,8 @@ class Format:
         problem: why a model of a config and widths cannot take the form; ``None`` if it can. For plans.
     """
 
-    check: Callable[[Exported], None]
-    write: Callable[[Exported, Path], list[str]]
+    check: Callable[[ExportSource], None]
+    write: Callable[[ExportSource, Path], list[str]]
     problem: Callable[[PreTrainedConfig, Sequence[Sizes]], str | None]
     single: bool = False
 
@@ -214,7 +214,7 @@ def _check_file(path: Path, overwrite: bool) -> None:
         raise OutputError(f"cannot write into {path.parent}; give a folder that is there and that you may write to")
 
 
-def _write_file(form: Format, exported: Exported, path: Path, overwrite: bool) -> list[str]:
+def _write_file(form: Format, exported: ExportSource, path: Path, overwrite: bool) -> list[str]:
     _check_file(path, overwrite)
     draft = path.parent / f".{path.name}.partial"
     try:
@@ -230,7 +230,7 @@ def _write_file(form: Format, exported: Exported, path: Path, overwrite: bool) -
         draft.unlink(missing_ok=True)
 
 
-def _write_folder(form: Format, exported: Exported, path: Path, overwrite: bool) -> list[str]:
+def _write_folder(form: Format, exported: ExportSource, path: Path, overwrite: bool) -> list[str]:
     try:
         with new_folder(path, overwrite) as work:
             notes = form.write(exported, work)

@@ -14,11 +14,11 @@ from slimgpt.models.build import architecture_of, empty_model
 from slimgpt.models.loading import load_config, load_tokenizer
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import Source, check_files, locate
-from slimgpt.models.streaming import WeightFiles, misfit
+from slimgpt.models.streaming import WeightFiles, weights_mismatch
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportSource:
     """What an exporter reads.
 
     Args:
@@ -47,7 +47,7 @@ class Exported:
         return {name[len(start) :]: self.weights[name] for name in self.names if name.startswith(start)}
 
 
-def open_folder(name: str | Path) -> Exported:
+def open_folder(name: str | Path) -> ExportSource:
     """Open a model folder, dense or slim, without reading its weights.
 
     Raises:
@@ -62,9 +62,9 @@ def open_folder(name: str | Path) -> Exported:
     model = empty_model(config)
     architecture = architecture_of(config, model)
     weights = WeightFiles(source.folder)
-    problem = misfit(model, weights)
+    problem = weights_mismatch(model, weights)
     if problem is not None:
         raise ExportError(f"{name} cannot be exported: {problem}")
     tied = model.all_tied_weights_keys or {}
     names = [tensor for tensor in model.state_dict() if tensor not in tied]
-    return Exported(source, source.folder, config, architecture, layer_sizes(config), weights, names)
+    return ExportSource(source, source.folder, config, architecture, layer_sizes(config), weights, names)

@@ -217,7 +217,7 @@ def new_folder(
         try:
             work.mkdir()
             yield work
-            settle(work)
+            fsync_tree(work)
             replace_folder(work, path, path.parent / f".{path.name}.replaced")
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -258,7 +258,7 @@ def _clear_leftovers(path: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
-def settle(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
     """Make the files of a folder readable to others and put their bytes on the disk."""
     for file in folder.rglob("*"):
         if file.is_file():

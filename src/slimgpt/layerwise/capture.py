@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.errors import ModelError
-from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.activation_store import ActivationStore
 
 Arguments = dict[str, Any]
 
 
 @dataclass
-class Stream:
+class LayerInputs:
     """The hidden states between two layers, and how to call each layer.
 
     Args:
@@ -33,14 +33,14 @@ class Stream:
         arguments: for every batch the keyword arguments of every layer; equal tensors are shared.
     """
 
-    hidden: Shelf
+    hidden: ActivationStore
     arguments: list[list[Arguments]]
 
     def __len__(self) -> int:
         return len(self.arguments)
 
 
-class StandIn(nn.Module):
+class ModuleProxy(nn.Module):
     """Takes a module's place for a while: calls a function instead, and still shows the module's attributes.
 
     Some models read an attribute of a layer before they call it, such as its attention type.
@@ -62,12 +62,12 @@ class StandIn(nn.Module):
 
 
 @contextmanager
-def stood_in(layers: nn.ModuleList, function: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
-    """Every layer replaced by a :class:`StandIn` for a while; ``function`` gives for each what is called instead."""
+def patched_layers(layers: nn.ModuleList, function: Callable[[nn.Module], Callable[..., Any]]) -> Iterator[None]:
+    """Context manager: every layer is a :class:`ModuleProxy`; ``function`` gives for each what is called instead."""
     originals = list(layers)
     try:
         for index, layer in enumerate(originals):
-            layers[index] = StandIn(layer, function(layer))
+            layers[index] = ModuleProxy(layer, function(layer))
         yield
     finally:
         for index, layer in enumerate(originals):
@@ -80,9 +80,9 @@ def capture(
     layers: nn.ModuleList,
     windows: Tensor,
     batch_size: int,
-    hidden: Shelf,
+    hidden: ActivationStore,
     dtype: torch.dtype | None = None,
-) -> Stream:
+) -> LayerInputs:
     """The inputs of the first layer and every layer's arguments, on the device of ``hidden``.
 
     Args:
@@ -105,7 +105,7 @@ def capture(
         calls.append((calls[0][0] if calls else hidden_states, named))
         return (calls[0][0], None) if unpacked else calls[0][0]
 
-    with stood_in(layers, lambda layer: partial(record, layer)):
+    with patched_layers(layers, lambda layer: partial(record, layer)):
         for number, batch in enumerate(windows.split(batch_size)):
             inputs = {"input_ids": batch.to(embedding_device), "use_cache": False}
             try:
@@ -124,7 +124,7 @@ def capture(
             if len(batch) not in known:
                 known[len(batch)] = [move(kwargs) for _, kwargs in calls]
             arguments.append(known[len(batch)])
-    return Stream(hidden, arguments)
+    return LayerInputs(hidden, arguments)
 
 
 def _named(layer: nn.Module, args: tuple[Any, ...], kwargs: Arguments) -> tuple[Tensor, Arguments]:

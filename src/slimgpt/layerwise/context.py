@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from slimgpt.errors import NumericalError
 from slimgpt.models.architecture import Sizes
 from slimgpt.models.build import rebuild_layer
-from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.distributed import Ranks
-from slimgpt.runtime.memory import DEVICE, FILE, HOST, RESERVE, Placement, free_bytes, used_bytes
+from slimgpt.runtime.memory import DEVICE, FILE, HOST, USABLE_FRACTION, Placement, free_bytes, used_bytes
 
 
 @dataclass(frozen=True)
-class Run:
+class ExecutionContext:
     """How and where the loop runs.
 
     Args:
@@ -35,27 +35,29 @@ class Run:
     ranks: Ranks = field(default_factory=Ranks)
     scratch: Path | None = None
 
-    def single_process(self, dtype: torch.dtype | None) -> Run:
+    def single_process(self, dtype: torch.dtype | None) -> ExecutionContext:
         """The same in one process, for work that rank 0 does alone.
 
         Args:
             dtype: of its forward passes.
         """
-        return Run(self.device, self.placement, dtype, scratch=self.scratch)
+        return ExecutionContext(self.device, self.placement, dtype, scratch=self.scratch)
 
 
-def as_run(tensor: Tensor, run: Run) -> Tensor:
+def to_compute(tensor: Tensor, run: ExecutionContext) -> Tensor:
     """A tensor where and as the forward passes need it."""
     return tensor.to(run.device, run.dtype if run.dtype is not None and tensor.is_floating_point() else tensor.dtype)
 
 
-def running_layer(layer: nn.Module, model_config: Any, index: int, run: Run, sizes: Sizes | None = None) -> nn.Module:
+def running_layer(
+    layer: nn.Module, model_config: Any, index: int, run: ExecutionContext, sizes: Sizes | None = None
+) -> nn.Module:
     """A layer on the device and in the type of the forward passes.
 
     Args:
         sizes: its widths; by default what the config says.
     """
-    running = {name: as_run(tensor, run) for name, tensor in layer.state_dict().items()}
+    running = {name: to_compute(tensor, run) for name, tensor in layer.state_dict().items()}
     return rebuild_layer(layer, model_config, index, running, sizes).to(run.device)
 
 
@@ -69,7 +71,7 @@ def check_output(index: int, hidden: Tensor) -> None:
         raise NumericalError(f"layer {index}: its output holds NaN or infinity on the calibration text")
 
 
-def shelf_for(run: Run, size: int) -> Shelf:
+def activation_store_for(run: ExecutionContext, size: int) -> ActivationStore:
     """A shelf for ``size`` bytes: where the stream is, or farther off if they take more than a quarter of the room.
 
     What grows with the depth of the model is never in the memory of a run from folder to folder on a CPU. Host memory
@@ -79,6 +81,6 @@ def shelf_for(run: Run, size: int) -> Shelf:
     room = run.placement.budget - used_bytes(run.device)
     if place == DEVICE and (size > room // 4 or (on_cpu and run.scratch is not None)):
         place = FILE if on_cpu else HOST
-    if place == HOST and size > free_bytes(torch.device("cpu")) * RESERVE / 2:
+    if place == HOST and size > free_bytes(torch.device("cpu")) * USABLE_FRACTION / 2:
         place = FILE
-    return Shelf(place, run.device, run.scratch)
+    return ActivationStore(place, run.device, run.scratch)

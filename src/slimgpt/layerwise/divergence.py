@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.layerwise.capture import Arguments, stood_in
+from slimgpt.layerwise.capture import Arguments, patched_layers
 from slimgpt.losses.chunked import compare
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.lookup import text_config
@@ -25,7 +25,7 @@ def returns_tuple(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> boo
     return isinstance(layer(hidden, **arguments), tuple)
 
 
-def divergences(
+def kl_and_cross_entropy(
     model: PreTrainedModel,
     dense: Tensor,
     narrowed: Sequence[Tensor],
@@ -64,7 +64,7 @@ def divergences(
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(False)
-        with stood_in(decoder_layers(model), lambda _: lambda *_, **__: (hidden,) if tuples else hidden):
+        with patched_layers(decoder_layers(model), lambda _: lambda *_, **__: (hidden,) if tuples else hidden):
             for row in range(len(ids)):
                 for start in range(1, ids.shape[1], most):
                     place = (slice(row, row + 1), slice(start, start + most))
@@ -86,7 +86,7 @@ def divergences(
 
 
 @contextmanager
-def brought(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
+def on_device(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None) -> Iterator[None]:
     """What is around the layers on a device for a while: a head multiplies more than any layer does.
 
     Args:

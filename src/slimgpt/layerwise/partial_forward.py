@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from slimgpt.errors import ModelError
-from slimgpt.layerwise.capture import Arguments, StandIn, run_layer
+from slimgpt.layerwise.capture import Arguments, ModuleProxy, run_layer
 
 
-class _Stop(Exception):
+class StopForward(Exception):
     """Ends a partial run of a layer; carries what the container would have returned."""
 
     def __init__(self, result: Any):
@@ -22,7 +22,7 @@ class _Stop(Exception):
 
 
 @dataclass
-class Part:
+class PartialForward:
     """What one batch left at a structure's output matrix.
 
     Args:
@@ -37,7 +37,7 @@ class Part:
     rebuild: Callable[[Tensor], Any]
 
 
-def run_to(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) -> Part:
+def run_to(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) -> PartialForward:
     """Run a layer up to the input of its matrix ``output``; nothing behind its container is computed."""
     container_name = output.rpartition(".")[0]
     if not container_name:
@@ -53,38 +53,38 @@ def run_to(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) 
         return marker[-1]
 
     def container_stub(*args: Any, **kwargs: Any) -> Any:
-        raise _Stop(container(*args, **kwargs))
+        raise StopForward(container(*args, **kwargs))
 
     with _replaced(layer, output, output_stub), _replaced(layer, container_name, container_stub):
         try:
             run_layer(layer, hidden, arguments)
-        except _Stop as stop:
+        except StopForward as stop:
             result = stop.result
         else:
             raise ModelError(f"the layer never called its module '{container_name}'")
     if len(kept) != 1:
         raise ModelError(f"module '{output}' was called {len(kept)} times in one pass through the layer")
     if result is marker[0]:
-        return Part(kept[0], container_name, lambda tensor: tensor)
+        return PartialForward(kept[0], container_name, lambda tensor: tensor)
     if isinstance(result, tuple) and sum(item is marker[0] for item in result) == 1:
         position = next(i for i, item in enumerate(result) if item is marker[0])
         # Attention weights are not wanted; a parameter, such as a bias to be added behind, is the same for every batch.
         rest = tuple(
             None if isinstance(item, Tensor) and not isinstance(item, nn.Parameter) else item for item in result
         )
-        return Part(kept[0], container_name, lambda tensor: (*rest[:position], tensor, *rest[position + 1 :]))
-    return Part(kept[0], output, lambda tensor: tensor)
+        return PartialForward(kept[0], container_name, lambda tensor: (*rest[:position], tensor, *rest[position + 1 :]))
+    return PartialForward(kept[0], output, lambda tensor: tensor)
 
 
-def _run_to_matrix(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) -> Part:
+def _run_to_matrix(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) -> PartialForward:
     def output_stub(inputs: Tensor) -> Tensor:
-        raise _Stop(inputs)
+        raise StopForward(inputs)
 
     with _replaced(layer, output, output_stub):
         try:
             run_layer(layer, hidden, arguments)
-        except _Stop as stop:
-            return Part(stop.result, output, lambda tensor: tensor)
+        except StopForward as stop:
+            return PartialForward(stop.result, output, lambda tensor: tensor)
     raise ModelError(f"the layer never called its module '{output}'")
 
 
@@ -92,12 +92,12 @@ def arguments_of(layer: nn.Module, module: str, go: Callable[[], Any]) -> tuple[
     """What a module of the layer is called with while ``go`` runs the layer, which stops there."""
 
     def stub(*args: Any, **kwargs: Any) -> Any:
-        raise _Stop((*args, *kwargs.values()))
+        raise StopForward((*args, *kwargs.values()))
 
     with _replaced(layer, module, stub):
         try:
             go()
-        except _Stop as stop:
+        except StopForward as stop:
             return stop.result
     raise ModelError(f"the layer never called its module '{module}'")
 
@@ -109,7 +109,7 @@ def run_with(
 
     Args:
         results: container name to what it returns.
-        until: stop at this matrix, as :func:`run_to` does, and return its :class:`Part`; else the hidden states.
+        until: stop at this matrix, as :func:`run_to` does, and return its result; else the hidden states.
     """
     if not results:
         return run_to(layer, until, hidden, arguments) if until else run_layer(layer, hidden, arguments)
@@ -123,7 +123,7 @@ def _replaced(layer: nn.Module, name: str, function: Callable[..., Any]) -> Iter
     owner_name, _, leaf = name.rpartition(".")
     owner = layer.get_submodule(owner_name)
     original = getattr(owner, leaf)
-    setattr(owner, leaf, StandIn(original, function))
+    setattr(owner, leaf, ModuleProxy(original, function))
     try:
         yield
     finally:

@@ -65,14 +65,14 @@ class StreamedModel:
         model: the model; its layers have shapes and no storage.
 
     Raises:
-        ModelError: see :meth:`misfit`, which tells beforehand.
+        ModelError: see :meth:`weights_mismatch`, which tells beforehand.
     """
 
     def __init__(self, config: PreTrainedConfig, weights: WeightFiles, dtype: torch.dtype | None = None):
         self.weights, self.dtype = weights, dtype
         self.model = empty_model(config)
         self.prefix = architecture_of(config, self.model).layers
-        if (problem := misfit(self.model, weights)) is not None:
+        if (problem := weights_mismatch(self.model, weights)) is not None:
             raise ModelError(f"cannot stream {weights.folder}: {problem}")
         around = [name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")]
         state = {name: self._read(name) for name in around if name in weights}
@@ -108,7 +108,7 @@ class StreamedModel:
         return tensor.to(self.dtype) if self.dtype is not None and tensor.is_floating_point() else tensor
 
 
-def misfit(model: PreTrainedModel, weights: WeightFiles) -> str | None:
+def weights_mismatch(model: PreTrainedModel, weights: WeightFiles) -> str | None:
     """Why the names and shapes in the files are not those of the model; ``None`` if they are.
 
     transformers renames or regroups the tensors of some checkpoints on the way in; those must be loaded whole.

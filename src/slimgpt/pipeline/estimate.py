@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from slimgpt.config import PruneConfig
-from slimgpt.distillation.schedule import BACK, passes_to_distill, tokens_to_distill
+from slimgpt.distillation.schedule import BACKWARD_COST, passes_to_distill, tokens_to_distill
 from slimgpt.models.build import empty_model
 from slimgpt.models.loading import load_config
 from slimgpt.models.lookup import text_config
@@ -19,18 +19,18 @@ from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.models.source import locate
 from slimgpt.models.streaming import stored_dtype
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
-from slimgpt.planning.engines import Verdict, verdicts
+from slimgpt.planning.engines import EngineSupport, engine_support
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import plan_for
 from slimgpt.planning.targets import cache_bytes
 from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.runtime.devices import as_device, as_dtype
-from slimgpt.sensitivity.allocate import looks, to_measure
-from slimgpt.sensitivity.measure import divide, weighed
+from slimgpt.sensitivity.allocate import quadrature, uses_sensitivity
+from slimgpt.sensitivity.measure import divide, num_gradient_nodes
 
 
 @dataclass(frozen=True)
-class Forecast:
+class Estimate:
     """A plan, and what it means.
 
     Args:
@@ -55,7 +55,7 @@ class Forecast:
     seconds: float
     tokens: int
     device: str
-    verdicts: tuple[Verdict, ...]
+    engine_support: tuple[EngineSupport, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -87,15 +87,15 @@ def all_flops(
     each = flops["dense forward"] / windows.numel()
     head = 2.0 * text_config(model_config).vocab_size * text_config(model_config).hidden_size
     flops["gradients"] = 0.0
-    if to_measure(config, shape, windows):
+    if uses_sensitivity(config, shape, windows):
         fit, probe = divide(windows, shape.widest)
         trial = loop(fit.numel())
-        for points in looks(config):
+        for points in quadrature(config):
             for part in ("forward", "hessian", "solver"):
                 flops[part] += trial[part]
             # Forth: the dense model and every point of the path. Back: a point again, with gradients.
-            forth, back = 1 + len(points), weighed(points)
-            flops["gradients"] += probe.numel() * (each * (forth + back * (1 + BACK)) + (forth + back) * head)
+            forth, back = 1 + len(points), num_gradient_nodes(points)
+            flops["gradients"] += probe.numel() * (each * (forth + back * (1 + BACKWARD_COST)) + (forth + back) * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; predictions of the dense model, of the pruned one, and back.
         flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 3 * head
@@ -109,7 +109,7 @@ def forecast(
     engines: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
-) -> Forecast:
+) -> Estimate:
     """Plan without loading a weight.
 
     Args:
@@ -133,7 +133,7 @@ def forecast(
     need = memory_need(empty, tokens, plan, config, stored, copied=target.type != "cpu")
     flops = all_flops(model_config, config, shape, plan, tokens)
     caches = [[sizes["num_key_value_heads"] for sizes in layers] for layers in (dense, plan.layers)]
-    return Forecast(
+    return Estimate(
         model=source.name,
         model_type=model_config.model_type,
         plan=plan,
@@ -147,5 +147,5 @@ def forecast(
         seconds=pruning_seconds(flops, target, stored),
         tokens=tokens.numel(),
         device=target.type,
-        verdicts=tuple(verdicts(model_config, plan.layers, engines)),
+        engine_support=tuple(engine_support(model_config, plan.layers, engines)),
     )

@@ -13,17 +13,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimgpt import assets
 from slimgpt.calibration.windows import calibration_windows
 from slimgpt.config import PruneConfig, make_config
-from slimgpt.distillation.data import OnRehearsed, rehearse
-from slimgpt.distillation.schedule import repaired_on, tokens_to_distill
+from slimgpt.distillation.data import OnRehearsed, build_distillation_data
+from slimgpt.distillation.schedule import pruning_split, tokens_to_distill
 from slimgpt.distillation.trainer import Distillation, OnDistilled
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.loading import load_model
 from slimgpt.models.lookup import check_context, layer_sizes, text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.models.streaming import check_finite
-from slimgpt.pipeline.prepare import Prepared
+from slimgpt.pipeline.prepare import PruneRequest
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
@@ -31,10 +31,10 @@ from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.pruning.report import LayerReport, PruneReport, described, execution
 from slimgpt.runtime.devices import as_device, as_dtype
 from slimgpt.runtime.devices import forward_dtype as choose_forward_dtype
-from slimgpt.runtime.memory import place
+from slimgpt.runtime.memory import choose_placement
 from slimgpt.runtime.units import parse_bytes
 from slimgpt.runtime.versions import versions
-from slimgpt.sensitivity.allocate import allocate, to_measure
+from slimgpt.sensitivity.allocate import allocate, uses_sensitivity
 from slimgpt.sensitivity.measure import OnMeasured
 
 OnLayer = Callable[[LayerReport, Plan], None]
@@ -191,21 +191,21 @@ def run_plan(
     stored = next(model.parameters()).dtype
     dtype = choose_forward_dtype(config.forward_dtype, stored, device)
     copied = dtype not in (None, stored) or next(model.parameters()).device != device
-    placement = place(memory_need(model, windows, plan, config, dtype, copied), device, budget)
+    placement = choose_placement(memory_need(model, windows, plan, config, dtype, copied), device, budget)
     check_finite(model.state_dict().items())
-    reports, allocation, run = [], {}, Run(device, placement, dtype)
-    take = decoder_layers(model).__getitem__
-    if to_measure(config, shape, windows):
-        plan, allocation = allocate(plan, shape, model, take, windows, config, run, on_measured)
+    reports, allocation, run = [], {}, ExecutionContext(device, placement, dtype)
+    load_layer = decoder_layers(model).__getitem__
+    if uses_sensitivity(config, shape, windows):
+        plan, allocation = allocate(plan, shape, model, load_layer, windows, config, run, on_measured)
     # What the dense model makes of the text has to be known before it is pruned.
-    lesson = rehearse(model, take, windows, tokens, config, run, on_rehearsed) if tokens else None
-    for report in prune_model(model, repaired_on(windows, tokens), plan, config, run):
+    lesson = build_distillation_data(model, load_layer, windows, tokens, config, run, on_rehearsed) if tokens else None
+    for report in prune_model(model, pruning_split(windows, tokens), plan, config, run):
         reports.append(report)
         if on_layer:
             on_layer(report, plan)
     distillation: dict[str, Any] = {}
     if lesson is not None:
-        training = Distillation(model, take, plan, lesson, run)
+        training = Distillation(model, load_layer, plan, lesson, run)
         distillation = training(on_distilled)
         if distillation["kept"]:
             training.apply(model)
@@ -226,7 +226,7 @@ def run_plan(
 
 
 def execute(
-    prepared: Prepared,
+    prepared: PruneRequest,
     model: PreTrainedModel | None = None,
     on_layer: OnLayer | None = None,
     on_measured: OnMeasured | None = None,

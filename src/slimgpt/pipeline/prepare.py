@@ -28,12 +28,12 @@ from slimgpt.runtime.devices import as_device, as_dtype
 from slimgpt.runtime.distributed import local_device, rank_of_environment
 from slimgpt.runtime.units import parse_bytes
 
-SIDE_FILES = 64 << 20
+SIDECAR_BYTES = 64 << 20
 """Bytes that tokenizer, card and report may take beside the weights, generously."""
 
 
 @dataclass
-class Prepared:
+class PruneRequest:
     """Everything about a run that could be checked without loading weights."""
 
     source: Source
@@ -69,7 +69,7 @@ def prepare(
     overwrite: bool = False,
     resume: bool = False,
     memory: str | None = None,
-) -> Prepared:
+) -> PruneRequest:
     """Check a run from folder to folder before anything long begins: model, plan, output, disk, text.
 
     Raises:
@@ -90,7 +90,7 @@ def prepare(
     model_config = load_config(source, trust_remote_code)
     shape = describe(model_config)
     plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
-    prepared = Prepared(
+    prepared = PruneRequest(
         source=source,
         output=path,
         model_config=model_config,
@@ -108,7 +108,7 @@ def prepare(
         budget=budget,
     )
     if writes and not there:
-        check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDE_FILES)
+        check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDECAR_BYTES)
     check_files(source)
     prepared.tokenizer = load_tokenizer(source, trust_remote_code)
     prepared.windows, prepared.calibration = calibration_windows(

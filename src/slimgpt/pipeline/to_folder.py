@@ -19,28 +19,28 @@ from slimgpt.checkpoint.assemble_folder import assemble
 from slimgpt.checkpoint.journal import Journal, reading, write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import make_config
-from slimgpt.distillation.data import OnRehearsed, rehearse
-from slimgpt.distillation.schedule import disk_to_distill, repaired_on, tokens_to_distill
+from slimgpt.distillation.data import OnRehearsed, build_distillation_data
+from slimgpt.distillation.schedule import disk_to_distill, pruning_split, tokens_to_distill
 from slimgpt.distillation.trainer import Distillation, OnDistilled
 from slimgpt.errors import NumericalError, RankError
 from slimgpt.io.folders import check_output, output_lock
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import architecture_of, decoder_layers, empty_model, rebuild_layer
 from slimgpt.models.fingerprint import fingerprint, source_files
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import weights_folder
 from slimgpt.pipeline.in_memory import OnLayer
-from slimgpt.pipeline.prepare import SIDE_FILES, Prepared, prepare
-from slimgpt.pipeline.weights_source import _Layers, open_model
+from slimgpt.pipeline.prepare import SIDECAR_BYTES, PruneRequest, prepare
+from slimgpt.pipeline.weights_source import LayerSource, open_model
 from slimgpt.planning.plan import Plan, plan_of_widths
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.pruning.report import PruneReport, described, execution
 from slimgpt.runtime.devices import DTYPES, forward_dtype
 from slimgpt.runtime.distributed import Ranks, join
-from slimgpt.runtime.memory import Placement, free_bytes, hold_to, place
+from slimgpt.runtime.memory import Placement, choose_placement, free_bytes, limit_gpu_memory
 from slimgpt.runtime.versions import versions
-from slimgpt.sensitivity.allocate import allocate, to_measure
+from slimgpt.sensitivity.allocate import allocate, uses_sensitivity
 from slimgpt.sensitivity.measure import OnMeasured
 
 PLAN_FILE = "plan.json"
@@ -51,7 +51,7 @@ OnStart = Callable[[Placement, int], None]
 
 
 def run_to_folder(
-    prepared: Prepared,
+    prepared: PruneRequest,
     on_layer: OnLayer | None = None,
     on_start: OnStart | None = None,
     on_measured: OnMeasured | None = None,
@@ -68,13 +68,13 @@ def run_to_folder(
     p = prepared
     with join(p.device) as ranks, output_lock(p.output) if ranks.main else nullcontext():
         tokens = tokens_to_distill(p.config, p.shape, p.plan, p.windows)
-        windows = ranks.share(repaired_on(p.windows, tokens))
+        windows = ranks.share(pruning_split(p.windows, tokens))
         stored = p.stored
         empty = empty_model(p.model_config)
         if tokens and ranks.main and not p.resume:
             # Every layer is there twice meanwhile, as the repair left it and as it was trained.
             parameters = p.plan.parameters + round(p.shape.layer_parameters * (1 - p.plan.achieved))
-            needed = parameters * stored.itemsize + SIDE_FILES
+            needed = parameters * stored.itemsize + SIDECAR_BYTES
             needed += disk_to_distill(empty, p.config, p.plan, p.windows, tokens, stored.itemsize, p.device)
             check_output(p.output, p.overwrite, needed)
         dtype = forward_dtype(p.config.forward_dtype, stored, p.device)
@@ -98,7 +98,7 @@ def run_to_folder(
                 try:
                     return run(done, budget)
                 except torch.OutOfMemoryError as error:
-                    budget = _smaller(p, budget, ranks, error)
+                    budget = reduced_budget(p, budget, ranks, error)
                     done = journal.open(resume=True)
         except BaseException as error:
             if ranks.main and isinstance(error, NumericalError):
@@ -109,7 +109,7 @@ def run_to_folder(
             raise
 
 
-def _smaller(p: Prepared, budget: int | None, ranks: Ranks, error: torch.OutOfMemoryError) -> int:
+def reduced_budget(p: PruneRequest, budget: int | None, ranks: Ranks, error: torch.OutOfMemoryError) -> int:
     """The next budget to try when the estimate was too low and the device ran out of memory.
 
     Raises:
@@ -126,7 +126,7 @@ def _smaller(p: Prepared, budget: int | None, ranks: Ranks, error: torch.OutOfMe
     return int(0.75 * before)
 
 
-def finished_before(p: Prepared, journal: Journal, digest: str) -> PruneReport | None:
+def finished_before(p: PruneRequest, journal: Journal, digest: str) -> PruneReport | None:
     """The report of this very run if its output is whole: it was killed on its last steps, or is asked for again.
 
     Raises:
@@ -145,7 +145,7 @@ def finished_before(p: Prepared, journal: Journal, digest: str) -> PruneReport |
     return None
 
 
-def _request(p: Prepared, dtype: torch.dtype) -> dict[str, Any]:
+def _request(p: PruneRequest, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that decides the result."""
     found = versions(p.device)
     return {
@@ -181,7 +181,7 @@ class _FolderRun:
         digest: of the request.
     """
 
-    p: Prepared
+    p: PruneRequest
     ranks: Ranks
     windows: Tensor
     tokens: int
@@ -204,16 +204,16 @@ class _FolderRun:
         model = layers.model
         copied = dtype is not None or p.device.type != "cpu"
         need = memory_need(model, self.windows, p.plan, p.config, dtype, copied)
-        placement = place(need, p.device, budget)
+        placement = choose_placement(need, p.device, budget)
         if p.device.type == "cuda" and p.budget is not None:
-            hold_to(p.device, p.budget)
+            limit_gpu_memory(p.device, p.budget)
         if self.calls.on_start is not None and ranks.main:
             self.calls.on_start(placement, done)
         dense = tuple(layer_sizes(model.config))
         reports = []
-        run = Run(p.device, placement, dtype, ranks, self.journal.scratch)
+        run = ExecutionContext(p.device, placement, dtype, ranks, self.journal.scratch)
         plan, allocation = p.plan, {}
-        if to_measure(p.config, p.shape, p.windows):
+        if uses_sensitivity(p.config, p.shape, p.windows):
             plan, allocation = self._allocated(layers, run)
         for finished in prune_layers(model, layers, self.windows, plan, p.config, run, self.journal):
             if ranks.main:
@@ -243,7 +243,7 @@ class _FolderRun:
             assemble(self.journal, model, p.tokenizer, report, weights_folder(p.source))
         return report
 
-    def _allocated(self, layers: _Layers, run: Run) -> tuple[Plan, dict[str, Any]]:
+    def _allocated(self, layers: LayerSource, run: ExecutionContext) -> tuple[Plan, dict[str, Any]]:
         """The plan by measured costs; rank 0 measures, or reads what an earlier run measured, and the others follow."""
         p = self.p
         names = list(p.plan.layers[0])
@@ -264,10 +264,10 @@ class _FolderRun:
         chosen = [dict(zip(names, row)) for row in rows]
         return plan_of_widths(p.shape, chosen, p.plan.head_unit, ratio=p.plan.ratio), allocation
 
-    def _distilled(self, layers: _Layers, plan: Plan, run: Run) -> dict[str, Any]:
+    def _distilled(self, layers: LayerSource, plan: Plan, run: ExecutionContext) -> dict[str, Any]:
         """Train the finished layers of the journal, unless an earlier run has; what is said of it."""
         p, journal = self.p, self.journal
-        said = journal.said_of_distilled()
+        said = journal.distillation_info()
         if said is not None:
             return said
         model, slim = layers.model, []
@@ -275,7 +275,9 @@ class _FolderRun:
             finished = journal(index)
             assert finished is not None
             slim.append(rebuild_layer(shell, model.config, index, finished.state, sizes))  # mapped, not read
-        lesson = rehearse(model, layers, p.windows, self.tokens, p.config, run, self.calls.on_rehearsed, journal.text)
+        lesson = build_distillation_data(
+            model, layers, p.windows, self.tokens, p.config, run, self.calls.on_rehearsed, journal.text
+        )
         training = Distillation(model, slim.__getitem__, plan, lesson, run, journal.training())
         said = training(self.calls.on_distilled, journal.write_training)
         trained = ({**layer.state_dict(), **training.parameters(index)} for index, layer in enumerate(slim))

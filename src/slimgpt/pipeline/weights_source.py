@@ -10,14 +10,14 @@ from transformers import PreTrainedModel
 from slimgpt.models.build import decoder_layers, empty_model
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import weights_folder
-from slimgpt.models.streaming import StreamedModel, check_finite, misfit
+from slimgpt.models.streaming import StreamedModel, check_finite, weights_mismatch
 from slimgpt.models.weight_conversion import ConvertedFiles
-from slimgpt.pipeline.prepare import Prepared
+from slimgpt.pipeline.prepare import PruneRequest
 from slimgpt.runtime.distributed import Ranks
 
 
 @dataclass
-class _Layers:
+class LayerSource:
     """A dense model whose layers are taken one by one."""
 
     model: PreTrainedModel
@@ -35,15 +35,15 @@ class _Layers:
             check_finite(self.model.state_dict().items())
 
 
-def open_model(p: Prepared) -> _Layers:
+def open_model(p: PruneRequest) -> LayerSource:
     """The model mapped from its files, or, where these need converting on the way in, loaded whole."""
     folder = weights_folder(p.source) if p.source.adapter is None else None
     if folder is not None and (folder / "config.json").is_file():
         empty = empty_model(p.model_config)
         weights = ConvertedFiles(folder, empty)
-        if misfit(empty, weights) is None:
+        if weights_mismatch(empty, weights) is None:
             streamed = StreamedModel(p.model_config, weights, p.stored)
             streamed.model.config.name_or_path = p.source.name
             streamed.model.config.dtype = p.stored
-            return _Layers(streamed.model, streamed)
-    return _Layers(load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code), None)
+            return LayerSource(streamed.model, streamed)
+    return LayerSource(load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code), None)

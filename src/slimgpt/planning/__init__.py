@@ -1,7 +1,7 @@
 """A target becomes a plan of widths, from the config alone."""
 
-from slimgpt.planning.allocation import Contribution, Sensitivity, between, spend, trial
-from slimgpt.planning.engines import ENGINES, Verdict, profile_for, verdicts
+from slimgpt.planning.allocation import Sensitivity, StructureCost, between, spend, trial
+from slimgpt.planning.engines import ENGINES, EngineSupport, constraints_for, engine_support
 from slimgpt.planning.plan import HEAD_UNITS, TOLERANCE, Plan, head_units
 from slimgpt.planning.plan_file import read_plan, to_toml
 from slimgpt.planning.planner import make_plan
@@ -16,21 +16,21 @@ __all__ = [
     "RATIOS",
     "TOLERANCE",
     "CacheTarget",
-    "Contribution",
+    "EngineSupport",
     "Plan",
     "Sensitivity",
-    "Verdict",
+    "StructureCost",
     "between",
+    "constraints_for",
+    "engine_support",
     "head_units",
     "layer_ratios",
     "make_plan",
     "parse_cache",
     "parse_count",
     "parse_size",
-    "profile_for",
     "read_plan",
     "spend",
     "to_toml",
     "trial",
-    "verdicts",
 ]

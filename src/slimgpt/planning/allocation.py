@@ -32,7 +32,7 @@ come out negative."""
 
 
 @dataclass(frozen=True)
-class Contribution:
+class StructureCost:
     """What one structure has lost of the quality of a narrowed model.
 
     Args:
@@ -62,15 +62,15 @@ class Sensitivity:
     """
 
     divergence: float
-    contributions: tuple[Contribution, ...]
+    contributions: tuple[StructureCost, ...]
 
-    def raised(self) -> list[Contribution]:
+    def raised(self) -> list[StructureCost]:
         """The contributions with those that are too small to be believed raised to the :data:`FLOOR`."""
         out = []
         for unit in sorted({c.unit for c in self.contributions}):
             kind = [c for c in self.contributions if c.unit == unit]
             floor = max(FLOOR * statistics.median(c.cost for c in kind), 1e-9)
-            out += [Contribution(c.layer, unit, c.removed, max(c.cost, floor)) for c in kind]
+            out += [StructureCost(c.layer, unit, c.removed, max(c.cost, floor)) for c in kind]
         return out
 
     def to_json(self) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class _Option:
 
 
 def _options(
-    shape: ModelShape, costs: Sequence[Contribution], head_unit: str, round_to: int, kv_heads: Sequence[int] | None
+    shape: ModelShape, costs: Sequence[StructureCost], head_unit: str, round_to: int, kv_heads: Sequence[int] | None
 ) -> dict[tuple[int, str], list[_Option]]:
     """For every layer and kind of structure what may be kept of it."""
     found: dict[tuple[int, str], list[_Option]] = {}

@@ -23,7 +23,7 @@ VLLM_NATIVE = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "granite", 
 
 
 @dataclass(frozen=True)
-class Verdict:
+class EngineSupport:
     """What an engine does with a model.
 
     Args:
@@ -39,7 +39,9 @@ class Verdict:
     change: str = ""
 
 
-def verdicts(config: PreTrainedConfig, layers: Sequence[Sizes], engines: Sequence[str] | None = None) -> list[Verdict]:
+def engine_support(
+    config: PreTrainedConfig, layers: Sequence[Sizes], engines: Sequence[str] | None = None
+) -> list[EngineSupport]:
     """One verdict per engine.
 
     Args:
@@ -123,55 +125,55 @@ def nemotron_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str |
     return None
 
 
-def _hf(config: PreTrainedConfig, layers: Sequence[Sizes]) -> Verdict:
+def _hf(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
     if not is_uniform(layers):
         how = "from_pretrained with trust_remote_code=True: a small modeling file travels in the folder"
-        return Verdict("hf", True, how, "a stock class: --uniform, or export --to padded")
+        return EngineSupport("hf", True, how, "a stock class: --uniform, or export --to padded")
     stock = stock_config(config, layers[0])
     if stock is None:
         how = "from_pretrained with trust_remote_code=True: no stock class takes this head count"
-        return Verdict("hf", True, how, "a head count that divides hidden_size")
+        return EngineSupport("hf", True, how, "a head count that divides hidden_size")
     relabelled = "" if stock.model_type == config.model_type else f", relabelled as {stock.model_type}"
-    return Verdict("hf", True, f"stock class, no flag{relabelled}")
+    return EngineSupport("hf", True, f"stock class, no flag{relabelled}")
 
 
-def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> Verdict:
+def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
     if is_uniform(layers):
         stock = stock_config(config, layers[0])
         width = layers[0]["intermediate_size"]
         change = "" if width % 64 == 0 else f"full speed: --round-to 64 (the FFN has {width} channels)"
         ordinary = layers[0]["num_attention_heads"] * head_dim(config) == text_config(config).hidden_size
         if stock is not None and (stock.model_type in VLLM_NATIVE or ordinary):
-            return Verdict("vllm", True, "its own class", change)
-        return Verdict("vllm", True, "Transformers backend (--model-impl transformers)", change)
+            return EngineSupport("vllm", True, "its own class", change)
+        return EngineSupport("vllm", True, "Transformers backend (--model-impl transformers)", change)
     if nemotron_problem(config, layers) is None:
-        return Verdict("vllm", True, "its own class: export --to nemotron-nas")
+        return EngineSupport("vllm", True, "its own class: export --to nemotron-nas")
     how = "Transformers backend: --model-impl transformers --trust-remote-code"
-    return Verdict("vllm", True, how, "its own class: --uniform --round-to 64, or export --to padded")
+    return EngineSupport("vllm", True, how, "its own class: --uniform --round-to 64, or export --to padded")
 
 
-def _llama_cpp(config: PreTrainedConfig, layers: Sequence[Sizes]) -> Verdict:
+def _llama_cpp(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
     try:
         arch = gguf_architecture(config, layers)
     except PlanError as error:
-        return Verdict("llama.cpp", False, str(error).split(";")[0], str(error).partition(";")[2].strip())
+        return EngineSupport("llama.cpp", False, str(error).split(";")[0], str(error).partition(";")[2].strip())
     odd = any(layer["intermediate_size"] % 256 for layer in layers)
     change = "smaller K-quants: --round-to 256 (other rows fall back to larger types)" if odd else ""
-    return Verdict("llama.cpp", True, f"export --to gguf (architecture {arch})", change)
+    return EngineSupport("llama.cpp", True, f"export --to gguf (architecture {arch})", change)
 
 
-def _stock_only(engine: str, nemotron: bool) -> Callable[[PreTrainedConfig, Sequence[Sizes]], Verdict]:
-    def verdict(config: PreTrainedConfig, layers: Sequence[Sizes]) -> Verdict:
+def _stock_only(engine: str, nemotron: bool) -> Callable[[PreTrainedConfig, Sequence[Sizes]], EngineSupport]:
+    def verdict(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
         if is_uniform(layers) and stock_config(config, layers[0]) is not None:
-            return Verdict(engine, True, "the folder as it is (stock class)")
+            return EngineSupport(engine, True, "the folder as it is (stock class)")
         if nemotron and nemotron_problem(config, layers) is None:
-            return Verdict(engine, True, "export --to nemotron-nas")
-        return Verdict(engine, False, "its layers must have equal widths", "--uniform, or export --to padded")
+            return EngineSupport(engine, True, "export --to nemotron-nas")
+        return EngineSupport(engine, False, "its layers must have equal widths", "--uniform, or export --to padded")
 
     return verdict
 
 
-ENGINES: dict[str, Callable[[PreTrainedConfig, Sequence[Sizes]], Verdict]] = {
+ENGINES: dict[str, Callable[[PreTrainedConfig, Sequence[Sizes]], EngineSupport]] = {
     "hf": _hf,
     "vllm": _vllm,
     "llama.cpp": _llama_cpp,
@@ -183,25 +185,25 @@ ENGINES: dict[str, Callable[[PreTrainedConfig, Sequence[Sizes]], Verdict]] = {
 
 
 @dataclass(frozen=True)
-class Profile:
+class EngineConstraints:
     """What ``--for`` asks of a plan: a step of FFN widths, and equal layers or not."""
 
     round_to: int
     uniform: bool
 
 
-PROFILES: dict[str, Profile] = {
-    "hf": Profile(1, False),
-    "vllm": Profile(64, True),
-    "llama.cpp": Profile(32, False),
-    "sglang": Profile(64, True),
-    "mlx": Profile(32, True),
-    "onnx": Profile(1, True),
+PROFILES: dict[str, EngineConstraints] = {
+    "hf": EngineConstraints(1, False),
+    "vllm": EngineConstraints(64, True),
+    "llama.cpp": EngineConstraints(32, False),
+    "sglang": EngineConstraints(64, True),
+    "mlx": EngineConstraints(32, True),
+    "onnx": EngineConstraints(1, True),
 }
 """Rows of a multiple of 32 numbers can be quantised to Q8_0, and those of 64 run at full speed on tensor cores."""
 
 
-def profile_for(engines: Sequence[str]) -> Profile:
+def constraints_for(engines: Sequence[str]) -> EngineConstraints:
     """The profile that suits all of these engines.
 
     Raises:
@@ -211,4 +213,4 @@ def profile_for(engines: Sequence[str]) -> Profile:
         if name not in PROFILES:
             raise PlanError(f"engine '{name}' is unknown; choose {', '.join(PROFILES)}")
     chosen = [PROFILES[name] for name in engines] or [PROFILES["hf"]]
-    return Profile(max(profile.round_to for profile in chosen), any(profile.uniform for profile in chosen))
+    return EngineConstraints(max(profile.round_to for profile in chosen), any(profile.uniform for profile in chosen))

@@ -27,7 +27,7 @@ from slimgpt.models.expert_tensors import (
 )
 from slimgpt.models.families.moe import EXPERTS, Experts
 from slimgpt.pruning.report import ExpertsReport, mask_of, units_of
-from slimgpt.runtime.activation_store import Shelf
+from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.solver import Gram
 from slimgpt.solver.experts import (
     CHUNK,
@@ -40,10 +40,10 @@ from slimgpt.solver.experts import (
 )
 
 if TYPE_CHECKING:
-    from slimgpt.pruning.layer import Layer
+    from slimgpt.pruning.layer import LayerPruner
 
 
-class MixtureWork:
+class ExpertsPruner:
     """The experts of a layer while they are pruned.
 
     Args:
@@ -53,10 +53,10 @@ class MixtureWork:
         groups: in how many groups of equal size the experts must fall.
     """
 
-    def __init__(self, layer: Layer, experts: Experts, sizes: Sizes, groups: int):
+    def __init__(self, layer: LayerPruner, experts: Experts, sizes: Sizes, groups: int):
         self.work, self.experts, self.sizes, self.groups = layer, experts, dict(sizes), groups
         self.run, self.ranks = layer.run, layer.run.ranks
-        self.tokens = cast(Shelf, layer.shelf(self.run.placement.stream))  # (tokens, hidden) of every batch
+        self.tokens = cast(ActivationStore, layer.shelf(self.run.placement.stream))  # (tokens, hidden) of every batch
         self.routings: list[Routing] = []
         self.kept = torch.arange(sizes[EXPERTS])
         self.scales: list[float] = []
@@ -66,7 +66,7 @@ class MixtureWork:
         """The module that holds the experts, as they run now."""
         return self.work.layer.get_submodule(self.experts.module)
 
-    def prune(self, target: Sizes) -> Shelf:
+    def prune(self, target: Sizes) -> ActivationStore:
         """Bring the experts to the sizes asked for, and return their outputs, ``(tokens, hidden)`` for every batch."""
         outputs = self._remove(target[EXPERTS]) if target[EXPERTS] < self.sizes[EXPERTS] else None
         if outputs is None:
@@ -101,7 +101,7 @@ class MixtureWork:
         """Remove whole experts with their rows of the router, and scale the outputs of those that stay."""
         work, earlier = self.work, self.work.earlier
         everyone, batches = self.sizes[EXPERTS], range(len(work.stream))
-        targets = cast(Shelf, work.shelf(self.run.placement.stream))
+        targets = cast(ActivationStore, work.shelf(self.run.placement.stream))
         gram = OutputGram(everyone, self.run.device, work.sum_dtype)
         if not work.replay:
             with work.timed("forward"):
@@ -151,11 +151,11 @@ class MixtureWork:
         sizes = {**work.dense_sizes, EXPERTS: self.sizes[EXPERTS]}
         work.layer = rebuild_layer(work.layer, work.model_config, work.index, state, sizes)
 
-    def _narrow(self, keep: int) -> Shelf:
+    def _narrow(self, keep: int) -> ActivationStore:
         """Choose channels and repair the output matrix of one expert after another."""
         work, width = self.work, self.sizes[CHANNELS]
         everyone = range(self.sizes[EXPERTS])
-        outputs = cast(Shelf, work.shelf(self.run.placement.stream))
+        outputs = cast(ActivationStore, work.shelf(self.run.placement.stream))
         for number in range(len(work.stream)):
             outputs.put(number, torch.zeros_like(self.tokens.get(number)))
         counts, square = self._counts()
@@ -215,7 +215,9 @@ class MixtureWork:
         """The inputs of an expert's output matrix in one batch, ``(count, width)``."""
         return intermediate(self.module, expert, self.tokens.rows(number, self.routings[number].rows(expert)))
 
-    def _add(self, number: int, expert: int, inputs: Tensor, columns: Tensor | None, W: Tensor, outputs: Shelf) -> None:
+    def _add(
+        self, number: int, expert: int, inputs: Tensor, columns: Tensor | None, W: Tensor, outputs: ActivationStore
+    ) -> None:
         """Multiply one batch by an expert's narrow matrix and add it to the output."""
         routing = self.routings[number]
         if not routing.counts[expert]:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.io.tensors import align
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import architecture_of, decoder_layers, rebuild_layer
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.stock_config import apply_sizes
@@ -24,7 +24,7 @@ def prune_model(
     windows: Tensor,
     plan: Plan,
     config: PruneConfig,
-    run: Run,
+    run: ExecutionContext,
     selected_units: SelectedUnits | None = None,
 ) -> Iterator[LayerReport]:
     """Prune a model in place, one layer per step; its weights are taken to be finite.

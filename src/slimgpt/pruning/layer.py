@@ -13,30 +13,30 @@ from torch.nn import functional as F
 
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
-from slimgpt.layerwise.capture import Stream
-from slimgpt.layerwise.context import Run, as_run, check_output, running_layer
-from slimgpt.layerwise.partial_forward import Part, arguments_of, run_with
+from slimgpt.layerwise.capture import LayerInputs
+from slimgpt.layerwise.context import ExecutionContext, check_output, running_layer, to_compute
+from slimgpt.layerwise.partial_forward import PartialForward, arguments_of, run_with
 from slimgpt.models.architecture import Sizes, Structure
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.slicing import State, output_matrix, slice_state, unit_rows
-from slimgpt.pruning.report import ExpertsReport, Finished
-from slimgpt.runtime.activation_store import Shelf, mapped
-from slimgpt.runtime.memory import FILE, RECOMPUTE, trim
+from slimgpt.pruning.report import ExpertsReport, PrunedLayer
+from slimgpt.runtime.activation_store import ActivationStore, mapped
+from slimgpt.runtime.memory import FILE, RECOMPUTE, malloc_trim
 from slimgpt.solver import CRITERIA, Gram, damp, reconstruct, relative_error
 
-EXACT_SIZE = 4096
+FP64_MAX_COLUMNS = 4096
 """Up to this many columns the solver runs in fp64: it costs little there, and fp32 loses digits to damping 0."""
 
 
 def solver_dtype(n: int, device: torch.device) -> torch.dtype:
     """The type of the Hessian and the solver for ``n`` columns."""
-    return torch.float64 if n <= EXACT_SIZE and device.type != "mps" else torch.float32
+    return torch.float64 if n <= FP64_MAX_COLUMNS and device.type != "mps" else torch.float32
 
 
 SelectedUnits = Callable[[int, str], Tensor]
 """Gives the kept units of a layer's ``heads`` or ``channels``, sorted, where something else has selected them."""
 
-Chooser = Callable[[Tensor, Tensor], tuple[Tensor, int]]
+SelectUnits = Callable[[Tensor, Tensor], tuple[Tensor, int]]
 """From ``W`` and its damped Hessian to the kept units and the number of units."""
 
 
@@ -47,7 +47,7 @@ def matrix_of(layer: nn.Module, structure: Structure) -> tuple[Tensor, Tensor | 
     return W.T if structure.transposed else W, cast(Tensor | None, linear.bias)
 
 
-def gram_for(n: int, run: Run, name: str = "gram") -> Gram:
+def gram_for(n: int, run: ExecutionContext, name: str = "gram") -> Gram:
     """A sum to be; in a file where memory is short, and for wide layers on a CPU, where it is read only a few times and
     the system can write it out meanwhile.
 
@@ -55,13 +55,13 @@ def gram_for(n: int, run: Run, name: str = "gram") -> Gram:
         name: of the file, for several at once.
     """
     dtype = solver_dtype(n, run.device)
-    wide = n > EXACT_SIZE and run.device.type == "cpu"
+    wide = n > FP64_MAX_COLUMNS and run.device.type == "cpu"
     if run.scratch is None or not (wide or run.placement.gram == FILE):
         return Gram(n, run.device, dtype)
     return Gram(n, dtype=dtype, storage=mapped(run.scratch / f"{name}-{run.ranks.rank}", (n, n), dtype))
 
 
-class Layer:
+class LayerPruner:
     """One layer while it is pruned; notes what it kept, the errors and the seconds."""
 
     def __init__(
@@ -70,8 +70,8 @@ class Layer:
         dense: nn.Module,
         model_config: Any,
         config: PruneConfig,
-        run: Run,
-        stream: Stream,
+        run: ExecutionContext,
+        stream: LayerInputs,
         selected_units: SelectedUnits | None = None,
     ):
         self.index, self.config, self.run, self.model_config = index, config, run, model_config
@@ -81,14 +81,16 @@ class Layer:
         self.repair = self.criterion.repair if config.repair is None else config.repair
         # One generator per layer: a run that goes on in the middle draws the same numbers.
         self.generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
-        self.earlier: Finished | None = None
+        self.earlier: PrunedLayer | None = None
         self.replay = False
         self.expert_groups = 1
         self.experts: ExpertsReport | None = None
         self.kept: dict[str, list[int]] = {}
         self.error: dict[str, float] = {}
         self.seconds: dict[str, float] = {"load": 0.0, "forward": 0.0, "hessian": 0.0, "solver": 0.0}
-        self.results: dict[str, Shelf] = {}  # what the finished matrices returned, by the place it is given at
+        self.results: dict[
+            str, ActivationStore
+        ] = {}  # what the finished matrices returned, by the place it is given at
         self.rebuild: dict[tuple[str, int], Callable[[Tensor], Any]] = {}  # by place and batch
         self.parameters = {name for name, _ in dense.named_parameters()}
         self.state: State = dense.state_dict()
@@ -101,7 +103,7 @@ class Layer:
 
     def structure_inputs(self, number: int, structure: Structure) -> Tensor:
         """The input of the output matrix for one batch, ``(batch, seq_len, n)``."""
-        part = cast(Part, self._run(number, until=structure.output))
+        part = cast(PartialForward, self._run(number, until=structure.output))
         self.place = part.place
         self.rebuild[part.place, number] = part.rebuild
         return part.inputs
@@ -113,7 +115,7 @@ class Layer:
         columns: Tensor | None,
         W: Tensor,
         bias: Tensor | None,
-        results: Shelf | None,
+        results: ActivationStore | None,
     ) -> None:
         """Multiply one batch by the narrow matrix; keep the result, or, with the last one, let it leave the layer."""
         result = F.linear(inputs if columns is None else inputs[..., columns], W, bias)
@@ -134,8 +136,8 @@ class Layer:
         arguments = self.stream.arguments[number][self.index]
         return run_with(self.layer, {**given, **(result or {})}, self.stream.hidden.get(number), arguments, until)
 
-    def shelf(self, place: str) -> Shelf | None:
-        return None if place == RECOMPUTE else Shelf(place, self.run.device, self.run.scratch)
+    def shelf(self, place: str) -> ActivationStore | None:
+        return None if place == RECOMPUTE else ActivationStore(place, self.run.device, self.run.scratch)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -148,7 +150,7 @@ class Layer:
 
     def running(self, tensor: Tensor) -> Tensor:
         """A tensor where and as the forward passes need it."""
-        return as_run(tensor, self.run)
+        return to_compute(tensor, self.run)
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -191,11 +193,11 @@ class Layer:
         self.state = slice_state(self.state, structure, sizes, kept, W_kept)
         return unit_rows(n, units, kept).to(device), W_kept.to(running.dtype)
 
-    def channels(self, keep: int) -> Chooser:
+    def channels(self, keep: int) -> SelectUnits:
         """The method's choice of so many channels."""
         return lambda W, H: (self.criterion.channels(W, H, keep, self.generator), W.shape[1])
 
-    def _choice(self, name: str, structure: Structure, sizes: Sizes, keep: int) -> Chooser:
+    def _choice(self, name: str, structure: Structure, sizes: Sizes, keep: int) -> SelectUnits:
         """The units that the caller has chosen, or the method's choice."""
         units, groups, chosen = structure.units(sizes), structure.group_count(sizes), self.selected_units
         if chosen is not None:
@@ -204,7 +206,7 @@ class Layer:
             return self.channels(keep)
         return lambda W, H: (self.criterion.heads(W, H, units, keep, groups, self.generator), units)
 
-    def solve(self, what: str, stored: Tensor, gram: Gram, choose: Chooser) -> tuple[Tensor, Tensor]:
+    def solve(self, what: str, stored: Tensor, gram: Gram, choose: SelectUnits) -> tuple[Tensor, Tensor]:
         """The kept units and the repaired matrix ``(out, columns)`` in the stored type.
 
         Afterwards ``solved`` holds the relative error, and the mean energy of the dense output.
@@ -212,7 +214,7 @@ class Layer:
         where = f"layer {self.index}, {what}"
         n = stored.shape[1]
         dtype = solver_dtype(n, stored.device)
-        trim()
+        malloc_trim()
         H = gram.mean()
         if not bool(torch.isfinite(H.sum())):
             raise NumericalError(f"{where}: its inputs hold NaN or infinity on the calibration text")
@@ -226,7 +228,7 @@ class Layer:
             kept, units = chosen or choose(live, H)
             del live
             columns = unit_rows(n, units, kept).to(W.device)
-            trim()
+            malloc_trim()
             G = W @ H
             W_kept = reconstruct(G, H, columns) if self.repair else W[:, columns]
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]

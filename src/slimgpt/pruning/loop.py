@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.layerwise.capture import capture
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.architecture import Sizes, Structure
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.families.moe import Experts, Mixture
@@ -25,32 +25,32 @@ from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.parameter_counts import count
 from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
-from slimgpt.pruning.experts import MixtureWork
-from slimgpt.pruning.layer import Layer, SelectedUnits, matrix_of
-from slimgpt.pruning.report import Finished, LayerReport
-from slimgpt.runtime.activation_store import Shelf
-from slimgpt.runtime.memory import trim
+from slimgpt.pruning.experts import ExpertsPruner
+from slimgpt.pruning.layer import LayerPruner, SelectedUnits, matrix_of
+from slimgpt.pruning.report import LayerReport, PrunedLayer
+from slimgpt.runtime.activation_store import ActivationStore
+from slimgpt.runtime.memory import malloc_trim
 
-FinishedLayers = Callable[[int], Finished | None]
+FinishedLayers = Callable[[int], PrunedLayer | None]
 """Gives a layer that an earlier run has finished."""
 
 
 @torch.no_grad()
 def prune_layers(
     model: PreTrainedModel,
-    take: Callable[[int], nn.Module],
+    load_layer: Callable[[int], nn.Module],
     windows: Tensor,
     plan: Plan,
     config: PruneConfig,
-    run: Run,
+    run: ExecutionContext,
     finished_layers: FinishedLayers = lambda _: None,
     selected_units: SelectedUnits | None = None,
-) -> Iterator[Finished]:
+) -> Iterator[PrunedLayer]:
     """Prune layer after layer; the model itself is not changed.
 
     Args:
         model: what is around the layers (its own layers may have no storage).
-        take: gives the dense layer of an index, on any device.
+        load_layer: gives the dense layer of an index, on any device.
         windows: ``(num_samples, seq_len)`` long, the calibration tokens of this process.
         plan: the widths to reach.
         finished_layers: gives the layers that an earlier run has finished.
@@ -62,11 +62,11 @@ def prune_layers(
     architecture = architecture_of(model.config, model)
     structures = architecture.chosen(plan.head_unit)
     layers = decoder_layers(model)
-    hidden = Shelf(run.placement.stream, run.device, run.scratch)
+    hidden = ActivationStore(run.placement.stream, run.device, run.scratch)
     stream = capture(model, layers, windows, config.batch_size, hidden, run.dtype)
     for index, (sizes, target) in enumerate(zip(layer_sizes(model.config), plan.layers, strict=True)):
-        dense = take(index)
-        work = Layer(index, dense, model.config, config, run, stream, selected_units)
+        dense = load_layer(index)
+        work = LayerPruner(index, dense, model.config, config, run, stream, selected_units)
         # All processes go the same way, though only rank 0 sees the journal.
         earlier = finished_layers(index) if run.ranks.main else None
         work.earlier = earlier
@@ -86,14 +86,14 @@ def prune_layers(
             work.seconds,
             work.experts,
         )
-        finished = Finished(report, {name: tensor.to("cpu") for name, tensor in state.items()})
+        finished = PrunedLayer(report, {name: tensor.to("cpu") for name, tensor in state.items()})
         del work, dense, state  # the next layer is not to be worked on beside this one
         yield finished
         del finished
-        trim()
+        malloc_trim()
 
 
-def _prune_structures(work: Layer, structures: Sequence[Structure], sizes: Sizes, target: Sizes) -> State:
+def _prune_structures(work: LayerPruner, structures: Sequence[Structure], sizes: Sizes, target: Sizes) -> State:
     """The state dict of the narrower layer in its stored type; the inputs of the next layer replace this one's."""
     stream = work.stream
     structures = [structure for structure in structures if structure.key in work.state]
@@ -108,7 +108,7 @@ def _prune_structures(work: Layer, structures: Sequence[Structure], sizes: Sizes
             continue
         name = structure.name
         W, bias = matrix_of(work.layer, structure)
-        results = cast(Shelf, work.shelf(work.run.placement.stream))
+        results = cast(ActivationStore, work.shelf(work.run.placement.stream))
         out = None if last else results
         if work.replay or structure.units(target) == structure.units(sizes):
             columns, W = work.decide(name, structure, W, None, sizes, target)
@@ -139,8 +139,8 @@ def _prune_structures(work: Layer, structures: Sequence[Structure], sizes: Sizes
     return work.state
 
 
-def _prune_experts(work: Layer, experts: Experts, sizes: Sizes, target: Sizes, last: bool) -> None:
-    outputs = MixtureWork(work, experts, sizes, work.expert_groups).prune(target)
+def _prune_experts(work: LayerPruner, experts: Experts, sizes: Sizes, target: Sizes, last: bool) -> None:
+    outputs = ExpertsPruner(work, experts, sizes, work.expert_groups).prune(target)
     for number in range(len(work.stream)):
         work.rebuild[experts.module, number] = lambda tensor: tensor
         if last:

@@ -14,12 +14,12 @@ from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.slicing import output_matrix
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.layer import solver_dtype
-from slimgpt.runtime.memory import Need
+from slimgpt.runtime.memory import MemoryRequirement
 
 
 def memory_need(
     model: PreTrainedModel, windows: Tensor, plan: Plan, config: PruneConfig, dtype: torch.dtype | None, copied: bool
-) -> Need:
+) -> MemoryRequirement:
     """What pruning needs on its device, from shapes alone.
 
     Args:
@@ -53,4 +53,6 @@ def memory_need(
             # The Gram matrix and its inverse; the factor of what was removed; W, its repaired form and W H.
             solver_bytes = max(solver_bytes, (2 * n * n + (n - keep) * n + 3 * out * n) * each)
     work = batch * (3 * widest + 6 * out) * item
-    return Need(layer_bytes + work, solver_bytes + layer_bytes, tokens * out * item, tokens * widest * item, streams)
+    return MemoryRequirement(
+        layer_bytes + work, solver_bytes + layer_bytes, tokens * out * item, tokens * widest * item, streams
+    )

@@ -169,7 +169,7 @@ def total_seconds(layers: Sequence[LayerReport]) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class Finished:
+class PrunedLayer:
     """A layer that is pruned: what was decided, and the state dict of the narrower layer on the CPU."""
 
     report: LayerReport

@@ -33,7 +33,7 @@ from slimgpt.runtime.distributed import local_device, rank_of_environment
 
 
 @dataclass
-class _Checked:
+class RecoverRequest:
     """A request that nothing is wrong with."""
 
     source: Source
@@ -76,7 +76,7 @@ def _check(
     overwrite: bool,
     trust_remote_code: bool,
     config: RecoverConfig,
-) -> _Checked:
+) -> RecoverRequest:
     if config.adapters and find_spec("peft") is None:
         raise UsageError("adapters need peft: pip install 'slimgpt[recover]', or take --method full")
     if teacher is not None and not config.teacher:
@@ -111,7 +111,7 @@ def _check(
     examples = collect(
         tokenizer, sources, config.max_length, config.held_out, needed, config.pack, config.seed, config.shares
     )
-    return _Checked(
+    return RecoverRequest(
         source, output, model_config, tokenizer, report, config, sources, examples, found, target, dtype,
         trust_remote_code,
     )  # fmt: skip

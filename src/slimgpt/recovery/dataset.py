@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimgpt.calibration.documents import Document, Instruction, read_documents, shuffled
-from slimgpt.calibration.windows import leading_ids, render
+from slimgpt.calibration.windows import prefix_ids, render
 from slimgpt.errors import CalibrationError, UsageError
 
 IGNORED = -100
 """The label of a token that is not learned, as everywhere in transformers."""
 
-RESERVOIR = 200_000
+SHUFFLE_BUFFER = 200_000
 """Documents of a source that are read and shuffled at most."""
 
 
@@ -86,7 +86,7 @@ def collect(
     limit = None if needed is None else needed + held_out
     per_source = []
     for source in sources:
-        documents = shuffled(read_documents(source), seed, RESERVOIR)
+        documents = shuffled(read_documents(source), seed, SHUFFLE_BUFFER)
         per_source.append(list(islice(make_examples(tokenizer, documents, max_length, pack), limit)))
     for source, found in zip(sources, per_source):
         if not found:
@@ -112,7 +112,7 @@ def make_examples(
 ) -> Iterator[Example]:
     """Plain text joined and cut into windows of ``max_length`` (what is left over is not used); instructions and chats
     one by one, or in the same windows if ``pack``."""
-    prefix = leading_ids(tokenizer)
+    prefix = prefix_ids(tokenizer)
     body = max_length - len(prefix)
     end = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
     ids: list[int] = []

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimgpt.checkpoint.journal import discard_unfinished, open_unfinished, reading, unfinished_folder, write_text
+from slimgpt.checkpoint.journal import delete_unfinished, open_unfinished, reading, unfinished_folder, write_text
 
 CHOICES_FILE = "choices.json"
 
@@ -54,7 +54,7 @@ class Workspace:
 
     def discard(self) -> None:
         """Remove the folder."""
-        discard_unfinished(self.folder)
+        delete_unfinished(self.folder)
 
     def _write(self) -> None:
         write_text(self.folder / CHOICES_FILE, json.dumps(self._choices))

@@ -18,7 +18,7 @@ from slimgpt.io.folders import output_lock
 from slimgpt.models.fingerprint import fingerprint, source_files
 from slimgpt.models.loading import load_model
 from slimgpt.models.streaming import check_finite, stored_dtype
-from slimgpt.recovery.checks import _check, _Checked, make_recovery_config
+from slimgpt.recovery.checks import RecoverRequest, _check, make_recovery_config
 from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.loss_curve import Curve, write_curve
 from slimgpt.recovery.resume import Workspace
@@ -27,8 +27,8 @@ from slimgpt.recovery.train_state import STATE, load_weights, states
 from slimgpt.recovery.trainer import (
     OnStep,
     RecoveryTrainer,
-    hopeless,
-    prepared_model,
+    make_trainable,
+    should_stop_early,
     total_steps,
 )
 from slimgpt.runtime.devices import forward_dtype
@@ -115,7 +115,7 @@ def recover(
 
 
 def _run(
-    c: _Checked, ranks: Ranks, resume: bool, overwrite: bool, on_teacher: OnTeacher | None, on_step: OnStep | None
+    c: RecoverRequest, ranks: Ranks, resume: bool, overwrite: bool, on_teacher: OnTeacher | None, on_step: OnStep | None
 ) -> Recovery:
     config = c.config
     if config.batch_size % (config.micro_batch * ranks.world):
@@ -138,7 +138,7 @@ def _run(
     model = load_model(c.source, c.model_config, dtype, c.device, c.trust_remote_code)
     stored = stored_dtype(c.source, c.model_config, "auto")
     set_seed(config.seed)  # adapters begin with random numbers
-    trained = prepared_model(model, config)
+    trained = make_trainable(model, config)
     pad_id: Any = c.tokenizer.pad_token_id or 0
     trainer = RecoveryTrainer(
         trained, config, c.data.training, c.data.held_out, cache, work.folder / "states",
@@ -178,7 +178,7 @@ def _train(trainer: RecoveryTrainer) -> Curve:
     finished = False
     if kept:
         before = trainer.state.load_from_json(str(kept[-1] / STATE))
-        stopped = hopeless(before.log_history, trainer.config.patience)
+        stopped = should_stop_early(before.log_history, trainer.config.patience)
         finished = stopped or before.global_step >= trainer.args.max_steps
         if finished:
             trainer.state = before
@@ -192,7 +192,7 @@ def _train(trainer: RecoveryTrainer) -> Curve:
     return Curve.from_history(trainer.state.log_history, trainer.args.max_steps, best)
 
 
-def _teach(c: _Checked, ranks: Ranks, folder: Path, on_teacher: OnTeacher | None) -> TeacherCache | None:
+def _teach(c: RecoverRequest, ranks: Ranks, folder: Path, on_teacher: OnTeacher | None) -> TeacherCache | None:
     """The teacher's predictions for the training examples; it is gone from memory afterwards."""
     if c.teacher is None:
         return None
@@ -221,7 +221,7 @@ def _bf16(config: RecoverConfig, device: torch.device) -> bool:
     return device.type == "cpu" and forward_dtype("auto", torch.bfloat16, device) is None
 
 
-def _request(c: _Checked, world: int) -> dict[str, Any]:
+def _request(c: RecoverRequest, world: int) -> dict[str, Any]:
     """Everything that decides the result but the learning rate, which may change after a loss that was no number."""
     found = versions(c.device)
     settings = asdict(c.config)
@@ -238,7 +238,7 @@ def _request(c: _Checked, world: int) -> dict[str, Any]:
     }
 
 
-def _described(c: _Checked) -> dict[str, Any]:
+def _described(c: RecoverRequest) -> dict[str, Any]:
     return {
         "sources": list(c.sources),
         "examples": len(c.data.training),
@@ -249,7 +249,7 @@ def _described(c: _Checked) -> dict[str, Any]:
     }
 
 
-def _finish(c: _Checked, model: Any, stored: torch.dtype, recovery: Recovery, overwrite: bool) -> None:
+def _finish(c: RecoverRequest, model: Any, stored: torch.dtype, recovery: Recovery, overwrite: bool) -> None:
     """Save the model with what pruning and recovery say of it."""
     model = model.to("cpu", stored).requires_grad_(False).eval()
     model.config.dtype = stored

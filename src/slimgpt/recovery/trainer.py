@@ -38,7 +38,7 @@ class Step:
 OnStep = Callable[[Step], None]
 
 
-class _Numbers(Dataset):
+class IndexDataset(Dataset):
     """The numbers of the examples; the collator looks them up."""
 
     def __init__(self, count: int):
@@ -71,7 +71,7 @@ def latest(history: Sequence[dict[str, Any]]) -> tuple[float | None, float | Non
     )
 
 
-def hopeless(history: Sequence[dict[str, Any]], patience: int) -> bool:
+def should_stop_early(history: Sequence[dict[str, Any]], patience: int) -> bool:
     """Whether the held-out loss has not fallen for ``patience`` evaluations; never for a patience of 0."""
     losses = [entry["held_out_loss"] for entry in history if "held_out_loss" in entry]
     return bool(losses and patience) and len(losses) - 1 - losses.index(min(losses)) >= patience
@@ -141,8 +141,8 @@ class RecoveryTrainer(Trainer):
         super().__init__(
             model=model,  # type: ignore[arg-type]
             args=arguments,
-            train_dataset=_Numbers(len(training)),
-            eval_dataset=_Numbers(len(held_out)),
+            train_dataset=IndexDataset(len(training)),
+            eval_dataset=IndexDataset(len(held_out)),
             data_collator=self._collate,
             callbacks=[_Steps(bool(held_out), on_step)],
         )
@@ -202,7 +202,7 @@ class RecoveryTrainer(Trainer):
         if count:
             self.log(metrics)
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-            if hopeless(self.state.log_history, self.config.patience):
+            if should_stop_early(self.state.log_history, self.config.patience):
                 self.control.should_training_stop = True
         return metrics
 
@@ -261,7 +261,7 @@ def needed_examples(config: RecoverConfig) -> int | None:
     return math.ceil(config.max_steps * config.batch_size / config.epochs)
 
 
-def prepared_model(model: PreTrainedModel, config: RecoverConfig) -> nn.Module:
+def make_trainable(model: PreTrainedModel, config: RecoverConfig) -> nn.Module:
     """The model with what is to be trained marked: adapters put in, or the embeddings frozen.
 
     The optional library peft is asked for by ``run.check_library`` before this.
@@ -289,4 +289,4 @@ def prepared_model(model: PreTrainedModel, config: RecoverConfig) -> nn.Module:
     return get_peft_model(model, adapters)
 
 
-__all__ = ["OnStep", "RecoveryTrainer", "Step", "needed_examples", "prepared_model", "total_steps"]
+__all__ = ["OnStep", "RecoveryTrainer", "Step", "make_trainable", "needed_examples", "total_steps"]

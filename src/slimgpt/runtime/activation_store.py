@@ -11,7 +11,7 @@ from torch import Tensor
 from slimgpt.runtime.memory import DEVICE, FILE
 
 
-class Shelf:
+class ActivationStore:
     """Tensors by number, such as one per batch, kept in a chosen place.
 
     Args:

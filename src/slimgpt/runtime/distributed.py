@@ -43,7 +43,7 @@ class Ranks:
         if self.world == 1:
             return
         count = torch.tensor([gram.count], device=gram.sum.device)
-        with _contact():
+        with collective_errors():
             dist.reduce(gram.sum, 0)
             dist.reduce(count, 0)
         if self.main:
@@ -52,14 +52,14 @@ class Ranks:
     def total(self, tensor: Tensor) -> None:
         """Add all processes' ``tensor`` up in each of them."""
         if self.world > 1:
-            with _contact():
+            with collective_errors():
                 dist.all_reduce(tensor)
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's ``tensor`` in all processes; the others give one of the same shape and type to be filled."""
         if self.world > 1:
             tensor = tensor.contiguous()
-            with _contact():
+            with collective_errors():
                 dist.broadcast(tensor, 0)
         return tensor
 
@@ -72,7 +72,7 @@ class Ranks:
 
 
 @contextmanager
-def _contact() -> Iterator[None]:
+def collective_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # DistBackendError and Gloo's closed connections are RuntimeErrors
@@ -92,7 +92,7 @@ def rank_of_environment() -> int:
     return int(os.environ["RANK"]) if in_torchrun() else 0
 
 
-def processes_here() -> int:
+def local_world_size() -> int:
     """How many processes ``torchrun`` started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

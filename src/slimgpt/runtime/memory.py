@@ -15,14 +15,14 @@ import psutil
 import torch
 
 from slimgpt.errors import UsageError
-from slimgpt.runtime.distributed import processes_here
+from slimgpt.runtime.distributed import local_world_size
 
 DEVICE, HOST, FILE, RECOMPUTE = "device", "host", "file", "recompute"
-RESERVE = 0.85
+USABLE_FRACTION = 0.85
 """Share of the free memory that is used when the user names no budget."""
 
 
-def anonymous_bytes() -> int:
+def anonymous_rss() -> int:
     """Memory of this process that no file stands behind; where the system does not tell, all that is resident."""
     status = Path("/proc/self/status")
     if status.is_file():
@@ -43,15 +43,15 @@ def free_bytes(device: torch.device) -> int:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     with suppress(OSError, ValueError):  # no control group, or "max"
         free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return max(free, 0) // processes_here()
+    return max(free, 0) // local_world_size()
 
 
 def used_bytes(device: torch.device) -> int:
     """Memory in use by this process where the work is done."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else anonymous_bytes()
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else anonymous_rss()
 
 
-def hold_to(gpu: torch.device, budget: int) -> None:
+def limit_gpu_memory(gpu: torch.device, budget: int) -> None:
     """Let this process have no more than ``budget`` bytes of a GPU's memory."""
     total = torch.cuda.get_device_properties(gpu).total_memory
     # Given by its number: a device without one (`cuda`) is refused here, though it is not elsewhere.
@@ -65,14 +65,14 @@ def _libc() -> ctypes.CDLL | None:
     return libc if libc is not None and hasattr(libc, "malloc_trim") else None
 
 
-def trim() -> None:
+def malloc_trim() -> None:
     """Give freed memory back to the system: glibc keeps it, scattered among what is in use."""
     if (libc := _libc()) is not None:
         libc.malloc_trim(0)
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryRequirement:
     """What a run needs on its device, in bytes.
 
     Args:
@@ -112,7 +112,7 @@ class Placement:
         return asdict(self)
 
 
-def place(need: Need, device: torch.device, budget: int | None = None) -> Placement:
+def choose_placement(need: MemoryRequirement, device: torch.device, budget: int | None = None) -> Placement:
     """The fastest places that the budget allows.
 
     What is needed at once comes first (a layer, the solver), then the stream, of which there are two or more while
@@ -125,7 +125,7 @@ def place(need: Need, device: torch.device, budget: int | None = None) -> Placem
         UsageError: a layer and its solver alone are more than the budget.
     """
     base = used_bytes(device)
-    limit = budget if budget is not None else base + int(RESERVE * free_bytes(device))
+    limit = budget if budget is not None else base + int(USABLE_FRACTION * free_bytes(device))
     room = limit - base - max(need.layer, need.solver)
     on_cpu = device.type == "cpu"
     gram = DEVICE
@@ -143,7 +143,7 @@ def place(need: Need, device: torch.device, budget: int | None = None) -> Placem
         stream = FILE if on_cpu else HOST
     else:
         room -= need.streams * need.stream
-    host = free_bytes(torch.device("cpu")) * RESERVE if not on_cpu else 0.0
+    host = free_bytes(torch.device("cpu")) * USABLE_FRACTION if not on_cpu else 0.0
     if stream == HOST:
         if need.streams * need.stream > host:
             stream = FILE

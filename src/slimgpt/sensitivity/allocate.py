@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
-from slimgpt.layerwise.context import Run
+from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.allocation import Sensitivity, between, spend, trial
 from slimgpt.planning.plan import Plan
 from slimgpt.sensitivity.measure import (
+    ENDPOINT,
     FIT_PER_COLUMN,
     PARTS,
-    SEARCHED,
-    WHOLE,
+    SIMPSON,
     OnMeasured,
     Points,
     _passes,
@@ -31,10 +31,10 @@ def allocate(
     plan: Plan,
     shape: ModelShape,
     model: PreTrainedModel,
-    take: Callable[[int], nn.Module],
+    load_layer: Callable[[int], nn.Module],
     windows: Tensor,
     config: PruneConfig,
-    run: Run,
+    run: ExecutionContext,
     on_measured: OnMeasured | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """A plan that removes as much as ``plan`` does, where it costs least by measurement, and what a report says of it.
@@ -48,7 +48,7 @@ def allocate(
     """
     start = time.perf_counter()
     heads = config.kv_cache is None
-    first, *others = every = looks(config)
+    first, *others = every = quadrature(config)
     steps, count = sum(_passes(points) for points in every) * len(plan.layers), 0
 
     def on_step(_number: int, _steps: int, seconds: float) -> None:
@@ -58,7 +58,7 @@ def allocate(
         count += 1
 
     def look_at(widths: Plan, points: Points) -> Sensitivity:
-        return measure(model, take, windows, widths, config, run, on_step, points)
+        return measure(model, load_layer, windows, widths, config, run, on_step, points)
 
     costs = look_at(trial(plan, shape, heads), first)
     cheapest = spend(plan, shape, costs, config.round_to, heads)
@@ -72,13 +72,13 @@ def allocate(
     return chosen, {**said, "seconds": time.perf_counter() - start}
 
 
-def looks(config: PruneConfig) -> list[Points]:
+def quadrature(config: PruneConfig) -> list[Points]:
     """What is measured of every plan that is looked at: of a trial the parts; in a search, of the plan given and of
     the one spent, the whole."""
-    return [SEARCHED, WHOLE, WHOLE] if config.allocation == "search" else [PARTS]
+    return [SIMPSON, ENDPOINT, ENDPOINT] if config.allocation == "search" else [PARTS]
 
 
-def to_measure(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:
+def uses_sensitivity(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:
     """Whether widths are chosen by measurement.
 
     ``auto`` measures where enough tokens are left for the trial run beside those whose predictions are compared: with

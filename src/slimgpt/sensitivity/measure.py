@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
-from slimgpt.layerwise.capture import Stream, capture, put_parameter, run_layer
-from slimgpt.layerwise.context import Run, check_output, running_layer, shelf_for
-from slimgpt.layerwise.divergence import brought, divergences, returns_tuple
+from slimgpt.layerwise.capture import LayerInputs, capture, put_parameter, run_layer
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for, check_output, running_layer
+from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device, returns_tuple
 from slimgpt.models.architecture import Structure
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.slicing import output_matrix, unit_rows
-from slimgpt.planning.allocation import Contribution, Sensitivity
+from slimgpt.planning.allocation import Sensitivity, StructureCost
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.layer import matrix_of
 from slimgpt.pruning.loop import prune_layers
-from slimgpt.runtime.activation_store import Shelf
-from slimgpt.runtime.memory import DEVICE, trim
+from slimgpt.runtime.activation_store import ActivationStore
+from slimgpt.runtime.memory import DEVICE, malloc_trim
 
 T = TypeVar("T")
 
@@ -42,10 +42,10 @@ Points = tuple[tuple[float, float], ...]
 PARTS: Points = ((0.5, 1.0),)
 """The midpoint rule, exact where the divergence grows with the square of the distance."""
 
-SEARCHED: Points = ((0.5, 2 / 3), (1.0, 1 / 6))
+SIMPSON: Points = ((0.5, 2 / 3), (1.0, 1 / 6))
 """What a search measures, by Simpson's rule; at the dense model there is no gradient."""
 
-WHOLE: Points = ((1.0, 0.0),)
+ENDPOINT: Points = ((1.0, 0.0),)
 """The end of the path, where the divergence is that of the narrowed model."""
 
 PROBE_TOKENS, PROBE_LENGTH = 4096, 512
@@ -59,7 +59,7 @@ OnMeasured = Callable[[int, int, float], None]
 
 
 @dataclass
-class _Narrow:
+class PrunedWeight:
     """Where the trial run left a structure: the columns that stay and the number its matrix has on the shelf."""
 
     structure: Structure
@@ -69,28 +69,28 @@ class _Narrow:
 
 def measure(
     model: PreTrainedModel,
-    take: Callable[[int], nn.Module],
+    load_layer: Callable[[int], nn.Module],
     windows: Tensor,
     plan: Plan,
     config: PruneConfig,
-    run: Run,
+    run: ExecutionContext,
     on_measured: OnMeasured | None = None,
-    points: Points = PARTS + WHOLE,
+    points: Points = PARTS + ENDPOINT,
 ) -> Sensitivity:
     """What a plan would lose, and each structure's part in it.
 
     Args:
         model: what is around the layers; it stays as it is.
-        take: gives the dense layer of an index.
+        load_layer: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)`` long; the last ones are the ones whose predictions are compared.
         plan: the widths to try; structures that it leaves as they are contribute nothing and are not in the result.
-        points: with :data:`PARTS` the result has the parts, with :data:`WHOLE` what they sum up to is measured, too;
+        points: with :data:`PARTS` the result has the parts, with :data:`ENDPOINT` what they sum up to is measured, too;
             else it is their sum.
 
     Raises:
         NumericalError: NaN or infinity on the way, or a Hessian that is not positive definite.
     """
-    return _Measurement(model, take, plan, config, run, on_measured, points)(windows)
+    return _Measurement(model, load_layer, plan, config, run, on_measured, points)(windows)
 
 
 def divide(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
@@ -109,39 +109,44 @@ class _Measurement:
     def __init__(
         self,
         model: PreTrainedModel,
-        take: Callable[[int], nn.Module],
+        load_layer: Callable[[int], nn.Module],
         plan: Plan,
         config: PruneConfig,
-        run: Run,
+        run: ExecutionContext,
         on_measured: OnMeasured | None,
         points: Points,
     ):
-        self.model, self.layers, self.take = model, decoder_layers(model), take
+        self.model, self.layers, self.load_layer = model, decoder_layers(model), load_layer
         self.plan, self.config = plan, config
         self.structures = architecture_of(model.config, model).chosen(plan.head_unit)
         self.sizes = layer_sizes(model.config)
         self.run = run.single_process(run.dtype)
         self.on_measured, self.done, self.points = on_measured, 0, points
-        self.narrow: list[list[_Narrow]] = []
+        self.narrow: list[list[PrunedWeight]] = []
 
     def __call__(self, windows: Tensor) -> Sensitivity:
         fit, probe = divide(windows, max(max(layer.values()) for layer in self.sizes))
         each = next(self.model.get_input_embeddings().parameters()).element_size()
-        self.matrices = shelf_for(self.run, each * self._narrow_numbers())
+        self.matrices = activation_store_for(self.run, each * self._narrow_numbers())
         self._try(fit)
         stream = capture(
-            self.model, self.layers, probe, self.config.batch_size, Shelf(DEVICE, self.run.device), self.run.dtype
+            self.model,
+            self.layers,
+            probe,
+            self.config.batch_size,
+            ActivationStore(DEVICE, self.run.device),
+            self.run.dtype,
         )
         dense, ends = self._forth(stream)
-        with brought(self.model, self.run.device):
+        with on_device(self.model, self.run.device):
             found, gradients = self._compare(dense, ends, probe)
-        parts = tuple(self._back(stream, gradients)) if weighed(self.points) else ()
-        return Sensitivity(found if WHOLE[0] in self.points else sum(part.cost for part in parts), parts)
+        parts = tuple(self._back(stream, gradients)) if num_gradient_nodes(self.points) else ()
+        return Sensitivity(found if ENDPOINT[0] in self.points else sum(part.cost for part in parts), parts)
 
     def _try(self, fit: Tensor) -> None:
         """Prune on a few windows and keep every narrow matrix."""
         count = 0
-        for finished in self._steps(prune_layers(self.model, self.take, fit, self.plan, self.config, self.run)):
+        for finished in self._steps(prune_layers(self.model, self.load_layer, fit, self.plan, self.config, self.run)):
             index, sizes, found = finished.report.layer, self.sizes[finished.report.layer], []
             for structure in self.structures:
                 kept = finished.report.kept.get(structure.name)
@@ -149,21 +154,21 @@ class _Measurement:
                     continue
                 W = output_matrix(finished.state, structure)
                 n = W.shape[1] * structure.units(sizes) // len(kept)
-                found.append(_Narrow(structure, unit_rows(n, structure.units(sizes), torch.tensor(kept)), count))
+                found.append(PrunedWeight(structure, unit_rows(n, structure.units(sizes), torch.tensor(kept)), count))
                 self.matrices.put(count, W)
                 count += 1
             assert index == len(self.narrow)
             self.narrow.append(found)
 
     @torch.no_grad()
-    def _forth(self, stream: Stream) -> tuple[list[Tensor], list[list[Tensor]]]:
+    def _forth(self, stream: LayerInputs) -> tuple[list[Tensor], list[list[Tensor]]]:
         """The hidden states behind the last layer of the dense model and at every point of the path; by batch."""
         batches = range(len(stream))
         dense = [stream.hidden.take(number) for number in batches]
         ends = [list(dense) for _ in self.points]
         inputs = len(self.layers) * sum(hidden.numel() * hidden.element_size() for hidden in dense)
-        inputs *= weighed(self.points)
-        self.inputs = shelf_for(self.run, inputs)
+        inputs *= num_gradient_nodes(self.points)
+        self.inputs = activation_store_for(self.run, inputs)
         for index in self._steps(range(len(self.layers))):
             layer = self._layer(index)
             if index == 0:
@@ -186,16 +191,16 @@ class _Measurement:
         wanted = [bool(weight) for _, weight in self.points]
         for number, ids in enumerate(probe.split(self.config.batch_size)):
             here = [path[number] for path in ends]
-            found, _, slopes = divergences(self.model, dense[number], here, ids, self.tuples, wanted)
+            found, _, slopes = kl_and_cross_entropy(self.model, dense[number], here, ids, self.tuples, wanted)
             total += found[-1]
             for point, slope in enumerate(slopes):
                 gradients[point][number] = slope
         self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
         return total / self.tokens, gradients
 
-    def _back(self, stream: Stream, gradients: list[list[Tensor]]) -> list[Contribution]:
+    def _back(self, stream: LayerInputs, gradients: list[list[Tensor]]) -> list[StructureCost]:
         """The part of every structure in the divergence."""
-        parts: list[Contribution] = []
+        parts: list[StructureCost] = []
         batches = range(len(stream))
         for index in self._steps(reversed(range(len(self.layers)))):
             layer = self._layer(index)
@@ -213,7 +218,7 @@ class _Measurement:
             for narrow, cost in zip(self.narrow[index], costs):
                 structure, sizes = narrow.structure, self.sizes[index]
                 removed = 1 - structure.units(self.plan.layers[index]) / structure.units(sizes)
-                parts.append(Contribution(index, structure.unit, removed, cost))
+                parts.append(StructureCost(index, structure.unit, removed, cost))
         return sorted(parts, key=lambda part: (part.layer, part.unit))
 
     def _narrowed(
@@ -242,7 +247,7 @@ class _Measurement:
             yield point, there, steps
 
     def _layer(self, index: int) -> nn.Module:
-        layer = running_layer(self.take(index), self.model.config, index, self.run)
+        layer = running_layer(self.load_layer(index), self.model.config, index, self.run)
         for name, tensor in layer.named_parameters():  # those of the model itself may be trained later
             put_parameter(layer, name, nn.Parameter(tensor.detach(), requires_grad=False))
         return layer
@@ -261,7 +266,7 @@ class _Measurement:
         for item in items:
             yield item
             del item
-            trim()
+            malloc_trim()
             if self.on_measured:
                 self.on_measured(self.done, _passes(self.points) * len(self.layers), time.perf_counter() - start)
             self.done, start = self.done + 1, time.perf_counter()
@@ -269,9 +274,9 @@ class _Measurement:
 
 def _passes(points: Points) -> int:
     """How often all layers are visited: for the trial run, forth, and back if gradients are wanted."""
-    return 3 if weighed(points) else 2
+    return 3 if num_gradient_nodes(points) else 2
 
 
-def weighed(points: Points) -> int:
+def num_gradient_nodes(points: Points) -> int:
     """At how many points gradients are wanted."""
     return sum(1 for _, weight in points if weight)
