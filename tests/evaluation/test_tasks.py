@@ -176,7 +176,7 @@ def test_a_model_of_one_answer_is_said_to_be_one(tokenizer, many_rows, monkeypat
     preferred = ["no" if a[0] > b[0] else "yes" for (a,), (b,) in (row["resps"] for row in found.samples["boolq"])]
     word = max(("yes", "no"), key=preferred.count)
     share = preferred.count(word) / 24
-    assert found.majority_answer == {"boolq": (word, share)}
+    assert found.commonest == {"boolq": (word, share)}
     for least, words in ((share, {"boolq": f"'{word}' to {share:.0%}"}), (share + 0.01, {})):
         monkeypatch.setattr("slimgpt.evaluation.tasks.DEGENERATE_SHARE", least)
         assert found.degenerate_tasks() == words
@@ -184,7 +184,7 @@ def test_a_model_of_one_answer_is_said_to_be_one(tokenizer, many_rows, monkeypat
     assert read_back.to_json() == found.to_json()
     assert answers(read_back) == answers(found)
     few = evaluate_tasks(model, tokenizer, "boolq", limit=19, data_dir=many_rows)
-    assert few.majority_answer == {}
+    assert few.commonest == {}
 
 
 def test_the_command_line_says_that_a_model_has_one_answer(dense_folder, many_rows, monkeypatch):

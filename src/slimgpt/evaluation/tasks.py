@@ -55,7 +55,7 @@ class TaskScores:
     mean_stderr: float | None
     protocol: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]]
-    majority_answer: dict[str, tuple[str, float]] = field(default_factory=dict)
+    commonest: dict[str, tuple[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists, without the samples."""
@@ -72,15 +72,15 @@ class TaskScores:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """What :meth:`with_answers` gave, also if it has been in a file."""
-        majority_answer = {name: (option, share) for name, (option, share) in values["commonest"].items()}
-        return cls(**{**values, "commonest": majority_answer})
+        commonest = {name: (option, share) for name, (option, share) in values["commonest"].items()}
+        return cls(**{**values, "commonest": commonest})
 
     def degenerate_tasks(self) -> dict[str, str]:
         """In words, by task: where one option is preferred so often that the score says little but how often it is
         right."""
         return {
             name: f"'{option}' to {share:.0%}"
-            for name, (option, share) in self.majority_answer.items()
+            for name, (option, share) in self.commonest.items()
             if share >= DEGENERATE_SHARE
         }
 
@@ -116,7 +116,7 @@ def evaluate_tasks(
         mean_acc=mean_of(asked, ("acc",)),
         mean_stderr=stderr_of_mean(asked),
         samples=found["samples"],
-        majority_answer={name: one for name, rows in found["samples"].items() if (one := _commonest(rows)) is not None},
+        commonest={name: one for name, rows in found["samples"].items() if (one := _commonest(rows)) is not None},
         protocol={
             "harness": f"lm_eval {found['lm_eval_version']}",
             "tasks": names,
