@@ -291,7 +291,7 @@ def test_run_to_stops_before_the_output_matrix():
 
 def test_a_family_can_be_described_without_touching_the_package(monkeypatch):
     """As docs/adding-a-family.md has it."""
-    monkeypatch.setattr("slimgpt.models.build.ARCHITECTURES", mine := dict(ARCHITECTURES))
+    monkeypatch.setattr("slimgpt.models.lookup.ARCHITECTURES", mine := dict(ARCHITECTURES))
     monkeypatch.setattr("slimgpt.models.families.ARCHITECTURES", mine)
     del mine["arcee"]
     with pytest.raises(UnsupportedFamilyError, match=r"(?s)nobody has shown|has described it.*mlp\.up_proj: Linear"):

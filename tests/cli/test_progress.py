@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from slimgpt.cli import console
+from slimgpt.cli import progress as console
 from slimgpt.pruning.report import LayerReport
 from slimgpt.runtime.memory import used_bytes
 
@@ -26,9 +26,9 @@ def said(seconds: list[float], terminal: bool, monkeypatch) -> str:
     """What is shown once the layers that took these seconds are done."""
     monkeypatch.setattr(console, "out", Console(width=300, force_terminal=terminal, record=True))
     plan = SimpleNamespace(layers=[SIZES] * LAYERS)
-    with console.layer_progress(TOKENS, torch.device("cpu")) as (on_layer, *_):
+    with console.layer_progress(TOKENS, torch.device("cpu")) as callbacks:
         for layer, each in enumerate(seconds):
-            on_layer(report(layer, each), plan)
+            callbacks.layer(report(layer, each), plan)
     return console.out.export_text()
 
 

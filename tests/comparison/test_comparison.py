@@ -16,10 +16,10 @@ from slimgpt.comparison.result import Row
 from slimgpt.evaluation.tasks import answers, difference, flips
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.planning.cost import generation_flops
+from tests.cli.test_command_line import run
 from tests.comparison.browser import CHROMIUM, browse
 from tests.evaluation.conftest import data_dir  # noqa: F401  (a fixture)
 from tests.families import tiny_model
-from tests.test_command_line import run
 
 
 @pytest.fixture(scope="module")

@@ -71,11 +71,11 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
     """If tokens are wanted that are not there (432 are), the dense model's come first, and say nothing of their own.
     A search trains all matrices of the layers, those that are not named below at a quarter of the rate."""
     dense, slim, training = case(family, tokens=tokens, allocation="search" if others else "schedule")
-    lesson = training.lesson
-    assert lesson.others == others
+    lesson = training.data
+    assert lesson.other_matrices_lr == others
     steps = lesson.steps
     assert [len(step) for step in steps] == ([2, 2] if tokens == 300 else [2, 2, 2, 2])
-    assert lesson.count(range(lesson.held)) == 144
+    assert lesson.count(range(lesson.held_out)) == 144
     mirror = copy.deepcopy(slim)
     said = training()
 
@@ -112,12 +112,12 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
         adam.step()
     assert said["curve"] == pytest.approx(curve, rel=1e-5)
     assert (said["tokens"], said["written_tokens"]) == ((288, 0) if tokens == 300 else (576, 144))
-    assert said["rate"] == pytest.approx(distillation.RATE * said["divergence"]["before"] ** 0.5)
-    assert said["text_weight"] == pytest.approx(distillation.TEXT * said["divergence"]["before"] ** 0.5)
+    assert said["rate"] == pytest.approx(distillation.MAX_LR * said["divergence"]["before"] ** 0.5)
+    assert said["text_weight"] == pytest.approx(distillation.TEXT_WEIGHT * said["divergence"]["before"] ** 0.5)
     with torch.no_grad():
-        held = torch.cat([divergence(mirror, dense, lesson.ids[b]).flatten() for b in range(lesson.held)])
-        text = sum(said_by(mirror, lesson.ids[b]) for b in range(lesson.held))
-        text /= sum(lesson.ids[b][:, 2:].numel() for b in range(lesson.held))  # neither the first nor the last position
+        held = torch.cat([divergence(mirror, dense, lesson.ids[b]).flatten() for b in range(lesson.held_out)])
+        text = sum(said_by(mirror, lesson.ids[b]) for b in range(lesson.held_out))
+        text /= sum(lesson.ids[b][:, 2:].numel() for b in range(lesson.held_out))
     assert said["divergence"]["after"] == pytest.approx(float(held.mean()), rel=1e-4)
     assert said["cross_entropy"]["after"] == pytest.approx(float(text), rel=1e-4)
     both = [said["divergence"][at] + said["text_weight"] * said["cross_entropy"][at] for at in ("before", "after")]
@@ -134,8 +134,8 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
 
 def test_held_out_text_is_not_trained_on():
     lesson = case("llama")[2].lesson
-    held = {tuple(row) for batch in lesson.ids[: lesson.held] for row in batch.tolist()}
-    trained = {tuple(row) for batch in lesson.ids[lesson.held :] for row in batch.tolist()}
+    held = {tuple(row) for batch in lesson.ids[: lesson.held_out] for row in batch.tolist()}
+    trained = {tuple(row) for batch in lesson.ids[lesson.held_out :] for row in batch.tolist()}
     assert held == {tuple(row) for row in IDS[-6:].tolist()}
     assert not held & trained
     assert trained <= {tuple(row) for row in IDS.tolist()}
@@ -171,7 +171,7 @@ def test_a_model_in_memory_is_trained_if_that_helps(monkeypatch):
     with torch.no_grad():
         found = [float(divergence(model, dense, IDS[:6]).mean()) for model in (plain, trained)]
     assert found == pytest.approx([said["divergence"]["before"], said["divergence"]["after"]], rel=1e-4)
-    monkeypatch.setattr(distillation, "RATE", 50.0)
+    monkeypatch.setattr(distillation, "MAX_LR", 50.0)
     assert not slimgpt.prune(spoilt, None, distill=360, **options).distillation["kept"]
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, spoilt.get_parameter(name)), name
@@ -204,8 +204,8 @@ def test_a_step_is_nearly_what_it_should_be_whatever_the_batch_size():
 
 def test_what_is_not_there_is_written_first():
     dense, _, training = case("llama")
-    assert training.lesson.steps == [range(2, 4), range(4, 6)]
-    assert training.lesson.written == 0
+    assert training.data.steps == [range(2, 4), range(4, 6)]
+    assert training.data.written == 0
     calls = []
     take = decoder_layers(dense).__getitem__
     lesson = build_distillation_data(dense, take, IDS, 1100, CONFIG, run(), lambda *said: calls.append(said))

@@ -12,9 +12,9 @@ from slimgpt.errors import AssetError, OutputError
 from slimgpt.evaluation import commonsense as fetching
 from slimgpt.evaluation import evaluate_tasks
 from slimgpt.evaluation.commonsense import fetch_commonsense
+from tests.cli.test_command_line import run
 from tests.evaluation.conftest import ROWS
 from tests.families import tiny_model
-from tests.test_command_line import run
 
 
 @pytest.fixture

@@ -91,7 +91,7 @@ def test_leaks_by_content(tmp_path):
 
 
 def test_the_leak_is_said_in_the_line_of_the_figure(dense_folder, text_file, tmp_path):
-    from tests.test_command_line import run
+    from tests.cli.test_command_line import run
 
     slim, result = tmp_path / "slim", tmp_path / "result.json"
     small = ["--calibration", text_file, "--num-samples", 8, "--seq-len", 24, "--device", "cpu"]

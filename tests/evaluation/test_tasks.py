@@ -32,8 +32,8 @@ from slimgpt.evaluation.tasks import (
     flips,
     stderr_of_mean,
 )
+from tests.cli.test_command_line import run
 from tests.families import tiny_model
-from tests.test_command_line import run
 
 SPLIT = {name: "test" if name.startswith(("arc", "open")) else "validation" for name in COMMONSENSE}
 

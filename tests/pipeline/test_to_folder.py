@@ -19,9 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import slimgpt
+from slimgpt.checkpoint import journal as journal_module
 from slimgpt.errors import OutputError, ResumeError, UsageError
-from slimgpt.layerwise.context import Run, activation_store_for
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for
 from slimgpt.models.lookup import layer_sizes
+from slimgpt.pipeline import journal_sink
 from slimgpt.pipeline import to_folder as folders
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import MemoryRequirement, Placement, choose_placement, limit_gpu_memory
@@ -130,7 +132,7 @@ def test_half_precision_keeps_its_type_and_runs_as_asked(dtype, dense, text_file
 def test_every_placement_gives_the_same_weights(placement, dense, text_file, tmp_path, monkeypatch):
     folder = str(dense("gemma2"))
     slimgpt.prune_folder(folder, tmp_path / "plain", calibration=str(text_file), **OPTIONS)
-    monkeypatch.setattr("slimgpt.pipeline.to_folder.place", lambda *_: placement)
+    monkeypatch.setattr("slimgpt.pipeline.stages.choose_placement", lambda *_: placement)
     slimgpt.prune_folder(folder, tmp_path / "placed", calibration=str(text_file), **OPTIONS)
     plain, placed = weights_of(tmp_path / "plain"), weights_of(tmp_path / "placed")
     assert all(torch.equal(plain[name], placed[name]) for name in plain)
@@ -142,7 +144,7 @@ def test_running_out_of_memory_is_answered_with_a_smaller_budget(dense, text_fil
 
     folder = str(dense("llama"))
     slimgpt.prune_folder(folder, tmp_path / "plain", calibration=str(text_file), **OPTIONS)
-    solve, budgets, calls = sequential.Layer.solve, [], []
+    solve, budgets, calls = sequential.LayerPruner.solve, [], []
 
     def fail_once(self, *arguments):
         calls.append(self.index)
@@ -154,8 +156,8 @@ def test_running_out_of_memory_is_answered_with_a_smaller_budget(dense, text_fil
         budgets.append(budget)
         return choose_placement(need, device)
 
-    monkeypatch.setattr(sequential.Layer, "solve", fail_once)
-    monkeypatch.setattr("slimgpt.pipeline.to_folder.place", remember)
+    monkeypatch.setattr(sequential.LayerPruner, "solve", fail_once)
+    monkeypatch.setattr("slimgpt.pipeline.stages.choose_placement", remember)
     slimgpt.prune_folder(folder, tmp_path / "failed", calibration=str(text_file), memory="8GB", **OPTIONS)
     assert budgets == [8 * 10**9, 6 * 10**9]
     assert files_of(tmp_path / "plain") == files_of(tmp_path / "failed")
@@ -228,9 +230,9 @@ def test_a_shelf_in_a_file_gives_back_what_was_put(tmp_path):
 )
 def test_what_is_large_is_kept_farther_off(device, scratch, size, place, tmp_path, monkeypatch):
     for name, found in (("used_bytes", 0), ("free_bytes", 100 * 10**9)):
-        monkeypatch.setattr(f"slimgpt.pruning.layer.{name}", lambda _, found=found: found)
+        monkeypatch.setattr(f"slimgpt.layerwise.context.{name}", lambda _, found=found: found)
     placement = Placement(10 * 10**9, "device", "device")
-    run = Run(torch.device(device), placement, scratch=tmp_path if scratch else None)
+    run = ExecutionContext(torch.device(device), placement, scratch=tmp_path if scratch else None)
     assert activation_store_for(run, size * 10**9).place == place
 
 
@@ -311,7 +313,7 @@ def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_t
 
     with pytest.raises(Killed):
         slimgpt.prune_folder(str(wide), tmp_path / "resumed", on_distilled=kill, **options)
-    write, count = slimgpt.checkpoint.journal.write_tensors, 0
+    write, count = journal_module.write_tensors, 0
 
     def write_two(tensors, file):
         nonlocal count
@@ -323,10 +325,10 @@ def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_t
     def never(*_):
         raise Killed
 
-    monkeypatch.setattr("slimgpt.distillation.data.write", never)
+    monkeypatch.setattr("slimgpt.distillation.data.generate_text", never)
     steps = []
     # While trained layers are written, and when the training is finished and the folder is not.
-    for name, instead in (("pruning.journal.write_tensors", write_two), ("folders.assemble", never)):
+    for name, instead in (("checkpoint.journal.write_tensors", write_two), ("pipeline.journal_sink.assemble", never)):
         with monkeypatch.context() as patch:
             patch.setattr(f"slimgpt.{name}", instead)
             with pytest.raises(Killed):
@@ -343,7 +345,7 @@ def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_t
 @pytest.mark.parametrize("allocation", ["schedule", "search"])
 def test_what_a_training_keeps_on_the_disk_is_counted_before(allocation, wide, same_text, tmp_path, monkeypatch):
     needed, seen = [], [0]
-    check, assemble = folders.check_output, folders.assemble
+    check, assemble = folders.check_output, journal_sink.assemble
 
     def counted(output, overwrite, size=0):
         needed.append(size)
@@ -354,7 +356,7 @@ def test_what_a_training_keeps_on_the_disk_is_counted_before(allocation, wide, s
         seen.append(sum(file.stat().st_size for file in files))
 
     monkeypatch.setattr("slimgpt.pipeline.to_folder.check_output", counted)
-    monkeypatch.setattr("slimgpt.pipeline.to_folder.assemble", lambda *a: (look(), assemble(*a)))
+    monkeypatch.setattr("slimgpt.pipeline.journal_sink.assemble", lambda *a: (look(), assemble(*a)))
     options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0, "allocation": allocation, "distill": 192}
     report = slimgpt.prune_folder(str(wide), tmp_path / "slim", on_distilled=look, **options)
     assert report.distillation["written_tokens"] == 48

@@ -302,7 +302,7 @@ def test_a_teacher_that_cannot_be_found_or_does_not_fit(recover, tmp_path, monke
 
 
 def test_without_the_optional_library_the_extra_is_named(recover, monkeypatch):
-    monkeypatch.setattr("slimgpt.recovery.run.find_spec", lambda _: None)
+    monkeypatch.setattr("slimgpt.recovery.checks.find_spec", lambda _: None)
     with pytest.raises(UsageError, match=r"pip install 'slimgpt\[recover\]'"):
         recover()
 

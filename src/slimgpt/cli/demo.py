@@ -35,9 +35,9 @@ def demo(
         check_output(output / part, overwrite)
     from slimgpt.runtime.devices import as_device
 
-    with layer_progress(num_samples * seq_len, as_device("auto")) as calls:
+    with layer_progress(num_samples * seq_len, as_device("auto")) as callbacks:
         result = run_demo(
-            output, ratio, num_samples, seq_len, overwrite, lambda text: out.print(f"[dim]{text}[/]"), *calls
+            output, ratio, num_samples, seq_len, overwrite, lambda text: out.print(f"[dim]{text}[/]"), callbacks
         )
     _print_demo(result)
 

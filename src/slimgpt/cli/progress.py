@@ -14,14 +14,9 @@ from slimgpt.cli.console import out
 if TYPE_CHECKING:
     import torch
 
+    from slimgpt.pipeline.callbacks import Callbacks
     from slimgpt.planning.plan import Plan
     from slimgpt.pruning.report import LayerReport
-
-    OnLayer = Callable[[LayerReport, Plan], None]
-    OnMeasured = Callable[[int, int, float], None]
-    OnDistilled = Callable[[int, int, float, float], None]
-    OnRehearsed = Callable[[str, int, int, float], None]
-    Calls = tuple[OnLayer, OnMeasured, OnDistilled, OnRehearsed]
 
 
 @contextmanager
@@ -44,13 +39,14 @@ def count_bar(unit: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
 
 
 @contextmanager
-def layer_progress(tokens: int, device: torch.device) -> Iterator[Calls]:
-    """A bar; where the output is no terminal, lines: what to call after every pruned and measured layer and every step
-    of the training and of what comes before it.
+def layer_progress(tokens: int, device: torch.device) -> Iterator[Callbacks]:
+    """Progress of a run: a bar on a terminal, lines otherwise; yields the callbacks.
 
     The time left is that of the layers seen so far times those to come. Layers that a resumed run finds finished
     count with what they took when they were pruned, so the figure is right from the first of them on.
     """
+    from slimgpt.pipeline.callbacks import Callbacks
+
     seconds: list[float] = []
     measured: list[float] = []
     trained: list[float] = []
@@ -99,7 +95,7 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Calls]:
             rehearsed.setdefault(what, []).append(took)
             on_step(step + 1, steps, f"{what}, {_left(rehearsed[what], steps - step - 1)}", max(steps // 4, 1))
 
-        yield on_layer, on_measured, on_distilled, on_rehearsed
+        yield Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
 
 
 def _left(seconds: list[float], to_come: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -175,9 +176,8 @@ def prune(
             "columns: the repair fits them and not the text behind them; raise --num-samples or --seq-len",
             soft_wrap=True,
         )
-    with layer_progress(prepared.windows.numel(), prepared.device) as calls:
-        on_layer, on_measured, on_distilled, on_rehearsed = calls
-        report = run_to_folder(prepared, on_layer, _print_start, on_measured, on_distilled, on_rehearsed)
+    with layer_progress(prepared.windows.numel(), prepared.device) as callbacks:
+        report = run_to_folder(prepared, replace(callbacks, start=_print_start))
     if rank_of_environment() != 0:  # the first process writes the folder, and may still be at it
         return
     _print_report(report, weight_bytes(prepared.output), prepared.output)

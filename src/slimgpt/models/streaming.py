@@ -162,4 +162,6 @@ def stored_dtype(source: Source, model_config: Any, dtype: str) -> torch.dtype:
     if model_config.dtype is not None:
         return model_config.dtype
     folder = weights_folder(source)
-    return WeightFiles(folder).dtype if folder is not None else torch.float32
+    if folder is None or not any(folder.glob("*.safetensors")):  # a plan needs no weights
+        return torch.float32
+    return WeightFiles(folder).dtype

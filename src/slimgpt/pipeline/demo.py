@@ -14,17 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimgpt import assets
 from slimgpt.checkpoint.saving import save
 from slimgpt.config import make_config
-from slimgpt.distillation.data import OnRehearsed
-from slimgpt.distillation.trainer import OnDistilled
+from slimgpt.distillation.schedule import tokens_to_distill
 from slimgpt.evaluation.evaluate import evaluate
 from slimgpt.evaluation.speed import measure_speed, peak_memory
 from slimgpt.io.weight_files import weight_bytes
 from slimgpt.models.loading import load, load_model
 from slimgpt.models.source import locate
-from slimgpt.pipeline.in_memory import OnLayer, execute
-from slimgpt.pipeline.prepare import prepare
+from slimgpt.pipeline.callbacks import Callbacks
+from slimgpt.pipeline.in_memory import run_in_memory
+from slimgpt.pipeline.prepare import make_job, prepare
 from slimgpt.pruning.report import PruneReport, with_evaluation
-from slimgpt.sensitivity.measure import OnMeasured
+from slimgpt.runtime.distributed import Ranks
 
 PROMPT = "The greatest challenge that our country faces is"
 WINDOW = 512
@@ -80,10 +80,7 @@ def run_demo(
     seq_len: int = 512,
     overwrite: bool = False,
     say: Callable[[str], object] | None = None,
-    on_layer: OnLayer | None = None,
-    on_measured: OnMeasured | None = None,
-    on_distilled: OnDistilled | None = None,
-    on_rehearsed: OnRehearsed | None = None,
+    callbacks: Callbacks | None = None,
 ) -> DemoResult:
     """Prune the demo model, and measure it before and after.
 
@@ -94,7 +91,7 @@ def run_demo(
         seq_len: tokens per window.
         overwrite: replace an earlier demo's folders.
         say: told what happens next.
-        on_layer: called after every layer.
+        callbacks: told of the run's progress.
     """
     root = Path(output)
     say = say or str  # nobody listens
@@ -110,7 +107,10 @@ def run_demo(
     before = _quality(model, tokenizer)
 
     say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
-    slim, report = execute(prepared, model, on_layer, on_measured, on_distilled, on_rehearsed)
+    tokens = tokens_to_distill(config, prepared.shape, prepared.plan, prepared.windows)
+    job = make_job(prepared, Ranks(), tokens)
+    report = run_in_memory(model, job, callbacks or Callbacks(), prepared.budget)
+    slim = model
 
     say("measuring the slim model")
     after = _quality(slim, tokenizer)

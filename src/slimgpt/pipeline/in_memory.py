@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,33 +10,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt import assets
 from slimgpt.calibration.windows import calibration_windows
-from slimgpt.config import PruneConfig, make_config
-from slimgpt.distillation.data import OnRehearsed, build_distillation_data
-from slimgpt.distillation.schedule import pruning_split, tokens_to_distill
-from slimgpt.distillation.trainer import Distillation, OnDistilled
-from slimgpt.layerwise.context import ExecutionContext
-from slimgpt.models.build import decoder_layers
+from slimgpt.config import make_config
+from slimgpt.distillation.data import OnRehearsed
+from slimgpt.distillation.schedule import tokens_to_distill
+from slimgpt.distillation.trainer import OnDistilled
 from slimgpt.models.eval_mode import in_eval_mode
-from slimgpt.models.loading import load_model
-from slimgpt.models.lookup import check_context, layer_sizes, text_config
-from slimgpt.models.parameter_counts import ModelShape, describe
-from slimgpt.models.streaming import check_finite
-from slimgpt.pipeline.prepare import PruneRequest
-from slimgpt.planning.plan import Plan
+from slimgpt.models.lookup import check_context, text_config
+from slimgpt.models.parameter_counts import describe
+from slimgpt.pipeline.callbacks import Callbacks, OnLayer
+from slimgpt.pipeline.memory_sink import ModelInMemory
+from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.planning.planner import plan_for
-from slimgpt.pruning.in_place import prune_model
-from slimgpt.pruning.memory_estimate import memory_need
-from slimgpt.pruning.report import LayerReport, PruneReport, described, execution
+from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.devices import as_device, as_dtype
 from slimgpt.runtime.devices import forward_dtype as choose_forward_dtype
-from slimgpt.runtime.memory import choose_placement
+from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.units import parse_bytes
-from slimgpt.runtime.versions import versions
-from slimgpt.sensitivity.allocate import allocate, uses_sensitivity
 from slimgpt.sensitivity.measure import OnMeasured
-
-OnLayer = Callable[[LayerReport, Plan], None]
-"""Called after every layer, with what was done to it and the whole plan."""
 
 
 def prune(
@@ -163,93 +151,33 @@ def prune(
             parameter.data = parameter.data.to(wanted)
         model.config.dtype = wanted
     name = str(model.config.name_or_path or type(model).__name__)
-    calls = (on_layer, budget, on_measured, on_distilled, on_rehearsed)
-    return run_plan(model, name, windows, source, shape, widths, config, target, *calls)
+    stored = next(model.parameters()).dtype
+    forward = choose_forward_dtype(config.forward_dtype, stored, target)
+    check_context(model.config, "calibration windows (--seq-len)", windows.shape[1])
+    job = PruneJob(
+        name=name,
+        config=config,
+        shape=shape,
+        plan=widths,
+        windows=windows,
+        calibration=source,
+        device=target,
+        stored=stored,
+        dtype=forward,
+        copied=forward is not None or next(model.parameters()).device != target,
+        distill_tokens=tokens_to_distill(config, shape, widths, windows),
+    )
+    return run_in_memory(model, job, Callbacks(on_layer, on_measured, on_distilled, on_rehearsed), budget)
 
 
 @in_eval_mode
-def run_plan(
-    model: PreTrainedModel,
-    name: str,
-    windows: Tensor,
-    source: str,
-    shape: ModelShape,
-    plan: Plan,
-    config: PruneConfig,
-    device: torch.device,
-    on_layer: OnLayer | None,
-    budget: int | None = None,
-    on_measured: OnMeasured | None = None,
-    on_distilled: OnDistilled | None = None,
-    on_rehearsed: OnRehearsed | None = None,
+def run_in_memory(
+    model: PreTrainedModel, job: PruneJob, callbacks: Callbacks, budget: int | None = None
 ) -> PruneReport:
-    """Prune a model in memory and gather the reports of its layers."""
-    check_context(model.config, "calibration windows (--seq-len)", windows.shape[1])
-    tokens = tokens_to_distill(config, shape, plan, windows)
-    start = time.perf_counter()
-    dense = tuple(layer_sizes(model.config))
-    stored = next(model.parameters()).dtype
-    dtype = choose_forward_dtype(config.forward_dtype, stored, device)
-    copied = dtype not in (None, stored) or next(model.parameters()).device != device
-    placement = choose_placement(memory_need(model, windows, plan, config, dtype, copied), device, budget)
-    check_finite(model.state_dict().items())
-    reports, allocation, run = [], {}, ExecutionContext(device, placement, dtype)
-    load_layer = decoder_layers(model).__getitem__
-    if uses_sensitivity(config, shape, windows):
-        plan, allocation = allocate(plan, shape, model, load_layer, windows, config, run, on_measured)
-    # What the dense model makes of the text has to be known before it is pruned.
-    lesson = build_distillation_data(model, load_layer, windows, tokens, config, run, on_rehearsed) if tokens else None
-    for report in prune_model(model, pruning_split(windows, tokens), plan, config, run):
-        reports.append(report)
-        if on_layer:
-            on_layer(report, plan)
-    distillation: dict[str, Any] = {}
-    if lesson is not None:
-        training = Distillation(model, load_layer, plan, lesson, run)
-        distillation = training(on_distilled)
-        if distillation["kept"]:
-            training.apply(model)
-    return PruneReport(
-        base_model=name,
-        model_type=model.config.model_type,
-        settings=config,
-        plan=plan,
-        dense_sizes=dense,
-        layers=tuple(reports),
-        calibration=described(windows, source),
-        versions=versions(device),
-        seconds=time.perf_counter() - start,
-        execution=execution(dtype or stored, placement),
-        allocation=allocation,
-        distillation=distillation,
-    )
+    """Prune a model in place.
 
-
-def execute(
-    prepared: PruneRequest,
-    model: PreTrainedModel | None = None,
-    on_layer: OnLayer | None = None,
-    on_measured: OnMeasured | None = None,
-    on_distilled: OnDistilled | None = None,
-    on_rehearsed: OnRehearsed | None = None,
-) -> tuple[PreTrainedModel, PruneReport]:
-    """Load (unless the model is given) and prune in memory what :func:`prepare` has checked."""
-    p = prepared
-    if model is None:
-        model = load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code)
-    report = run_plan(
-        model,
-        p.source.name,
-        p.windows,
-        p.calibration,
-        p.shape,
-        p.plan,
-        p.config,
-        p.device,
-        on_layer,
-        p.budget,
-        on_measured,
-        on_distilled,
-        on_rehearsed,
-    )
-    return model, report
+    Args:
+        budget: bytes that may be used on the device; ``None``: what is free.
+    """
+    memory = ModelInMemory(model)
+    return run_stages(job, memory, memory, callbacks, Ranks(), budget)

@@ -22,10 +22,11 @@ from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.models.source import Source, check_files, locate
 from slimgpt.models.streaming import stored_dtype
+from slimgpt.pipeline.stages import PruneJob
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import plan_for
-from slimgpt.runtime.devices import as_device, as_dtype
-from slimgpt.runtime.distributed import local_device, rank_of_environment
+from slimgpt.runtime.devices import DTYPES, as_device, as_dtype, forward_dtype
+from slimgpt.runtime.distributed import Ranks, local_device, rank_of_environment
 from slimgpt.runtime.units import parse_bytes
 
 SIDECAR_BYTES = 64 << 20
@@ -117,3 +118,25 @@ def prepare(
     check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
     tokens_to_distill(config, shape, plan, prepared.windows)
     return prepared
+
+
+def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
+    """What the stages work on; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
+    stored = request.stored
+    fastest = forward_dtype(request.config.forward_dtype, stored, request.device) or stored
+    types = list(DTYPES.values())
+    agreed = types[ranks.agree(types.index(fastest))]
+    dtype = None if agreed == stored else agreed
+    return PruneJob(
+        name=request.source.name,
+        config=request.config,
+        shape=request.shape,
+        plan=request.plan,
+        windows=request.windows,
+        calibration=request.calibration,
+        device=request.device,
+        stored=stored,
+        dtype=dtype,
+        copied=dtype is not None or request.device.type != "cpu",
+        distill_tokens=tokens,
+    )

@@ -17,7 +17,7 @@ from slimgpt.runtime.distributed import Ranks
 
 
 @dataclass
-class LayerSource:
+class DenseLayers:
     """A dense model whose layers are taken one by one."""
 
     model: PreTrainedModel
@@ -35,7 +35,7 @@ class LayerSource:
             check_finite(self.model.state_dict().items())
 
 
-def open_model(p: PruneRequest) -> LayerSource:
+def open_model(p: PruneRequest) -> DenseLayers:
     """The model mapped from its files, or, where these need converting on the way in, loaded whole."""
     folder = weights_folder(p.source) if p.source.adapter is None else None
     if folder is not None and (folder / "config.json").is_file():
@@ -45,5 +45,5 @@ def open_model(p: PruneRequest) -> LayerSource:
             streamed = StreamedModel(p.model_config, weights, p.stored)
             streamed.model.config.name_or_path = p.source.name
             streamed.model.config.dtype = p.stored
-            return LayerSource(streamed.model, streamed)
-    return LayerSource(load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code), None)
+            return DenseLayers(streamed.model, streamed)
+    return DenseLayers(load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code), None)

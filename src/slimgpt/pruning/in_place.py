@@ -1,4 +1,4 @@
-"""The loop applied to a model in memory, and what it needs of memory."""
+"""The loop applied to a model in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,33 @@ from slimgpt.models.stock_config import apply_sizes
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.layer import SelectedUnits
 from slimgpt.pruning.loop import prune_layers
-from slimgpt.pruning.report import LayerReport
+from slimgpt.pruning.report import LayerReport, PrunedLayer
+
+
+class LayerReplacement:
+    """Puts pruned layers into a model in memory, each on the device where the dense one was.
+
+    The model is whole after every layer: if no more come, those that are done stay narrow and the config says so.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.architecture = architecture_of(model.config, model)
+        self.layers = decoder_layers(model)
+        self.sizes = layer_sizes(model.config)
+
+    def write(self, layer: PrunedLayer) -> None:
+        """Put a pruned layer in the dense one's place."""
+        index = layer.report.layer
+        home = next(self.layers[index].parameters()).device
+        new = rebuild_layer(self.layers[index], self.model.config, index, layer.state, layer.report.sizes)
+        self.layers[index] = new.to(home)
+        self.sizes[index] = layer.report.sizes
+
+    def close(self) -> None:
+        """Write the widths into the model's config."""
+        apply_sizes(self.model, self.architecture, self.sizes)
+        align(self.model)
 
 
 def prune_model(
@@ -29,25 +55,14 @@ def prune_model(
 ) -> Iterator[LayerReport]:
     """Prune a model in place, one layer per step; its weights are taken to be finite.
 
-    Layers are moved to the device one at a time and back to where they were. The model is whole after every
-    step: if the iteration ends early, the layers that are done stay narrow and the config says so.
-
     Raises:
         NumericalError: NaN or infinity in activations, or a Hessian that is not positive definite.
     """
-    architecture = architecture_of(model.config, model)
-    layers = decoder_layers(model)
-    sizes = layer_sizes(model.config)
+    replacement = LayerReplacement(model)
+    load_layer = decoder_layers(model).__getitem__
     try:
-        for finished in prune_layers(
-            model, layers.__getitem__, windows, plan, config, run, selected_units=selected_units
-        ):
-            index = finished.report.layer
-            home = next(layers[index].parameters()).device
-            new = rebuild_layer(layers[index], model.config, index, finished.state, finished.report.sizes)
-            layers[index] = new.to(home)
-            sizes[index] = finished.report.sizes
-            yield finished.report
+        for layer in prune_layers(model, load_layer, windows, plan, config, run, selected_units=selected_units):
+            replacement.write(layer)
+            yield layer.report
     finally:
-        apply_sizes(model, architecture, sizes)
-        align(model)
+        replacement.close()

@@ -1,0 +1,108 @@
+"""The journal of a run to a folder as the sink of its layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from slimgpt.checkpoint.assemble_folder import assemble
+from slimgpt.checkpoint.journal import Journal, reading, write_text
+from slimgpt.distillation.generate import GeneratedText
+from slimgpt.distillation.trainer import Distillation
+from slimgpt.models.build import decoder_layers, rebuild_layer
+from slimgpt.models.slicing import State
+from slimgpt.models.source import weights_folder
+from slimgpt.pipeline.prepare import PruneRequest
+from slimgpt.pipeline.stages import MeasuredPlan
+from slimgpt.planning.plan import Plan, plan_of_widths
+from slimgpt.pruning.report import PrunedLayer, PruneReport
+from slimgpt.runtime.distributed import Ranks
+
+PLAN_FILE = "plan.json"
+"""In the journal's folder: the widths that were chosen by measurement."""
+
+
+@dataclass
+class JournalSink:
+    """Keeps every result of a run on disk, so that a killed run goes on, and puts the folder together at its end.
+
+    Args:
+        model: what is around the layers.
+    """
+
+    request: PruneRequest
+    journal: Journal
+    model: PreTrainedModel
+    ranks: Ranks
+    trained_layers: list[nn.Module] = field(default_factory=list)
+
+    replaces_source = False
+
+    @property
+    def scratch(self) -> Path:
+        return self.journal.scratch
+
+    def measured_plan(self, measure: Callable[[], MeasuredPlan]) -> MeasuredPlan:
+        """Rank 0 measures, or reads what an earlier run measured, and the others follow."""
+        given = self.request.plan
+        names = list(given.layers[0])
+        widths = torch.empty(len(given.layers), len(names), dtype=torch.long)
+        allocation: dict[str, Any] = {}
+        file = self.journal.folder / PLAN_FILE
+        if self.ranks.main:
+            if not file.is_file():
+                plan, allocation = measure()
+                write_text(file, json.dumps({"layers": plan.layers, "allocation": allocation}))
+            with reading(file):
+                values = json.loads(file.read_text(encoding="utf-8"))
+                allocation = values["allocation"]
+                widths = torch.tensor([[layer[name] for name in names] for layer in values["layers"]])
+        rows = self.ranks.broadcast(widths.to(self.request.device)).tolist()
+        layers = [dict(zip(names, row)) for row in rows]
+        return plan_of_widths(self.request.shape, layers, given.head_unit, ratio=given.ratio), allocation
+
+    def generated_text(self, generate: Callable[[], GeneratedText]) -> GeneratedText:
+        return self.journal.text(generate)
+
+    def finished_layer(self, index: int) -> PrunedLayer | None:
+        return self.journal(index)
+
+    def write(self, layer: PrunedLayer) -> None:
+        self.journal.write(layer)
+
+    def close_layers(self) -> None:
+        """Every layer is on disk already."""
+
+    def finished_training(self) -> dict[str, Any] | None:
+        return self.journal.distillation_info()
+
+    def slim_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
+        for index, (empty, sizes) in enumerate(zip(decoder_layers(self.model), plan.layers, strict=True)):
+            layer = self.journal(index)
+            assert layer is not None
+            # The weights are mapped, not read.
+            self.trained_layers.append(rebuild_layer(empty, self.model.config, index, layer.state, sizes))
+        return self.trained_layers.__getitem__
+
+    def training_state(self) -> State | None:
+        return self.journal.training()
+
+    def write_training_state(self, state: State) -> None:
+        self.journal.write_training(state)
+
+    def write_trained(self, training: Distillation, info: dict[str, Any]) -> None:
+        states = (
+            {**layer.state_dict(), **training.parameters(index)} for index, layer in enumerate(self.trained_layers)
+        )
+        self.journal.write_distilled(states if info["kept"] else (), info)
+
+    def finish(self, report: PruneReport) -> None:
+        folder = weights_folder(self.request.source)
+        assemble(self.journal, self.model, self.request.tokenizer, report, folder)

@@ -1,0 +1,253 @@
+"""The stages of every run, once: measure, generate, prune, distil, report.
+
+A run takes dense layers from a :class:`LayerSource` and gives pruned ones to a :class:`LayerSink`: a model in memory,
+or the journal of a run to a folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from slimgpt.config import PruneConfig
+from slimgpt.distillation.data import build_distillation_data
+from slimgpt.distillation.generate import GeneratedText
+from slimgpt.distillation.schedule import pruning_split
+from slimgpt.distillation.trainer import Distillation
+from slimgpt.layerwise.context import ExecutionContext
+from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.parameter_counts import ModelShape
+from slimgpt.models.slicing import State
+from slimgpt.pipeline.callbacks import Callbacks
+from slimgpt.planning.plan import Plan
+from slimgpt.pruning.loop import prune_layers
+from slimgpt.pruning.memory_estimate import memory_need
+from slimgpt.pruning.report import LayerReport, PrunedLayer, PruneReport, described, execution
+from slimgpt.runtime.distributed import Ranks
+from slimgpt.runtime.memory import choose_placement
+from slimgpt.runtime.versions import versions
+from slimgpt.sensitivity.allocate import allocate, uses_sensitivity
+
+MeasuredPlan = tuple[Plan, dict[str, Any]]
+"""A plan by measured costs, and what a report says of the measuring."""
+
+
+class LayerSource(Protocol):
+    """A dense model whose layers come one by one."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """What is around the layers."""
+        ...
+
+    def __call__(self, index: int) -> nn.Module:
+        """The dense layer of an index."""
+        ...
+
+    def check_finite(self, ranks: Ranks) -> None:
+        """Refuse NaN and infinity in the weights; every process looks at its share."""
+        ...
+
+
+class LayerSink(Protocol):
+    """Where pruned layers go, and what an earlier run has left there."""
+
+    @property
+    def replaces_source(self) -> bool:
+        """Whether a pruned layer takes the dense one's place, so that the dense model is gone afterwards."""
+        ...
+
+    @property
+    def scratch(self) -> Path | None:
+        """The folder for activations that memory has no room for."""
+        ...
+
+    def measured_plan(self, measure: Callable[[], MeasuredPlan]) -> MeasuredPlan:
+        """What ``measure`` gives, or an earlier run's; the same in all processes."""
+        ...
+
+    def generated_text(self, generate: Callable[[], GeneratedText]) -> GeneratedText:
+        """What ``generate`` gives, or an earlier run's."""
+        ...
+
+    def finished_layer(self, index: int) -> PrunedLayer | None:
+        """A layer that an earlier run has finished."""
+        ...
+
+    def write(self, layer: PrunedLayer) -> None:
+        """Take a pruned layer."""
+        ...
+
+    def close_layers(self) -> None:
+        """No more layers come, whether or not all have come."""
+        ...
+
+    def finished_training(self) -> dict[str, Any] | None:
+        """What a report says of the training, if an earlier run has finished it."""
+        ...
+
+    def slim_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
+        """Gives the pruned layers, to be trained."""
+        ...
+
+    def training_state(self) -> State | None:
+        """What an earlier run's training had reached."""
+        ...
+
+    def write_training_state(self, state: State) -> None:
+        """Keep what the training has reached."""
+        ...
+
+    def write_trained(self, training: Distillation, info: dict[str, Any]) -> None:
+        """Take the trained layers, if ``info["kept"]``, and what a report says of the training."""
+        ...
+
+    def finish(self, report: PruneReport) -> None:
+        """The run is over."""
+        ...
+
+
+@dataclass(frozen=True)
+class PruneJob:
+    """What the stages work on.
+
+    Args:
+        name: of the dense model, for the report.
+        plan: the widths asked for; with measuring, what they remove is spent where it costs least.
+        windows: all calibration tokens, ``(num_samples, seq_len)``.
+        calibration: the name of where they come from.
+        stored: the type of the weights.
+        dtype: of the forward passes; ``None`` for that of the weights.
+        copied: whether a layer's weights are copied to be run (another device or type), or used where they are.
+        distill_tokens: on how many tokens the pruned model is trained; 0: not at all.
+        request: a digest of everything that decides the result, for a run that can be resumed.
+    """
+
+    name: str
+    config: PruneConfig
+    shape: ModelShape
+    plan: Plan
+    windows: Tensor
+    calibration: str
+    device: torch.device
+    stored: torch.dtype
+    dtype: torch.dtype | None
+    copied: bool
+    distill_tokens: int
+    request: str = ""
+
+
+def run_stages(
+    job: PruneJob,
+    source: LayerSource,
+    sink: LayerSink,
+    callbacks: Callbacks,
+    ranks: Ranks,
+    budget: int | None = None,
+    finished: int = 0,
+) -> PruneReport:
+    """Measure, generate, prune, distil, report.
+
+    The training's data need the dense model. Where pruning replaces it, they are made before; else after, when the
+    loop's activations are gone.
+
+    Args:
+        ranks: the processes that take part; every one of them calls this.
+        budget: bytes that may be used on the device; ``None``: what is free.
+        finished: how many layers an earlier run has finished.
+
+    Raises:
+        NumericalError: NaN or infinity in weights or activations, or a Hessian that is not positive definite.
+    """
+    start = time.perf_counter()
+    source.check_finite(ranks)
+    model, config, plan = source.model, job.config, job.plan
+    windows = ranks.share(pruning_split(job.windows, job.distill_tokens))
+    placement = choose_placement(memory_need(model, windows, plan, config, job.dtype, job.copied), job.device, budget)
+    if callbacks.start is not None and ranks.main:
+        callbacks.start(placement, finished)
+    dense_sizes = tuple(layer_sizes(model.config))
+    context = ExecutionContext(job.device, placement, job.dtype, ranks, sink.scratch)
+    allocation: dict[str, Any] = {}
+    if uses_sensitivity(config, job.shape, job.windows):
+        plan, allocation = sink.measured_plan(
+            lambda: allocate(job.plan, job.shape, model, source, job.windows, config, context, callbacks.measured)
+        )
+    distil = _Distil(job, source, sink, callbacks, context) if job.distill_tokens and ranks.main else None
+    if distil is not None and sink.replaces_source:
+        distil.build_data()
+    reports: list[LayerReport] = []
+    try:
+        for layer in prune_layers(model, source, windows, plan, config, context, sink.finished_layer):
+            if ranks.main:
+                sink.write(layer)
+                reports.append(layer.report)
+                if callbacks.layer:
+                    callbacks.layer(layer.report, plan)
+            del layer
+    finally:
+        sink.close_layers()
+    distillation = distil(plan) if distil is not None else {}
+    earlier = sum(sum(report.seconds.values()) for report in reports[:finished])
+    report = PruneReport(
+        base_model=job.name,
+        model_type=model.config.model_type,
+        settings=config,
+        plan=plan,
+        dense_sizes=dense_sizes,
+        layers=tuple(reports),
+        calibration=described(job.windows, job.calibration),
+        versions=versions(job.device),
+        seconds=earlier + time.perf_counter() - start,
+        execution=execution(job.dtype or job.stored, placement, ranks.world),
+        request=job.request,
+        allocation=allocation,
+        distillation=distillation,
+    )
+    if ranks.main:
+        sink.finish(report)
+    return report
+
+
+@dataclass
+class _Distil:
+    """The training after pruning, in the first process."""
+
+    job: PruneJob
+    source: LayerSource
+    sink: LayerSink
+    callbacks: Callbacks
+    context: ExecutionContext
+
+    def build_data(self) -> None:
+        """Generate the text that is missing, and run the dense model over all of it."""
+        self.data = build_distillation_data(
+            self.source.model,
+            self.source,
+            self.job.windows,
+            self.job.distill_tokens,
+            self.job.config,
+            self.context,
+            self.callbacks.rehearsed,
+            self.sink.generated_text,
+        )
+
+    def __call__(self, plan: Plan) -> dict[str, Any]:
+        """Train the pruned layers, unless an earlier run has; what a report says of it."""
+        info = self.sink.finished_training()
+        if info is not None:
+            return info
+        layers = self.sink.slim_layers(plan)
+        if not hasattr(self, "data"):
+            self.build_data()
+        training = Distillation(self.source.model, layers, plan, self.data, self.context, self.sink.training_state())
+        info = training(self.callbacks.distilled, self.sink.write_training_state)
+        self.sink.write_trained(training, info)
+        return info
