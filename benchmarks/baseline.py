@@ -1,8 +1,8 @@
-"""Perplexity of the paper's method and of ours at several sizes: the table in docs/baseline.md.
+"""Perplexity of the paper's method and of ours at several sizes: the table in benchmarks/results/baseline.md.
 
-    python benchmarks/baseline.py --calibration c4.jsonl --text wiki.test.raw --out docs/baseline
+    python benchmarks/baseline.py --calibration c4.jsonl --text wiki.test.raw --out benchmarks/results/baseline
 
-writes docs/baseline.json and docs/baseline.md. `--model` takes what `slimgpt prune` takes; `--multi-head` first
+writes benchmarks/results/baseline.json and .md. `--model` takes what `slimgpt prune` takes; `--multi-head` first
 repeats every key and value head for each of its query heads, which gives an exact multi-head form of the model.
 """
 
@@ -16,9 +16,9 @@ from typing import Annotated
 
 import torch
 import typer
+from quality_table.models import multi_head
 from rich.console import Console
 from transformers import PreTrainedModel
-from yardstick.models import multi_head
 
 import slimgpt
 from slimgpt.calibration import sample_windows

@@ -1,7 +1,8 @@
-"""Prune a checkpoint of several gigabytes and watch the memory of the process: docs/memory.md and docs/gpu.md.
+"""Prune a checkpoint of several gigabytes and watch the memory of the process:
+benchmarks/results/memory.md and benchmarks/results/gpu.md.
 
-    python benchmarks/bigger_than_memory.py --work /some/disk --out docs/memory
-    python benchmarks/bigger_than_memory.py --work /some/disk --out docs/gpu --device cuda --memory 8GB \
+    python benchmarks/bigger_than_memory.py --work /some/disk --out benchmarks/results/memory
+    python benchmarks/bigger_than_memory.py --work /some/disk --out benchmarks/results/gpu --device cuda --memory 8GB \
         --hidden 4096 --ffn 11008 --heads 32 --kv 32 --layers 32 --num-samples 128 --seq-len 2048 \
         --methods paper,slimgpt
 
@@ -202,7 +203,7 @@ def table(results: list[dict[str, Any]], weights: str, windows: str) -> str:
         return f"{result['seconds_by_part'][part]:.0f}" if part in result["seconds_by_part"] else "none"
 
     lines = [
-        "# Memory of pruning a model that is larger than it",
+        f"# Memory of pruning {'on a GPU ' if on_gpu else ''}a model that is larger than it",
         "",
         line("", lambda result: f"`--method {result['method']}`"),
         "|---|" + "---|" * len(results),

@@ -1,6 +1,6 @@
-"""A real model, pruned, in stock llama.cpp beside transformers: the table in docs/engines.md.
+"""A real model, pruned, in stock llama.cpp beside transformers: the table in benchmarks/results/engines.md.
 
-    python benchmarks/engines.py --text wiki.test.raw --work /some/disk --out docs/engines \
+    python benchmarks/engines.py --text wiki.test.raw --work /some/disk --out benchmarks/results/engines \
         [--converter llama.cpp/convert_hf_to_gguf.py]
 
 prunes the demo model by 30%, once with widths by layer and once with equal ones, exports both, and compares

@@ -1,7 +1,7 @@
-"""Writes docs/families.md and docs/families.json: the table of families, and what the tests establish for each.
+"""Writes benchmarks/results/families.md and .json: the table of families, and what the tests establish for each.
 
 python benchmarks/families.py            # all families, several minutes
-python benchmarks/families.py llama phi  # look at these again and keep the rest of docs/families.json
+python benchmarks/families.py llama phi  # look at these again and keep the rest of benchmarks/results/families.json
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from tests.families import NAMES  # noqa: E402
 TOGETHER = 10
 """Families that are looked at together."""
 
-JSON, PAGE = ROOT / "docs" / "families.json", ROOT / "docs" / "families.md"
+RESULTS = ROOT / "benchmarks" / "results"
+JSON, PAGE = RESULTS / "families.json", RESULTS / "families.md"
 CHECKS = {
     "test_replaying_the_layers_is_the_models_own_forward": "replay",
     "test_slim_model_is_the_dense_one_with_pruned_columns_zeroed": "masked",
@@ -110,7 +111,7 @@ def page(record: dict) -> str:
         "",
         *(f"- {', '.join(names)}: {reason}." for reason, names in reasons.items()),
         "",
-        "Whatever is not on this page nobody has described: [adding-a-family.md](adding-a-family.md).",
+        "Whatever is not on this page nobody has described: [adding-a-family.md](../../docs/adding-a-family.md).",
         "",
     ]
     return "\n".join(lines)
@@ -138,7 +139,7 @@ def main() -> None:
     """Run the tests of families, a few at a time so that what is done is kept, and write both files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", help="only these, from the table of tests")
-    parser.add_argument("--page-only", action="store_true", help="write the page from docs/families.json")
+    parser.add_argument("--page-only", action="store_true", help="write the page from benchmarks/results/families.json")
     options = parser.parse_args()
     record = json.loads(JSON.read_text(encoding="utf-8")) if JSON.is_file() else {"outcomes": {}}
     names = [] if options.page_only else options.families or [*NAMES, *MIXTURES]

@@ -1,6 +1,6 @@
 """Seconds of the pruning loop by part, beside the floor and beside one dense forward pass timed in the same run.
 
-    python benchmarks/prune_wallclock.py --calibration c4.jsonl --out docs/wallclock
+    python benchmarks/prune_wallclock.py --calibration c4.jsonl --out benchmarks/results/wallclock
     python benchmarks/prune_wallclock.py --shape llama-7b --num-samples 128 --seq-len 2048 --device cuda --out h100
 
 The first form prunes the demo model on real text, the second a model of random weights whose layers are all the

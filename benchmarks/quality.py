@@ -1,7 +1,7 @@
-"""The yardstick: our method, the paper's and what people use instead, at the same number of parameters.
+"""The quality table: our method, the paper's and what people use instead, at the same number of parameters.
 
-    python benchmarks/quality.py --data ../shared/data --keep runs/quality --out docs/quality
-    python benchmarks/quality.py --data ../shared/data --keep runs/quality --validation --methods paper,slimgpt \
+    python benchmarks/quality.py --data data --keep runs/quality --out benchmarks/results/quality
+    python benchmarks/quality.py --data data --keep runs/quality --validation --methods paper,slimgpt \
         --ratios 0.2 --models smollm2                       # to choose settings; prints the table only
     python benchmarks/quality.py ... --list                 # what is done and what is to be done
     python benchmarks/quality.py ... --rows 'smollm2/flap*' # some rows alone
@@ -11,7 +11,7 @@ Every finished row is kept in a file of its own under --keep, so that an interru
 with the same --keep divide the rows: none takes one that another is at. On one GPU they need CUDA's MPS
 (`nvidia-cuda-mps-control -d`), else they wait for each other; their seconds say little either way. --out writes the
 page, a JSON file and two plots of all rows that are finished. The folder of --data holds what
-`benchmarks/yardstick/texts.py` names, and the zero-shot tasks.
+`benchmarks/quality_table/texts.py` names, and the zero-shot tasks.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from peers import COMPARED, METHODS
+from baselines import COMPARED, METHODS
+from quality_table.ablations import ablation_rows
+from quality_table.models import MODELS
+from quality_table.report import table, write
+from quality_table.rows import DENSE, Result, Row, Store
+from quality_table.run import Bench, Settings
+from quality_table.texts import SOURCES, Texts
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
-from yardstick.ablations import ablation_rows
-from yardstick.models import MODELS
-from yardstick.report import table, write
-from yardstick.rows import DENSE, Result, Row, Store
-from yardstick.run import Bench, Settings
-from yardstick.texts import SOURCES, Texts
 
 from slimgpt.errors import SlimGPTError, UsageError
 
@@ -40,7 +40,7 @@ console = Console()
 
 
 def main_rows(models: list[str], methods: list[str], ratios: list[float], changes: tuple[tuple[str, Any], ...]):
-    """The rows of the main table: dense, then every method, then the peers with our repair."""
+    """The rows of the main table: dense, then every method, then the baselines with our repair."""
     for model in models:
         yield Row(model, DENSE, 0.0)
         for ratio in ratios:
@@ -77,7 +77,7 @@ def parse_change(text: str) -> tuple[str, Any]:
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder of texts and tasks.")] = Path("../shared/data"),
+    data: Annotated[Path, typer.Option(help="Folder of texts and tasks.")] = Path("data"),
     keep: Annotated[Path, typer.Option(help="Folder of finished rows.")] = Path("runs/quality"),
     out: Annotated[Path | None, typer.Option(help="Write page, JSON and plots there; without a suffix.")] = None,
     models: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}.")] = "smollm2,smollm2-mha",

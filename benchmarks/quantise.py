@@ -1,6 +1,7 @@
-"""Quantise slim folders and take their perplexity: the table in docs/quantise.md.
+"""Quantise slim folders and take their perplexity: the table in docs/guides/quantise.md.
 
-    python benchmarks/quantise.py --text wiki.test.raw --slim slim --slim slim-round-64 --out docs/quantise.json
+    python benchmarks/quantise.py --text wiki.test.raw --slim slim --slim slim-round-64 \
+        --out benchmarks/results/quantise.json
 
 Needs torchao and bitsandbytes. Every kind runs in a process of its own; one that fails is reported with its error.
 """

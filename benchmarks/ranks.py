@@ -1,6 +1,6 @@
-"""One process beside several, each with one thread: the table in docs/ranks.md.
+"""One process beside several, each with one thread: the table in benchmarks/results/ranks.md.
 
-    python benchmarks/ranks.py --work /some/disk --out docs/ranks --calibration c4.jsonl
+    python benchmarks/ranks.py --work /some/disk --out benchmarks/results/ranks --calibration c4.jsonl
 
 prunes the demo model with 1 and with N Gloo processes, compares kept units and weights, and the seconds of the part
 that is divided: forward passes and Gram matrices.

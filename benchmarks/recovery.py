@@ -1,6 +1,6 @@
-"""How much of what pruning cost is won back in 20 minutes of two cores: docs/recovery.md and its picture.
+"""How much of what pruning cost is won back in 20 minutes of two cores: benchmarks/results/recovery.md and its picture.
 
-    python benchmarks/recovery.py --data ../shared/data --work /somewhere --out docs/recovery
+    python benchmarks/recovery.py --data data --work /somewhere --out benchmarks/results/recovery
 
 prunes the demo model by every ratio with the default method (C4, 128 x 512 tokens), trains every slim model by every
 method for the same CPU time, and measures WikiText-2 at window 512. Time is that of the process on all its cores: 40

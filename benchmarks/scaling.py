@@ -1,6 +1,6 @@
-"""Time and memory of pruning large models on many GPUs, on paper: the page docs/scaling.md.
+"""Time and memory of pruning large models on many GPUs, on paper: the page docs/guides/scaling.md.
 
-    python benchmarks/scaling.py --out docs/scaling.md
+    python benchmarks/scaling.py --out docs/guides/scaling.md
 
 Nothing here is measured on a GPU. Operations are counted as in floor.md; the rates are assumptions, written into the
 page, so that whoever has the machine can put in their own.
@@ -118,11 +118,11 @@ def main(out: Annotated[Path, typer.Option(help="The page to write.")]) -> None:
         "# How it scales, on paper",
         "",
         f"20% of each model, 128 x 2048 = {TOKENS:,} tokens, bf16 weights. **Nothing on this page was measured on a "
-        "GPU** (`docs/gpu.md` was: 7B on one H100 or H200): operations are counted as in `benchmarks/floor.md` and divided by assumed rates of an H100-class machine: "
+        "GPU** (`benchmarks/results/gpu.md` was: 7B on one H100 or H200): operations are counted as in `benchmarks/floor.md` and divided by assumed rates of an H100-class machine: "
         f"{m.half / 1e12:.0f} TFLOP/s for 16-bit products, {m.single / 1e12:.0f} TFLOP/s for factorisations, "
         f"{m.disk / 1e9:.0f} GB/s from disk, {m.bus / 1e9:.0f} GB/s to the GPU, {m.link / 1e9:.0f} GB/s for sums "
         f"within a node of {m.gpus_per_node}, {m.network / 1e9:.0f} GB/s between nodes. On two CPU cores the loop runs at the "
-        "rates of `docs/wallclock.md`. Put in your own with `benchmarks/scaling.py`.",
+        "rates of `benchmarks/results/wallclock.md`. Put in your own with `benchmarks/scaling.py`.",
         "",
         "| model | GPUs | reading | forward | Gram | sums | solver | total | limited by |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -162,7 +162,7 @@ def main(out: Annotated[Path, typer.Option(help="The page to write.")]) -> None:
         "- **Memory:** the Gram matrix and the inverse of 53,248 columns are 11 GB each in fp32, so the solver of the 405B "
         "model fits into 80 GB; on one GPU its kept inputs go to host memory. The weights never have to fit anywhere.",
         "- **Host memory:** anonymous memory stays near one narrow layer and what the GPU has no room for; weights are "
-        "mapped from their files (`docs/memory.md`).",
+        "mapped from their files (`benchmarks/results/memory.md`).",
         "",
         "Start it with `torchrun --nproc-per-node 8 -m slimgpt prune MODEL OUT ...`, on several nodes with torchrun's "
         "own `--nnodes` and `--rdzv-endpoint`; OUT must be on the first node's disk, the model on every node's.",

@@ -1,6 +1,6 @@
 """How much faster a slim model is than its dense one, beside what its FLOPs and its bytes promise.
 
-    python benchmarks/speed.py DENSE SLIM --out docs/speed --batch 1,8 --prompt 512 --new-tokens 128
+    python benchmarks/speed.py DENSE SLIM --out benchmarks/results/speed --batch 1,8 --prompt 512 --new-tokens 128
 
 Both are timed in turn in one run, as `slimgpt speed SLIM --against DENSE` does it; the parts of a forward pass that no
 pruning of layers makes smaller are timed alone. It writes OUT.json and OUT.md.
@@ -46,7 +46,7 @@ GAP = """
   {floor:.1f} ms per new token of the dense model's {dense_ms:.1f} ms and the slim one's {slim_ms:.1f} ms at batch 1.
   Without it the slim model would decode {without:.2f} times as fast.
 - **Widths that differ by layer and are no multiple of 64** multiply a little below the rate of round ones; `--round-to
-  64` or `--for vllm` asks for round ones ([planning.md](planning.md)).
+  64` or `--for vllm` asks for round ones ([planning.md](../../docs/guides/planning.md)).
 """
 
 
@@ -80,7 +80,7 @@ def _decode_seconds(model: Callable[..., Any], ids: torch.Tensor, new_tokens: in
 def main(
     dense: str,
     slim: str,
-    out: Path = Path("docs/speed"),
+    out: Path = Path("benchmarks/results/speed"),
     batch: str = "1,8",
     prompt: int = 512,
     new_tokens: int = 128,

@@ -1,4 +1,4 @@
-"""Slim folders quantised on the way in, as docs/quantise.md says. Skipped where torchao or bitsandbytes is missing."""
+"""Slim folders quantised on the way in (docs/guides/quantise.md). Skipped without torchao or bitsandbytes."""
 
 from __future__ import annotations
 

@@ -9,23 +9,23 @@ import sys
 from pathlib import Path
 
 import pytest
+import quality_table.report
+import quality_table.run
 import typer
-import yardstick.report
-import yardstick.run
 from quality import main
+from quality_table.ablations import NUM_SAMPLES, SEQ_LENS, ablation_rows
+from quality_table.rows import Row, Store
+from quality_table.run import Bench, Settings
 from typer.testing import CliRunner, Result
-from yardstick.ablations import NUM_SAMPLES, SEQ_LENS, ablation_rows
-from yardstick.rows import Row, Store
-from yardstick.run import Bench, Settings
 
 from slimgpt.planning.schedules import RATIOS
-from tests.benchmarks.test_yardstick import TINY
+from tests.benchmarks.test_quality_table import TINY
 
 
 @pytest.fixture
 def run(data_folder, dense_folder, tmp_path, monkeypatch):
     """The command with a tiny model, tiny windows and what else is asked for."""
-    for module in (yardstick.run, yardstick.report):
+    for module in (quality_table.run, quality_table.report):
         monkeypatch.setattr(module, "TEXTS", TINY)
     app = typer.Typer()
     app.command()(main)
@@ -39,7 +39,7 @@ def run(data_folder, dense_folder, tmp_path, monkeypatch):
 
 
 def test_one_command_gives_page_json_and_plots_and_a_second_one_measures_nothing(run, tmp_path, monkeypatch):
-    out = tmp_path / "docs/quality"
+    out = tmp_path / "benchmarks/results/quality"
     first = run("--methods", "paper,flap,shortgpt", "--out", str(out))
     assert first.exit_code == 0, first.output
     page, content = out.with_suffix(".md").read_text(), json.loads(out.with_suffix(".json").read_text())
@@ -80,7 +80,7 @@ def test_processes_with_one_folder_divide_the_rows(run, monkeypatch, anew):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from yardstick.rows import Row, Store
+from quality_table.rows import Row, Store
 with Store(Path(sys.argv[1])).claim(Row("gemma3", "paper", 0.3), {}) as mine:
     print(mine, flush=True)
     time.sleep(60)

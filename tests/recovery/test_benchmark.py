@@ -1,4 +1,4 @@
-"""The benchmark behind docs/recovery.md, on a tiny model."""
+"""The benchmark behind benchmarks/results/recovery.md, on a tiny model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_benchmark_trains_for_the_time_given_and_writes_its_page(benchmark, 
         (tmp_path / name).write_text(content)
     small = {"ratios": "0.4", "methods": "distill,lora", "core_minutes": 0.1}
     short = {"num_samples": 8, "seq_len": 24, "window": 24, "max_tokens": 480}
-    out = tmp_path / "docs" / "page"
+    out = tmp_path / "results" / "page"
     benchmark.main(tmp_path, tmp_path / "work", out, model=str(dense_folder), test=True, **small, **short)
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [row["method"] for row in rows] == ["distill", "lora"]

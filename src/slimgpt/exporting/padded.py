@@ -2,7 +2,7 @@
 
 Zeros add nothing, so results are equal to the bit as long as the engine treats the numbers that are not padding alike:
 activation functions may differ in the last bit between whole vectors and what is left over at the end, and a longer sum
-may be cut into other pieces (figures in docs/serving.md).
+may be cut into other pieces (figures in docs/guides/serving.md).
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from peers import METHODS
+from baselines import METHODS
 
+from quality_table.models import MODELS
+from quality_table.rows import DENSE, Result, Row
+from quality_table.run import TASKS, TEXTS, VALIDATION, Settings
 from slimgpt.evaluation.tasks import Answers, difference, flips, mean_of, stderr_of_mean
-from yardstick.models import MODELS
-from yardstick.rows import DENSE, Result, Row
-from yardstick.run import TASKS, TEXTS, VALIDATION, Settings
 
 Rows = Sequence[tuple[Row, Result]]
 EXACT = 0.002

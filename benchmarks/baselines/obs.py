@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peers.package import pruned
-from peers.units import Job
+from baselines.package import pruned
+from baselines.units import Job
 from slimgpt.solver import CRITERIA, Criterion, select_channels, select_heads
 
 NAME = "obs-uniform"

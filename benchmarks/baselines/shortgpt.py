@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from peers.units import Job, decoder_layers, walk
+from baselines.units import Job, decoder_layers, walk
 from slimgpt.models.build import architecture_of
 from slimgpt.models.parameter_counts import count
 

@@ -1,4 +1,4 @@
-"""What every peer needs: the units of a model, and a model cut down to the units that it chose."""
+"""What every baseline needs: the units of a model, and a model cut down to the units that it chose."""
 
 from __future__ import annotations
 

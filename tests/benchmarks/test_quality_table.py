@@ -1,4 +1,4 @@
-"""The yardstick's texts, rows and report, on a tiny model."""
+"""The quality table's texts, rows and report, on a tiny model."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from peers.units import decoder_parameters
-from yardstick import run as yardstick_run
-from yardstick.models import multi_head, run_in
-from yardstick.report import share_of_paper, table, write
-from yardstick.rows import DENSE, Result, Row, Store
-from yardstick.run import Bench, Settings
-from yardstick.texts import Texts
+from baselines.units import decoder_parameters
+from quality_table import run as table_run
+from quality_table.models import multi_head, run_in
+from quality_table.report import share_of_paper, table, write
+from quality_table.rows import DENSE, Result, Row, Store
+from quality_table.run import Bench, Settings
+from quality_table.texts import Texts
 
 import slimgpt
 from slimgpt.errors import CalibrationError, PlanError
@@ -29,7 +29,7 @@ TINY = (("wikitext2", 8), ("wikitext2", 16), ("c4", 16))
 @pytest.fixture
 def bench(data_folder, dense_folder, tmp_path, monkeypatch) -> Bench:
     """The tiny Llama in the place of a model that the user names, and short windows."""
-    monkeypatch.setattr(yardstick_run, "TEXTS", TINY)
+    monkeypatch.setattr(table_run, "TEXTS", TINY)
     settings = Settings(num_samples=6, seq_len=16, max_tokens=160, paths={"gemma3": str(dense_folder)})
     return Bench(Texts(data_folder), Store(tmp_path / "rows"), settings)
 
@@ -177,7 +177,7 @@ def test_the_mean_of_the_tasks_can_be_added_to_a_finished_row(bench, monkeypatch
         samples = {"boolq": [{"doc_id": 1, "acc": 0.0}, {"doc_id": 0, "acc": 1.0}]}
         return TaskScores({"boolq": {"acc": 0.5}}, 0.5, 0.5, None, {"limit": limit, "tasks": ["boolq"]}, samples)
 
-    monkeypatch.setattr(yardstick_run, "evaluate_tasks", tasks)
+    monkeypatch.setattr(table_run, "evaluate_tasks", tasks)
     more = Bench(bench.texts, bench.store, replace(bench.settings, tasks=7))
     assert more.missing(row) == ["tasks"]
     result = more.work_out(row)

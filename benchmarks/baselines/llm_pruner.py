@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from peers.units import HEADS, Job, Kept, cut, decoder_layers, structures_of
+from baselines.units import HEADS, Job, Kept, cut, decoder_layers, structures_of
 from slimgpt.models.architecture import Fused, Structure
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.parameter_counts import describe

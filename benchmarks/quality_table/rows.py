@@ -29,7 +29,7 @@ class Row:
         model: a key of ``MODELS``.
         method: a key of ``METHODS``, or ``dense``.
         ratio: the share of the decoder's parameters to remove; 0 for ``dense``.
-        repair: a peer that does not repair is followed by our repair.
+        repair: a baseline that does not repair is followed by our repair.
         changes: what differs from the run's settings: a calibration setting or an argument of ``slimgpt.prune``.
     """
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peers.units import CHANNELS, HEADS, Job, Kept, cut, decoder_layers, structures_of, walk
+from baselines.units import CHANNELS, HEADS, Job, Kept, cut, decoder_layers, structures_of, walk
 from slimgpt.models.architecture import Structure
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.parameter_counts import describe

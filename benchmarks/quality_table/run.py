@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import METHODS
-from peers.units import Job, decoder_parameters, quiet
+from baselines import METHODS
+from baselines.units import Job, decoder_parameters, quiet
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import slimgpt
+from quality_table.models import bring, run_in
+from quality_table.rows import DENSE, Result, Row, Store
+from quality_table.texts import SOURCES, Texts, own_words, sha256
 from slimgpt.calibration import digest
 from slimgpt.errors import CalibrationError
 from slimgpt.evaluation import perplexity
@@ -26,9 +29,6 @@ from slimgpt.evaluation.tasks import answers, evaluate_tasks
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.runtime.devices import as_device
 from slimgpt.runtime.versions import versions
-from yardstick.models import bring, run_in
-from yardstick.rows import DENSE, Result, Row, Store
-from yardstick.texts import SOURCES, Texts, own_words, sha256
 
 TEXTS = (("wikitext2", 128), ("wikitext2", 512), ("c4", 512))
 """Held-out texts and windows of the table."""
@@ -129,7 +129,7 @@ class Bench:
         return self.store.get(row, self.decisive(row))
 
     def claim(self, row: Row) -> AbstractContextManager[bool]:
-        """Whether this process may work on a row; see :meth:`yardstick.rows.Store.claim`."""
+        """Whether this process may work on a row; see :meth:`quality_table.rows.Store.claim`."""
         return self.store.claim(row, self.decisive(row))
 
     def reported(self, row: Row) -> Result:

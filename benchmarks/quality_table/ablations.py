@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from quality_table.rows import DENSE, Row
+from quality_table.run import Settings
+from quality_table.texts import SOURCES
 from slimgpt.planning.schedules import RATIOS
-from yardstick.rows import DENSE, Row
-from yardstick.run import Settings
-from yardstick.texts import SOURCES
 
 PARTS = ("paper-no-gcd", "paper-no-dgs")
 """Criteria without grouped Cholesky, and without dynamic group size."""

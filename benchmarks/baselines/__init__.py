@@ -12,13 +12,13 @@ from functools import partial
 
 from transformers import PreTrainedModel
 
-from peers.flap import flap
-from peers.llm_pruner import llm_pruner
-from peers.obs import NAME as OBS
-from peers.obs import obs_uniform
-from peers.package import pruned
-from peers.shortgpt import shortgpt
-from peers.units import Job
+from baselines.flap import flap
+from baselines.llm_pruner import llm_pruner
+from baselines.obs import NAME as OBS
+from baselines.obs import obs_uniform
+from baselines.package import pruned
+from baselines.shortgpt import shortgpt
+from baselines.units import Job
 from slimgpt.solver import CRITERIA
 
 

@@ -1,4 +1,4 @@
-"""Every peer removes what its paper says, at the size asked for."""
+"""Every baseline removes what its paper says, at the size asked for."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peers import COMPARED, METHODS
-from peers.flap import input_moments, rank_globally, unit_scores
-from peers.llm_pruner import layer_shares, unit_importance, weight_gradients
-from peers.obs import _channels
-from peers.shortgpt import block_influence, layers_to_keep
-from peers.units import CHANNELS, HEADS, Job, cut, decoder_layers, decoder_parameters, structures_of
+from baselines import COMPARED, METHODS
+from baselines.flap import input_moments, rank_globally, unit_scores
+from baselines.llm_pruner import layer_shares, unit_importance, weight_gradients
+from baselines.obs import _channels
+from baselines.shortgpt import block_influence, layers_to_keep
+from baselines.units import CHANNELS, HEADS, Job, cut, decoder_layers, decoder_parameters, structures_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -61,11 +61,11 @@ def outputs_of(model: PreTrainedModel, ids: Tensor, index: int, module: str) -> 
     return torch.cat(seen)
 
 
-PEERS = [name for name in COMPARED if not METHODS[name].ours and name != "shortgpt"]
+BASELINES = [name for name in COMPARED if not METHODS[name].ours and name != "shortgpt"]
 
 
-@pytest.mark.parametrize(("method", "model_type"), [*((name, "llama") for name in PEERS), ("flap", "phi3")])
-def test_every_peer_removes_the_share_asked_for(method, model_type, job):
+@pytest.mark.parametrize(("method", "model_type"), [*((name, "llama") for name in BASELINES), ("flap", "phi3")])
+def test_every_baseline_removes_the_share_asked_for(method, model_type, job):
     dense, model = slim(method, job, model_type)
     smallest_unit = 3 * dense.config.hidden_size / decoder_parameters(dense)
     loose = len(decoder_layers(dense)) if method == "obs-uniform" else 1  # equal layers step all together

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import slimgpt
-from peers.units import Job
+from baselines.units import Job
 
 
 def pruned(model: PreTrainedModel, job: Job, **arguments: Any) -> None:
