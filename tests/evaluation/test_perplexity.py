@@ -28,6 +28,7 @@ def plain(model, ids, window, stride=None):
     return math.exp(total / predicted), predicted
 
 
+@pytest.mark.network
 @pytest.mark.parametrize(("window", "tokens"), [(128, 1024), (2048, 2048)])
 def test_smollm2_at_the_windows_of_the_literature(window, tokens, smollm2):
     model, tokenizer = smollm2

@@ -26,6 +26,7 @@ def test_llama_cpp_computes_what_transformers_does(name, uniform, slim, tmp_path
     assert found.continuations == (5, 5)
 
 
+@pytest.mark.network
 @pytest.mark.slow
 @pytest.mark.parametrize(("quantize", "limit"), [("F32", 5e-4), ("F16", 5e-3), ("Q8_0", 2e-2)])
 def test_a_real_model_pruned_by_a_third(quantize, limit, tmp_path_factory, tmp_path):

@@ -226,7 +226,7 @@ def test_a_plan_is_followed_to_the_letter(tmp_path):
 # Verdicts
 
 
-@pytest.mark.parametrize(("family", "uniform", "unit"), itertools.product(CORE, (False, True), ("kv", "query")))
+@pytest.mark.parametrize(("family", "uniform", "unit"), [*itertools.product(CORE, (False, True), ("kv", "query"))])
 def test_a_verdict_on_transformers_is_what_loading_does(family, uniform, unit, tmp_path):
     model = tiny_model(family)
     try:

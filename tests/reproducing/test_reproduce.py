@@ -146,6 +146,7 @@ def test_columns_without_a_stated_figure_have_no_paper_column():
     assert cells(results) == (["row", "x", "paper", "y"], [["a", "1", "2", "12,345"], ["b", "", "", "0.1235"]])
 
 
+@pytest.mark.network
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_every_tiny_variant_runs_on_the_demo_model(file: Path, tmp_path):
