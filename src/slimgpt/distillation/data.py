@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.generate import GeneratedText, generate_text
 from slimgpt.distillation.schedule import MAX_SEQ_LEN, STEP_TOKENS, pruning_split, training_budget
-from slimgpt.layerwise.capture import LayerInputs, capture, run_layer
+from slimgpt.layerwise.capture import LayerInputs, capture
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
-from slimgpt.layerwise.divergence import returns_tuple
+from slimgpt.layerwise.passes import LayerPasses, LayerVariant
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.lookup import text_config
 from slimgpt.runtime.activation_store import ActivationStore
@@ -39,7 +39,7 @@ class DistillationData:
         others: see :class:`TrainingBudget`.
         stream: the inputs of the first layer, and how to call each.
         dense: the hidden states behind the dense model's last layer, by batch.
-        tuples: see :func:`slimgpt.layerwise.divergence.returns_tuple`.
+        tuples: whether the dense model's layers return the hidden states as the first item of a tuple.
     """
 
     ids: Sequence[Tensor]
@@ -54,11 +54,11 @@ class DistillationData:
     @property
     def steps(self) -> list[range]:
         """The numbers of the batches of every step; none has both text that was written and text that was given."""
-        found, count = [], len(self.ids)
+        steps, count = [], len(self.ids)
         for first, last in ((self.held_out, self.held_out + self.generated), (self.held_out + self.generated, count)):
             starts = range(first, last, self.per_step)
-            found += [range(start, min(start + self.per_step, last)) for start in starts]
-        return found
+            steps += [range(start, min(start + self.per_step, last)) for start in starts]
+        return steps
 
     def count(self, numbers: Iterable[int]) -> int:
         """How many tokens some batches have."""
@@ -91,8 +91,8 @@ def build_distillation_data(
     rest = pieces[: len(given) * (windows.shape[1] // length)]
     held_out = pieces[len(rest) :]
     budget = training_budget(config)
-    wanted = max(STEP_TOKENS, tokens // budget.steps) // length
-    batch, per_step = _equal_batches(wanted, min(config.batch_size, len(held_out)))
+    pieces_per_step = max(STEP_TOKENS, tokens // budget.steps) // length
+    batch, per_step = _equal_batches(pieces_per_step, min(config.batch_size, len(held_out)))
     held_out = held_out[: len(held_out) // batch * batch]
     # Pieces of one document are spread over the steps.
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
@@ -109,24 +109,23 @@ def build_distillation_data(
     each = next(model.get_input_embeddings().parameters()).element_size()
     size = chosen.numel() * each * text_config(model.config).hidden_size
     stream = capture(model, layers, chosen, batch, activation_store_for(run, size), run.dtype)
-    dense_hidden, tuples = activation_store_for(run, size), False
+    dense_hidden = activation_store_for(run, size)
     known = range(len(held_out) // batch, (len(held_out) + generated) // batch)
     for number, hidden in zip(known, text.hidden.split(batch)):
         dense_hidden.put(number, hidden)
     unknown = [number for number in range(len(stream)) if number not in known]
-    with torch.no_grad():
-        for index in range(len(layers)):
-            start = time.perf_counter()
-            layer = running_layer(load_layer(index), model.config, index, run)
-            before = dense_hidden if index else stream.hidden
-            if index == 0:
-                tuples = returns_tuple(layer, before.get(0), stream.arguments[0][index])
-            for number in unknown:
-                dense_hidden.put(number, run_layer(layer, before.get(number), stream.arguments[number][index]))
-            del layer
-            malloc_trim()
-            if on_rehearsed:
-                on_rehearsed("the dense model reads it", index, len(layers), time.perf_counter() - start)
+    for number in unknown:
+        dense_hidden.put(number, stream.hidden.get(number))
+
+    def dense_layer(index: int, _paths: Sequence[int]) -> Iterator[LayerVariant]:
+        yield LayerVariant(running_layer(load_layer(index), model.config, index, run), [])
+
+    passes, start = LayerPasses(dense_layer, stream.arguments, unknown, run), time.perf_counter()
+    for index in passes.forward([dense_hidden]):
+        malloc_trim()
+        if on_rehearsed:
+            on_rehearsed("the dense model reads it", index, len(layers), time.perf_counter() - start)
+        start = time.perf_counter()
     return DistillationData(
         ids=chosen.split(batch),
         held_out=len(held_out) // batch,
@@ -135,7 +134,7 @@ def build_distillation_data(
         other_matrices_lr=budget.other_matrices_lr,
         stream=stream,
         dense_hidden=dense_hidden,
-        tuples=tuples,
+        tuples=passes.returns_tuple,
     )
 
 

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.distillation.data import DistillationData, training_run
-from slimgpt.layerwise.capture import Arguments, put_parameter, run_layer
-from slimgpt.layerwise.context import ExecutionContext, activation_store_for, check_output, running_layer
+from slimgpt.layerwise.capture import put_parameter
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device
+from slimgpt.layerwise.passes import LayerPasses, LayerVariant
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
@@ -53,15 +53,6 @@ OnReached = Callable[[State], None]
 
 OnDistilled = Callable[[int, int, float, float], None]
 """Called after every step with its number, the number of all steps, the divergence per token and the seconds."""
-
-
-@dataclass
-class SavedActivations:
-    """One batch that has gone through a layer: what went in, the weights to be moved, and what came out."""
-
-    hidden: Tensor
-    weights: list[Tensor]
-    after: Tensor
 
 
 class Losses(NamedTuple):
@@ -110,9 +101,6 @@ class Distillation:
         self.scales: list[float] = []
         self.trained = 0
         self.resident_layers: dict[int, nn.Module] = {}  # layers that the device has room for
-        self.saved: list[
-            list[SavedActivations]
-        ] = []  # of every layer on the way forth; empty where it is to be run again
 
     def __call__(self, on_distilled: OnDistilled | None = None, on_reached: OnReached | None = None) -> dict[str, Any]:
         """Train, and say what it gave, per token; ``kept`` is whether the losses on the held-out text fell.
@@ -130,14 +118,15 @@ class Distillation:
             for number, batches in list(enumerate(steps))[self.trained :]:
                 began = time.perf_counter()
                 text_weight = text if batches[0] >= self.data.held_out + self.data.generated else 0.0
-                hidden = self.forward(batches, save_for_backward=True)
-                found, gradients = self._compare(batches, hidden, text_weight)
-                self.backward(batches, gradients, highest * _rate(number, len(steps)))
+                passes = self._passes(batches)
+                hidden = self.forward(passes, save_for_backward=True)
+                losses, gradients = self._compare(batches, hidden, text_weight)
+                self.backward(passes, gradients, highest * _rate(number, len(steps)))
                 self.trained += 1
-                curve.append(found.kl)
+                curve.append(losses.kl)
                 malloc_trim()
                 if on_distilled:
-                    on_distilled(number, len(steps), found.kl, time.perf_counter() - began)
+                    on_distilled(number, len(steps), losses.kl, time.perf_counter() - began)
                 if on_reached and time.perf_counter() - kept > SAVE_INTERVAL_S and number + 1 < len(steps):
                     on_reached(self._state(before, curve))
                     kept = time.perf_counter()
@@ -178,10 +167,10 @@ class Distillation:
 
     def _begin(self) -> None:
         """Bring what is trained to the shelves, in fp32: single steps are smaller than what 16 bits can tell apart."""
-        found = [self._trained(self.load_layer(index)) for index in range(len(self.plan.layers))]
-        count = sum(parameter.numel() for named in found for parameter, _ in named.values())
+        trained = [self._trained(self.load_layer(index)) for index in range(len(self.plan.layers))]
+        count = sum(parameter.numel() for named in trained for parameter, _ in named.values())
         self.weights, self.means, self.squares = (activation_store_for(self.run, size * count) for size in (4, 2, 2))
-        for named in found:
+        for named in trained:
             self.names.append({})
             for name, (parameter, share) in named.items():
                 number = len(self.types)
@@ -219,14 +208,14 @@ class Distillation:
         chosen = architecture_of(self.model.config, self.model).chosen(self.plan.head_unit)
         keys = {structure.key for structure in chosen}
         norms = [name for name, module in layer.named_modules() if "norm" in type(module).__name__.lower()]
-        found = {}
+        trained = {}
         for name, parameter in layer.named_parameters():
             first = name in keys or name.rpartition(".")[0] in norms
             # A key's bias has no gradient but rounding, and Adam makes a full step of that.
             share = 1.0 if first else self.data.other_matrices_lr if parameter.ndim > 1 else 0.0
             if share:
-                found[name] = (parameter, share)
-        return found
+                trained[name] = (parameter, share)
+        return trained
 
     def _layer(self, index: int) -> nn.Module:
         """A layer with the weights it has by now, of which gradients can be taken."""
@@ -241,86 +230,50 @@ class Distillation:
             put_parameter(layer, name, nn.Parameter(weight, requires_grad=number is not None))
         return layer
 
+    def _variants(self, index: int, _paths: Sequence[int]) -> Iterator[LayerVariant]:
+        layer = self._layer(index)
+        yield LayerVariant(layer, [layer.get_parameter(name) for name in self.names[index]])
+
+    def _passes(self, batches: Sequence[int]) -> LayerPasses[LayerVariant]:
+        return LayerPasses(self._variants, self.data.stream.arguments, batches, self.run, save_graphs=True)
+
     def evaluate(self, batches: Sequence[int]) -> Losses:
-        return self._compare(batches, self.forward(batches))[0]
+        return self._compare(batches, self.forward(self._passes(batches)))[0]
 
-    def forward(self, batches: Sequence[int], save_for_backward: bool = False) -> list[Tensor]:
-        """The hidden states of some batches behind the last layer.
-
-        Args:
-            learn: whether the way back will be gone. Every layer's inputs are kept for it, and with them, as long as
-                there is room, all that gradients are made of, so that the layer need not be run again.
-        """
-        arguments, device = self.data.stream.arguments, self.run.device
-        hidden = [self.data.stream.hidden.get(number) for number in batches]
-        self.inputs = activation_store_for(self.run, len(self.plan.layers) * sum(tensor.nbytes for tensor in hidden))
-        self.saved = []
-        used = used_bytes(device)
-        ceiling = used + (self.run.placement.budget - used) // 2 if self.inputs.place == DEVICE else 0
-        for index in range(len(self.plan.layers)):
-            layer, passed = self._layer(index), list[SavedActivations]()
-            keep = save_for_backward and used_bytes(device) < ceiling
-            for place, number in enumerate(batches):
-                if keep:
-                    passed.append(self._pass(layer, index, hidden[place], arguments[number][index]))
-                    hidden[place] = passed[-1].after.detach()
-                    continue
-                if save_for_backward:
-                    self.inputs.put(index * len(batches) + place, hidden[place])
-                with torch.no_grad():
-                    hidden[place] = run_layer(layer, hidden[place], arguments[number][index])
-            check_output(index, hidden[-1])
-            self.saved.append(passed)
-            del layer
+    def forward(self, passes: LayerPasses[LayerVariant], save_for_backward: bool = False) -> ActivationStore:
+        """The hidden states of some batches behind the last layer, by number of the batch."""
+        hidden, batches = ActivationStore(DEVICE, self.run.device), passes.batches
+        for number in batches:
+            hidden.put(number, self.data.stream.hidden.get(number))
+        for _ in passes.forward([hidden], [0] if save_for_backward else [], checked=batches[-1:]):
+            pass
         return hidden
 
     def _compare(
-        self, batches: Sequence[int], hidden: list[Tensor], text: float | None = None
+        self, batches: Sequence[int], hidden: ActivationStore, text: float | None = None
     ) -> tuple[Losses, list[Tensor]]:
         """The losses of some batches, and their gradients behind the last layer.
 
         Args:
-            text: its weight in the gradients; ``None``: these are not wanted, and zero.
+            text: its weight in the gradients; ``None``: these are not computed, and zero.
         """
-        slopes = text is not None
+        with_gradient = text is not None
         kl, cross_entropy, gradients, tokens, followed = 0.0, 0.0, [], 0, 0
-        for place, number in enumerate(batches):
+        for number in batches:
             ids, dense_hidden = self.data.ids[number], self.data.dense_hidden.get(number)
             kls, cross_entropies, gradient = kl_and_cross_entropy(
-                self.model, dense_hidden, [hidden[place]], ids, self.data.tuples, [slopes], text or 0.0
+                self.model, dense_hidden, [hidden.get(number)], ids, self.data.tuples, [with_gradient], text or 0.0
             )
             kl, cross_entropy = kl + kls[0], cross_entropy + cross_entropies[0]
             gradients += gradient
             tokens, followed = tokens + ids[:, 1:].numel(), followed + ids[:, 2:].numel()
         return Losses(kl / max(tokens, 1), cross_entropy / max(followed, 1)), gradients
 
-    def _pass(self, layer: nn.Module, index: int, hidden: Tensor, arguments: Arguments) -> SavedActivations:
-        """Run a layer so that gradients can be taken."""
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            after = run_layer(layer, leaf, arguments)
-        return SavedActivations(leaf, [layer.get_parameter(name) for name in self.names[index]], after)
-
-    def backward(self, batches: Sequence[int], gradients: list[Tensor], rate: float) -> None:
-        """Gradients of every layer from the last to the first; each is moved once its own are known."""
-        for index in reversed(range(len(self.plan.layers))):
-            totals: list[Tensor] = []
-            for place, one in enumerate(self.saved.pop() or self.recompute(index, batches)):
-                found = torch.autograd.grad(
-                    one.after, [one.hidden, *one.weights], gradients[place], materialize_grads=True
-                )
-                gradients[place] = found[0]
-                sums = totals or [0.0] * len(one.weights)
-                totals = [total + gradient.float() for total, gradient in zip(sums, found[1:])]
-            for number, gradient in zip(self.names[index].values(), totals):
+    def backward(self, passes: LayerPasses[LayerVariant], gradients: list[Tensor], rate: float) -> None:
+        """One step of Adam for every layer from the last to the first, as soon as its gradients are known."""
+        for index, layer_gradients in passes.backward({0: gradients}):
+            for number, gradient in zip(self.names[index].values(), _sums(layer_gradients)):
                 self.adam_step(number, gradient, rate)
-
-    def recompute(self, index: int, batches: Sequence[int]) -> Iterator[SavedActivations]:
-        """Run a layer a second time, one batch after the other, on the inputs that were kept."""
-        layer = self._layer(index)
-        for place, number in enumerate(batches):
-            hidden = self.inputs.get(index * len(batches) + place)
-            yield self._pass(layer, index, hidden, self.data.stream.arguments[number][index])
 
     def adam_step(self, number: int, gradient: Tensor, rate: float) -> None:
         """One step of Adam."""
@@ -335,6 +288,15 @@ class Distillation:
         self.weights.put(number, weight)
         self.means.put(number, mean.bfloat16())
         self.squares.put(number, square.bfloat16())
+
+
+def _sums(layer_gradients: Iterable[tuple[LayerVariant, list[Tensor]]]) -> list[Tensor]:
+    """The gradients of a layer's weights, summed over batches in fp32."""
+    totals: list[Tensor] = []
+    for _, weight_gradients in layer_gradients:
+        sums = totals or [0.0] * len(weight_gradients)
+        totals = [total + gradient.float() for total, gradient in zip(sums, weight_gradients)]
+    return totals
 
 
 def _rate(step: int, steps: int) -> float:

@@ -10,19 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.layerwise.capture import Arguments, patched_layers
+from slimgpt.layerwise.capture import patched_layers
 from slimgpt.losses.chunked import compare
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.lookup import text_config
 
 LOGITS = 2**24
 """Predictions are compared in pieces of at most so many logits."""
-
-
-@torch.no_grad()
-def returns_tuple(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> bool:
-    """Whether a layer returns the hidden states as the first item of a tuple, which its stand-ins then must too."""
-    return isinstance(layer(hidden, **arguments), tuple)
 
 
 def kl_and_cross_entropy(
@@ -45,7 +39,7 @@ def kl_and_cross_entropy(
         dense: the dense model's hidden states behind the last layer, ``(batch, seq_len, hidden_size)``.
         narrowed: those of the others; gradients are with respect to these.
         ids: the tokens, ``(batch, seq_len)``.
-        tuples: see :func:`returns_tuple`.
+        tuples: whether layers return the hidden states as the first item of a tuple; their stand-ins then do, too.
         slopes: of which of them gradients are wanted; of others they are zero.
         text: the weight of the cross-entropy beside the divergence in the gradients.
     """

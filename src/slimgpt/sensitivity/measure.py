@@ -11,7 +11,7 @@ does not fit into memory can be measured too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
-from slimgpt.layerwise.capture import LayerInputs, capture, put_parameter, run_layer
-from slimgpt.layerwise.context import ExecutionContext, activation_store_for, check_output, running_layer
-from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device, returns_tuple
+from slimgpt.layerwise.capture import capture, put_parameter
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
+from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device
+from slimgpt.layerwise.passes import LayerPasses, LayerVariant
 from slimgpt.models.architecture import Structure
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.lookup import layer_sizes
@@ -65,6 +66,19 @@ class PrunedWeight:
     structure: Structure
     columns: Tensor
     number: int
+
+
+@dataclass
+class PathVariant(LayerVariant):
+    """A layer at a node of the path.
+
+    Args:
+        steps: ``W' - W`` of each of ``weights``, from the dense matrix to the narrow one.
+        node_weight: the weight of the node's gradients.
+    """
+
+    steps: list[Tensor]
+    node_weight: float
 
 
 def measure(
@@ -129,106 +143,77 @@ class _Measurement:
         each = next(self.model.get_input_embeddings().parameters()).element_size()
         self.matrices = activation_store_for(self.run, each * self._narrow_numbers())
         self._try(fit)
-        stream = capture(
-            self.model,
-            self.layers,
-            probe,
-            self.config.batch_size,
-            ActivationStore(DEVICE, self.run.device),
-            self.run.dtype,
-        )
-        dense, ends = self._forth(stream)
+        hidden = ActivationStore(DEVICE, self.run.device)
+        stream = capture(self.model, self.layers, probe, self.config.batch_size, hidden, self.run.dtype)
+        batches = range(len(stream))
+        passes = LayerPasses(self._variants, stream.arguments, batches, self.run)
+        paths = [hidden, *(ActivationStore(DEVICE, self.run.device) for _ in self.points)]
+        for path in paths[1:]:
+            for number in batches:
+                path.put(number, hidden.get(number))
+        differentiated = [path for path, (_, weight) in enumerate(self.points, 1) if weight]
+        for _ in self._steps(passes.forward(paths, differentiated, checked=batches)):
+            pass
         with on_device(self.model, self.run.device):
-            found, gradients = self._compare(dense, ends, probe)
-        parts = tuple(self._back(stream, gradients)) if num_gradient_nodes(self.points) else ()
-        return Sensitivity(found if ENDPOINT[0] in self.points else sum(part.cost for part in parts), parts)
+            kl, gradients = self._compare(paths, probe, passes.returns_tuple)
+        parts = tuple(self._costs(passes, gradients)) if gradients else ()
+        return Sensitivity(kl if ENDPOINT[0] in self.points else sum(part.cost for part in parts), parts)
 
     def _try(self, fit: Tensor) -> None:
         """Prune on a few windows and keep every narrow matrix."""
         count = 0
         for finished in self._steps(prune_layers(self.model, self.load_layer, fit, self.plan, self.config, self.run)):
-            index, sizes, found = finished.report.layer, self.sizes[finished.report.layer], []
+            index, sizes, weights = finished.report.layer, self.sizes[finished.report.layer], []
             for structure in self.structures:
                 kept = finished.report.kept.get(structure.name)
                 if kept is None or len(kept) == structure.units(sizes):
                     continue
                 W = output_matrix(finished.state, structure)
                 n = W.shape[1] * structure.units(sizes) // len(kept)
-                found.append(PrunedWeight(structure, unit_rows(n, structure.units(sizes), torch.tensor(kept)), count))
+                columns = unit_rows(n, structure.units(sizes), torch.tensor(kept))
+                weights.append(PrunedWeight(structure, columns, count))
                 self.matrices.put(count, W)
                 count += 1
             assert index == len(self.narrow)
-            self.narrow.append(found)
-
-    @torch.no_grad()
-    def _forth(self, stream: LayerInputs) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """The hidden states behind the last layer of the dense model and at every point of the path; by batch."""
-        batches = range(len(stream))
-        dense = [stream.hidden.take(number) for number in batches]
-        ends = [list(dense) for _ in self.points]
-        inputs = len(self.layers) * sum(hidden.numel() * hidden.element_size() for hidden in dense)
-        inputs *= num_gradient_nodes(self.points)
-        self.inputs = activation_store_for(self.run, inputs)
-        for index in self._steps(range(len(self.layers))):
-            layer = self._layer(index)
-            if index == 0:
-                self.tuples = returns_tuple(layer, dense[0], stream.arguments[0][0])
-            dense = [run_layer(layer, dense[number], stream.arguments[number][index]) for number in batches]
-            for point, _, _ in self._narrowed(layer, index):
-                for number in batches:
-                    if self.points[point][1]:
-                        self.inputs.put(self._number(point, index, number, len(batches)), ends[point][number])
-                    ends[point][number] = run_layer(layer, ends[point][number], stream.arguments[number][index])
-            for hidden in (*dense, *ends[-1]):
-                check_output(index, hidden)
-        return dense, ends
+            self.narrow.append(weights)
 
     def _compare(
-        self, dense: list[Tensor], ends: list[list[Tensor]], probe: Tensor
-    ) -> tuple[float, list[list[Tensor]]]:
-        """``KL(dense || narrowed)`` per token at the last point of the path, and the gradients of its sum at all."""
-        total, gradients = 0.0, [list(path) for path in ends]
-        wanted = [bool(weight) for _, weight in self.points]
+        self, paths: list[ActivationStore], probe: Tensor, returns_tuple: bool
+    ) -> tuple[float, dict[int, list[Tensor]]]:
+        """``KL(dense || narrowed)`` per token at the last node, and the gradients of its sum at all that need them."""
+        total = 0.0
+        with_gradient = [bool(weight) for _, weight in self.points]
+        gradients: dict[int, list[Tensor]] = {path: [] for path, needed in enumerate(with_gradient, 1) if needed}
         for number, ids in enumerate(probe.split(self.config.batch_size)):
-            here = [path[number] for path in ends]
-            found, _, slopes = kl_and_cross_entropy(self.model, dense[number], here, ids, self.tuples, wanted)
-            total += found[-1]
-            for point, slope in enumerate(slopes):
-                gradients[point][number] = slope
+            dense, *narrowed = (path.get(number) for path in paths)
+            kls, _, batch_gradients = kl_and_cross_entropy(
+                self.model, dense, narrowed, ids, returns_tuple, with_gradient
+            )
+            total += kls[-1]
+            for path in gradients:
+                gradients[path].append(batch_gradients[path - 1])
         self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
         return total / self.tokens, gradients
 
-    def _back(self, stream: LayerInputs, gradients: list[list[Tensor]]) -> list[StructureCost]:
+    def _costs(self, passes: LayerPasses[PathVariant], gradients: dict[int, list[Tensor]]) -> list[StructureCost]:
         """The part of every structure in the divergence."""
         parts: list[StructureCost] = []
-        batches = range(len(stream))
-        for index in self._steps(reversed(range(len(self.layers)))):
-            layer = self._layer(index)
+        for index, layer_gradients in self._steps(passes.backward(gradients)):
             costs = [0.0] * len(self.narrow[index])
-            for point, weights, steps in self._narrowed(layer, index, weighted=True):
-                for number in batches:
-                    hidden = self.inputs.take(self._number(point, index, number, len(batches))).detach()
-                    hidden.requires_grad_()
-                    with torch.enable_grad():
-                        after = run_layer(layer, hidden, stream.arguments[number][index])
-                    found = torch.autograd.grad(after, [hidden, *weights], gradients[point][number])
-                    gradients[point][number] = found[0]
-                    for place, (gradient, step) in enumerate(zip(found[1:], steps)):
-                        costs[place] += self.points[point][1] * float((gradient.to(step) * step).sum()) / self.tokens
+            for variant, weight_gradients in layer_gradients:
+                for place, (gradient, step) in enumerate(zip(weight_gradients, variant.steps)):
+                    costs[place] += variant.node_weight * float((gradient.to(step) * step).sum()) / self.tokens
             for narrow, cost in zip(self.narrow[index], costs):
                 structure, sizes = narrow.structure, self.sizes[index]
                 removed = 1 - structure.units(self.plan.layers[index]) / structure.units(sizes)
                 parts.append(StructureCost(index, structure.unit, removed, cost))
         return sorted(parts, key=lambda part: (part.layer, part.unit))
 
-    def _narrowed(
-        self, layer: nn.Module, index: int, weighted: bool = False
-    ) -> Iterator[tuple[int, list[Tensor], list[Tensor]]]:
-        """The layer at every point of the path: its number, the matrices there, and the whole way ``W' - W``.
-
-        Args:
-            weighted: only at points where gradients are wanted.
-        """
+    def _variants(self, index: int, paths: Sequence[int]) -> Iterator[PathVariant]:
+        """The layer on some paths: the dense one on path 0, and that of node ``k`` on path ``k + 1``."""
+        layer = self._layer(index)
+        if 0 in paths:
+            yield PathVariant(layer, [], [], 0.0)
         steps = []
         for narrow in self.narrow[index]:
             W, _ = matrix_of(layer, narrow.structure)
@@ -238,22 +223,18 @@ class _Measurement:
             steps.append(step.T.contiguous() if narrow.structure.transposed else step)
         names = [narrow.structure.key for narrow in self.narrow[index]]
         dense = [layer.get_parameter(name).detach() for name in names]
-        for point, (alpha, weight) in enumerate(self.points):
-            if weighted and not weight:
-                continue
-            there: list[Tensor] = [nn.Parameter((W + alpha * step).to(W.dtype)) for W, step in zip(dense, steps)]
-            for name, W in zip(names, there):
+        for path in filter(None, paths):
+            alpha, node_weight = self.points[path - 1]
+            weights: list[Tensor] = [nn.Parameter((W + alpha * step).to(W.dtype)) for W, step in zip(dense, steps)]
+            for name, W in zip(names, weights):
                 put_parameter(layer, name, W)
-            yield point, there, steps
+            yield PathVariant(layer, weights, steps, node_weight)
 
     def _layer(self, index: int) -> nn.Module:
         layer = running_layer(self.load_layer(index), self.model.config, index, self.run)
         for name, tensor in layer.named_parameters():  # those of the model itself may be trained later
             put_parameter(layer, name, nn.Parameter(tensor.detach(), requires_grad=False))
         return layer
-
-    def _number(self, point: int, index: int, number: int, batches: int) -> int:
-        return (point * len(self.layers) + index) * batches + number
 
     def _narrow_numbers(self) -> int:
         """How many numbers all narrow matrices hold."""
