@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from slimgpt.distillation.generate import write
+from slimgpt.distillation.generate import generate_text
 from slimgpt.errors import NumericalError
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import decoder_layers
@@ -22,7 +22,7 @@ def run(budget: int = 10**12, dtype: torch.dtype | None = None) -> ExecutionCont
 
 def written(model, count=12, length=20, seed=0, on_token=None, **options):
     take = decoder_layers(model).__getitem__
-    ids, hidden = write(model, take, IDS, count, length, seed, run(**options), on_token)
+    ids, hidden = generate_text(model, take, IDS, count, length, seed, run(**options), on_token)
     check_hidden(model, ids, hidden)
     return ids
 
@@ -72,7 +72,9 @@ def test_tokens_are_drawn_as_often_as_predicted():
     model = tiny_model("llama")
     model.get_output_embeddings().weight.data *= 10  # far from equal chances
     take = decoder_layers(model).__getitem__
-    ids, _ = write(model, take, IDS[:1, :8], 4000, 9, 0, run())  # half of a piece is given: four tokens and five
+    ids, _ = generate_text(
+        model, take, IDS[:1, :8], 4000, 9, 0, run()
+    )  # half of a piece is given: four tokens and five
     start = ids[:, :4]
     one = (start == start[0]).all(1)
     with torch.no_grad():

@@ -30,7 +30,7 @@ OPTIONS = {"ratio": 0.4, "calibration": IDS, "batch_size": 3, "device": "cpu", "
 
 @pytest.fixture(autouse=True)
 def short_steps(monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.schedule.STEP_TOKENS", 144)  # two batches of three windows
+    monkeypatch.setattr("slimgpt.distillation.data.STEP_TOKENS", 144)  # two batches of three windows
 
 
 def run(place: str = "device", budget: int = 10**12) -> ExecutionContext:
@@ -133,7 +133,7 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
 
 
 def test_held_out_text_is_not_trained_on():
-    lesson = case("llama")[2].lesson
+    lesson = case("llama")[2].data
     held = {tuple(row) for batch in lesson.ids[: lesson.held_out] for row in batch.tolist()}
     trained = {tuple(row) for batch in lesson.ids[lesson.held_out :] for row in batch.tolist()}
     assert held == {tuple(row) for row in IDS[-6:].tolist()}
@@ -147,7 +147,7 @@ def test_what_is_kept_in_files_or_brought_every_time_gives_the_same():
         for place, budget in (("device", 10**12), ("file", 10**12), ("device", 0))
     ]
     said = [training() for training in found]
-    assert [len(training.stay) for training in found] == [4, 4, 0]
+    assert [len(training.resident_layers) for training in found] == [4, 4, 0]
     for index in range(4):
         one, *others = (training.parameters(index) for training in found)
         assert all(torch.equal(one[name], other[name]) for other in others for name in one)
@@ -205,12 +205,12 @@ def test_a_step_is_nearly_what_it_should_be_whatever_the_batch_size():
 def test_what_is_not_there_is_written_first():
     dense, _, training = case("llama")
     assert training.data.steps == [range(2, 4), range(4, 6)]
-    assert training.data.written == 0
+    assert training.data.generated == 0
     calls = []
     take = decoder_layers(dense).__getitem__
     lesson = build_distillation_data(dense, take, IDS, 1100, CONFIG, run(), lambda *said: calls.append(said))
     # 45 windows of 24 tokens are asked for; 18 are there, in batches of 3 behind the two that are held out.
-    assert lesson.written == 9
+    assert lesson.generated == 9
     assert [len(step) for step in lesson.steps] == [2, 2, 2, 2, 1, 2, 2, 2]
     assert [number for step in lesson.steps for number in step] == list(range(2, 17))
     assert lesson.count(range(2, 17)) == 1080
@@ -226,7 +226,7 @@ def test_what_is_not_there_is_written_first():
     for number in range(len(lesson.ids)):
         with torch.no_grad():
             last = dense.model(lesson.ids[number]).last_hidden_state
-        assert torch.allclose(dense.model.norm(lesson.dense.get(number)), last, atol=1e-9)
+        assert torch.allclose(dense.model.norm(lesson.dense_hidden.get(number)), last, atol=1e-9)
     writes, reads = ([call for call in calls if word in call[0]] for word in ("writes", "reads"))
     assert [call[1:3] for call in writes] == [(n, 12) for n in range(12)]
     assert [call[1:3] for call in reads] == [(n, 4) for n in range(4)]

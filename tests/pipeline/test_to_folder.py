@@ -295,7 +295,7 @@ def same_text(tmp_path_factory) -> Path:
 
 
 def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_text, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.schedule.STEP_TOKENS", 24)
+    monkeypatch.setattr("slimgpt.distillation.data.STEP_TOKENS", 24)
     monkeypatch.setattr("slimgpt.distillation.trainer.SAVE_INTERVAL_S", 0.0)
     # More tokens than there are: the dense model writes the others, once.
     options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0, "distill": 192}
@@ -366,7 +366,7 @@ def test_what_a_training_keeps_on_the_disk_is_counted_before(allocation, wide, s
 
 
 def test_a_training_that_the_disk_has_no_room_for_is_not_kept(tmp_path, monkeypatch):
-    journal = slimgpt.pruning.Journal(tmp_path / "slim", "model.layers", {})
+    journal = journal_module.Journal(tmp_path / "slim", "model.layers", {})
     journal.open(False, False)
     usage = shutil.disk_usage(tmp_path)
     for free, there in ((400, False), (401, True)):
@@ -376,7 +376,7 @@ def test_a_training_that_the_disk_has_no_room_for_is_not_kept(tmp_path, monkeypa
 
 
 def test_streamed_training_is_the_same_as_in_memory(wide, same_text, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.schedule.STEP_TOKENS", 24)
+    monkeypatch.setattr("slimgpt.distillation.data.STEP_TOKENS", 24)
     options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0}
     said = slimgpt.prune_folder(str(wide), tmp_path / "streamed", distill=120, **options).distillation
     model, tokenizer = slimgpt.load(str(wide))

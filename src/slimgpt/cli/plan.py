@@ -116,7 +116,7 @@ def _print(found: Estimate) -> None:
     engines = Table(title="engines", title_justify="left")
     for column in ("engine", "runs", "how", "or ask for"):
         engines.add_column(column)
-    for verdict in found.engine_support:
+    for verdict in found.verdicts:
         engines.add_row(verdict.engine, "yes" if verdict.runs else "no", verdict.how, verdict.change)
     out.print(engines)
 

@@ -55,7 +55,7 @@ class Estimate:
     seconds: float
     tokens: int
     device: str
-    engine_support: tuple[EngineSupport, ...]
+    verdicts: tuple[EngineSupport, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -147,5 +147,5 @@ def forecast(
         seconds=pruning_seconds(flops, target, stored),
         tokens=tokens.numel(),
         device=target.type,
-        engine_support=tuple(engine_support(model_config, plan.layers, engines)),
+        verdicts=tuple(engine_support(model_config, plan.layers, engines)),
     )
