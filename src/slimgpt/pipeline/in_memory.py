@@ -23,6 +23,7 @@ from slimgpt.models.loading import load_model
 from slimgpt.models.lookup import check_context, layer_sizes, text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.models.streaming import check_finite
+from slimgpt.models.ties import untie_as_held
 from slimgpt.pipeline.prepare import PruneRequest
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import plan_for
@@ -154,6 +155,7 @@ def prune(
     )
     budget = parse_bytes(memory) if memory else None
     target, wanted = as_device(device), as_dtype(dtype)
+    untie_as_held(model)
     shape = describe(model.config, model)
     kept_dtype = wanted if isinstance(wanted, torch.dtype) else next(model.parameters()).dtype
     widths = plan_for(model.config, config, shape, kept_dtype)
