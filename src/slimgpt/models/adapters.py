@@ -100,7 +100,7 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
         # The first time peft keeps to itself which tensors found no place.
-        result = adapted.load_adapter(str(folder), adapted.active_adapter)
+        result = adapted.load_adapter(str(folder), "default")
         for lacking, names in (("the model", result.unexpected_keys), (WEIGHTS_FILE, result.missing_keys)):
             if names:
                 raise ModelError(
