@@ -23,6 +23,7 @@ from slimgpt.models.families import MULTIMODAL
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.stock_config import stock_config
+from slimgpt.models.ties import untie_as_held
 from slimgpt.pruning.report import PruneReport
 
 REPORT_FILE = "slimgpt.json"
@@ -108,6 +109,7 @@ def saved_form(model: PreTrainedModel) -> tuple[PreTrainedConfig, dict[str, Tens
 
     Tied weights appear once, and names are those of the family's checkpoints. Nothing is copied.
     """
+    untie_as_held(model)
     cls, target, source = target_form(model)
     with torch.device("meta"):
         shell = cls(target)

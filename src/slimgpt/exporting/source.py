@@ -15,6 +15,7 @@ from slimgpt.models.loading import load_config, load_tokenizer
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import Source, check_files, locate
 from slimgpt.models.streaming import WeightFiles, weights_mismatch
+from slimgpt.models.unknown_tensors import unknown_text
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ def open_folder(name: str | Path) -> ExportSource:
     problem = weights_mismatch(model, weights)
     if problem is not None:
         raise ExportError(f"{name} cannot be exported: {problem}")
+    unknown = weights.unknown(model)
+    if unknown:
+        raise ExportError(f"{name} cannot be exported: it {unknown_text(unknown)}")
     tied = model.all_tied_weights_keys or {}
     names = [tensor for tensor in model.state_dict() if tensor not in tied]
     return ExportSource(source, source.folder, config, architecture, layer_sizes(config), weights, names)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +21,25 @@ from transformers import (
 
 from slimgpt.errors import ModelError, UnsupportedFamilyError, first_line
 from slimgpt.io.tensors import align
-from slimgpt.models.adapters import merge
-from slimgpt.models.build import architecture_of, slim_class, stock_class
+from slimgpt.models.adapters import merge, trained_ties
+from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
 from slimgpt.models.lookup import text_config
-from slimgpt.models.source import Source, check_files, locate
+from slimgpt.models.source import Source, check_files, has_weights, locate
+from slimgpt.models.streaming import untie_as_stored
+from slimgpt.models.ties import is_tied, untie, untie_as_held
+from slimgpt.models.unknown_tensors import refuse_unknown, unknown_tensors
+from slimgpt.models.weight_conversion import ConvertedFiles
 from slimgpt.runtime.devices import as_device, as_dtype
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """The config alone.
+    """The config alone, untied where the files of a local folder, or the adapter, have an output head of their own.
 
     Raises:
-        ModelError: it cannot be found or read, is quantised, or needs remote code.
+        ModelError: it cannot be found or read, is quantised, or needs remote code; or its files cannot be read.
     """
     refuse_remote_code(source, trust_remote_code)
     try:
@@ -53,7 +59,29 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
             f"{source.name} is quantised ({method}): its numbers cannot be repaired. Prune the model that it was made "
             "from, then quantise the slim one; a GGUF file is read too, and de-quantised"
         )
+    if is_tied(config) and not source.gguf_file:
+        _untie_if_needed(config, source)
     return config
+
+
+def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:
+    """Untie the config of a model whose head is a matrix of its own, whatever its config.json says."""
+    stored = source.folder is not None and has_weights(source.folder)
+    if not stored and source.adapter is None:
+        return
+    try:
+        model = empty_model(config)
+    except UnsupportedFamilyError:  # whoever builds the model says so
+        return
+    if stored and untie_as_stored(config, model, ConvertedFiles(source.folder, model)):  # type: ignore[arg-type]
+        return
+    if source.adapter is not None and (trained := trained_ties(model, source.adapter)):
+        untie(config)
+        warnings.warn(
+            f"{source.adapter} trains {trained[0]}, which {source.location} ties to another matrix; the merged model "
+            "is untied",
+            stacklevel=3,
+        )
 
 
 def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
@@ -110,9 +138,11 @@ def load_model(
 
     Raises:
         UnsupportedFamilyError: the family is not in the table.
-        ModelError: a file is corrupt or encrypted, weights are missing or of other shapes, or there are only
-            pickled ones.
+        ModelError: a file is corrupt or encrypted, weights are missing or of other shapes, there are more than the
+            model has, or there are only pickled ones.
     """
+    if source.adapter is not None:  # what is merged may be untied; the base is loaded as its own files say
+        config = load_config(replace(source, adapter=None), trust_remote_code)
     torch_dtype = as_dtype(dtype)
     if torch_dtype == "auto" and source.gguf_file:
         torch_dtype = torch.float32
@@ -129,6 +159,8 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
             trust_remote_code=trust_remote_code,
+            # A full model is the model: where an adapter lies beside it, transformers would put that on top.
+            adapter_kwargs={"subfolder": "no-adapter"},
             **arguments,  # type: ignore[arg-type]
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -147,6 +179,8 @@ def load_model(
             f"{source.name} lacks {len(missing)} weights, the first is {missing[0]}; "
             "transformers would fill them with random numbers"
         )
+    refuse_unknown(source.name, unknown_tensors(model, info.get("unexpected_keys") or ()))
+    untie_as_held(model)  # a hub id, whose files could not be looked at before
     model.config.name_or_path = source.name  # what reports and cards say, rather than a path of this machine
     if source.adapter is not None:
         model = merge(model, source.adapter)  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from huggingface_hub import snapshot_download
 from slimgpt import assets
 from slimgpt.errors import ModelError, first_line
 from slimgpt.io import weight_files
-from slimgpt.models.adapters import base_of, is_adapter
+from slimgpt.models.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, is_adapter
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,22 @@ def locate(name: str) -> Source:
         return Source(path.name, str(path.parent), path.name)
     if path.is_dir():
         if is_adapter(path):
-            return replace(locate(base_of(path)), name=path.name, adapter=path)
+            base = base_of(path)
+            if Path(base).expanduser().is_dir() and is_adapter(Path(base).expanduser()):
+                raise ModelError(
+                    f"{path / CONFIG_FILE} names {base} as base_model_name_or_path, which is an adapter itself; merge "
+                    "that into its model first, and name the merged model"
+                )
+            return replace(locate(base), name=path.name, adapter=path)
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json; give the folder that save_pretrained wrote")
+        left_over = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if (path / name).is_file()]
+        if left_over:
+            warnings.warn(
+                f"{path} holds a whole model, and {' and '.join(left_over)} beside it; the model is read without the "
+                "adapter. If it is to be merged, move it to a folder of its own",
+                stacklevel=2,
+            )
         return Source(path.name, str(path))
     if path.is_file():
         raise ModelError(f"{path} is a file; give a model folder, a .gguf file or a hub id")
@@ -83,6 +97,11 @@ def weights_folder(source: Source) -> Path | None:
         return Path(snapshot_download(source.location, allow_patterns=["*.json", "model*.safetensors"]))
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot fetch the weights of '{source.name}': {first_line(error)}") from error
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds safetensors files of a model, or an index of them."""
+    return any((folder / name).is_file() for name in (weight_files.SINGLE_FILE, weight_files.INDEX_FILE))
 
 
 def check_files(source: Source) -> None:

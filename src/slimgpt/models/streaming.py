@@ -15,6 +15,8 @@ from slimgpt.errors import ModelError, NumericalError
 from slimgpt.io.weight_files import check_files, weight_files
 from slimgpt.models.build import architecture_of, empty_model, rebuild_layer
 from slimgpt.models.source import Source, weights_folder
+from slimgpt.models.ties import untie, warn_untied
+from slimgpt.models.unknown_tensors import refuse_unknown, unknown_tensors
 from slimgpt.runtime.devices import DTYPES
 
 
@@ -52,6 +54,11 @@ class WeightFiles:
         """The shape of a tensor, from the file's header."""
         return tuple(self._where[name].get_slice(name).get_shape())
 
+    def unknown(self, model: PreTrainedModel) -> list[str]:
+        """The names of tensors that the model does not have and that matter, sorted."""
+        wanted = model.state_dict()
+        return unknown_tensors(model, (name for name in self._where if name not in wanted))
+
 
 class StreamedModel:
     """A model whose embeddings, norms and head are mapped from its files and whose layers are brought in one by one.
@@ -65,7 +72,8 @@ class StreamedModel:
         model: the model; its layers have shapes and no storage.
 
     Raises:
-        ModelError: see :meth:`weights_mismatch`, which tells beforehand.
+        ModelError: see :func:`weights_mismatch`, which tells beforehand; or the files hold tensors that the model
+            does not have.
     """
 
     def __init__(self, config: PreTrainedConfig, weights: WeightFiles, dtype: torch.dtype | None = None):
@@ -74,6 +82,7 @@ class StreamedModel:
         self.prefix = architecture_of(config, self.model).layers
         if (problem := weights_mismatch(self.model, weights)) is not None:
             raise ModelError(f"cannot stream {weights.folder}: {problem}")
+        refuse_unknown(str(weights.folder), weights.unknown(self.model))
         around = [name for name in self.model.state_dict() if not name.startswith(f"{self.prefix}.")]
         state = {name: self._read(name) for name in around if name in weights}
         self.model.load_state_dict(state, strict=False, assign=True)
@@ -121,6 +130,30 @@ def weights_mismatch(model: PreTrainedModel, weights: WeightFiles) -> str | None
         elif weights.shape(name) != tuple(tensor.shape):
             return f"{name} is {weights.shape(name)} in the files and {tuple(tensor.shape)} by the config"
     return None
+
+
+def stored_head(model: PreTrainedModel, weights: WeightFiles) -> str | None:
+    """The tensor that the model ties to another and that differs from it in the files; ``None`` if there is none.
+
+    transformers leaves such a pair untied when it loads the files; what is equal to the bit stays tied.
+    """
+    for head, embedding in (model.all_tied_weights_keys or {}).items():
+        if head in weights and embedding in weights and not torch.equal(weights[head], weights[embedding]):
+            return head
+    return None
+
+
+def untie_as_stored(config: PreTrainedConfig, model: PreTrainedModel, weights: WeightFiles) -> bool:
+    """Untie a config whose files hold a head of their own; whether it was done.
+
+    Args:
+        model: the model of the config, its empty form will do.
+    """
+    head = stored_head(model, weights)
+    if head is not None:
+        untie(config)
+        warn_untied(str(weights.folder), head)
+    return head is not None
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 )
 
 from slimgpt.models.streaming import WeightFiles
+from slimgpt.models.unknown_tensors import unknown_tensors
 
 
 class ConvertedFiles(WeightFiles):
@@ -44,12 +45,15 @@ class ConvertedFiles(WeightFiles):
         wanted = model.state_dict()
         # By the model's name: the files' names with the pattern that each matched; no pattern where it is as stored.
         self._pieces: dict[str, list[tuple[str, str | None]]] = {}
+        self._without_place: list[str] = []
         for name in sorted(self._where, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
             if target not in wanted and name in wanted:
                 target, pattern = name, None
             if target in wanted:
                 self._pieces.setdefault(target, []).append((name, pattern))
+            else:
+                self._without_place.append(target)
 
     def __contains__(self, name: str) -> bool:
         return name in self._pieces
@@ -67,6 +71,10 @@ class ConvertedFiles(WeightFiles):
             return super().shape(pieces[0][0])
         empty = [(p, torch.empty(WeightFiles.shape(self, file), device="meta")) for file, p in pieces]
         return tuple(self._convert(name, empty).shape)
+
+    def unknown(self, model: PreTrainedModel) -> list[str]:
+        """The names, as the model would have them, of tensors that it does not have and that matter, sorted."""
+        return unknown_tensors(model, dict.fromkeys(self._without_place))
 
     def _convert(self, name: str, tensors: list[tuple[str | None, Tensor]]) -> Tensor:
         converter: Any = deepcopy(self._by_pattern[str(tensors[0][0])])

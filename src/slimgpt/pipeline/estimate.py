@@ -16,7 +16,7 @@ from slimgpt.models.build import empty_model
 from slimgpt.models.loading import load_config
 from slimgpt.models.lookup import text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
-from slimgpt.models.source import locate
+from slimgpt.models.source import check_files, has_weights, locate
 from slimgpt.models.streaming import stored_dtype
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
 from slimgpt.planning.engines import EngineSupport, engine_support
@@ -123,6 +123,8 @@ def forecast(
     as_dtype(dtype)
     target = as_device(device)
     source = locate(model)
+    if source.folder is not None and has_weights(source.folder):  # a folder of a config alone can be planned for
+        check_files(source)
     model_config = load_config(source, trust_remote_code)
     empty = empty_model(model_config)
     shape = describe(model_config, empty)

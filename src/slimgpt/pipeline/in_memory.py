@@ -17,6 +17,7 @@ from slimgpt.distillation.trainer import OnDistilled
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import describe
+from slimgpt.models.ties import untie_as_held
 from slimgpt.pipeline.callbacks import Callbacks, OnLayer
 from slimgpt.pipeline.memory_sink import ModelInMemory
 from slimgpt.pipeline.stages import PruneJob, run_stages
@@ -142,6 +143,7 @@ def prune(
     )
     budget = parse_bytes(memory) if memory else None
     target, wanted = as_device(device), as_dtype(dtype)
+    untie_as_held(model)
     shape = describe(model.config, model)
     kept_dtype = wanted if isinstance(wanted, torch.dtype) else next(model.parameters()).dtype
     widths = plan_for(model.config, config, shape, kept_dtype)

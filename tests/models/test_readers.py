@@ -1,0 +1,332 @@
+"""Every reader of a folder sees the same tensors, those that transformers and peft see: no other model, none cut."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import slimgpt
+from slimgpt.checkpoint.inspecting import inspect
+from slimgpt.config import make_config
+from slimgpt.errors import ExportError, ModelError
+from slimgpt.exporting.source import open_folder
+from slimgpt.models.loading import load_config
+from slimgpt.models.source import locate
+from slimgpt.pipeline.estimate import forecast
+from slimgpt.pipeline.weights_source import open_model
+from tests.families import LAYERS, tiny_model, windows
+
+IDS = windows(2, 24, seed=7)
+OPTIONS = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu"}
+WEIGHTS = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """Saves a tiny model with its tokenizer, its config or its tensors changed if asked for."""
+
+    def make(family="llama", tensors=None, name="model", shards=None, config=None, **changes):
+        path = tmp_path / name
+        model = tiny_model(family, **changes)
+        model.save_pretrained(path, **({"max_shard_size": shards} if shards else {}))
+        tokenizer.save_pretrained(path)
+        if tensors:
+            save_file({**load_file(path / WEIGHTS), **tensors}, path / WEIGHTS, {"format": "pt"})
+        if config:
+            text = json.loads((path / "config.json").read_text())
+            (path / "config.json").write_text(json.dumps({**text, **config}))
+        return path
+
+    return make
+
+
+def streamed(path):
+    """The tensors that `prune` takes from a folder, layer by layer."""
+    source = locate(str(path))
+    config = load_config(source)
+    request = SimpleNamespace(
+        source=source, model_config=config, stored=torch.float32, dtype="auto", trust_remote_code=False
+    )
+    layers = open_model(request)
+    if layers.streamed is None:
+        return state(layers.model)
+    prefix = f"{layers.streamed.prefix}."
+    found = {name: tensor for name, tensor in state(layers.model).items() if not name.startswith(prefix)}
+    for index in range(config.num_hidden_layers):
+        found |= {f"{prefix}{index}.{name}": tensor for name, tensor in layers(index).state_dict().items()}
+    return found
+
+
+def state(model):
+    """A model's tensors by name, the head too where it is tied."""
+    return dict(model.state_dict())
+
+
+def exported(path):
+    """The tensors that `export` takes, with those that are tied."""
+    source = open_folder(path)
+    found = {name: source[name] for name in source.names}
+    return found if source.config.tie_word_embeddings is False else {HEAD: found[EMBEDDING], **found}
+
+
+def equal(found, expected, what):
+    """Whether two sets of tensors are the same, to the bit."""
+    assert found.keys() == expected.keys(), what
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), f"{what}: {name}"
+
+
+def all_readers(path):
+    """The tensors of a folder, by whoever reads it."""
+    yield "load", state(slimgpt.load(str(path))[0])
+    yield "stream", streamed(path)
+    if not locate(str(path)).adapter:
+        yield "export", exported(path)
+
+
+def head(seed=3):
+    """An output head like no embedding."""
+    return torch.randn(97, 48, generator=torch.Generator().manual_seed(seed))
+
+
+TABLE = {
+    "one file": {},
+    "shards": {"shards": "40KB"},
+    "untied": {"tie_word_embeddings": False},
+    "untied, shards": {"tie_word_embeddings": False, "shards": "40KB"},
+    "a head of its own": {"tensors": {HEAD: head()}},
+    "rotary frequencies": {"tensors": {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": head() for i in range(4)}},
+}
+
+
+@pytest.mark.parametrize("case", TABLE)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text"])
+@pytest.mark.filterwarnings("ignore:.*read as untied")
+def test_all_readers_see_what_transformers_sees(family, case, folder):
+    path = folder(family, **TABLE[case])
+    expected = state(AutoModelForCausalLM.from_pretrained(path))
+    for what, found in all_readers(path):
+        equal(found, expected, what)
+
+
+@pytest.mark.filterwarnings("ignore:.*read as untied")
+def test_a_head_of_its_own_is_counted_pruned_and_saved(folder, text_file, tmp_path):
+    path = folder(tensors={HEAD: head()})
+    with pytest.warns(UserWarning, match="lm_head.weight differs from the input embedding; it is read as untied"):
+        config = load_config(locate(str(path)))
+    assert config.tie_word_embeddings is False
+    assert inspect(str(path)).parameters == sum(t.numel() for t in load_file(path / WEIGHTS).values())
+    slimgpt.prune_folder(str(path), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    report = slimgpt.prune(plain, slimgpt.load(str(path))[1], calibration=str(text_file), **OPTIONS)
+    slimgpt.save(plain, None, report, tmp_path / "saved")
+    for name in ("slim", "saved"):
+        model, _ = slimgpt.load(str(tmp_path / name)) if name == "slim" else (slimgpt_model(tmp_path / name), None)
+        assert torch.equal(model.lm_head.weight, head()), name
+        assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight), name
+        with torch.no_grad():
+            torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def slimgpt_model(path):
+    """A model saved without a tokenizer."""
+    from slimgpt.models.loading import load_model
+
+    source = locate(str(path))
+    return load_model(source, load_config(source))
+
+
+def test_a_head_equal_to_the_bit_stays_tied(folder):
+    path = folder()
+    save_file({**load_file(path / WEIGHTS), HEAD: load_file(path / WEIGHTS)[EMBEDDING].clone()}, path / WEIGHTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_config(locate(str(path))).tie_word_embeddings is True
+    assert inspect(str(path)).parameters == sum(p.numel() for p in tiny_model("llama").parameters())
+
+
+ADAPTERS = {
+    "matrices of layers": {"target_modules": ["q_proj", "down_proj"]},
+    "the head": {"target_modules": ["q_proj", "lm_head"]},
+    "the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head and embedding whole": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "the head whole": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "some tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+}
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """Saves a random adapter for a tiny model, and gives its folder and the logits of the two together."""
+
+    def make(base=None, name="adapter", model=None, **settings):
+        base = base or folder()
+        model = get_peft_model(
+            model or AutoModelForCausalLM.from_pretrained(base),
+            LoraConfig(r=3, init_lora_weights=False, task_type="CAUSAL_LM", **settings),
+        ).eval()
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "modules_to_save" in key or "trainable_tokens" in key:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        model.peft_config["default"].base_model_name_or_path = str(base)
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            return tmp_path / name, model(IDS).logits
+
+    return make
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_merged_as_peft_computes_it(kind, tied, folder, adapter, text_file, tmp_path):
+    base = folder(tie_word_embeddings=tied)
+    path, expected = adapter(base, **ADAPTERS[kind])
+    model, tokenizer = slimgpt.load(str(path))
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    equal(streamed(path), state(model), "stream")
+    own_head = "head" in kind or "embedding" in kind or not tied
+    assert model.config.tie_word_embeddings is not own_head
+    assert load_config(locate(str(path))).tie_word_embeddings is not own_head
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is not own_head
+    if kind == "the head":
+        assert torch.equal(model.model.embed_tokens.weight, load_file(base / WEIGHTS)[EMBEDDING])
+    slimgpt.save(model, tokenizer, None, tmp_path / "merged")
+    again, _ = slimgpt.load(str(tmp_path / "merged"))
+    equal(state(again), state(model), "saved")
+    assert inspect(str(path)).parameters == sum(p.numel() for p in model.parameters())
+    slimgpt.prune_folder(str(path), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
+    slim, _ = slimgpt.load(str(tmp_path / "slim"))
+    assert torch.equal(slim.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(slim.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_an_adapter_that_keeps_head_and_embedding_tied_is_refused(adapter):
+    path, _ = adapter(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    with pytest.raises(ModelError, match=r"adapter_config.json trains .* sets ensure_weight_tying"):
+        slimgpt.load(str(path))
+
+
+def test_an_adapter_for_more_layers_or_other_modules(folder, adapter):
+    base = folder()
+    path, _ = adapter(base, model=tiny_model("llama", num_hidden_layers=LAYERS + 2), target_modules=["q_proj"])
+    with pytest.raises(ModelError, match=r"the model lacks 4 of its tensors.*layers\.4\.self_attn\.q_proj"):
+        slimgpt.load(str(path))
+    weights = load_file(path / "adapter_model.safetensors")
+    few = {name: tensor for name, tensor in weights.items() if "layers.0." in name}
+    save_file(few, path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors lacks 6 of its tensors"):
+        slimgpt.load(str(path))
+
+
+def test_an_adapter_on_itself(adapter):
+    first, _ = adapter(target_modules=["q_proj"])
+    settings = json.loads((first / "adapter_config.json").read_text())
+    (first / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(first)}))
+    with pytest.raises(ModelError, match="which is an adapter itself; merge that into its model first"):
+        locate(str(first))
+
+
+def test_an_adapter_beside_a_whole_model_is_left_out(folder, adapter):
+    base = folder()
+    expected = state(AutoModelForCausalLM.from_pretrained(base))
+    path, _ = adapter(base, target_modules=["q_proj"])
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(path / name, base)
+    with pytest.warns(UserWarning, match="is read without the adapter"):
+        assert locate(str(base)).adapter is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for what, found in all_readers(base):
+            equal(found, expected, what)
+        equal(
+            state(slimgpt.load(str(path))[0]),
+            state(
+                PeftModel.from_pretrained(
+                    AutoModelForCausalLM.from_pretrained(folder(name="clean")), path
+                ).merge_and_unload()
+            ),
+            "the adapter alone",
+        )
+
+
+def test_an_adapter_with_a_config_is_an_adapter(folder, adapter):
+    base = folder()
+    path, expected = adapter(base, target_modules=["q_proj"])
+    shutil.copy(base / "config.json", path)
+    assert locate(str(path)).adapter == path
+    with torch.no_grad():
+        torch.testing.assert_close(slimgpt.load(str(path))[0](IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_files_beside_the_shards_are_not_the_model(folder):
+    path = folder(shards="40KB")
+    size = inspect(str(path)).bytes
+    expected = state(AutoModelForCausalLM.from_pretrained(path))
+    (path / "consolidated.safetensors").write_bytes(b"broken")
+    assert inspect(str(path)).bytes == size
+    for what, found in all_readers(path):
+        equal(found, expected, what)
+
+
+DROPPED = {
+    "biases": (
+        {"config": {"attention_bias": False}},
+        r"16 tensors.*first is model\.layers\.0\.self_attn\.k_proj",
+    ),
+    "layers": ({"num_hidden_layers": 6, "config": {"num_hidden_layers": 4}}, r"the first is model\.layers\.4\."),
+    "a score": ({"tensors": {"score.weight": torch.ones(1, 48)}}, r"holds a tensor .* the first is score\.weight"),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_tensors_that_the_config_does_not_know_are_refused(case, folder, text_file, tmp_path):
+    changes, message = DROPPED[case]
+    path = folder(**changes)
+    with pytest.raises(ModelError, match=message):
+        slimgpt.load(str(path))
+    with pytest.raises(ModelError, match=message):
+        slimgpt.prune_folder(str(path), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
+    assert not (tmp_path / "slim").exists()
+    with pytest.raises(ExportError, match=message):
+        open_folder(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("gpt2", ["transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gpt_neox", ["gpt_neox.layers.0.attention.bias", "gpt_neox.layers.0.attention.rotary_emb.inv_freq"]),
+        ("llama", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.position_ids"]),
+        ("qwen3_5_text", ["mtp.fc.weight", "mtp.layers.0.mlp.up_proj.weight"]),
+    ],
+)
+def test_harmless_tensors_are_left_out(family, names, folder):
+    path = folder(family)
+    extra = {name: torch.ones(3) for name in names}
+    expected = state(AutoModelForCausalLM.from_pretrained(path))
+    save_file({**load_file(path / WEIGHTS), **extra}, path / WEIGHTS, {"format": "pt"})
+    equal(state(slimgpt.load(str(path))[0]), expected, "load")
+    equal(streamed(path), expected, "stream")
+    open_folder(path)
+
+
+def test_missing_shards_are_refused_before_anything_else(folder):
+    path = folder(shards="40KB")
+    next(path.glob("model-00002*")).unlink()
+    for command in (inspect, lambda name: forecast(name, make_config(ratio=0.3))):
+        with pytest.raises(ModelError, match=r"lacks model-00002.*which its index names"):
+            command(str(path))
