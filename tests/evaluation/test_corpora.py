@@ -62,6 +62,42 @@ def test_texts_that_are_not_there(tmp_path, monkeypatch):
         read_text("wikitext2")
 
 
+def test_lines_end_at_line_ends_only(tmp_path):
+    (tmp_path / "c4").mkdir()
+    rows = ["one\u2028row", "a form\x0cfeed"]
+    lines = [json.dumps({"text": row}, ensure_ascii=False) for row in rows]
+    (tmp_path / "c4" / "c4_validation.jsonl").write_text("\n".join(lines))
+    assert read_text("c4", tmp_path).content == " ".join(rows)
+    (tmp_path / "wiki.test.raw").write_text(" one\x0crow \n \n two\x85 rows \n")
+    assert read_text("wikitext2", tmp_path).content == "\n\n".join([" one\x0crow \n", "", " two\x85 rows \n"])
+    (tmp_path / "ptb").mkdir()
+    (tmp_path / "ptb" / "ptb.test.txt").write_text(" one\u2028row \n two \n")
+    assert read_text("ptb", tmp_path).content == "one\u2028row two"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.NDJSON"])
+def test_of_a_file_of_rows_the_texts_are_measured(name, tmp_path):
+    rows = [{"text": "The river runs.", "id": 1}, {"text": None}, {"text": "On to the sea."}]
+    text = json.dumps(rows) if name == "rows.json" else "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / name).write_text(text)
+    assert read_text(str(tmp_path / name)).content == "The river runs.\n\nOn to the sea."
+    assert "texts of the rows" in read_text(str(tmp_path / name)).joining
+    chat = [{"messages": [{"role": "user", "content": "text"}]}]
+    (tmp_path / name).write_text(json.dumps(chat if name == "rows.json" else chat[0]))
+    with pytest.raises(CalibrationError, match=rf"{name}, .* 1 is a conversation; perplexity is measured on rows with"):
+        read_text(str(tmp_path / name))
+
+
+def test_a_text_file_is_read_without_its_mark_and_only_if_it_ends(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("The river.\n", encoding="utf-8-sig")
+    assert read_text(str(file)).content == "The river.\n"
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(CalibrationError, match=r"a\.txt is no regular file"):
+        read_text(str(file))
+
+
 def calibrated(source):
     return {"calibration": {"source": str(source), "num_samples": 8}}
 

@@ -9,6 +9,7 @@ import torch
 
 from slimgpt.calibration import Instruction, read_documents, sample_windows
 from slimgpt.errors import CalibrationError, UsageError
+from slimgpt.recovery import dataset
 from slimgpt.recovery.dataset import IGNORED, collate, collect, encode, make_examples
 
 TEMPLATE = (
@@ -131,3 +132,51 @@ def test_too_little_text_says_so(tokenizer, tmp_path):
     (tmp_path / "short.txt").write_text("the")
     with pytest.raises(CalibrationError, match="no example of 24 tokens"):
         collect(tokenizer, [str(tmp_path / "short.txt")], 24, 4)
+
+
+def test_rows_without_room_for_their_answer_are_counted(tokenizer, tmp_path):
+    file = tmp_path / "rows.json"
+    long = {"instruction": "Go on. " * 60, "output": "No."}
+    rows = [{"instruction": "Go.", "output": "No."}] * 3 + [long] * 2
+    file.write_text(json.dumps(rows))
+    with pytest.warns(UserWarning, match=r"2 rows of '.*' have no answer within 200 tokens.*a larger --max-length"):
+        data = collect(tokenizer, [str(file)], 200, held_out=0)
+    assert (len(data.training), data.without_answer) == (3, 2)
+    with pytest.raises(CalibrationError, match=r"5 rows of '.*' have no answer within 20 tokens.*raise --max-length"):
+        collect(tokenizer, [str(file)], 20, held_out=0)
+
+
+def test_a_chat_that_the_template_refuses_is_left_out(tokenizer, tmp_path, monkeypatch):
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('bad roles') }}{% endif %}" + TEMPLATE
+    monkeypatch.setattr(tokenizer, "chat_template", refusing)
+    file = tmp_path / "rows.json"
+    rows = [{"messages": CHAT}] * 2 + [{"messages": [{"role": "user", "content": "no"}]}]
+    file.write_text(json.dumps(rows))
+    for pack in (False, True):
+        with pytest.warns(UserWarning, match=r"1 of 3 conversations .*row 3: .*bad roles"):
+            assert collect(tokenizer, [str(file)], 16 if pack else 64, 0, pack=pack).training
+    file.write_text(json.dumps(rows[1:] + rows[2:]))
+    with pytest.raises(CalibrationError, match="refuses 2 of 3 conversations"):
+        collect(tokenizer, [str(file)], 64, 0)
+
+
+def test_a_template_of_whole_conversations_only_is_learned_as_a_whole(tokenizer, monkeypatch):
+    picky = "{% if messages[-1].content != 'the layers' %}{{ raise_exception('unfinished') }}{% endif %}" + TEMPLATE
+    monkeypatch.setattr(tokenizer, "chat_template", picky)
+    ids, labels = encode(tokenizer, CHAT)
+    assert ids == labels
+
+
+def test_a_long_text_is_tokenised_in_pieces(tokenizer, monkeypatch):
+    text = "The river runs past the old mill and on to the sea." + " The river runs." * 400
+    whole = [e.ids.tolist() for e in make_examples(tokenizer, [text], 16)]
+    monkeypatch.setattr(dataset, "PIECE", 500)
+    assert [e.ids.tolist() for e in make_examples(tokenizer, [text], 16)] == whole
+
+
+def test_of_a_long_answer_only_the_start_is_tokenised(tokenizer):
+    row = Instruction("The river ", "runs past the old mill " * 5000)
+    ids, labels = encode(tokenizer, row, 16)
+    assert 16 <= len(ids) < 1000
+    whole, learned_whole = encode(tokenizer, row)
+    assert (ids[:16], labels[:16]) == (whole[:16], learned_whole[:16])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
 import json
+import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from slimgpt import assets
 from slimgpt.errors import CalibrationError, first_line
@@ -21,10 +24,25 @@ class Instruction:
     response: str
 
 
+class Conversation(list[dict[str, Any]]):
+    """Chat messages (``role`` and ``content``), and the file and row they were read from."""
+
+    def __init__(self, messages: Iterable[dict[str, Any]], where: str):
+        super().__init__(messages)
+        self.where = where
+
+
 Document = str | list[dict[str, Any]] | Instruction
 """Plain text, chat messages (``role`` and ``content``), or an instruction with its answer."""
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
+COMPRESSED = (".gz", ".zst")
+ROLES = {"human": "user", "gpt": "assistant"}
+"""ShareGPT's names of who speaks, and a chat template's; others stay as they are."""
+
+LONGEST_LINE = 1 << 27
+"""Characters of a line at most: a file without line ends would fill the memory before its first row is known."""
+
 SEGMENT = 1 << 16
 """Characters after which a plain text file is cut at the next line end, so that a long file can be shuffled."""
 
@@ -33,9 +51,10 @@ def read_documents(source: str) -> Iterator[Document]:
     """The documents of a source, in its own order.
 
     Args:
-        source: a ``.txt``, ``.jsonl`` or ``.parquet`` file (fields ``text``, ``messages``, or ``instruction`` and
-            ``output``), a folder of these, a ``.json`` file with a list of such rows, ``demo``, or a ``datasets`` id,
-            optionally as ``id:config`` or ``id:config:split``.
+        source: a ``.txt``, ``.jsonl``, ``.ndjson`` or ``.parquet`` file (fields ``text``, ``messages``,
+            ``instruction`` and ``output``, or ``conversations``), all but the last also as ``.gz`` or ``.zst``; a
+            folder of these, without its hidden files; a ``.json`` file with a list of such rows, ``demo``, or a
+            ``datasets`` id, optionally as ``id:config`` or ``id:config:split``. Rows that are null are left out.
 
     Raises:
         CalibrationError: nothing is there, or a file cannot be read.
@@ -44,81 +63,212 @@ def read_documents(source: str) -> Iterator[Document]:
         yield from assets.demo_documents()[0]
         return
     path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES)
+    if os.path.isdir(path):
+        files = sorted(file for file in path.rglob("*") if _belongs(file, path))
         if not files:
             raise CalibrationError(f"{path} holds no {', '.join(SUFFIXES)} file")
         for file in files:
-            yield from _read_file(file)
-    elif path.is_file():
-        yield from _read_file(path)
-    elif path.suffix in (*SUFFIXES, ".json") or path.is_absolute() or source.startswith((".", "~")):
+            yield from read_file(file)
+    elif os.path.lexists(path):
+        yield from read_file(path)
+    elif text_format(path) or path.is_absolute() or source.startswith((".", "~")):
         raise CalibrationError(f"no such text: {path}")
     else:
         yield from _read_hub(source)
 
 
+def text_format(path: Path) -> str | None:
+    """The ending that says how a file is read (``.txt``, ``.jsonl``, ``.json`` or ``.parquet``), whatever its case and
+    compression; ``None`` for any other."""
+    endings = [ending.lower() for ending in path.suffixes]
+    packed = bool(endings) and endings[-1] in COMPRESSED
+    ending = endings[-1 - packed] if len(endings) > packed else ""
+    if packed and ending == ".parquet":
+        return None
+    return ".jsonl" if ending == ".ndjson" else ending if ending in (*SUFFIXES, ".json") else None
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and not file.is_dir() and text_format(file) not in (None, ".json")
+
+
+def check_regular(path: Path) -> None:
+    """Refuse what is no file with an end, before anything is read of it.
+
+    Raises:
+        CalibrationError: a pipe, a device, a socket, a folder, or a link that leads nowhere.
+    """
+    if os.path.lexists(path) and not path.is_file():
+        what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no regular file"
+        raise CalibrationError(f"{path} is {what}; text is read from regular files only: copy it into one")
+
+
 def local_files(sources: Iterable[object]) -> list[Path]:
     """Those of some sources that are files or folders of this machine."""
     paths = (Path(source).expanduser() for source in sources if isinstance(source, str) and source != assets.DEMO)
-    return [path for path in paths if path.exists()]
+    return [path for path in paths if os.path.exists(path)]
 
 
-def _read_file(path: Path) -> Iterator[Document]:
+def open_text(path: Path) -> IO[str]:
+    """A text file, unpacked where its name ends in ``.gz`` or ``.zst``, without a byte order mark.
+
+    Raises:
+        CalibrationError: it is no regular file, or the module that unpacks it is not installed.
+    """
+    check_regular(path)
+    ending = path.suffix.lower()
+    if ending == ".gz":
+        return cast(IO[str], gzip.open(path, "rt", encoding="utf-8-sig"))
+    if ending == ".zst":
+        try:
+            zstandard = importlib.import_module("zstandard")
+        except ImportError:
+            raise CalibrationError(
+                f"{path} is packed with zstd: pip install zstandard, or give it unpacked or as .gz"
+            ) from None
+        return zstandard.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
+def read_file(path: Path) -> Iterator[Document]:
+    """The documents of one file.
+
+    Raises:
+        CalibrationError: it cannot be read, or a row holds no text; with the number of the row.
+    """
+    kind = text_format(path)
     try:
-        if path.suffix == ".txt":
-            yield from _segments(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".jsonl":
-            with path.open(encoding="utf-8") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        where = f"{path}, line {number}"
-                        yield _document(_parsed(line, where), where)
-        elif path.suffix == ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(rows, list):
-                raise CalibrationError(f"{path} holds no list of rows; give JSON lines as .jsonl")
-            for number, row in enumerate(rows, 1):
-                yield _document(row, f"{path}, row {number}")
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet as pq  # heavy, and seldom needed
-
-            for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
-                for number, row in enumerate(batch.to_pylist(), 1):
-                    yield _document(row, f"{path}, row {number}")
-        else:
+        check_regular(path)
+        if kind == ".txt":
+            with open_text(path) as file:
+                yield from _segments(file, path)
+        elif kind is None:
             raise CalibrationError(f"{path} is none of {', '.join(SUFFIXES)}, .json")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        if isinstance(error, CalibrationError):
-            raise
-        raise CalibrationError(f"cannot read {path}: {error}") from error
+        else:
+            rows = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet_rows}[kind](path)
+            for row, where in rows:
+                document = _document(row, where)
+                if document is not None:
+                    yield document
+    except CalibrationError:
+        raise
+    except Exception as error:  # what a damaged file makes of gzip, zstd, JSON and Parquet has no common class
+        raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
 
 
-def _parsed(line: str, where: str) -> object:
+def _json_lines(path: Path) -> Iterator[tuple[object, str]]:
+    with open_text(path) as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            _check_length(line, where)
+            if line.strip():
+                yield _parsed(line, where), where
+
+
+def _json_list(path: Path) -> Iterator[tuple[object, str]]:
+    with open_text(path) as file:
+        rows = _parsed(file.read(), str(path))
+    if not isinstance(rows, list):
+        raise CalibrationError(f"{path} holds no list of rows; give JSON lines as .jsonl")
+    for number, row in enumerate(rows, 1):
+        yield row, f"{path}, row {number}"
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[object, str]]:
+    import pyarrow.parquet as pq  # heavy, and seldom needed
+
+    number = 0
+    for batch in pq.ParquetFile(path).iter_batches(batch_size=256):
+        for row in batch.to_pylist():
+            number += 1
+            yield row, f"{path}, row {number}"
+
+
+def _check_length(line: str, where: str) -> None:
+    if len(line) > LONGEST_LINE:
+        raise CalibrationError(
+            f"{where} has more than {LONGEST_LINE:,} characters; cut it into several, with a line end after each"
+        )
+
+
+def _parsed(text: str, where: str) -> object:
     try:
-        return json.loads(line)
+        row = json.loads(text)
+        if "\\u" in text:  # half a pair of surrogates can be written so, and no tokenizer takes it
+            json.dumps(row, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{where} is no JSON: {error.msg} at character {error.pos + 1}") from error
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where} cannot be read as JSON: {first_line(error)}") from error
+    return row
 
 
-def _segments(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        end = text.find("\n", start + SEGMENT) + 1 or len(text)
-        yield text[start:end]
-        start = end
+def _segments(file: IO[str], path: Path) -> Iterator[str]:
+    while start := file.read(SEGMENT):
+        rest = file.readline(LONGEST_LINE + 1)
+        _check_length(rest, f"a line of {path}")
+        yield start + rest
 
 
-def _document(row: object, where: str) -> Document:
+FIELDS = ("messages", "text", "instruction", "output", "conversations")
+
+
+def _document(row: object, where: str) -> Document | None:
+    """A row as a document; ``None`` for one that is null."""
+    if row is None:
+        return None
     if isinstance(row, dict):
         if isinstance(row.get("messages"), list):
-            return row["messages"]
+            return _conversation(row["messages"], where)
         if isinstance(row.get("text"), str):
             return row["text"]
         if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
             return Instruction(alpaca_prompt(row["instruction"], row.get("input") or ""), row["output"])
+        if isinstance(row.get("conversations"), list):
+            return _conversation(row["conversations"], where)
+        named = [field for field in FIELDS if field in row]
+        if named and all(row[field] is None for field in named):
+            return None
     fields = sorted(row) if isinstance(row, dict) else type(row).__name__
-    raise CalibrationError(f"{where} has no `text`, no `messages`, and no `instruction` with `output`; it has {fields}")
+    raise CalibrationError(
+        f"{where} has no `text`, no `messages`, no `conversations`, and no `instruction` with `output`; it has {fields}"
+    )
+
+
+def _conversation(turns: list[Any], where: str) -> Conversation:
+    if not turns:
+        raise CalibrationError(f"{where} has a conversation without a message; take the row out")
+    return Conversation([_message(turn, f"{where}, message {number}") for number, turn in enumerate(turns, 1)], where)
+
+
+def _message(turn: object, where: str) -> dict[str, Any]:
+    """A message with ``role`` and ``content``, from what chat data has in their place."""
+    if not isinstance(turn, dict):
+        raise CalibrationError(f"{where} is {type(turn).__name__}; it must have `role` and `content`")
+    message = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    role = turn["role"] if turn.get("role") is not None else turn.get("from")
+    content = turn["content"] if turn.get("content") is not None else turn.get("value")
+    if not isinstance(role, str):
+        raise CalibrationError(f"{where} has no `role` and no `from` that names who speaks; it has {sorted(turn)}")
+    if isinstance(content, list):
+        content = "".join(_part(part, where) for part in content)
+    if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
+        raise CalibrationError(
+            f"{where} has no text in `content` or `value` (it has {sorted(turn)}); give it one, or take the row out"
+        )
+    return {**message, "role": ROLES.get(role, role), "content": content}
+
+
+def _part(part: object, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind = part.get("type", "text") if isinstance(part, dict) else type(part).__name__
+    if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise CalibrationError(f"{where} has a part of type '{kind}'; only parts of text are read: take the row out")
 
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
@@ -145,8 +295,10 @@ def _read_hub(source: str) -> Iterator[Document]:
     config, _, split = rest.partition(":")
     try:
         rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-        for row in rows:
-            yield _document(row, f"dataset {source}")
+        for number, row in enumerate(rows, 1):
+            document = _document(row, f"dataset {source}, row {number}")
+            if document is not None:
+                yield document
     except CalibrationError:
         raise
     except Exception as error:

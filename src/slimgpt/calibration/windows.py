@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import cast
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimgpt.calibration.documents import Document, Instruction, read_documents, shuffled
+from slimgpt.calibration.documents import Conversation, Document, Instruction, read_documents, shuffled
 from slimgpt.config import PruneConfig
-from slimgpt.errors import CalibrationError
+from slimgpt.errors import CalibrationError, first_line
+
+Read = TypeVar("Read")
+
+CHARACTERS = 16
+"""Characters for a token, more than a text takes on average."""
+
+ROOM = 64
+"""Tokens at the end of a piece that is cut off which may differ from those of the whole text."""
 
 
 def sample_windows(
@@ -34,7 +43,11 @@ def sample_windows(
 def cut_windows(
     tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], num_samples: int, seq_len: int, source: str
 ) -> Tensor:
-    """Windows from documents in the order given; see :func:`sample_windows`."""
+    """Windows from documents in the order given; see :func:`sample_windows`.
+
+    Raises:
+        CalibrationError: too little text, or a chat template that refuses more than half of the conversations.
+    """
     prefix = prefix_ids(tokenizer)
     body = seq_len - len(prefix)
     if body < 1:
@@ -44,11 +57,15 @@ def cut_windows(
     end: list[int] = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
     needed = num_samples * body
     ids: list[int] = []
+    refused = Refused(source)
     for document in documents:
-        ids += tokenizer(render(tokenizer, document), add_special_tokens=False, verbose=False)["input_ids"]
-        ids += end
+        text = refused.render(tokenizer, document)
+        if text is None:
+            continue
+        ids += first_ids(tokenizer, text, needed - len(ids)) + end
         if len(ids) >= needed:
             break
+    refused.say()
     if len(ids) < needed:
         raise CalibrationError(
             f"'{source}' gives {len(ids):,} tokens, but {num_samples} windows of {seq_len} need {needed:,}: "
@@ -56,6 +73,17 @@ def cut_windows(
         )
     windows = torch.tensor(ids[:needed]).view(num_samples, body)
     return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(num_samples, -1), windows], 1)
+
+
+def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """The token ids of a text if it is short, else at least the first ``count``, without reading all of it."""
+    length = CHARACTERS * count + ROOM
+    while True:
+        ids = list(tokenizer(text[:length], add_special_tokens=False, verbose=False)["input_ids"])
+        # The last tokens before a cut may be others than in the whole text: more than are needed must be there.
+        if length >= len(text) or len(ids) >= count + ROOM:
+            return ids
+        length *= 4
 
 
 def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -73,8 +101,81 @@ def digest(windows: Tensor) -> str:
     return hashlib.sha256(windows.to(torch.int64).cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
+class Refused:
+    """Counts the conversations of a source that the chat template takes and refuses."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self.taken = 0
+        self.errors: list[CalibrationError] = []
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, document: Document) -> str | None:
+        """The document as text; ``None`` where the template refuses it.
+
+        Raises:
+            CalibrationError: a conversation, and a tokenizer without a template.
+        """
+        return self.unless_refused(tokenizer, document, lambda: render(tokenizer, document))
+
+    def unless_refused(
+        self, tokenizer: PreTrainedTokenizerBase, document: Document, read: Callable[[], Read]
+    ) -> Read | None:
+        """What ``read`` makes of the document; ``None`` where the template refuses it.
+
+        Raises:
+            CalibrationError: a conversation, and a tokenizer without a template.
+        """
+        if not isinstance(document, list):
+            return read()
+        check_template(tokenizer, document)
+        try:
+            result = read()
+        except CalibrationError as error:
+            self.errors.append(error)
+            return None
+        self.taken += 1
+        return result
+
+    def say(self) -> None:
+        """Warn of those that were left out.
+
+        Raises:
+            CalibrationError: they are more than half.
+        """
+        if not self.errors:
+            return
+        share = f"{len(self.errors):,} of {self.taken + len(self.errors):,} conversations of '{self.source}'"
+        if len(self.errors) > self.taken:
+            raise CalibrationError(
+                f"the chat template refuses {share}; mend the rows, or give plain `text`. The first: {self.errors[0]}"
+            ) from self.errors[0]
+        warnings.warn(
+            f"{share} are left out, the chat template refuses them; the first: {self.errors[0]}", stacklevel=3
+        )
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, Any]]) -> None:
+    """Refuse a conversation where the tokenizer cannot make text of any.
+
+    Raises:
+        CalibrationError: it has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise CalibrationError(
+            f"{_where(conversation)} has chat messages, but the tokenizer has no chat template; "
+            "give plain `text` instead"
+        )
+
+
+def _where(conversation: list[dict[str, Any]]) -> str:
+    return conversation.where if isinstance(conversation, Conversation) else "the text"
+
+
 def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answered: bool = False) -> str:
     """A document as text: chat messages through the tokenizer's template, an instruction followed by its answer.
+
+    A template is a program of the model's authors. It runs in a sandbox, which forbids it files and code, but sets no
+    time: one that never ends is to be stopped with Ctrl-C.
 
     Args:
         to_be_answered: end chat messages where the template lets the assistant begin.
@@ -86,14 +187,13 @@ def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answere
         return document
     if isinstance(document, Instruction):
         return document.prompt + document.response
-    if not tokenizer.chat_template:
-        raise CalibrationError(
-            "the text has chat `messages`, but the tokenizer has no chat template; give plain `text` instead"
-        )
+    check_template(tokenizer, document)
     try:
         return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=to_be_answered))
     except Exception as error:
-        raise CalibrationError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+        raise CalibrationError(
+            f"{_where(document)}: the tokenizer's chat template refuses the conversation: {first_line(error)}"
+        ) from error
 
 
 def calibration_windows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt import assets
+from slimgpt.calibration.documents import Conversation, Document, Instruction, open_text, read_file, text_format
 from slimgpt.errors import CalibrationError, first_line
 
 
@@ -56,15 +58,20 @@ class Corpus:
 
 def _wiki_lines(text: str) -> Iterable[str]:
     """A line a row; the file has `` \\n`` where the hub has an empty row."""
-    return (line if line.strip() else "" for line in text.splitlines(keepends=True))
+    return (line if line.strip() else "" for line in _split(text))
 
 
 def _lines(text: str) -> Iterable[str]:
-    return (line.strip() for line in text.splitlines() if line.strip())
+    return (line.strip() for line in _split(text) if line.strip())
 
 
 def _documents(text: str) -> Iterable[str]:
-    return (json.loads(line)["text"] for line in text.splitlines() if line.strip())
+    return (json.loads(line)["text"] for line in _split(text) if line.strip())
+
+
+def _split(text: str) -> Iterable[str]:
+    """Lines with their ends. ``str.splitlines`` also cuts at form feeds and at U+2028, which stand inside rows."""
+    return io.StringIO(text)
 
 
 CORPORA = {
@@ -108,7 +115,8 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
     """A text by name.
 
     Args:
-        name: a text file, taken as it is; ``wikitext2``, ``ptb`` or ``c4``; or ``demo`` (the held-out speeches).
+        name: a text file, taken as it is; a file of rows (``.jsonl``, ``.json``, ``.parquet``), whose texts are joined
+            with an empty line; ``wikitext2``, ``ptb`` or ``c4``; or ``demo`` (the held-out speeches).
         data_dir: where the named corpora are files; from the hub if not given.
 
     Raises:
@@ -119,6 +127,9 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
     path = Path(name).expanduser()
     corpus = CORPORA.get(name)
     if corpus is None or path.is_file():
+        if path.is_file() and text_format(path) not in (None, ".txt"):
+            content = "\n\n".join(_plain(document, path) for document in read_file(path))
+            return Text(name, content, "the texts of the rows, an empty line between two", path)
         return Text(name, _read(path), file=path)
     joining = f"rows joined with {corpus.glue!r}"
     if corpus.max_rows:
@@ -130,17 +141,29 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
             raise CalibrationError(f"{folder} has no {name}: none of {', '.join(corpus.files)} is there")
         try:
             rows = list(corpus.rows(_read(file)))[: corpus.max_rows]
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f"cannot read the rows of {file}: {error}") from error
         return Text(name, corpus.glue.join(rows), f"{joining}, from {file.name}", file, corpus.max_windows)
     rows = _from_hub(name, corpus)
     return Text(name, corpus.glue.join(rows), f"{joining}, from the hub", None, corpus.max_windows)
 
 
+def _plain(document: Document, path: Path) -> str:
+    if isinstance(document, Instruction):
+        return document.prompt + document.response
+    if isinstance(document, str):
+        return document
+    where = document.where if isinstance(document, Conversation) else path
+    raise CalibrationError(f"{where} is a conversation; perplexity is measured on rows with `text`: give it as text")
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open_text(path) as file:
+            return file.read()
+    except CalibrationError:
+        raise
+    except Exception as error:  # gzip and zstd have errors of their own
         hint = "" if path.parent.name or path.suffix else f" (named texts: {', '.join((*CORPORA, assets.DEMO))})"
         raise CalibrationError(f"cannot read the text {path}: {error}{hint}") from error
 

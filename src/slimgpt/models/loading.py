@@ -24,6 +24,7 @@ from slimgpt.io.tensors import align
 from slimgpt.models.adapters import merge, trained_ties
 from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
+from slimgpt.models.gguf_file import check_file, restore_positions
 from slimgpt.models.lookup import text_config
 from slimgpt.models.source import Source, check_files, has_weights, locate
 from slimgpt.models.streaming import untie_as_stored
@@ -39,8 +40,12 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     """The config alone, untied where the files of a local folder, or the adapter, have an output head of their own.
 
     Raises:
-        ModelError: it cannot be found or read, is quantised, or needs remote code; or its files cannot be read.
+        ModelError: it cannot be found or read, is quantised, needs remote code, or is a GGUF file whose positions no
+            config has; or its files cannot be read.
     """
+    gguf = Path(source.location) / source.gguf_file if source.gguf_file else None
+    if gguf is not None:
+        check_file(gguf)
     refuse_remote_code(source, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.arguments)
@@ -52,6 +57,8 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
             ) from error
         nowhere = "" if source.folder is not None else f"there is no folder {source.location} here, and from the hub: "
         raise ModelError(f"cannot read the model '{source.name}': {nowhere}{first_line(error)}") from error
+    if gguf is not None:
+        restore_positions(gguf, config)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not source.gguf_file:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -151,10 +158,11 @@ def load_model(
     base = stock_class(config)
     if text_config(config).is_heterogeneous:
         base = slim_class(base, config, architecture)
-    arguments = dict(source.arguments) if source.gguf_file else {"config": config, "use_safetensors": True}
+    arguments = dict(source.arguments) if source.gguf_file else {"use_safetensors": True}
     try:
         model, info = base.from_pretrained(
             source.location,
+            config=config,
             dtype=torch_dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, cast
 
@@ -14,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimgpt.calibration.documents import Document, Instruction, read_documents, shuffled
-from slimgpt.calibration.windows import prefix_ids, render
+from slimgpt.calibration.windows import Refused, first_ids, prefix_ids, render
 from slimgpt.errors import CalibrationError, UsageError
 
 IGNORED = -100
@@ -22,6 +25,9 @@ IGNORED = -100
 
 SHUFFLE_BUFFER = 200_000
 """Documents of a source that are read and shuffled at most."""
+
+PIECE = 1 << 20
+"""Characters of a plain text that are tokenised at once."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +50,15 @@ class Example:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and what it holds out."""
+    """What a run trains on and what it holds out.
+
+    Args:
+        without_answer: rows that were dropped because their answer lies behind ``max_length``, or is empty.
+    """
 
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
+    without_answer: int = 0
 
     def digest(self) -> str:
         """SHA-256 of all ids and labels, to name the data exactly."""
@@ -84,13 +95,13 @@ def collect(
     if shares is not None and (len(shares) != len(sources) or not all(share > 0 for share in shares)):
         raise UsageError(f"shares {tuple(shares)} must be {len(sources)} numbers above 0, one for each source of data")
     limit = None if needed is None else needed + held_out
-    per_source = []
+    per_source, dropped = [], 0
     for source in sources:
         documents = shuffled(read_documents(source), seed, SHUFFLE_BUFFER)
-        per_source.append(list(islice(make_examples(tokenizer, documents, max_length, pack), limit)))
-    for source, found in zip(sources, per_source):
-        if not found:
-            raise CalibrationError(f"'{source}' gives no example of {max_length} tokens: give more text")
+        left_out = LeftOut(source)
+        per_source.append(list(islice(make_examples(tokenizer, documents, max_length, pack, left_out), limit)))
+        left_out.say(max_length, bool(per_source[-1]))
+        dropped += left_out.without_answer
     weights = shares or [1.0] * len(sources)
     # The n-th example of a source is due at n / its share; sorting merges the sources in proportion.
     due = [((number + 1) / weight, place, e) for place, (weight, found) in enumerate(zip(weights, per_source))
@@ -99,43 +110,123 @@ def collect(
     if held_out and len(in_turn) < 2:
         raise CalibrationError(
             f"the data gives only one example of {max_length} tokens, so none can be held out: give more text, "
-            "or --held-out 0"
+            "a smaller --max-length, or --held-out 0"
         )
     aside = min(held_out, max(1, len(in_turn) // 10)) if held_out else 0
     training = in_turn[aside:][:needed]
     random.Random(seed).shuffle(training)
-    return Data(tuple(training), tuple(in_turn[:aside]))
+    return Data(tuple(training), tuple(in_turn[:aside]), dropped)
+
+
+class LeftOut(Refused):
+    """Counts the rows of a source that give no example."""
+
+    def __init__(self, source: str):
+        super().__init__(source)
+        self.without_answer = 0
+
+    def say(self, max_length: int = 0, any_example: bool = True) -> None:
+        """Warn of those that were left out.
+
+        Raises:
+            CalibrationError: nothing is left, or the chat template refuses more than half of the conversations.
+        """
+        super().say()
+        rows = f"{self.without_answer:,} rows of '{self.source}' have no answer within {max_length:,} tokens"
+        if any_example:
+            if self.without_answer:
+                warnings.warn(f"{rows} and are left out; a larger --max-length keeps them", stacklevel=3)
+        elif self.without_answer:
+            raise CalibrationError(
+                f"{rows}, which leaves no example: raise --max-length, or give rows that are shorter"
+            )
+        else:
+            raise CalibrationError(
+                f"'{self.source}' gives no example of {max_length} tokens: give more text, or lower --max-length"
+            )
 
 
 def make_examples(
-    tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document], max_length: int, pack: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    max_length: int,
+    pack: bool = False,
+    left_out: LeftOut | None = None,
 ) -> Iterator[Example]:
     """Plain text joined and cut into windows of ``max_length`` (what is left over is not used); instructions and chats
-    one by one, or in the same windows if ``pack``."""
+    one by one, or in the same windows if ``pack``.
+
+    Args:
+        left_out: counts the rows that give no example.
+
+    Raises:
+        CalibrationError: conversations, and a tokenizer without a chat template.
+    """
+    left_out = left_out or LeftOut("the text")
     prefix = prefix_ids(tokenizer)
     body = max_length - len(prefix)
     end = [] if tokenizer.eos_token_id is None else [cast(int, tokenizer.eos_token_id)]
     ids: list[int] = []
     labels: list[int] = []
     for document in documents:
-        more, learned = encode(tokenizer, document)
         if isinstance(document, str) or pack:
-            ids += more + end
-            labels += learned + end
-            while len(ids) >= body:
-                yield from _example(prefix, ids[:body], labels[:body])
-                ids, labels = ids[body:], labels[body:]
-        else:
-            close = end if isinstance(document, Instruction) else []  # a template ends a chat itself
-            yield from _example(prefix, (more + close)[:body], (learned + close)[:body])
+            for more, learned in _pieces(tokenizer, document, left_out):
+                ids += more
+                labels += learned
+                while len(ids) >= body:
+                    yield from _example(prefix, ids[:body], labels[:body])
+                    ids, labels = ids[body:], labels[body:]
+            continue
+        encoded = left_out.unless_refused(tokenizer, document, partial(encode, tokenizer, document, body))
+        if encoded is None:
+            continue
+        more, learned = encoded
+        close = end if isinstance(document, Instruction) else []  # a template ends a chat itself
+        found = list(_example(prefix, (more + close)[:body], (learned + close)[:body]))
+        left_out.without_answer += not found
+        yield from found
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, document: Document) -> tuple[list[int], list[int]]:
-    """Token ids of a document and their labels: all of a plain text, the answers of an instruction or a chat."""
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, document: Document, left_out: LeftOut
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels of a document and of the token after it; a long text comes in pieces."""
+    if not isinstance(document, str):
+        encoded = left_out.unless_refused(tokenizer, document, partial(encode, tokenizer, document))
+        if encoded is None:
+            return
+        yield encoded
+    else:
+        start = 0
+        while start < len(document):
+            # A piece ends before a blank, where tokens end too.
+            cut = BLANK.search(document, start + PIECE, start + 2 * PIECE)
+            stop = cut.start() if cut else start + 2 * PIECE
+            yield encode(tokenizer, document[start:stop])
+            start = stop
+    if tokenizer.eos_token_id is not None:
+        end = [cast(int, tokenizer.eos_token_id)]
+        yield end, end
+
+
+BLANK = re.compile(r"\s")
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, document: Document, most: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Token ids of a document and their labels: all of a plain text, the answers of an instruction or a chat.
+
+    Args:
+        most: ids that will be used; what lies far behind them is not read.
+    """
     ids: list[int] = []
     labels: list[int] = []
     for text, learned in _spans(tokenizer, document):
-        more = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if most is None:
+            more = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        else:
+            more = first_ids(tokenizer, text, max(0, most - len(ids)))
         ids += more
         labels += more if learned else [IGNORED] * len(more)
     return ids, labels
@@ -155,8 +246,12 @@ def _spans(tokenizer: PreTrainedTokenizerBase, document: Document) -> Iterator[t
     for number, message in enumerate(document):
         if message.get("role") != "assistant":
             continue
-        before = render(tokenizer, document[:number], to_be_answered=True)
-        after = render(tokenizer, document[: number + 1])
+        try:
+            before = render(tokenizer, document[:number], to_be_answered=True)
+            after = render(tokenizer, document[: number + 1])
+        except CalibrationError:  # some templates take whole conversations only
+            yield whole[done:], True
+            return
         if not (whole.startswith(after) and after.startswith(before) and len(before) >= done):
             # The template rewrites earlier turns, so answers cannot be told apart: learn the whole conversation.
             yield whole[done:], True
