@@ -4,12 +4,66 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from slimgpt.errors import UsageError
-from slimgpt.solver import CRITERIA
+from slimgpt.runtime.settings import documents_settings, run_checks, setting
+from slimgpt.runtime.units import CacheTarget, parse_cache, parse_count, parse_size
 
 ALLOCATIONS = ("auto", "schedule", "sensitivity", "search")
+SEEDS = 2**63
+"""Seeds are below it: a seed is a 64-bit number with a sign."""
+
+BOTH = ("prune", "plan")
+"""The commands with an option for whatever decides the widths or what they cost."""
+
+
+# Checks of one setting
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    """Refuse a count below one."""
+    if value < 1:
+        raise UsageError(f"{name} is {value}; it must be at least 1")
+
+
+def check_damping(name: str, value: float) -> None:
+    """Refuse a damping below zero or without bound."""
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"{name} is {value}; it must be 0 or more (the paper uses 0 to 0.01)")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse what is no share."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"{name} is {value}; it is a share between 0 and 1")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Refuse a seed that generators do not take."""
+    if value < 0:
+        raise UsageError(f"{name} is {value}; it must be 0 or more")
+    if value >= SEEDS:
+        raise UsageError(f"{name} is {value}; it must be below 2**63; give a smaller number")
+
+
+def check_allocation(name: str, value: str) -> None:
+    """Refuse an unknown allocation."""
+    if value not in ALLOCATIONS:
+        raise UsageError(f"{name} '{value}' is unknown; choose {', '.join(ALLOCATIONS)}")
+
+
+def check_distill(name: str, value: str | int) -> None:
+    """Refuse what is no number of tokens, ``auto`` or ``off``."""
+    if value in ("auto", "off"):
+        return
+    try:
+        refused = int(value) < 0
+    except ValueError:
+        refused = True
+    if refused:
+        raise UsageError(f"{name} is {value}; it must be auto, off, or a number of tokens")
 
 
 @dataclass(frozen=True)
@@ -17,125 +71,205 @@ class PruneConfig:
     """How to prune.
 
     Args:
-        ratio: the share of the decoder layers' parameters to remove, in (0, 1); ``None`` means 0.2, or the mean
-            of a listed schedule.
-        schedule: a strategy by name or one ratio per layer; ``None`` means ``log_increase`` (``uniform`` for a
-            uniform model).
-        method: a key of ``slimgpt.solver.CRITERIA``.
-        repair: solve for the weights that stay; ``None`` means as the method's authors do.
-        head_unit: ``auto``, ``kv`` or ``query``.
-        num_samples: calibration windows.
-        seq_len: tokens per window.
-        batch_size: windows that go through a layer together.
-        damping: ``percdamp``, the share of the mean diagonal added to the Hessian's diagonal.
-        seed: for the choice of text and the ``random`` method.
-        round_to: every FFN width becomes a multiple of it.
-        uniform: the same widths in all layers.
-        forward_dtype: of the forward passes over the calibration tokens; ``auto``, ``float32``, ``float16`` or
-            ``bfloat16``. Weights are scored, repaired and saved in their own type whatever it is.
-        params: parameters that the whole model may have, such as ``1.0B``; in place of ``ratio``.
-        bytes: bytes that its weights may take on disk, such as ``800MB``; in place of ``ratio``.
-        kv_cache: what its KV cache may take at a context, such as ``1GB@32k``.
-        whole_experts: in a mixture of experts, the share of what its experts lose that is taken as whole experts, in
-            [0, 1]; the rest is channels inside the experts that stay.
-        allocation: ``schedule``: every layer loses what the schedule says; ``sensitivity``: as much goes where it costs
-            least by what was measured on a trial run; ``search``: measured at more points and compared with the
-            schedule's plan, and the training afterwards is eight times as long and moves all matrices. ``auto``:
-            ``sensitivity`` for the method ``slimgpt`` where there are enough calibration tokens, and ``schedule`` for
-            the others and wherever a schedule, a plan or equal widths were asked for.
-        plan: a file of widths that ``slimgpt plan --save`` wrote; in place of every other choice of widths.
-        distill: on how many calibration tokens output matrices and norms are trained together after pruning, towards
-            what the dense model predicts and the text says; 0 or ``off``: not at all; if more than there are, the dense
-            model writes the others. ``auto``: for the method ``slimgpt``, where there are enough, on as many as cost
-            1.4 forward passes over all of them (11.5 with ``allocation`` ``search``); on none for the other methods,
-            without repair, and for mixtures of experts.
+        **settings: one line each, from the fields below.
 
     Raises:
-        UsageError: a number outside its range.
+        UsageError: a value outside its range, or settings that exclude each other.
     """
 
-    ratio: float | None = None
-    schedule: str | tuple[float, ...] | None = None
-    method: str = "slimgpt"
-    repair: bool | None = None
-    head_unit: str = "auto"
-    num_samples: int = 128
-    seq_len: int = 2048
-    batch_size: int = 4
-    damping: float = 0.01
-    seed: int = 0
-    round_to: int = 1
-    uniform: bool = False
-    forward_dtype: str = "auto"
-    params: str | int | None = None
-    bytes: str | int | None = None
-    kv_cache: str | None = None
-    allocation: str = "auto"
-    plan: str | None = None
-    whole_experts: float = 0.0
-    distill: str | int = "auto"
+    ratio: float | None = setting(
+        None,
+        "Share of the decoder layers' parameters to remove.",
+        detail="In (0, 1), or the mean of a listed schedule.",
+        unset="0.2",
+        commands=BOTH,
+    )
+    schedule: str | tuple[float, ...] | None = setting(
+        None,
+        "log_increase, linear_increase, uniform, log_decrease, linear_decrease, or a ratio per layer: a,b,c.",
+        unset="log_increase",
+        commands=BOTH,
+    )
+    method: str = setting(
+        "slimgpt", "slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda or random.", commands=BOTH
+    )
+    repair: bool | None = setting(None, "Solve for the weights that stay.", unset="as the method")
+    head_unit: str = setting(
+        "auto",
+        "kv: KV heads with their query heads; query: query heads, equally many per KV head.",
+        detail="auto: whole KV heads for the paper's methods, else query heads where several share a KV head.",
+        commands=BOTH,
+    )
+    num_samples: int = setting(128, "Calibration windows.", check=check_at_least_one, commands=BOTH)
+    seq_len: int = setting(2048, "Tokens per window.", check=check_at_least_one, commands=BOTH)
+    batch_size: int = setting(4, "Windows that go through a layer together.", check=check_at_least_one)
+    damping: float = setting(0.01, "Share of the mean diagonal added to the Hessian's diagonal.", check=check_damping)
+    seed: int = setting(
+        0,
+        "For the choice of text.",
+        detail="Also for the method random and for text that is generated.",
+        check=check_seed,
+    )
+    round_to: int = setting(
+        1, "FFN widths become multiples of it.", unset="1, or as --for asks", check=check_at_least_one, commands=BOTH
+    )
+    uniform: bool = setting(False, "The same widths in all layers: loads as a stock class.", commands=BOTH)
+    forward_dtype: str = setting(
+        "auto",
+        "Type of the passes over calibration tokens: auto (as stored; on a CPU the faster one), float32, float16, "
+        "bfloat16.",
+        detail="Weights are scored, repaired and saved in their own type whatever it is.",
+    )
+    params: str | int | None = setting(
+        None,
+        "Parameters that the whole model may have, such as 1.0B; in place of a ratio.",
+        detail="Never exceeded.",
+        commands=BOTH,
+    )
+    bytes: str | int | None = setting(
+        None,
+        "Bytes that its weights may take on disk, such as 800MB; in place of a ratio.",
+        detail="Never exceeded.",
+        commands=BOTH,
+    )
+    kv_cache: str | None = setting(
+        None,
+        "What its KV cache may take at a context, such as 1GB@32k.",
+        detail="Whole KV heads go until it fits.",
+        commands=BOTH,
+    )
+    allocation: str = setting(
+        "auto",
+        "schedule: as the schedule says; sensitivity: where it costs least, measured on a trial run; search: measured "
+        "at more points, then trained eight times as long; auto: sensitivity for the method slimgpt if the text is "
+        "enough.",
+        detail="A search compares with the schedule's plan, and its training moves all matrices, mostly on text that "
+        "the dense model writes. With a schedule, a plan or equal widths, auto is schedule.",
+        check=check_allocation,
+    )
+    plan: str | None = setting(
+        None, "A file that `slimgpt plan --save` wrote.", detail="In place of every other choice of widths."
+    )
+    whole_experts: float = setting(
+        0.0,
+        "Mixtures: the share of what experts lose that is taken as whole experts, from 0 to 1.",
+        detail="The rest is channels inside the experts that stay.",
+        check=check_share,
+        commands=BOTH,
+    )
+    distill: str | int = setting(
+        "auto",
+        "Train output matrices and norms together on so many calibration tokens afterwards, towards what the dense "
+        "model predicts and the text says, or off; auto: as many as cost 1.4 forward passes (11.5 in a search) over "
+        "all, for the method slimgpt if the text is enough. What is not there the dense model writes.",
+        detail="With auto, not at all for the other methods, without repair, and for mixtures of experts.",
+        metavar="TOKENS",
+        check=check_distill,
+    )
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "seq_len", "batch_size", "round_to"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise UsageError(f"damping is {self.damping}; it must be 0 or more (the paper uses 0 to 0.01)")
-        if not 0 <= self.whole_experts <= 1:
-            raise UsageError(f"whole_experts is {self.whole_experts}; it is a share between 0 and 1")
-        sizes = [name for name in ("ratio", "params", "bytes", "plan") if getattr(self, name) is not None]
-        if len(sizes) > 1:
-            raise UsageError(f"{' and '.join(sizes)} were given; each says how small the model shall be: give one")
-        unit = self.head_unit != "auto"
-        free = (self.schedule, unit, self.kv_cache, self.uniform, self.round_to != 1, self.whole_experts)
-        if self.plan is not None and any(free):
-            raise UsageError(
-                "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "
-                "round_to, which engines named with --for may set"
-            )
-        if self.allocation == "auto":
-            measured = self.method == "slimgpt" and not (self.schedule or self.plan or self.uniform)
-            if not measured or (self.kv_cache is not None and not sizes):
-                object.__setattr__(self, "allocation", "schedule")
-        if self.allocation not in ALLOCATIONS:
-            raise UsageError(f"allocation '{self.allocation}' is unknown; choose {', '.join(ALLOCATIONS)}")
-        if self.allocation in ("sensitivity", "search"):
-            if self.schedule or self.plan or self.uniform:
-                raise UsageError(
-                    f"allocation '{self.allocation}' chooses the widths itself; leave out schedule, plan and uniform"
-                )
-            if self.kv_cache is not None and not sizes:
-                raise UsageError(
-                    f"allocation '{self.allocation}' spends a size, and kv_cache alone names none; "
-                    "add ratio, params or bytes"
-                )
-        distill = 0 if self.distill == "off" else self.distill
-        if distill == "auto" and (self.method != "slimgpt" or self.repair is False):
-            distill = 0
-        if distill != "auto":
-            try:
-                distill = int(distill)
-            except ValueError:
-                distill = -1
-            if distill < 0:
-                raise UsageError(f"distill is {self.distill}; it must be auto, off, or a number of tokens")
-        object.__setattr__(self, "distill", distill)
-        if self.seed < 0:
-            raise UsageError(f"seed is {self.seed}; it must be 0 or more")
+        run_checks(self)
+        _ = self.param_limit, self.byte_limit, self.cache_target  # parsed here, once
+        check_one_size(self)
+        check_plan_file(self)
+        object.__setattr__(self, "allocation", allocation_of(self))
+        check_measured_allocation(self)
+        object.__setattr__(self, "distill", distill_of(self))
+
+    @cached_property
+    def param_limit(self) -> int | None:
+        """``params`` as a number."""
+        return None if self.params is None else parse_count(self.params)
+
+    @cached_property
+    def byte_limit(self) -> int | None:
+        """``bytes`` as a number."""
+        return None if self.bytes is None else parse_size(self.bytes)
+
+    @cached_property
+    def cache_target(self) -> CacheTarget | None:
+        """``kv_cache`` as bytes and context."""
+        return None if self.kv_cache is None else parse_cache(self.kv_cache)
+
+
+documents_settings(PruneConfig)
+
+
+# Checks of settings that depend on each other
+
+
+def sizes_given(config: PruneConfig) -> list[str]:
+    """The settings that say how small the model shall be."""
+    return [name for name in ("ratio", "params", "bytes", "plan") if getattr(config, name) is not None]
+
+
+def check_one_size(config: PruneConfig) -> None:
+    """Refuse two sizes."""
+    sizes = sizes_given(config)
+    if len(sizes) > 1:
+        raise UsageError(f"{' and '.join(sizes)} were given; each says how small the model shall be: give one")
+
+
+def check_plan_file(config: PruneConfig) -> None:
+    """Refuse a choice of widths beside a file of widths."""
+    unit = config.head_unit != "auto"
+    free = (config.schedule, unit, config.kv_cache, config.uniform, config.round_to != 1, config.whole_experts)
+    if config.plan is not None and any(free):
+        raise UsageError(
+            "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "
+            "round_to, which engines named with --for may set"
+        )
+
+
+def cache_alone(config: PruneConfig) -> bool:
+    """Whether a KV cache is limited and nothing else."""
+    return config.kv_cache is not None and not sizes_given(config)
+
+
+def allocation_of(config: PruneConfig) -> str:
+    """The allocation, with ``schedule`` for an ``auto`` that nothing can be measured for."""
+    measured = config.method == "slimgpt" and not (config.schedule or config.plan or config.uniform)
+    if config.allocation == "auto" and (not measured or cache_alone(config)):
+        return "schedule"
+    return config.allocation
+
+
+def check_measured_allocation(config: PruneConfig) -> None:
+    """Refuse to measure where the widths are given, or where no size is."""
+    if config.allocation not in ("sensitivity", "search"):
+        return
+    if config.schedule or config.plan or config.uniform:
+        raise UsageError(
+            f"allocation '{config.allocation}' chooses the widths itself; leave out schedule, plan and uniform"
+        )
+    if cache_alone(config):
+        raise UsageError(
+            f"allocation '{config.allocation}' spends a size, and kv_cache alone names none; add ratio, params or bytes"
+        )
+
+
+def distill_of(config: PruneConfig) -> str | int:
+    """The tokens to train on, with 0 for ``off`` and for an ``auto`` that trains nothing; or ``auto``."""
+    if config.distill != "auto":
+        return 0 if config.distill == "off" else int(config.distill)
+    return 0 if config.method != "slimgpt" or config.repair is False else "auto"
 
 
 def parse_schedule(text: str | None) -> str | tuple[float, ...] | None:
     """A schedule from the command line: a name, or numbers with commas between them.
 
     Raises:
-        UsageError: a list with something in it that is no number.
+        UsageError: a list with something in it that is no number, or with nothing in it.
     """
     if text is None or "," not in text:
         return text
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        ratios = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise UsageError(f"schedule '{text}' is neither a name nor a list of numbers such as 0.1,0.2,0.3") from None
+        ratios = ()
+    if not ratios:
+        raise UsageError(f"schedule '{text}' is neither a name nor a list of numbers such as 0.1,0.2,0.3")
+    return ratios
 
 
 def make_config(**settings: Any) -> PruneConfig:
@@ -144,6 +278,8 @@ def make_config(**settings: Any) -> PruneConfig:
     Raises:
         UsageError: a value outside its range or an unknown method.
     """
+    from slimgpt.solver import CRITERIA  # imports torch, which `--help` does without
+
     schedule = settings.get("schedule")
     if isinstance(schedule, str):
         settings["schedule"] = parse_schedule(schedule)

@@ -139,7 +139,7 @@ def test_sizes_as_people_write_them(parse, text, value):
      (parse_size, "1B@2"), (parse_cache, "1GB"), (parse_cache, "1GB@"), (parse_cache, "@32k"), (parse_cache, "1GB@0")],
 )  # fmt: skip
 def test_sizes_that_are_none(parse, text):
-    with pytest.raises(PlanError, match="give"):
+    with pytest.raises(UsageError, match="give"):
         parse(text)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated
+import inspect
+from collections.abc import Callable, Mapping
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
+
+from slimgpt.runtime.settings import Setting, interleave, settings_of
 
 if TYPE_CHECKING:
     from slimgpt.planning.plan import Plan
@@ -30,3 +34,47 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")
 
 
 DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32, float16 or bfloat16.")]
+
+
+def setting_options(
+    owner: type, command: str, before: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes ``**settings`` an option for every setting that is meant for it.
+
+    Args:
+        owner: the dataclass of settings.
+        command: its name.
+        before: which settings stand before which written parameter; see :func:`slimgpt.runtime.settings.interleave`.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        own = [
+            parameter.replace(kind=parameter.KEYWORD_ONLY)
+            for parameter in signature.parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        types = get_type_hints(owner)
+        options = {
+            name: _option(name, entry, types[name], getattr(owner, name))
+            for name, entry in settings_of(owner).items()
+            if command in entry.commands
+        }
+        parameters = interleave(own, options, before)
+        function.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
+        function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return function
+
+    return decorate
+
+
+def _option(name: str, entry: Setting, hint: Any, default: Any) -> inspect.Parameter:
+    """The option of one setting: text where it may be text, a switch for what is true or false."""
+    given = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    chosen = str if str in given else next(each for each in given if each is not type(None))
+    default = None if entry.unset is not None else default
+    flag = f"--{name.replace('_', '-')}"
+    flags = [] if chosen is not bool else [f"{flag}/--no{flag[1:]}" if default is None else flag]
+    option = typer.Option(*flags, help=entry.help, metavar=entry.metavar, show_default=entry.unset or True)
+    annotation = Annotated[chosen if default is not None else chosen | None, option]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from slimgpt.cli.console import app, check_json, handle_errors, out, silence_libraries
-from slimgpt.cli.options import ModelArgument, TrustOption
-from slimgpt.cli.prune import resolve_engine_constraints
+from slimgpt.cli.options import ModelArgument, TrustOption, setting_options
+from slimgpt.cli.prune import for_engines
+from slimgpt.config import PruneConfig
 
 if TYPE_CHECKING:
     from slimgpt.pipeline.estimate import Estimate
@@ -19,33 +20,28 @@ if TYPE_CHECKING:
 
 @app.command()
 @handle_errors
+@setting_options(
+    PruneConfig,
+    "plan",
+    before={
+        "engines": "ratio params bytes kv_cache",
+        "dtype": "schedule method head_unit round_to uniform whole_experts",
+        "save": "num_samples seq_len",
+    },
+)
 def plan(
     model: ModelArgument,
-    ratio: Annotated[float | None, typer.Option(help="Share of the decoder layers' parameters to remove.")] = None,
-    params: Annotated[str | None, typer.Option(help="Parameters of the whole model, such as 1.0B.")] = None,
-    size: Annotated[str | None, typer.Option("--bytes", help="Bytes of its weights on disk, such as 800MB.")] = None,
-    kv_cache: Annotated[str | None, typer.Option(help="Its KV cache at a context, such as 1GB@32k.")] = None,
     engines: Annotated[
         str | None, typer.Option("--for", help="Engines to suit: hf, vllm, llama.cpp, sglang, mlx, onnx; with commas.")
     ] = None,
-    schedule: Annotated[str | None, typer.Option(help="As for prune.", show_default="log_increase")] = None,
-    method: Annotated[str, typer.Option(help="As for prune; `paper` removes whole KV heads.")] = "slimgpt",
-    head_unit: Annotated[str, typer.Option(help="kv or query.")] = "auto",
-    round_to: Annotated[int | None, typer.Option(help="FFN widths become multiples of it.")] = None,
-    uniform: Annotated[bool, typer.Option("--uniform", help="The same widths in all layers.")] = False,
-    whole_experts: Annotated[
-        float,
-        typer.Option(help="Mixtures: the share of what experts lose that is taken as whole experts, from 0 to 1."),
-    ] = 0.0,
     dtype: Annotated[str, typer.Option(help="Of the weights on disk.")] = "auto",
-    num_samples: Annotated[int, typer.Option(help="Calibration windows, for the estimate of time.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the widths as TOML for prune --plan.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the TOML file.")] = False,
     trust_remote_code: TrustOption = False,
+    **settings: Any,
 ) -> None:
     """What pruning MODEL would give, before any weight is loaded: widths, sizes, cost, and which engines run it."""
     from slimgpt.config import make_config
@@ -54,22 +50,8 @@ def plan(
 
     silence_libraries()
     check_json(save, overwrite, "--save")
-    names = [name.strip() for name in engines.split(",")] if engines else None
-    round_to, uniform = resolve_engine_constraints(engines, round_to, uniform)
-    config = make_config(
-        ratio=ratio,
-        params=params,
-        bytes=size,
-        kv_cache=kv_cache,
-        schedule=schedule,
-        method=method,
-        head_unit=head_unit,
-        round_to=round_to,
-        uniform=uniform,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        whole_experts=whole_experts,
-    )
+    names = for_engines(engines, settings)
+    config = make_config(**settings)
     found = forecast(model, config, dtype, names, trust_remote_code)
     if save is not None:
         save.write_text(to_toml(found.plan, found.model_type), encoding="utf-8")

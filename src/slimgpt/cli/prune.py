@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from slimgpt.cli.console import app, handle_errors, out, silence_libraries
-from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
+from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, setting_options
 from slimgpt.cli.progress import layer_progress
 from slimgpt.config import PruneConfig
 from slimgpt.errors import OutputError
@@ -20,29 +20,24 @@ if TYPE_CHECKING:
     from slimgpt.pruning.report import PruneReport
     from slimgpt.runtime.memory import Placement
 
-DEFAULTS = PruneConfig()
 WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed twice"}
 
 
 @app.command()
 @handle_errors
+@setting_options(
+    PruneConfig,
+    "prune",
+    before={
+        "engines": "ratio params bytes kv_cache plan",
+        "calibration": "schedule method allocation",
+        "device": "num_samples seq_len damping seed",
+        "memory": "round_to uniform head_unit whole_experts distill repair batch_size forward_dtype",
+    },
+)
 def prune(
     model: ModelArgument,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    ratio: Annotated[
-        float | None, typer.Option(help="Share of the decoder layers' parameters to remove.", show_default="0.2")
-    ] = None,
-    params: Annotated[
-        str | None, typer.Option(help="Parameters that the whole model may have, such as 1.0B; in place of --ratio.")
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option("--bytes", help="Bytes that its weights may take on disk, such as 800MB; in place of --ratio."),
-    ] = None,
-    kv_cache: Annotated[
-        str | None, typer.Option(help="What its KV cache may take at a context, such as 1GB@32k.")
-    ] = None,
-    plan: Annotated[str | None, typer.Option(help="A file that `slimgpt plan --save` wrote.")] = None,
     engines: Annotated[
         str | None, typer.Option("--for", help="Engines to suit: hf, vllm, llama.cpp, sglang, mlx, onnx; with commas.")
     ] = None,
@@ -50,72 +45,14 @@ def prune(
         str | None,
         typer.Option("--export", help="Also write OUT-FORMAT: gguf, hf-uniform, padded, nemotron-nas, onnx, openvino."),
     ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(
-            help="log_increase, linear_increase, uniform, log_decrease, linear_decrease, or a ratio per layer: a,b,c.",
-            show_default="log_increase",
-        ),
-    ] = None,
-    method: Annotated[
-        str, typer.Option(help="slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda or random.")
-    ] = DEFAULTS.method,
-    allocation: Annotated[
-        str,
-        typer.Option(
-            help="schedule: as --schedule says; sensitivity: where it costs least, measured on a trial run; search: "
-            "measured at more points, then trained eight times as long; auto: sensitivity "
-            "for the method slimgpt if the text is enough.",
-        ),
-    ] = DEFAULTS.allocation,
     calibration: Annotated[
         str,
         typer.Option(
             metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder of these, a datasets id, or 'demo'."
         ),
     ] = "demo",
-    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = DEFAULTS.num_samples,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = DEFAULTS.seq_len,
-    damping: Annotated[
-        float, typer.Option(help="Share of the mean diagonal added to the Hessian's diagonal.")
-    ] = DEFAULTS.damping,
-    seed: Annotated[int, typer.Option(help="For the choice of text.")] = DEFAULTS.seed,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    round_to: Annotated[
-        int | None, typer.Option(help="FFN widths become multiples of it.", show_default="1, or as --for asks")
-    ] = None,
-    uniform: Annotated[
-        bool, typer.Option("--uniform", help="The same widths in all layers: loads as a stock class.")
-    ] = False,
-    head_unit: Annotated[
-        str, typer.Option(help="kv: KV heads with their query heads; query: query heads, equally many per KV head.")
-    ] = DEFAULTS.head_unit,
-    whole_experts: Annotated[
-        float,
-        typer.Option(help="Mixtures: the share of what experts lose that is taken as whole experts, from 0 to 1."),
-    ] = DEFAULTS.whole_experts,
-    distill: Annotated[
-        str,
-        typer.Option(
-            metavar="TOKENS",
-            help="Train output matrices and norms together on so many calibration tokens afterwards, towards what the "
-            "dense model predicts and the text says, or off; auto: as many as cost 1.4 forward passes (11.5 in a "
-            "search) over all, for the method slimgpt if the text is enough. What is not there the dense model writes.",
-        ),
-    ] = str(DEFAULTS.distill),
-    repair: Annotated[
-        bool | None,
-        typer.Option("--repair/--no-repair", help="Solve for the weights that stay.", show_default="as the method"),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows that go through a layer together.")] = DEFAULTS.batch_size,
-    forward_dtype: Annotated[
-        str,
-        typer.Option(
-            help="Type of the passes over calibration tokens: auto (as stored; on a CPU the faster one), float32, "
-            "float16, bfloat16."
-        ),
-    ] = DEFAULTS.forward_dtype,
     memory: Annotated[
         str | None,
         typer.Option(help="Memory to use, such as 8GB: of the GPU, or of this process.", show_default="what is free"),
@@ -125,6 +62,7 @@ def prune(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
     trust_remote_code: TrustOption = False,
+    **settings: Any,
 ) -> None:
     """Prune MODEL and save the smaller model as the folder OUT."""
     from slimgpt.config import make_config
@@ -134,29 +72,8 @@ def prune(
     from slimgpt.runtime.distributed import rank_of_environment
 
     silence_libraries()
-    round_to, uniform = resolve_engine_constraints(engines, round_to, uniform)
-    config = make_config(
-        ratio=ratio,
-        schedule=schedule,
-        method=method,
-        repair=repair,
-        head_unit=head_unit,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        batch_size=batch_size,
-        damping=damping,
-        seed=seed,
-        round_to=round_to,
-        uniform=uniform,
-        forward_dtype=forward_dtype,
-        params=params,
-        bytes=size,
-        kv_cache=kv_cache,
-        allocation=allocation,
-        plan=plan,
-        whole_experts=whole_experts,
-        distill=distill,
-    )
+    for_engines(engines, settings)
+    config = make_config(**settings)
     with out.status("checking the request and reading the text"):
         prepared = prepare(
             model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory
@@ -190,12 +107,16 @@ def prune(
         print_export(written)
 
 
-def resolve_engine_constraints(engines: str | None, round_to: int | None, uniform: bool) -> tuple[int, bool]:
-    """The step of FFN widths and whether layers are equal: what the user says, or what the engines ask for."""
+def for_engines(engines: str | None, settings: dict[str, Any]) -> list[str] | None:
+    """The names of engines; the step of FFN widths and equal layers become what they ask for where nothing is said."""
     from slimgpt.planning.engines import constraints_for
 
-    profile = constraints_for([name.strip() for name in engines.split(",")] if engines else [])
-    return profile.round_to if round_to is None else round_to, uniform or profile.uniform
+    names = [name.strip() for name in engines.split(",")] if engines else None
+    profile = constraints_for(names or [])
+    if settings["round_to"] is None:
+        settings["round_to"] = profile.round_to
+    settings["uniform"] = settings["uniform"] or profile.uniform
+    return names
 
 
 def export_path(output: Path, to: str) -> Path:

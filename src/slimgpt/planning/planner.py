@@ -27,8 +27,8 @@ from slimgpt.planning.plan import (
 )
 from slimgpt.planning.plan_file import read_plan
 from slimgpt.planning.schedules import DEFAULT_RATIO, layer_ratios
-from slimgpt.planning.targets import CacheTarget, kv_heads_for, parameters_for, parse_cache
-from slimgpt.runtime.units import parse_count, parse_size
+from slimgpt.planning.targets import kv_heads_for, parameters_for
+from slimgpt.runtime.units import CacheTarget
 
 
 def make_plan(
@@ -298,12 +298,11 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
     if config.plan is not None:
         return read_plan(config.plan, model_config, shape)
     head_unit = "kv" if config.head_unit == "auto" and config.method.startswith("paper") else config.head_unit
-    limit = parse_count(config.params) if config.params is not None else None
-    if config.bytes is not None:
+    limit = config.param_limit
+    if config.byte_limit is not None:
         itemsize = (dtype or model_config.dtype or torch.float32).itemsize
         tensors = len(empty_model(model_config).state_dict())
-        limit = parameters_for(parse_size(config.bytes), itemsize, tensors)
-    cache = parse_cache(config.kv_cache) if config.kv_cache is not None else None
+        limit = parameters_for(config.byte_limit, itemsize, tensors)
     return make_plan(
         model_config,
         config.ratio,
@@ -313,6 +312,6 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
         config.uniform,
         shape,
         limit,
-        cache,
+        config.cache_target,
         config.whole_experts,
     )

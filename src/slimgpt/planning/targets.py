@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
 from slimgpt.models.lookup import head_dim, text_config
 from slimgpt.models.parameter_counts import ModelShape
-from slimgpt.runtime.units import _BYTES, parse_size
+from slimgpt.runtime.units import CacheTarget, parse_cache
 
-_BYTES |= {f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)}
+__all__ = ["CacheTarget", "cache_bytes", "kv_heads_for", "parameters_for", "parse_cache"]
 
 CACHE_BYTES = 2
 """Bytes of a number in the KV cache: engines keep it in 16 bits."""
@@ -23,27 +21,6 @@ STATEFUL = ("conv", "mamba", "recurrent")
 
 HEADER_BYTES = 256
 """What a safetensors header takes for one tensor, generously."""
-
-
-@dataclass(frozen=True)
-class CacheTarget:
-    """At most so many bytes of KV cache for a context of so many tokens."""
-
-    bytes: int
-    context: int
-
-
-def parse_cache(text: str) -> CacheTarget:
-    """A limit of the KV cache from ``1GB@32k``: bytes at a context of tokens.
-
-    Raises:
-        PlanError: anything else.
-    """
-    size, at, context = text.partition("@")
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)(k?)\s*", context.lower())
-    if not at or not match or float(match[1]) <= 0:
-        raise PlanError(f"'{text}' is no limit of a KV cache; give bytes and context, for example 1GB@32k")
-    return CacheTarget(parse_size(size), int(float(match[1]) * (1024 if match[2] else 1)))
 
 
 def parameters_for(size: int, itemsize: int, tensors: int) -> int:

@@ -80,7 +80,7 @@ class LayerPruner:
         self.criterion = CRITERIA[config.method]
         self.repair = self.criterion.repair if config.repair is None else config.repair
         # One generator per layer: a run that goes on in the middle draws the same numbers.
-        self.generator = torch.Generator().manual_seed(config.seed * 1_000_003 + index)
+        self.generator = torch.Generator().manual_seed((config.seed * 1_000_003 + index) % 2**64)
         self.earlier: PrunedLayer | None = None
         self.replay = False
         self.expert_groups = 1

@@ -3,51 +3,70 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-from slimgpt.errors import PlanError, UsageError
+from slimgpt.errors import UsageError
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes from ``8GB``, ``1.5 GiB``, ``800MB`` or a plain number.
-
-    Raises:
-        UsageError: anything else, or not above zero.
-    """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?)?b?\s*", text.lower())
-    if not match or float(match[1]) <= 0:
-        raise UsageError(f"'{text}' is no amount of memory; give for example 8GB, 1.5GiB or 800MB")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+_NUMBER = r"([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("kmgt", start=1)}
 
 
-_DECIMAL = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
+@dataclass(frozen=True)
+class CacheTarget:
+    """At most so many bytes of KV cache for a context of so many tokens."""
 
-
-_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    bytes: int
+    context: int
 
 
 def parse_count(text: str | int) -> int:
     """A number of parameters from ``1.0B``, ``350M``, ``1_000_000`` or a plain number.
 
     Raises:
-        PlanError: anything else, or not above zero.
+        UsageError: anything else, or not above zero.
     """
-    return _parse(str(text), r"([kmbt]?)", _DECIMAL, "number of parameters", "1.0B, 350M or 1000000")
+    return _parse(text, r"([kmbt]?)", "number of parameters", "1.0B, 350M or 1000000")
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, what: str = "size in bytes", examples: str = "800MB, 1.5GiB or 1000000") -> int:
     """Bytes from ``800MB``, ``1.5GiB`` or a plain number.
 
+    Args:
+        what: what the error calls it.
+        examples: what the error gives as right.
+
     Raises:
-        PlanError: anything else, or not above zero.
+        UsageError: anything else, or less than one byte.
     """
-    return _parse(str(text), r"([kmgt]i?)?b?", _BYTES, "size in bytes", "800MB, 1.5GiB or 1000000")
+    return _parse(text, r"([kmgt]i?)?b?", what, examples)
 
 
-def _parse(text: str, suffix: str, units: dict[str, int], what: str, examples: str) -> int:
-    match = re.fullmatch(rf"\s*([0-9][0-9_]*\.?[0-9]*|\.[0-9]+)\s*{suffix}\s*", text.lower())
-    value = float(match[1].replace("_", "")) * units[match[2] or ""] if match else 0.0
+def parse_bytes(text: str) -> int:
+    """Bytes of memory from ``8GB``, ``1.5 GiB``, ``800MB`` or a plain number.
+
+    Raises:
+        UsageError: anything else, or less than one byte.
+    """
+    return parse_size(text, "amount of memory", "8GB, 1.5GiB or 800MB")
+
+
+def parse_cache(text: str) -> CacheTarget:
+    """A limit of the KV cache from ``1GB@32k``: bytes at a context of tokens.
+
+    Raises:
+        UsageError: anything else.
+    """
+    size, at, context = text.partition("@")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)(k?)\s*", context.lower())
+    if not at or not match or float(match[1]) <= 0:
+        raise UsageError(f"'{text}' is no limit of a KV cache; give bytes and context, for example 1GB@32k")
+    return CacheTarget(parse_size(size), int(float(match[1]) * (1024 if match[2] else 1)))
+
+
+def _parse(text: str | int, suffix: str, what: str, examples: str) -> int:
+    match = re.fullmatch(rf"\s*{_NUMBER}\s*{suffix}\s*", str(text).lower())
+    value = float(match[1].replace("_", "")) * _UNITS[match[2] or ""] if match else 0.0
     if value < 1:
-        raise PlanError(f"'{text}' is no {what}; give for example {examples}")
+        raise UsageError(f"'{text}' is no {what}; give for example {examples}")
     return int(value)
