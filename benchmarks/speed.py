@@ -89,7 +89,7 @@ def main(
 ) -> None:
     """Time, and write OUT.json and OUT.md."""
     batches = [int(word) for word in batch.split(",")]
-    found = time_models([dense, slim], dense, batches, prompt, new_tokens, rounds, "cpu", memory=memory)
+    found = time_models([dense, slim], dense, batches, prompt, new_tokens, rounds, device="cpu", memory=memory)
     model, _ = slimgpt.load(dense)
     config = model.config
     assert config.model_type in ARCHITECTURES

@@ -297,6 +297,6 @@ def test_rows_of_the_table():
 
 
 def test_timing_without_a_base(folders):
-    found = time_models([str(folders / "dense")], None, (1,), 8, 2, 1, "cpu", memory=False)
+    found = time_models([str(folders / "dense")], None, (1,), 8, 2, 1, device="cpu", memory=False)
     assert found.ratios() == {}
     assert found.rows[0].first_token > 0

@@ -81,7 +81,7 @@ def test_a_uniform_limit_is_never_exceeded(round_to):
 def test_a_cache_is_met_and_never_exceeded(share, context, uniform):
     dense = cache_bytes(CONFIG, [4] * 6, context)
     target = CacheTarget(int(share * dense), context)
-    plan = make_plan(CONFIG, None, None, "auto", 1, uniform, SHAPE, cache=target)
+    plan = make_plan(CONFIG, None, None, "auto", 1, uniform, shape=SHAPE, cache=target)
     heads = [layer["num_key_value_heads"] for layer in plan.layers]
     assert cache_bytes(CONFIG, heads, context) <= target.bytes
     assert cache_bytes(CONFIG, heads, context) + (6 if uniform else 1) * dense / 24 > target.bytes

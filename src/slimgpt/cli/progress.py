@@ -50,7 +50,7 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Callbacks]:
     seconds: list[float] = []
     measured: list[float] = []
     trained: list[float] = []
-    rehearsed: dict[str, list[float]] = {}
+    prepare_seconds: dict[str, list[float]] = {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,8 +92,8 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Callbacks]:
             on_step(step + 1, steps, f"{said}, {_left(trained, steps - len(trained))}", 4)
 
         def on_rehearsed(what: str, step: int, steps: int, took: float) -> None:
-            rehearsed.setdefault(what, []).append(took)
-            on_step(step + 1, steps, f"{what}, {_left(rehearsed[what], steps - step - 1)}", max(steps // 4, 1))
+            prepare_seconds.setdefault(what, []).append(took)
+            on_step(step + 1, steps, f"{what}, {_left(prepare_seconds[what], steps - step - 1)}", max(steps // 4, 1))
 
         yield Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
 

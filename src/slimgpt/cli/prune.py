@@ -76,7 +76,16 @@ def prune(
     config = make_config(**settings)
     with out.status("checking the request and reading the text"):
         prepared = prepare(
-            model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory
+            model,
+            output,
+            config,
+            calibration,
+            device,
+            dtype,
+            trust_remote_code,
+            overwrite=overwrite,
+            resume=resume,
+            memory=memory,
         )
     if export_to is not None:
         from slimgpt.exporting.run import check_format

@@ -55,10 +55,10 @@ def speed(
             prompt,
             new_tokens,
             rounds,
-            device,
-            dtype,
-            trust_remote_code,
-            memory,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            memory=memory,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
     write_json(json_file, found.to_json())

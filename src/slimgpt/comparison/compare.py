@@ -77,9 +77,9 @@ def compare(
                     wanted.prompt,
                     wanted.new_tokens,
                     wanted.rounds,
-                    device,
-                    dtype,
-                    trust_remote_code,
+                    device=device,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
                     progress=lambda *_: step(1) if step else None,
                 )
         found = Comparison(tuple(sides), timings, wanted)

@@ -101,6 +101,7 @@ def time_models(
     prompt: int = 512,
     new_tokens: int = 128,
     rounds: int = 5,
+    *,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,

@@ -39,5 +39,15 @@ def evaluate(
     limits = [n for n in (max_tokens, found.max_windows and found.max_windows * window) if n is not None]
     limit = min(limits) if limits else None
     return perplexity(
-        model, tokenizer, found.content, window, limit, batch_size, progress, stride, found.joining, by_position, bos
+        model,
+        tokenizer,
+        found.content,
+        window,
+        limit,
+        batch_size,
+        progress,
+        stride=stride,
+        joining=found.joining,
+        by_position=by_position,
+        bos=bos,
     )

@@ -86,6 +86,7 @@ def perplexity(
     max_tokens: int | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
+    *,
     stride: int | None = None,
     joining: str = "as in the file",
     by_position: bool = False,

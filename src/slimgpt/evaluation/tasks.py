@@ -19,7 +19,7 @@ COMMONSENSE = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_chal
 ALIASES = {"commonsense": COMMONSENSE}
 """Names for several tasks. ``commonsense``: the seven zero-shot tasks of the pruning literature."""
 
-USUAL = ("acc_norm", "acc")
+MEAN_METRICS = ("acc_norm", "acc")
 """A task's score in means is the first of these that it has."""
 
 DEGENERATE_SHARE = 0.9
@@ -271,12 +271,12 @@ def flips(base: Answers, other: Answers) -> float | None:
     return statistics.mean(changed) if changed else None
 
 
-def mean_of(scores: Sequence[dict[str, float]], metrics: tuple[str, ...] = USUAL) -> float | None:
+def mean_of(scores: Sequence[dict[str, float]], metrics: tuple[str, ...] = MEAN_METRICS) -> float | None:
     """The mean over tasks of the first of some metrics that each has; ``None`` where a task has none of them."""
     values = [score[metric] for score in scores if (metric := metric_of(score, metrics))]
     return sum(values) / len(values) if values and len(values) == len(scores) else None
 
 
-def metric_of(score: dict[str, float], metrics: tuple[str, ...] = USUAL) -> str | None:
+def metric_of(score: dict[str, float], metrics: tuple[str, ...] = MEAN_METRICS) -> str | None:
     """The first of some metrics that a task has."""
     return next((metric for metric in metrics if metric in score), None)

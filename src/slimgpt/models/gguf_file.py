@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader, dequantize
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -117,6 +116,8 @@ def _header(file: Path) -> Header:
 
 @lru_cache(maxsize=8)
 def _read_header(file: Path, size: int, changed: int) -> Header:  # noqa: ARG001
+    from gguf import GGUFReader, dequantize  # a model folder needs neither
+
     reader = GGUFReader(file)
     architecture = str(reader.fields["general.architecture"].contents())
     start = f"{architecture}.rope."

@@ -27,12 +27,12 @@ class Callbacks:
         start: before the first layer.
         layer: after every layer.
         measured: after every step of measuring.
-        rehearsed: after every step of generating text and of the dense model's pass over it.
+        prepare_step: after every step of generating text and of the dense model's pass over it.
         distilled: after every step of the training.
     """
 
     layer: OnLayer | None = None
     measured: OnMeasured | None = None
     distilled: OnDistilled | None = None
-    rehearsed: OnRehearsed | None = None
+    prepare_step: OnRehearsed | None = None
     start: OnStart | None = None

@@ -67,6 +67,7 @@ def prepare(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    *,
     overwrite: bool = False,
     resume: bool = False,
     memory: str | None = None,

@@ -235,7 +235,7 @@ class _Distil:
             self.job.distill_tokens,
             self.job.config,
             self.context,
-            self.callbacks.rehearsed,
+            self.callbacks.prepare_step,
             self.sink.generated_text,
         )
 

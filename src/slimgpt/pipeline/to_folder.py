@@ -176,5 +176,16 @@ def prune_folder(
         SlimGPTError: as :func:`prune`, and for a model or an output folder that is refused.
     """
     config = make_config(ratio=ratio, **settings)
-    request = prepare(model, output, config, calibration, device, dtype, trust_remote_code, overwrite, resume, memory)
+    request = prepare(
+        model,
+        output,
+        config,
+        calibration,
+        device,
+        dtype,
+        trust_remote_code,
+        overwrite=overwrite,
+        resume=resume,
+        memory=memory,
+    )
     return run_to_folder(request, Callbacks(on_layer, on_measured, on_distilled, on_rehearsed))

@@ -72,6 +72,7 @@ def _check(
     data: str | Sequence[str],
     teacher: str | None,
     device: str,
+    *,
     dtype: str,
     overwrite: bool,
     trust_remote_code: bool,

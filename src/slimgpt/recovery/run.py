@@ -109,7 +109,17 @@ def recover(
         NumericalError: a loss or gradient that is no number; the last good state is kept for ``resume``.
     """
     config = make_recovery_config(**settings)
-    checked = _check(slim, out, data, teacher, device, dtype, overwrite, trust_remote_code, config)
+    checked = _check(
+        slim,
+        out,
+        data,
+        teacher,
+        device,
+        dtype=dtype,
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        config=config,
+    )
     with join(checked.device) as ranks, output_lock(checked.output) if ranks.main else nullcontext():
         return _run(checked, ranks, resume, overwrite, on_teacher, on_step)
 
@@ -141,8 +151,8 @@ def _run(
     trained = make_trainable(model, config)
     pad_id: Any = c.tokenizer.pad_token_id or 0
     trainer = RecoveryTrainer(
-        trained, config, c.data.training, c.data.held_out, cache, work.folder / "states",
-        pad_id, bf16, c.device, ranks.world, on_step,
+        trained, config, c.data.training, c.data.held_out, cache=cache, folder=work.folder / "states",
+        pad_id=pad_id, bf16=bf16, device=c.device, world=ranks.world, on_step=on_step,
     )  # fmt: skip
     try:
         curve = _train(trainer)

@@ -98,6 +98,7 @@ class RecoveryTrainer(Trainer):
         config: RecoverConfig,
         training: Sequence[Example],
         held_out: Sequence[Example],
+        *,
         cache: TeacherCache | None,
         folder: Path,
         pad_id: int,
