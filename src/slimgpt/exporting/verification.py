@@ -249,4 +249,5 @@ def _llama_cpp(file: Path, window: int) -> Engine:
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    return tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    templates = tokenizer.chat_template
+    return templates.get("default") if isinstance(templates, dict) else templates
