@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
+from slimgpt.checkpoint.config_file import write_config
 from slimgpt.checkpoint.journal import Journal
 from slimgpt.checkpoint.saving import target_form, write_sidecars
 from slimgpt.checkpoint.side_files import copy_side_files
@@ -63,7 +64,7 @@ def assemble(
         apply_sizes(model, architecture, [layer.sizes for layer in report.layers])
         cls, config, source = target_form(model)
         config.architectures = [cls.__name__]
-        config.save_pretrained(work)
+        write_config(config, work)
         with torch.device("meta"):
             shell = cls(config)
         files = [journal.weights(layer.layer) for layer in report.layers]

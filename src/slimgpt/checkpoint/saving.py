@@ -14,13 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.core_model_loading import revert_weight_conversion
 
 from slimgpt.checkpoint.card import model_card
+from slimgpt.checkpoint.config_file import write_config
 from slimgpt.checkpoint.plot import plot_widths
 from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.io.folders import new_folder
 from slimgpt.io.shards import write_shards
 from slimgpt.io.weight_files import weight_bytes
-from slimgpt.models.build import MODELING_FILE, architecture_of, modeling_source, stock_class
-from slimgpt.models.families import MULTIMODAL
+from slimgpt.models.build import MODELING_FILE, architecture_of, modeling_source, slim_auto_map, stock_class
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.stock_config import stock_config
@@ -59,7 +59,7 @@ def save(
     path = Path(folder).expanduser().absolute()
     with new_folder(path, overwrite) as work:
         config, state, source = saved_form(model)
-        config.save_pretrained(work)
+        write_config(config, work)
         write_shards(work, ({name: tensor} for name, tensor in state.items()))
         write_sidecars(work, model, tokenizer, report, source)
         copy_side_files(model.name_or_path, work)
@@ -101,8 +101,7 @@ def target_form(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrain
     base = next(c for c in type(model).__mro__ if not issubclass(c, SlimMixin))
     cls = type(model)
     target = copy.deepcopy(config)
-    autos = ("AutoModelForCausalLM", *(("AutoModelForImageTextToText",) if config.model_type in MULTIMODAL else ()))
-    target.auto_map = dict.fromkeys(autos, f"{Path(MODELING_FILE).stem}.{cls.__name__}")
+    target.auto_map = slim_auto_map(base, config)
     return cls, target, modeling_source(base, config, architecture_of(config, model))
 
 

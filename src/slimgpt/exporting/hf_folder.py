@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
+from slimgpt.checkpoint.config_file import write_config
 from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.errors import ExportError
 from slimgpt.exporting.source import ExportSource
@@ -30,7 +31,7 @@ def write_stock_folder(
     """
     config.architectures = [stock_class(config).__name__]
     config.dtype = exported.config.dtype
-    config.save_pretrained(folder)
+    write_config(config, folder)
     write_weights(exported, folder, layer)
     write_rest(exported, folder)
 

@@ -13,12 +13,12 @@ from functools import cache
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import UnsupportedFamilyError
 from slimgpt.models import modeling_slim
 from slimgpt.models.architecture import HEADS, KV_HEADS, Architecture, Sizes
-from slimgpt.models.families import LLAMA, REFUSED
+from slimgpt.models.families import LLAMA, MULTIMODAL, REFUSED
 from slimgpt.models.families.unknown import HELP, found_in
 from slimgpt.models.lookup import head_dim, lookup, missing_module, text_config, with_sizes
 from slimgpt.models.modeling_slim import SlimMixin, build_layer, keep_buffers
@@ -59,16 +59,39 @@ def slim_class(
     return _slim_class(base, architecture.layers, resizing(config, architecture))
 
 
+def slim_bases(base: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
+    """The stock classes of the modeling file's classes, by the Auto class that asks for them.
+
+    Engines that bring a head of their own (vLLM's Transformers backend, SGLang's) build with ``AutoModel``.
+    """
+    bases = {"AutoModelForCausalLM": base}
+    if config.model_type in MULTIMODAL:
+        bases["AutoModelForImageTextToText"] = base
+    elif type(config) in AutoModel._model_mapping:
+        bases["AutoModel"] = AutoModel._model_mapping[type(config)]  # type: ignore[assignment]
+    return bases
+
+
+def slim_auto_map(base: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, str]:
+    """The ``auto_map`` of a checkpoint with a modeling file."""
+    module = MODELING_FILE.removesuffix(".py")
+    return {auto: f"{module}.Slim{stock.__name__}" for auto, stock in slim_bases(base, config).items()}
+
+
 def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture) -> str:
-    """The text of the modeling file that travels with a checkpoint: the mixin and one class."""
-    name, how = f"Slim{base.__name__}", resizing(config, architecture)
-    return (
-        inspect.getsource(modeling_slim).replace(
-            "from transformers import PreTrainedConfig", f"from transformers import {base.__name__}, PreTrainedConfig"
-        )
-        + f'\n\nclass {name}(SlimMixin, {base.__name__}):\n    _slim_layers = "{architecture.layers}"\n'
-        + (f"    _slim_resizing = {how!r}\n" if how is not None else "")
+    """The text of the modeling file that travels with a checkpoint: the mixin, and the classes of its ``auto_map``."""
+    shape_overrides, stock_classes = resizing(config, architecture), set(slim_bases(base, config).values())
+    names = sorted(stock.__name__ for stock in stock_classes)
+    text = inspect.getsource(modeling_slim).replace(
+        "from transformers import PreTrainedConfig", f"from transformers import {', '.join(names)}, PreTrainedConfig"
     )
+    for stock in sorted(stock_classes, key=lambda stock: stock.__name__):
+        layers = architecture.layers
+        if stock is not base:
+            layers = layers.removeprefix(f"{base.base_model_prefix}.")
+        text += f'\n\nclass Slim{stock.__name__}(SlimMixin, {stock.__name__}):\n    _slim_layers = "{layers}"\n'
+        text += f"    _slim_resizing = {shape_overrides!r}\n" if shape_overrides is not None else ""
+    return text
 
 
 def slim_modeling(config: PreTrainedConfig) -> tuple[str, str] | None:

@@ -67,12 +67,15 @@ class SlimMixin:
     _slim_layers = "model.layers"
     _slim_resizing: Any = None
 
-    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+    # Without annotations: vLLM looks at those of a model's constructor, and stumbles over Any.
+    def __init__(self, config, *args, **kwargs):
         # The model around the layers reads the global fields, such as the base class's dense layers here;
         # it does so only to be built, and what is built from them is replaced.
-        text = config.get_text_config(decoder=True)
-        text.allow_global_per_layer_attribute_access = True
+        config.get_text_config(decoder=True).allow_global_per_layer_attribute_access = True
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        self._narrow_layers(config.get_text_config(decoder=True))
+
+    def _narrow_layers(self: Any, text: PreTrainedConfig) -> None:
         layers = self.get_submodule(self._slim_layers)
         for index in range(len(layers)):
             own = text.per_layer_config[index]
