@@ -10,6 +10,7 @@
     │   └── UnsupportedFamilyError        a model whose layers are not described in the table
     ├── OutputError                       a folder that exists, a disk that is full
     ├── ExportError                       a model that a format cannot hold, or an engine that is not installed
+    │   └── VerificationError             an exported model that computes something else (exit code 1)
     ├── ResumeError                       an unfinished run that this one cannot go on with
     ├── RankError                         another process of a distributed run has ended
     ├── NumericalError                    NaN, infinity, or a matrix that is not positive definite
@@ -49,6 +50,10 @@ class OutputError(SlimGPTError):
 
 class ExportError(SlimGPTError):
     """A model that a format cannot hold, or an engine that is not installed."""
+
+
+class VerificationError(ExportError):
+    """An exported model that computes something else than the slim one; the command line turns it into exit code 1."""
 
 
 class ResumeError(SlimGPTError):

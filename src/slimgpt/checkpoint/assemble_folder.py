@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from slimgpt.checkpoint.config_file import write_config
 from slimgpt.checkpoint.journal import Journal
 from slimgpt.checkpoint.saving import target_form, write_sidecars
+from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.errors import OutputError
 from slimgpt.io.folders import fsync_tree, replace_folder
 from slimgpt.io.shards import SHARD_BYTES, shard_name, write_index
@@ -25,9 +26,6 @@ from slimgpt.models.build import architecture_of
 from slimgpt.models.slicing import State
 from slimgpt.models.stock_config import apply_sizes
 from slimgpt.pruning.report import PruneReport
-
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-"""How a multimodal model takes images: not ours to read, and needed beside the weights."""
 
 
 def assemble(
@@ -44,7 +42,7 @@ def assemble(
 
     Args:
         model: what is around the layers; its own layers are not read. Its config gets the new widths.
-        origin: the dense model's folder, where settings of its image processor may lie.
+        origin: the dense model's folder, where its side files lie.
 
     Returns:
         The folder.
@@ -72,9 +70,7 @@ def assemble(
         files = [journal.weights(layer.layer) for layer in report.layers]
         _write_weights(work, around, files, partial(revert_weight_conversion, shell))
         write_sidecars(work, model, tokenizer, report, source)
-        for file in PROCESSOR_FILES:
-            if origin is not None and (origin / file).is_file():
-                shutil.copyfile(origin / file, work / file)
+        copy_side_files(origin, work)
         fsync_tree(work)
         replace_folder(work, journal.output, journal.folder / "replaced")
     except (OSError, SafetensorError) as error:

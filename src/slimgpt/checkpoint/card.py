@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+from pathlib import Path
+
 from slimgpt import assets
 from slimgpt.models.families.moe import ffn_text
 from slimgpt.pruning.report import PruneReport
@@ -16,9 +20,9 @@ WIDTHS_DIFFER = (
 def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
     """README.md of a checkpoint: what it is, how to load it, what was removed, and how it was made."""
     plan = report.plan
-    base = report.base_model
+    base = _public_name(report.base_model)
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [slimgpt, pruned]"]
-    if base.count("/") == 1 and not base.startswith((".", "/", "~")):
+    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base, re.ASCII):  # a name on the hub
         front.append(f"base_model: {base}")
     load = (
         "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # runs modeling_slim.py in this folder"
@@ -29,9 +33,9 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
         *front,
         "---",
         "",
-        f"# {base}, pruned by {plan.achieved:.1%}",
+        f"# {_plain(base)}, pruned by {plan.achieved:.1%}",
         "",
-        f"{plan.achieved:.2%} of the decoder layers' parameters of `{base}` were removed by "
+        f"{plan.achieved:.2%} of the decoder layers' parameters of {_code(base)} were removed by "
         "[SlimGPT](https://arxiv.org/abs/2412.18110) structured pruning: whole attention heads and FFN channels. "
         f"{_training(report)} The licence of the base model applies.",
         "",
@@ -83,6 +87,24 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _public_name(base: str) -> str:
+    """The base model's name on one line; of a local folder only its own name, not where it lies."""
+    local = base.startswith((".", "/", "~")) or base.count("/") > 1
+    return " ".join((Path(base).expanduser().absolute().name if local else base).split())
+
+
+def _plain(name: str) -> str:
+    """A name as Markdown text: what would be markup or HTML is escaped."""
+    return re.sub(r"([\\`*\[\]<>&|#!])", r"\\\1", name)
+
+
+def _code(name: str) -> str:
+    """A name as a code span, in a fence longer than its own backticks."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", name)), default=0))
+    space = " " if len(fence) > 1 else ""
+    return f"{fence}{space}{name}{space}{fence}"
 
 
 def _training(report: PruneReport) -> str:
@@ -140,8 +162,8 @@ def _command(report: PruneReport) -> str:
     if settings.schedule is not None:
         names = settings.schedule if isinstance(settings.schedule, str) else map(str, settings.schedule)
         options["schedule"] = names if isinstance(names, str) else ",".join(names)
-    words = [f"--{name} {value}" for name, value in options.items()]
+    words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
     words += ["--uniform"] * settings.uniform
     words += [] if settings.repair is None else ["--repair" if settings.repair else "--no-repair"]
-    model = assets.DEMO if report.base_model == assets.MODEL_NAME else report.base_model
-    return " \\\n    ".join([f"slimgpt prune {model} OUT", *words])
+    model = assets.DEMO if report.base_model == assets.MODEL_NAME else _public_name(report.base_model)
+    return " \\\n    ".join([f"slimgpt prune {shlex.quote(model)} OUT", *words])

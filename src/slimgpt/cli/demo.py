@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from slimgpt import assets
-from slimgpt.cli.console import app, handle_errors, out, silence_libraries
+from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.progress import layer_progress
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def demo(
 
     with layer_progress(num_samples * seq_len, as_device("auto")) as callbacks:
         result = run_demo(
-            output, ratio, num_samples, seq_len, overwrite, lambda text: out.print(f"[dim]{text}[/]"), callbacks
+            output, ratio, num_samples, seq_len, overwrite, lambda text: out.print(f"[dim]{show(text)}[/]"), callbacks
         )
     _print_demo(result)
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, silence_libraries, write_json
+from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from slimgpt.cli.progress import bar, count_bar
 from slimgpt.errors import UsageError
@@ -84,7 +84,7 @@ def evaluate(
     content = read_text(text, data_dir) if text is not None else None
     folder = locate(model).folder
     report = read_report(folder) if folder is not None else None
-    with out.status(f"loading {model}"):
+    with out.status(f"loading {show(model)}"):
         loaded, tokenizer = load(model, dtype, device, trust_remote_code)
     for length in lengths:
         check_context(loaded.config, "a text", length)
@@ -172,7 +172,9 @@ def print_scores(scores: TaskScores) -> None:
         )
     out.print(table)
     for name, words in scores.degenerate_tasks().items():
-        out.print(f"[yellow]{name}: the model answers {words} of the questions, right or wrong[/]", soft_wrap=True)
+        out.print(
+            f"[yellow]{show(name)}: the model answers {words} of the questions, right or wrong[/]", soft_wrap=True
+        )
     if scores.mean is not None and scores.mean_acc is not None:
         error = "" if scores.mean_stderr is None else f" ± {scores.mean_stderr:.2%}"
         out.print(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, silence_libraries
+from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries
 
 if TYPE_CHECKING:
     from slimgpt.exporting.run import ExportReport
@@ -46,7 +46,7 @@ def export(
 
     silence_libraries()
     check_json(json_file, overwrite)
-    with out.status(f"writing {output}"):
+    with out.status(f"writing {show(output)}"):
         report = run(
             slim, output, to, quantize=quantize, tokenizer_pre=tokenizer_pre, overwrite=overwrite, check=verify
         )
@@ -78,17 +78,18 @@ def verify(
     if json_file is not None:
         json_file.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
     print_verification(found)
+    found.check(exported)
 
 
 def print_export(report: ExportReport) -> None:
     """What was written, and the comparison."""
-    out.print(f"wrote {report.path} ({report.bytes:,} bytes)", soft_wrap=True, highlight=False)
+    out.print(f"wrote {show(report.path)} ({report.bytes:,} bytes)", soft_wrap=True, highlight=False)
     for note in report.notes:
-        out.print(f"[yellow]note:[/] {note}", soft_wrap=True)
+        out.print(f"[yellow]note:[/] {show(note)}", soft_wrap=True)
     if report.verification is not None:
         print_verification(report.verification)
     else:
-        out.print(f"not verified: {report.unverified}", soft_wrap=True)
+        out.print(f"not verified: {show(report.unverified)}", soft_wrap=True)
 
 
 def print_verification(found: Verification) -> None:

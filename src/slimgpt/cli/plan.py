@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, silence_libraries
+from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries
 from slimgpt.cli.options import ModelArgument, TrustOption, setting_options
 from slimgpt.cli.prune import for_engines
 from slimgpt.config import PruneConfig
@@ -61,7 +61,9 @@ def plan(
     _print(found)
     if save is not None:
         out.print(
-            f"saved {save}: `slimgpt prune {model} OUT --plan {save}` follows it", soft_wrap=True, highlight=False
+            f"saved {show(save)}: `slimgpt prune {show(model)} OUT --plan {show(save)}` follows it",
+            soft_wrap=True,
+            highlight=False,
         )
 
 

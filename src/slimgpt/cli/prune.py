@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, handle_errors, out, silence_libraries
+from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, setting_options
 from slimgpt.cli.progress import layer_progress
 from slimgpt.config import PruneConfig
@@ -111,7 +111,7 @@ def prune(
         from slimgpt.cli.export import print_export
         from slimgpt.exporting.run import export
 
-        with out.status(f"exporting to {export_to}"):
+        with out.status(f"exporting to {show(export_to)}"):
             written = export(prepared.output, export_path(prepared.output, export_to), export_to, overwrite=overwrite)
         print_export(written)
 
@@ -204,7 +204,7 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
     out.print(
         f"removed {plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%}) in {report.seconds:.1f} s\n"
         f"{plan.parameters_before:,} -> {plan.parameters:,} parameters, {size:,} bytes of weights\n"
-        f"saved {folder} (report: slimgpt.json, plot: widths.png, card: README.md)",
+        f"saved {show(folder)} (report: slimgpt.json, plot: widths.png, card: README.md)",
         soft_wrap=True,
         highlight=False,
     )

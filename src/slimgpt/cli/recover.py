@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from slimgpt.cli.console import app, handle_errors, out, silence_libraries
+from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption
 from slimgpt.errors import UsageError
 
@@ -191,4 +191,6 @@ def _print(recovery: Recovery) -> None:
             highlight=False,
         )
     spent = ", ".join(f"{part} {value:,.0f} s" for part, value in seconds.items())
-    out.print(f"wrote {recovery.folder} ({spent}); the curve is in recovery.json and recovery.png", soft_wrap=True)
+    out.print(
+        f"wrote {show(recovery.folder)} ({spent}); the curve is in recovery.json and recovery.png", soft_wrap=True
+    )

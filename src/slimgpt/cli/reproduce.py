@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, handle_errors, out, silence_libraries
+from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.options import DeviceOption
 from slimgpt.cli.progress import bar
 
@@ -62,4 +62,4 @@ def reproduce(
         shown.add_row(*line)
     out.print(shown)
     name = f"{done.name}-tiny" if done.tiny else done.name
-    out.print(f"wrote {output / name}.md and {output / name}.json", soft_wrap=True, highlight=False)
+    out.print(f"wrote {show(output / name)}.md and {show(output / name)}.json", soft_wrap=True, highlight=False)

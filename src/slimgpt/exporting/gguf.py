@@ -94,7 +94,7 @@ def _write(exported: ExportSource, file: Path, quantize: str, pre: str | None) -
     writer = GGUFWriter(file, architecture)
     try:
         _metadata(writer, exported, architecture, quantize)
-        add_tokenizer(writer, exported.tokenizer(), exported.config.vocab_size, pre)
+        notes = add_tokenizer(writer, exported.tokenizer(), exported.config.vocab_size, pre)
         tensors = _tensors(exported, architecture)
         wide = 0
         for name, read in tensors:
@@ -114,8 +114,8 @@ def _write(exported: ExportSource, file: Path, quantize: str, pre: str | None) -
     finally:
         writer.close()
     if wide:
-        return [f"{wide} matrices whose rows are no multiple of 32 numbers stayed F16; --round-to 32 avoids it"]
-    return []
+        notes.append(f"{wide} matrices whose rows are no multiple of 32 numbers stayed F16; --round-to 32 avoids it")
+    return notes
 
 
 def _kind(shape: tuple[int, ...], quantize: str) -> GGMLQuantizationType:

@@ -15,12 +15,15 @@ PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 
 def add_tokenizer(
     writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocab_size: int, pre: str | None = None
-) -> None:
+) -> list[str]:
     """Write vocabulary, merges, special tokens and chat template.
 
     Args:
         vocab_size: rows of the embedding; ids that the tokenizer does not use are filled up.
         pre: llama.cpp's name for how text is split before merging; found from the tokenizer if not given.
+
+    Returns:
+        Notes for the user.
 
     Raises:
         ExportError: a tokenizer that llama.cpp has no counterpart for, or more tokens than rows.
@@ -30,6 +33,7 @@ def add_tokenizer(
     if model.get("type") != "BPE":
         raise ExportError(f"a tokenizer of type {model.get('type')} cannot be written to GGUF; BPE can")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    notes = check_normalizer(inner)
     if _byte_level(inner):
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre or pre_tokenizer(inner))
@@ -59,8 +63,37 @@ def add_tokenizer(
     last = tokenizer("a").input_ids[-1:]
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id])
     writer.add_add_eos_token(tokenizer.eos_token_id is not None and last == [tokenizer.eos_token_id])
-    if isinstance(tokenizer.chat_template, str):
-        writer.add_chat_template(tokenizer.chat_template)
+    templates = tokenizer.chat_template
+    if isinstance(templates, str):
+        writer.add_chat_template(templates)
+    elif templates:  # tokenizer.chat_template is the default one, tokenizer.chat_template.NAME another
+        writer.add_chat_template([{"name": name, "template": text} for name, text in templates.items()])
+    return notes
+
+
+def check_normalizer(inner: dict[str, Any]) -> list[str]:
+    """Notes on what a tokenizer does to text before it is split, and GGUF has no field for.
+
+    Raises:
+        ExportError: a step that changes the ids of ordinary text.
+    """
+    steps = _parts(inner.get("normalizer"))
+    notes = []
+    for step in steps:
+        kind = step["type"]
+        space = kind == "Prepend" or (kind == "Replace" and step["pattern"].get("String") == " ")
+        if kind == "NFC":
+            notes.append("GGUF has no NFC normalizer: letters given in pieces (a, then an accent) get other ids")
+        elif not space or _byte_level(inner):
+            raise ExportError(
+                f"the tokenizer's normalizer {kind} has no place in GGUF, so ids would differ; use --to padded"
+            )
+    if any(p["type"] == "ByteLevel" and p.get("add_prefix_space") for p in _parts(inner.get("pre_tokenizer"))):
+        raise ExportError(
+            "the tokenizer has add_prefix_space, which llama.cpp does not do for byte-level BPE, so ids would differ; "
+            "use --to padded"
+        )
+    return notes
 
 
 def pre_tokenizer(inner: dict[str, Any]) -> str:
@@ -97,7 +130,7 @@ def _parts(node: dict[str, Any] | None) -> list[dict[str, Any]]:
     if node is None:
         return []
     if node["type"] == "Sequence":
-        return [part for child in node["pretokenizers"] for part in _parts(child)]
+        return [part for child in node.get("pretokenizers") or node["normalizers"] for part in _parts(child)]
     return [node]
 
 

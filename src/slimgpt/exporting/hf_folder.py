@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
 from slimgpt.checkpoint.config_file import write_config
+from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.errors import ExportError
 from slimgpt.exporting.source import ExportSource
 from slimgpt.io.shards import write_shards
@@ -52,10 +53,11 @@ def write_weights(
 
 
 def write_rest(exported: ExportSource, folder: Path) -> None:
-    """Tokenizer and generation settings."""
+    """Tokenizer, generation settings and side files."""
     exported.tokenizer().save_pretrained(folder)
     if (exported.folder / "generation_config.json").is_file():
         GenerationConfig.from_pretrained(exported.folder).to_json_file(folder / "generation_config.json")
+    copy_side_files(exported.folder, folder)
 
 
 def check_uniform(exported: ExportSource) -> None:

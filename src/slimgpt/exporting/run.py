@@ -137,6 +137,7 @@ def export(
 
     Raises:
         ExportError: the form cannot hold the model; it names one that can.
+        VerificationError: what was written computes something else. Nothing is left.
         OutputError: the target exists or its disk is full. Nothing half-written is left.
     """
     form = _gguf((quantize or "F16").upper(), tokenizer_pre) if to == "gguf" else _format(to)
@@ -149,15 +150,20 @@ def export(
         _check_folder(path, overwrite, Path(slim).expanduser())
     exported = open_folder(slim)
     form.check(exported)
-    notes = (
-        _write_file(form, exported, path, overwrite) if form.single else _write_folder(form, exported, path, overwrite)
-    )
+    comparisons: list[Verification] = []
+
+    def compare(work: Path) -> str:
+        """Compare under the working name; returns why it was not done."""
+        problem = engine_problem(work) if check else "not asked for"
+        if problem is None:
+            comparisons.append(verify(work, slim))
+            comparisons[0].check(path)
+        return problem or ""
+
+    write = _write_file if form.single else _write_folder
+    notes, unverified = write(form, exported, path, overwrite, compare)
     size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
-    unverified = "" if check else "not asked for"
-    if check:
-        unverified = engine_problem(path) or ""
-    found = verify(path, slim) if not unverified else None
-    report = ExportReport(path, to, size, tuple(notes), found, unverified)
+    report = ExportReport(path, to, size, tuple(notes), comparisons[0] if comparisons else None, unverified)
     record(report, exported.folder)
     return report
 
@@ -214,28 +220,34 @@ def _check_file(path: Path, overwrite: bool) -> None:
         raise OutputError(f"cannot write into {path.parent}; give a folder that is there and that you may write to")
 
 
-def _write_file(form: Format, exported: ExportSource, path: Path, overwrite: bool) -> list[str]:
+def _write_file(
+    form: Format, exported: ExportSource, path: Path, overwrite: bool, compare: Callable[[Path], str]
+) -> tuple[list[str], str]:
     _check_file(path, overwrite)
-    draft = path.parent / f".{path.name}.partial"
+    draft = path.parent / f".{path.stem}.partial.gguf"  # llama.cpp goes by the ending
     try:
         with output_lock(path):
             notes = form.write(exported, draft)
         with draft.open("rb") as handle:
             os.fsync(handle.fileno())
+        unverified = compare(draft)
         draft.rename(path)
-        return notes
+        return notes, unverified
     except OSError as error:
         raise OutputError(f"writing {path} failed, nothing was left there: {error}") from error
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _write_folder(form: Format, exported: ExportSource, path: Path, overwrite: bool) -> list[str]:
+def _write_folder(
+    form: Format, exported: ExportSource, path: Path, overwrite: bool, compare: Callable[[Path], str]
+) -> tuple[list[str], str]:
     try:
         with new_folder(path, overwrite) as work:
             notes = form.write(exported, work)
             if (exported.folder / REPORT_FILE).is_file():  # the record of how the slim model was made goes with it
                 shutil.copyfile(exported.folder / REPORT_FILE, work / REPORT_FILE)
-        return notes
+            unverified = compare(work)
+        return notes, unverified
     except SafetensorError as error:
         raise OutputError(f"writing {path} failed, nothing was left there: {error}") from error

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
-from slimgpt.errors import ExportError, UsageError
+from slimgpt.errors import ExportError, NumericalError, UsageError, VerificationError
 from slimgpt.models.build import slim_modeling
 from slimgpt.models.loading import load, load_config, load_tokenizer
 from slimgpt.models.source import locate
@@ -37,6 +37,13 @@ TEXT = (
 )
 """A little text of ours for where the bundled one is not at hand; its perplexity is good for comparing only."""
 
+EXACT = (1e-3, 1e-2)
+"""What a folder of a stock class may differ by, both sides in float32: perplexity (relative), and a logit."""
+GGUF_ALLOWED = {0: 0.02, 1: 0.02, 32: 0.02, 7: 0.05}
+"""Relative difference of perplexity by ``general.file_type``: F32, F16, BF16 (llama.cpp's cache is F16), Q8_0."""
+FEW_BITS = frozenset({10, 11, 12, 13, 19, 20, 21, 22, 23, 24, 26, 27, 28, 29, 31, 36, 37})
+"""The ``general.file_type`` of three bits and fewer."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -53,6 +60,8 @@ class Verification:
         identical: whether all logits are equal to the bit.
         continuations: how many greedy continuations agree, of how many.
         chat_template: whether it is the same text; ``None`` if neither has one.
+        allowed: the largest relative difference of perplexity for this form.
+        allowed_logit: the largest difference of a logit for this form; ``None`` where only perplexity counts.
     """
 
     engine: str
@@ -65,10 +74,32 @@ class Verification:
     identical: bool
     continuations: tuple[int, int]
     chat_template: bool | None
+    allowed: float = EXACT[0]
+    allowed_logit: float | None = EXACT[1]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+    def problem(self) -> str | None:
+        """Why the exported model counts as another one; ``None`` if it is the same within what the form allows."""
+        if abs(self.difference) > self.allowed:
+            return (
+                f"perplexity is {self.perplexity:.4f} against {self.reference:.4f} of the slim folder "
+                f"({self.difference:+.2%}), and this form allows {self.allowed:.2%}"
+            )
+        if self.allowed_logit is not None and self.largest > self.allowed_logit:
+            return f"a logit differs by {self.largest:.2g}, and this form allows {self.allowed_logit:.2g}"
+        return None
+
+    def check(self, path: str | Path) -> None:
+        """Refuse another model.
+
+        Raises:
+            VerificationError: perplexity or a logit differs by more than the form allows.
+        """
+        if (problem := self.problem()) is not None:
+            raise VerificationError(f"{path} is another model than the slim folder: {problem}; export it again")
 
 
 @dataclass
@@ -78,6 +109,7 @@ class Engine:
     name: str
     logits: Callable[[list[int]], Tensor]
     chat_template: str | None
+    allowed: tuple[float, float | None] = EXACT
 
     def continuation(self, ids: list[int]) -> list[int]:
         """The ids that follow greedily, each from a fresh pass over all before."""
@@ -116,8 +148,12 @@ def verify(
 
     Raises:
         ExportError: the engine is not installed, or the vocabularies differ.
-        UsageError: the text is too short.
+        UsageError: the text is too short, or fewer than two tokens are asked for.
+        NumericalError: a model gives NaN or infinite logits.
     """
+    for name, value in (("max_tokens", max_tokens), ("window", window)):
+        if value < 2:
+            raise UsageError(f"{name} is {value}, and predicting needs two tokens; give 2 or more")
     problem = engine_problem(exported)
     if problem is not None:
         raise ExportError(f"{exported} cannot be verified here: {problem}")
@@ -131,18 +167,23 @@ def verify(
         _llama_cpp(Path(exported), window) if Path(exported).suffix == ".gguf" else _transformers(str(exported), True)
     )
     losses = [0.0, 0.0]
-    largest, identical, count = 0.0, True, 0
-    for start in range(0, len(ids) - window + 1, window):
-        part = ids[start : start + window]
+    largest, identical, count, done = 0.0, True, 0, 0
+    for end in [*range(window, len(ids), window), len(ids)]:
+        part = ids[end - window : end]  # the last one reaches back, so that every token counts and all are as long
+        scored = min(end - done, window - 1)
+        done = end
         a, b = left.logits(part), reference.logits(part)
         if a.shape != b.shape:
             raise ExportError(f"{exported} has {a.shape[-1]} words, {slim} has {b.shape[-1]}")
-        target = torch.tensor(part[1:])
+        for logits, whose in ((a, exported), (b, slim)):
+            if not logits.isfinite().all():
+                raise NumericalError(f"{whose} gives logits that are NaN or infinite; make it again from sound weights")
+        target = torch.tensor(part[-scored:])
         for number, logits in enumerate((a, b)):
-            losses[number] += float(F.cross_entropy(logits[:-1].double(), target, reduction="sum"))
+            losses[number] += float(F.cross_entropy(logits[-scored - 1 : -1].double(), target, reduction="sum"))
         largest = max(largest, float((a - b).abs().max()))
         identical = identical and torch.equal(a, b)
-        count += len(part) - 1
+        count += scored
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     agree = sum(left.continuation(prompt) == reference.continuation(prompt) for prompt in prompts)
     perplexities = [math.exp(loss / count) for loss in losses]
@@ -158,6 +199,8 @@ def verify(
         identical=identical,
         continuations=(agree, len(prompts)),
         chat_template=None if templates == (None, None) else templates[0] == templates[1],
+        allowed=left.allowed[0],
+        allowed_logit=left.allowed[1],
     )
 
 
@@ -200,8 +243,11 @@ def _llama_cpp(file: Path, window: int) -> Engine:
         return torch.from_numpy(model.scores[: len(ids)].copy())
 
     template = model.metadata.get("tokenizer.chat_template")
-    return Engine(f"llama-cpp-python {version('llama-cpp-python')}", logits, template)
+    kind = int(model.metadata.get("general.file_type", 1))
+    allowed = GGUF_ALLOWED.get(kind, 1.0 if kind in FEW_BITS else 0.25)
+    return Engine(f"llama-cpp-python {version('llama-cpp-python')}", logits, template, (allowed, None))
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    return tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+    templates = tokenizer.chat_template
+    return templates.get("default") if isinstance(templates, dict) else templates
