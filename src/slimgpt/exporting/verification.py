@@ -127,6 +127,7 @@ def verify(
     if window < 2:
         raise UsageError("the text has fewer than two tokens")
     reference = _transformers(str(slim))
+    check_ids(torch.tensor(ids), reference.vocabulary, "the text to compare on")
     left = (
         _llama_cpp(Path(exported), window) if Path(exported).suffix == ".gguf" else _transformers(str(exported), True)
     )

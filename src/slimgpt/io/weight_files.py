@@ -11,6 +11,9 @@ from slimgpt.errors import ModelError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
+NARROW = ("F8", "F6", "F4")
+"""How safetensors' names of floating-point types begin that mean nothing without scales."""
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that ``from_pretrained`` reads: the single file, or else the shards that the index names.
@@ -49,18 +52,24 @@ def check_files(files: list[Path]) -> None:
     """Open the header of every file before anything long begins.
 
     Raises:
-        ModelError: one cannot be read, or a tensor is in two of them.
+        ModelError: one cannot be read, a tensor is in two of them, or one is of 8-bit floating-point numbers.
     """
     where: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
                 names = list(handle.keys())
+                types = {name: handle.get_slice(name).get_dtype() for name in names}
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{file} is no readable safetensors file (corrupt, encrypted or cut short): {error}"
             ) from error
-        for name in names:
+        for name, kind in types.items():
+            if kind.startswith(NARROW):
+                raise ModelError(
+                    f"{file} holds {name} in {kind}, and no config tells its scales: numbers of 8 bits and less cannot "
+                    "be repaired. Give the model in 16 or 32 bits that it was made from"
+                )
             if name in where:
                 raise ModelError(
                     f"{name} is in {where[name].name} and in {file.name}; which one is meant cannot be told: remove one"

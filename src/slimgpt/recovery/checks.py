@@ -112,6 +112,8 @@ def _check(
     examples = collect(
         tokenizer, sources, config.max_length, config.held_out, needed, config.pack, config.seed, config.shares
     )
+    for example in (*examples.training, *examples.held_out):
+        check_ids(example.ids, text_config(model_config).vocab_size, "the text to train on")
     return RecoverRequest(
         source, output, model_config, tokenizer, report, config, sources, examples, found, target, dtype,
         trust_remote_code,
