@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     index = folder / INDEX_FILE
+    for file in (folder / SINGLE_FILE, index):
+        if os.path.lexists(file) and not file.is_file():
+            raise ModelError(f"{file} is no regular file, or a link that leads nowhere; put the file itself there")
     if not index.is_file():
         others = sorted(file.name for file in folder.glob("*.safetensors"))
         beside = f"; it holds {others[0]}, which transformers does not take for the model" if others else ""

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from slimgpt.errors import ModelError, first_line
+from slimgpt.runtime.devices import DTYPES
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 SIDE_FILES = (GENERATION_FILE, "tokenizer_config.json", "special_tokens_map.json")
@@ -84,6 +86,10 @@ def check_config_files(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{config_file} does not name a model_type")
     for _, key, value in _walk(config):
         _check_size(config_file, key, value)
+    text_part = config.get("text_config")
+    for part in (config, text_part if isinstance(text_part, dict) else {}):
+        for key in ("dtype", "torch_dtype"):
+            _check_dtype(config_file, key, part.get(key))
     for name in SIDE_FILES:
         if (folder / name).is_file():
             read_object(folder / name)
@@ -100,6 +106,16 @@ def _check_size(file: Path, key: str, value: Any) -> None:
         raise ModelError(
             f"{file}: {key} is {value!r:.60}; it must be a whole number from {least} to {most:,}. Correct it, or "
             "fetch the file again"
+        )
+
+
+def _check_dtype(file: Path, key: str, value: Any) -> None:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    narrow = not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2
+    if value is not None and narrow:
+        raise ModelError(
+            f"{file}: {key} is {value!r:.60}; it must be one of {', '.join(DTYPES)}, or be left out: then the weights "
+            "are taken as they are stored"
         )
 
 

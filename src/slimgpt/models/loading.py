@@ -30,7 +30,7 @@ from slimgpt.models.streaming import untie_as_stored
 from slimgpt.models.ties import is_tied, untie, untie_as_held
 from slimgpt.models.unknown_tensors import refuse_unknown, unknown_tensors
 from slimgpt.models.weight_conversion import ConvertedFiles
-from slimgpt.runtime.devices import DTYPES, as_device, as_dtype
+from slimgpt.runtime.devices import as_device, as_dtype
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -58,7 +58,6 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
         raise ModelError(f"cannot read the model '{source.name}': {nowhere}{first_line(error)}") from error
     if gguf is not None:
         restore_positions(gguf, config)
-    check_dtype(config, source)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not source.gguf_file:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -69,23 +68,6 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     if is_tied(config) and not source.gguf_file:
         _untie_if_needed(config, source)
     return config
-
-
-def check_dtype(config: PreTrainedConfig, source: Source) -> None:
-    """Read the type ``auto`` in a config as none, which is what it says: as stored.
-
-    Raises:
-        ModelError: it is no type of floating-point numbers.
-    """
-    for part in (config, text_config(config)):
-        dtype = part.dtype
-        if dtype == "auto":
-            part.dtype = None
-        elif dtype is not None and dtype not in DTYPES.values() and dtype != torch.float64:
-            raise ModelError(
-                f"the config of '{source.name}' has the dtype {dtype!r:.60}; it must be one of {', '.join(DTYPES)}, or "
-                "be left out: then the weights are taken as they are stored"
-            )
 
 
 def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:

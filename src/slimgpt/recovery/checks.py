@@ -18,7 +18,7 @@ from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ModelError, UsageError
 from slimgpt.io.folders import check_output
 from slimgpt.models.loading import load_config, load_tokenizer
-from slimgpt.models.lookup import check_context
+from slimgpt.models.lookup import check_context, check_ids, text_config
 from slimgpt.models.parameter_counts import describe
 from slimgpt.models.source import Source, check_files, locate
 from slimgpt.models.streaming import stored_dtype
