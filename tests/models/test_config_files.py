@@ -64,7 +64,7 @@ def refuse(path, *messages):
         ({"pad_token_id": VOCABULARY}, f"pad_token_id is {VOCABULARY}, and the vocabulary has {VOCABULARY} tokens"),
         (
             {"torch_dtype": "auto"},
-            "torch_dtype is 'auto'; it must be one of float32, float16, bfloat16, or be left out",
+            "torch_dtype is 'auto'; it must be one of float32, float16, bfloat16",
         ),
         ({"dtype": "auto"}, "dtype is 'auto'"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
