@@ -95,7 +95,16 @@ def test_damaged_json_is_refused(name, content, message, folder):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[]", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": {"a": 1}}']
+    "content",
+    [
+        "",
+        "{}",
+        "[]",
+        '{"weight_map": {}}',
+        '{"weight_map": []}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "b"}}',
+    ],
 )
 def test_an_index_that_names_no_files_is_refused(content, folder):
     (folder / "model.safetensors").unlink()

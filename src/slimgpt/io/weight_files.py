@@ -38,10 +38,15 @@ def weight_files(folder: Path) -> list[Path]:
             "them with transformers' save_pretrained first"
         )
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is no index of safetensors files: {type(error).__name__}: {error}") from error
+    if not isinstance(content.get("metadata"), dict):
+        raise ModelError(
+            f'{index} has no object "metadata", without which transformers does not read it; add "metadata": {{}}'
+        )
     if not names or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{index} names no files; fetch it again")
     for name in names:

@@ -166,7 +166,7 @@ def load_model(
             adapter_kwargs={"subfolder": "no-adapter"},
             **arguments,  # type: ignore[arg-type]
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         hint = "; is the file whole?" if source.gguf_file else ""
         raise ModelError(f"cannot load the weights of '{source.name}': {first_line(error)}{hint}") from error
     mismatched: Any = info.get("mismatched_keys") or ()
