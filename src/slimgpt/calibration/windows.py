@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from slimgpt.calibration.documents import Conversation, Document, Instruction, read_documents, shuffled
 from slimgpt.config import PruneConfig
 from slimgpt.errors import CalibrationError, first_line
+from slimgpt.models.lookup import check_ids
 
 Read = TypeVar("Read")
 
@@ -216,4 +217,6 @@ def calibration_windows(
         return calibration.long(), "tensor"
     if tokenizer is None:
         raise CalibrationError("without a tokenizer, calibration must be a LongTensor of token ids")
-    return sample_windows(tokenizer, calibration, config.num_samples, config.seq_len, config.seed), calibration
+    windows = sample_windows(tokenizer, calibration, config.num_samples, config.seq_len, config.seed)
+    check_ids(windows, vocab_size, f"calibration on '{calibration}'")
+    return windows, calibration

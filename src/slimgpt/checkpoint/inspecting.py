@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from slimgpt.checkpoint.saving import REPORT_FILE
-from slimgpt.errors import ModelError
+from slimgpt.errors import ModelError, first_line
 from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.config_files import read_object
 from slimgpt.models.loading import load_config
 from slimgpt.models.parameter_counts import LayerShape, describe
 from slimgpt.models.source import check_files, locate
+from slimgpt.pruning.report import PruneReport
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,12 @@ def read_report(folder: Path) -> dict[str, Any] | None:
     file = folder / REPORT_FILE
     if not file.is_file():
         return None
+    report = read_object(file)
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is damaged: {error}") from error
+        PruneReport.from_json(report)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise ModelError(
+            f"{file} is damaged ({type(error).__name__}: {first_line(error)}); it must be as `prune` wrote it: take it "
+            "from there, or delete it, and the folder is read as any other model"
+        ) from error
+    return report

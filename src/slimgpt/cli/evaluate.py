@@ -76,7 +76,7 @@ def evaluate(
     check_json(json_file, overwrite)
     if text is None and tasks is None and passkey is None:
         raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
-    check_protocol(window, bos)
+    check_protocol(window, bos, max_tokens, batch_size)
     lengths = whole_numbers(passkey, "--passkey") if passkey else []
     names = check_tasks(tasks, limit, num_fewshot, data_dir)[0] if tasks is not None else []
     if data_dir is not None and not data_dir.is_dir():

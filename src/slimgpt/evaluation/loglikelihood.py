@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.models.eval_mode import in_eval_mode
+from slimgpt.models.lookup import check_ids, text_config
 
 Ids = Sequence[int]
 Group = tuple[Ids, list[int]]
@@ -42,6 +43,8 @@ def log_likelihoods(
         max_length: what is longer loses tokens at the left.
         progress: called with the number of requests that have been answered since the last call.
     """
+    used = {token for pair in requests for ids in pair for token in ids}
+    check_ids(torch.tensor(sorted(used)), text_config(model.config).vocab_size, "a question of a task")
     results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
     if not _shareable(model):
         for number, (context, continuation) in enumerate(requests):

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.calibration.windows import prefix_ids
-from slimgpt.errors import UsageError
+from slimgpt.errors import NumericalError, UsageError
 from slimgpt.models.eval_mode import in_eval_mode
-from slimgpt.models.lookup import check_context
+from slimgpt.models.lookup import check_context, check_ids
 
 BOS = ("auto", "once", "window")
 """Where the tokens stand that the tokenizer puts before a text: at its start, or at the start of every window.
@@ -64,16 +64,19 @@ class Perplexity:
         return cls(**{**values, "by_position": by_position})
 
 
-def check_protocol(window: int, bos: str = "auto") -> None:
+def check_protocol(window: int, bos: str = "auto", max_tokens: int | None = None, batch_size: int = 8) -> None:
     """Refuse what no model and no text can be measured with.
 
     Raises:
-        UsageError: a window that predicts nothing, or an unknown ``bos``.
+        UsageError: a window that predicts nothing, an unknown ``bos``, or less than one token or window.
     """
     if bos not in BOS:
         raise UsageError(f"bos is '{bos}'; it must be one of {', '.join(BOS)}")
     if window < 2:
         raise UsageError(f"window {window} is too small: a window of n tokens predicts n - 1 of them")
+    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; it must be 1 or more")
 
 
 @torch.no_grad()
@@ -108,9 +111,11 @@ def perplexity(
         bos: one of :data:`BOS`.
 
     Raises:
-        UsageError: the window does not fit the model or the text, or an unknown ``bos``.
+        UsageError: the window does not fit the model or the text, token ids are outside the model's vocabulary, or an
+            unknown ``bos``.
+        NumericalError: the model gives NaN or infinity.
     """
-    check_protocol(window, bos)
+    check_protocol(window, bos, max_tokens, batch_size)
     config = model.config.get_text_config(decoder=True)
     in_window = bos == "window" or (bos == "auto" and config.model_type.startswith(NEEDS_BOS_PER_WINDOW))
     where = "to every window" if in_window else "once for the whole text"
@@ -124,6 +129,7 @@ def perplexity(
     if len(ids) < body:
         raise UsageError(f"the text gives {len(ids):,} tokens, fewer than one window of {window}")
     check_context(model.config, "a window", window)
+    check_ids(all_ids, config.vocab_size, "the text")
     pieces = ids.unfold(0, body, step)  # (count, body)
     count = len(pieces)
     windows = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), pieces], 1)
@@ -142,6 +148,11 @@ def perplexity(
         counts[: window - 1 - step] = 1
     predicted = int(counts.sum())
     mean = float(sums.sum()) / predicted
+    if not math.isfinite(mean):
+        raise NumericalError(
+            f"the model gives NaN or infinity as the probability of a token (dtype {model.dtype}); its weights are "
+            "damaged, or too large for the type: try float32"
+        )
     words, size_in_bytes = len(text.split()), len(text.encode())
     return Perplexity(
         perplexity=_exp(mean),

@@ -19,6 +19,7 @@ from slimgpt import assets
 from slimgpt.errors import ExportError, NumericalError, UsageError, VerificationError
 from slimgpt.models.build import slim_modeling
 from slimgpt.models.loading import load, load_config, load_tokenizer
+from slimgpt.models.lookup import check_ids, text_config
 from slimgpt.models.source import locate
 
 PROMPTS = (
@@ -163,6 +164,7 @@ def verify(
     if window < 2:
         raise UsageError("the text has fewer than two tokens")
     reference = _transformers(str(slim))
+    check_ids(torch.tensor(ids), text_config(load_config(locate(str(slim)))).vocab_size, "the text to compare on")
     left = (
         _llama_cpp(Path(exported), window) if Path(exported).suffix == ".gguf" else _transformers(str(exported), True)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
@@ -10,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from slimgpt.errors import ModelError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+NARROW = ("F8", "F6", "F4")
+"""How safetensors' names of floating-point types begin that mean nothing without scales."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -23,6 +27,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     index = folder / INDEX_FILE
+    for file in (folder / SINGLE_FILE, index):
+        if os.path.lexists(file) and not file.is_file():
+            raise ModelError(f"{file} is no regular file, or a link that leads nowhere; put the file itself there")
     if not index.is_file():
         others = sorted(file.name for file in folder.glob("*.safetensors"))
         beside = f"; it holds {others[0]}, which transformers does not take for the model" if others else ""
@@ -31,10 +38,15 @@ def weight_files(folder: Path) -> list[Path]:
             "them with transformers' save_pretrained first"
         )
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        content = json.loads(index.read_text(encoding="utf-8"))
+        weight_map = content["weight_map"]
         names = sorted(set(weight_map.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index} is no index of safetensors files: {type(error).__name__}: {error}") from error
+    if not isinstance(content.get("metadata"), dict):
+        raise ModelError(
+            f'{index} has no object "metadata", without which transformers does not read it; add "metadata": {{}}'
+        )
     if not names or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{index} names no files; fetch it again")
     for name in names:
@@ -49,18 +61,24 @@ def check_files(files: list[Path]) -> None:
     """Open the header of every file before anything long begins.
 
     Raises:
-        ModelError: one cannot be read, or a tensor is in two of them.
+        ModelError: one cannot be read, a tensor is in two of them, or one is of 8-bit floating-point numbers.
     """
     where: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
                 names = list(handle.keys())
+                types = {name: handle.get_slice(name).get_dtype() for name in names}
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"{file} is no readable safetensors file (corrupt, encrypted or cut short): {error}"
             ) from error
-        for name in names:
+        for name, kind in types.items():
+            if kind.startswith(NARROW):
+                raise ModelError(
+                    f"{file} holds {name} in {kind}, and no config tells its scales: numbers of 8 bits and less cannot "
+                    "be repaired. Give the model in 16 or 32 bits that it was made from"
+                )
             if name in where:
                 raise ModelError(
                     f"{name} is in {where[name].name} and in {file.name}; which one is meant cannot be told: remove one"

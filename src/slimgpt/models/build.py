@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from slimgpt.errors import UnsupportedFamilyError
+from slimgpt.errors import ModelError, UnsupportedFamilyError, first_line
 from slimgpt.models import modeling_slim
 from slimgpt.models.architecture import HEADS, KV_HEADS, Architecture, Sizes
 from slimgpt.models.families import LLAMA, MULTIMODAL, REFUSED
@@ -119,13 +119,29 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: every shape, no storage."""
+    """The model of a config on the meta device: every shape, no storage.
+
+    Raises:
+        UnsupportedFamilyError: transformers has no class for it.
+        ModelError: its values do not fit together.
+    """
     base = stock_class(config)
     architecture = lookup(config)
     if text_config(config).is_heterogeneous and architecture is not None:
         base = slim_class(base, config, architecture)
-    with torch.device("meta"):
-        return base(copy.deepcopy(config))
+    try:
+        with torch.device("meta"):
+            return base(copy.deepcopy(config))
+    except Exception as error:  # the constructors check little: whatever a value in the config made of it
+        reason = first_line(error)
+        padding, vocabulary = text_config(config).pad_token_id, text_config(config).vocab_size
+        if isinstance(error, AssertionError) and padding is not None and padding >= vocabulary:
+            reason = (
+                f"pad_token_id is {padding}, and the vocabulary has {vocabulary:,} tokens; set it to null or to an id "
+                "below, or resize the embeddings (resize_token_embeddings) and save the model again"
+            )
+        name = f" '{config.name_or_path}'" if config.name_or_path else ""
+        raise ModelError(f"the config of the model{name} describes none that can be built: {reason}") from error
 
 
 def architecture_of(config: PreTrainedConfig, model: nn.Module | None = None) -> Architecture:

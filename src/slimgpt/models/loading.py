@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,6 +21,7 @@ from slimgpt.errors import ModelError, UnsupportedFamilyError, first_line
 from slimgpt.io.tensors import align
 from slimgpt.models.adapters import merge, trained_ties
 from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
+from slimgpt.models.config_files import check_config_files
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
 from slimgpt.models.gguf_file import check_file, restore_positions
 from slimgpt.models.lookup import text_config
@@ -49,7 +48,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     refuse_remote_code(source, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.arguments)
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever a value in the file made of it
         text = str(error)
         if "trust_remote_code" in text:
             raise ModelError(
@@ -95,17 +94,13 @@ def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
     """Say early that a folder's own Python code would be needed.
 
     Raises:
-        ModelError: its family is none that transformers knows, and the user has not allowed the code.
+        ModelError: its family is none that transformers knows, and the user has not allowed the code; or one of its
+            JSON files is damaged.
     """
-    if source.folder is None or source.gguf_file or trust_remote_code:
+    if source.folder is None or source.gguf_file:
         return
-    try:
-        raw = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{source.folder}/config.json cannot be read: {first_line(error)}") from error
-    if not isinstance(raw, dict) or "model_type" not in raw:
-        raise ModelError(f"{source.folder}/config.json does not name a model_type")
-    if "auto_map" in raw and raw["model_type"] not in (*ARCHITECTURES, *MULTIMODAL):
+    raw = check_config_files(source.folder)
+    if not trust_remote_code and "auto_map" in raw and raw["model_type"] not in (*ARCHITECTURES, *MULTIMODAL):
         raise ModelError(
             f"{source.name} (model_type '{raw['model_type']}') comes with Python code of its own ({raw['auto_map']}); "
             "no such code runs unless you read it and pass --trust-remote-code"
@@ -171,7 +166,7 @@ def load_model(
             adapter_kwargs={"subfolder": "no-adapter"},
             **arguments,  # type: ignore[arg-type]
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         hint = "; is the file whole?" if source.gguf_file else ""
         raise ModelError(f"cannot load the weights of '{source.name}': {first_line(error)}{hint}") from error
     mismatched: Any = info.get("mismatched_keys") or ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import UsageError
@@ -30,6 +30,25 @@ def check_context(config: PreTrainedConfig, what: str, tokens: int) -> None:
     longest = getattr(text_config(config), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
         raise UsageError(f"{what} of {tokens:,} tokens: that is longer than the model's context of {longest:,}")
+
+
+def check_ids(ids: Tensor, vocabulary: int, what: str) -> None:
+    """Refuse token ids that have no row in the embedding.
+
+    Args:
+        vocabulary: the rows of the embedding.
+        what: whose ids they are, as the message begins.
+
+    Raises:
+        UsageError: one is negative or too large.
+    """
+    outside = ids[(ids < 0) | (ids >= vocabulary)]
+    if outside.numel():
+        raise UsageError(
+            f"{what}: token id {int(outside[0])} is outside the model's vocabulary of {vocabulary:,} tokens. Give the "
+            "tokenizer that belongs to the model, or, if tokens were added to it, call "
+            "model.resize_token_embeddings(len(tokenizer)) and save the model again"
+        )
 
 
 def lookup(config: PreTrainedConfig) -> Architecture | None:

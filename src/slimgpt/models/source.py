@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ def weights_folder(source: Source) -> Path | None:
 
 def has_weights(folder: Path) -> bool:
     """Whether a folder holds safetensors files of a model, or an index of them."""
-    return any((folder / name).is_file() for name in (weight_files.SINGLE_FILE, weight_files.INDEX_FILE))
+    return any(os.path.lexists(folder / name) for name in (weight_files.SINGLE_FILE, weight_files.INDEX_FILE))
 
 
 def check_files(source: Source) -> None:

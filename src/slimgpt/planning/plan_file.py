@@ -35,9 +35,11 @@ def read_plan(file: str | Path, config: PreTrainedConfig, shape: ModelShape | No
     Raises:
         PlanError: the file cannot be read, has unknown or missing keys, or does not fit the model.
     """
+    if not Path(file).expanduser().is_file():
+        raise PlanError(f"cannot read the plan {file}: it does not exist, or is no regular file")
     try:
         values = tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise PlanError(f"cannot read the plan {file}: {error}") from error
     unknown = [key for key in values if key not in KEYS]
     if unknown:

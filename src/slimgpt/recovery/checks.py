@@ -18,7 +18,7 @@ from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ModelError, UsageError
 from slimgpt.io.folders import check_output
 from slimgpt.models.loading import load_config, load_tokenizer
-from slimgpt.models.lookup import check_context
+from slimgpt.models.lookup import check_context, check_ids, text_config
 from slimgpt.models.parameter_counts import describe
 from slimgpt.models.source import Source, check_files, locate
 from slimgpt.models.streaming import stored_dtype
@@ -112,6 +112,8 @@ def _check(
     examples = collect(
         tokenizer, sources, config.max_length, config.held_out, needed, config.pack, config.seed, config.shares
     )
+    for example in (*examples.training, *examples.held_out):
+        check_ids(example.ids, text_config(model_config).vocab_size, "the text to train on")
     return RecoverRequest(
         source, output, model_config, tokenizer, report, config, sources, examples, found, target, dtype,
         trust_remote_code,
