@@ -12,7 +12,7 @@ import pytest
 
 import slimgpt
 from slimgpt.comparison import Timing, Timings, time_models
-from slimgpt.comparison.result import Row
+from slimgpt.comparison.result import ComparisonRow
 from slimgpt.evaluation.tasks import answers, difference, flips
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.planning.cost import generation_flops
@@ -291,7 +291,7 @@ def test_flops_are_those_of_the_matrices():
 
 
 def test_rows_of_the_table():
-    row = Row("size", "parameters", (200.0, 100.0, None), ",.0f", "less")
+    row = ComparisonRow("size", "parameters", (200.0, 100.0, None), ",.0f", "less")
     assert [row.text(i) for i in range(3)] == ["200", "100", "-"]
     assert [row.change(i) for i in range(3)] == [None, 0.5, None]
 

@@ -9,7 +9,6 @@ import torch
 
 from slimgpt.calibration import Instruction, read_documents, sample_windows
 from slimgpt.errors import CalibrationError, UsageError
-from slimgpt.recovery import dataset
 from slimgpt.recovery.dataset import IGNORED, collate, collect, encode, make_examples
 
 TEMPLATE = (
@@ -167,11 +166,10 @@ def test_a_template_of_whole_conversations_only_is_learned_as_a_whole(tokenizer,
     assert ids == labels
 
 
-def test_a_long_text_is_tokenised_in_pieces(tokenizer, monkeypatch):
+def test_a_long_text_is_tokenised_in_pieces(tokenizer):
     text = "The river runs past the old mill and on to the sea." + " The river runs." * 400
     whole = [e.ids.tolist() for e in make_examples(tokenizer, [text], 16)]
-    monkeypatch.setattr(dataset, "PIECE", 500)
-    assert [e.ids.tolist() for e in make_examples(tokenizer, [text], 16)] == whole
+    assert [e.ids.tolist() for e in make_examples(tokenizer, [text], 16, chunk_chars=500)] == whole
 
 
 def test_of_a_long_answer_only_the_start_is_tokenised(tokenizer):

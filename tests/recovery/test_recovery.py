@@ -229,8 +229,7 @@ def test_teacher_cache_holds_what_the_dense_model_says(dense_folder, text_file, 
     torch.testing.assert_close(rows["teacher_layers"].float(), states, rtol=1e-2, atol=1e-2)
 
 
-def test_teacher_cache_goes_on_where_it_was_killed(dense_folder, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.recovery.teacher_cache.FLUSH_EVERY", 1)
+def test_teacher_cache_goes_on_where_it_was_killed(dense_folder, text_file, tmp_path):
     dense, tokenizer = slimgpt.load(str(dense_folder))
     training = collect(tokenizer, [str(text_file)], 24, 0, 12).training
 
@@ -238,7 +237,7 @@ def test_teacher_cache_goes_on_where_it_was_killed(dense_folder, text_file, tmp_
         if done >= 4:
             raise KeyboardInterrupt
 
-    whole, parts = (TeacherCache(tmp_path / name, training, 8) for name in ("whole", "parts"))
+    whole, parts = (TeacherCache(tmp_path / name, training, 8, flush_every=1) for name in ("whole", "parts"))
     whole.create()
     whole.fill(dense, 2)
     parts.create()

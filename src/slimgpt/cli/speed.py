@@ -67,7 +67,7 @@ def speed(
 
 def print_timings(found: Timings) -> None:
     """A column per model and a table per batch size, then the ratios to the base."""
-    from slimgpt.comparison.timing import FIGURES
+    from slimgpt.comparison.timing import METRIC_FORMATS
 
     for batch in dict.fromkeys(row.batch for row in found.rows):
         rows = [row for row in found.rows if row.batch == batch]
@@ -76,7 +76,7 @@ def print_timings(found: Timings) -> None:
             table.add_column(Path(row.model).name, justify="right", overflow="fold")
         table.add_row("parameters", *(f"{row.parameters:,}" for row in rows))
         table.add_row("MB on disk", *(f"{row.bytes / 1e6:,.1f}" for row in rows))
-        for name, figure in FIGURES.items():
+        for name, figure in METRIC_FORMATS.items():
             values = [getattr(row, name) for row in rows]
             table.add_row(figure.title, *("-" if v is None else format(v / figure.scale, figure.style) for v in values))
         out.print(table)

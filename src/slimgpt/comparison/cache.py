@@ -1,4 +1,4 @@
-"""What an unfinished comparison has measured, so that a killed one goes on."""
+"""Cache of finished measurements, from which a killed comparison resumes."""
 
 from __future__ import annotations
 
@@ -11,41 +11,40 @@ from typing import Any
 from slimgpt.checkpoint.journal import write_text
 
 
-def kept_folder(output: Path) -> Path:
-    """Where a comparison that will write ``output`` keeps what it has measured."""
+def cache_folder(output: Path) -> Path:
+    """The folder beside ``output`` that caches its measurements until the comparison is complete."""
     return output.parent / f".{output.name}.measured"
 
 
-class Kept:
-    """The measurements of one model, in a file that grows.
+class MeasurementCache:
+    """The finished measurements of one model, in a JSON file.
 
     Args:
-        folder: the comparison's.
-        about: what decides every measurement of this model, as JSON values: measurements of anything else are not
-            seen.
+        folder: the cache folder of the comparison.
+        model_key: JSON values that identify model, dtype and versions; another key has another file.
     """
 
-    def __init__(self, folder: Path, about: Any):
-        self.file = folder / f"{hashlib.sha256(_key(about).encode()).hexdigest()[:16]}.json"
+    def __init__(self, folder: Path, model_key: Any):
+        self.file = folder / f"{hashlib.sha256(_canonical(model_key).encode()).hexdigest()[:16]}.json"
         self._values: dict[str, Any] = {}
         if self.file.is_file():
             self._values = json.loads(self.file.read_text(encoding="utf-8"))
 
-    def __call__(self, settings: Any, measure: Callable[[], Any]) -> Any:
-        """What was measured with these settings; measured now, and kept, if it was not.
+    def get_or_measure(self, settings: Any, measure: Callable[[], Any]) -> Any:
+        """The cached result for ``settings``, or a new one, which is cached.
 
         Args:
-            settings: what else decides it, as JSON values.
-            measure: gives JSON values.
+            settings: JSON values that identify the measurement.
+            measure: returns the result as JSON values.
         """
-        key = _key(settings)
+        key = _canonical(settings)
         if key not in self._values:
             value = measure()
-            self._values[key] = json.loads(json.dumps(value))  # as it will be read back
+            self._values[key] = json.loads(json.dumps(value))  # equal to the value that a resumed run reads
             self.file.parent.mkdir(parents=True, exist_ok=True)
             write_text(self.file, json.dumps(self._values, indent=1) + "\n")
         return self._values[key]
 
 
-def _key(values: Any) -> str:
+def _canonical(values: Any) -> str:
     return json.dumps(values, sort_keys=True)

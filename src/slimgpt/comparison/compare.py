@@ -1,4 +1,4 @@
-"""A model and its slim versions, side by side: what was lost, what was won."""
+"""Comparison of a dense model with its slim versions: quality, size and speed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from slimgpt.comparison.cache import kept_folder
+from slimgpt.comparison.cache import cache_folder
 from slimgpt.comparison.html_report import write_page
-from slimgpt.comparison.measure import CompareConfig, Counter, Measurer
+from slimgpt.comparison.measure import CompareConfig, Measurer, ProgressFactory
 from slimgpt.comparison.plots import plot_quality
 from slimgpt.comparison.result import Comparison
 from slimgpt.comparison.timing import time_models
@@ -35,80 +35,87 @@ def compare(
     trust_remote_code: bool = False,
     overwrite: bool = False,
     say: Callable[[str], object] = str,
-    counter: Counter | None = None,
+    counter: ProgressFactory | None = None,
 ) -> Comparison:
     """Measure a model and its slim versions; write ``compare.json``, ``quality.png``, ``quality.svg``, ``report.html``.
 
-    Until these are there, what has been measured is kept beside them: a comparison that was killed goes on when the
-    same one is asked for again. Speed is measured of all models in one run, and is not kept.
+    Finished measurements are cached beside ``output`` until it is complete, so that the same call resumes a killed
+    comparison. Speed is not cached: all models are timed in one run.
 
     Args:
-        base: a model as :func:`slimgpt.load` takes it.
-        slim: one or more others.
+        base: the dense model, as :func:`slimgpt.load` takes it.
+        slim: one or more slim models.
         output: the folder to write.
+        wanted: settings of the measurements; by default those of :class:`CompareConfig`.
         data_dir: where named texts and rows of tasks are files; from the hub if not given.
-        say: told what happens next.
-        counter: opens a progress bar.
+        say: called with a message before each stage.
+        counter: opens a progress bar; see :data:`ProgressFactory`.
 
     Raises:
         SlimGPTError: a model, a text or a task cannot be had; the folder exists.
     """
-    wanted = wanted or CompareConfig()
+    config = wanted or CompareConfig()
     names = [base, *slim]
     check_output(output, overwrite, kind=COMPARISON_FOLDER)
-    _check(names, wanted, data_dir, trust_remote_code)
-    texts = [read_text(text, data_dir) for text in wanted.texts]
-    kept = kept_folder(Path(output).expanduser().absolute())
-    measuring = Measurer(wanted, texts, kept, data_dir, device, dtype, trust_remote_code, counter)
+    _check(names, config, data_dir, trust_remote_code)
+    texts = [read_text(text, data_dir) for text in config.texts]
+    cache = cache_folder(Path(output).expanduser().absolute())
+    measurer = Measurer(
+        config, texts, cache, data_dir, device, dtype=dtype, trust_remote_code=trust_remote_code, new_progress=counter
+    )
     with new_folder(output, overwrite, COMPARISON_FOLDER) as folder:
-        sides = []
+        results = []
         for name, label in zip(names, _labels(names)):
             say(f"measuring {label}")
-            sides.append(measuring.side(name, label))
+            results.append(measurer.measure(name, label))
         timings = None
-        if wanted.batches:
+        if config.batches:
             say("timing all models in turn")
-            with measuring.bar("rounds") as on_start:
-                step = on_start(len(wanted.batches) * (wanted.rounds + 1)) if on_start else None
+            with measurer.progress_bar("rounds") as on_start:
+                step = on_start(len(config.batches) * (config.rounds + 1)) if on_start else None
                 timings = time_models(
                     names,
                     base,
-                    wanted.batches,
-                    wanted.prompt,
-                    wanted.new_tokens,
-                    wanted.rounds,
+                    config.batches,
+                    config.prompt,
+                    config.new_tokens,
+                    config.rounds,
                     device=device,
                     dtype=dtype,
                     trust_remote_code=trust_remote_code,
                     progress=lambda *_: step(1) if step else None,
                 )
-        found = Comparison(tuple(sides), timings, wanted)
-        (folder / "compare.json").write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
+        comparison = Comparison(tuple(results), timings, config)
+        (folder / "compare.json").write_text(json.dumps(comparison.to_json(), indent=1) + "\n", encoding="utf-8")
         for suffix in ("png", "svg"):
-            plot_quality(found, folder / f"quality.{suffix}")
-        write_page(found, folder / "report.html")
-    shutil.rmtree(kept, ignore_errors=True)
-    return found
+            plot_quality(comparison, folder / f"quality.{suffix}")
+        write_page(comparison, folder / "report.html")
+    shutil.rmtree(cache, ignore_errors=True)
+    return comparison
 
 
-def _check(names: Sequence[str], wanted: CompareConfig, data_dir: str | Path | None, trust_remote_code: bool) -> None:
-    """Refuse what cannot be measured of every model before the first one is."""
-    windows = [*wanted.windows, *([] if wanted.long_window is None else [wanted.long_window])]
+def _check(names: Sequence[str], config: CompareConfig, data_dir: str | Path | None, trust_remote_code: bool) -> None:
+    """Check the settings against every model before the first one is measured.
+
+    Raises:
+        SlimGPTError: a measurement that some model does not allow.
+    """
+    windows = [*config.windows, *([] if config.long_window is None else [config.long_window])]
     for window in windows:
         check_protocol(window)
     for source in [locate(name) for name in names]:
-        config = load_config(source, trust_remote_code)
+        model_config = load_config(source, trust_remote_code)
         for window in windows:
-            check_context(config, "a window", window)
-        for length in wanted.passkey:
-            check_context(config, "a text", length)
-        for batch in wanted.batches:
-            check_generation(config, wanted.prompt, wanted.new_tokens, wanted.rounds, batch)
-    if wanted.tasks:
-        check_tasks(wanted.tasks, wanted.limit, wanted.num_fewshot, data_dir)
+            check_context(model_config, "a window", window)
+        for length in config.passkey:
+            check_context(model_config, "a text", length)
+        for batch in config.batches:
+            check_generation(model_config, config.prompt, config.new_tokens, config.rounds, batch)
+    if config.tasks:
+        check_tasks(config.tasks, config.limit, config.num_fewshot, data_dir)
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Short names, told apart where two folders have the same."""
+    """The folder names of the models; the full name where two folders share one."""
     short = [locate(name).name for name in names]
     return [label if short.count(label) == 1 else name for label, name in zip(short, names)]

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that needs nothing else: light and dark, on a screen or a phone."""
+"""HTML report of a comparison: one self-contained file, with a light and a dark scheme and a mobile layout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from slimgpt.comparison.plots import COLORS, position_figures, quality_figures
 
 if TYPE_CHECKING:
-    from slimgpt.comparison.result import Comparison, Row
+    from slimgpt.comparison.result import Comparison, ComparisonRow
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --page: #ffffff; --card: #f6f8fa;
@@ -51,25 +51,26 @@ _DARK = ("#58a6ff", "#f0883e", "#3fb68b", "#c586e0", "#f06595", "#9ca3af")
 """The colours of the plots on a dark page."""
 
 
-def write_page(found: Comparison, file: Path) -> None:
+def write_page(comparison: Comparison, file: Path) -> None:
     """Write the report."""
-    names = [side.name for side in found.sides]
+    names = [result.name for result in comparison.sides]
     variables = {
         "light": " ".join(f"--c{i}: {color};" for i, color in enumerate(COLORS)),
         "dark": " ".join(f"--c{i}: {color};" for i, color in enumerate(_DARK)),
     }
-    plots = [*quality_figures(found), *position_figures(found)]
+    plots = [*quality_figures(comparison), *position_figures(comparison)]
+    protocols = json.dumps(_protocols(comparison), indent=1)
     body = [
         f"<h1>{_escape(names[0])} and its slim versions</h1>",
-        f"<p>{_escape(_summary(found))}</p>",
+        f"<p>{_escape(_summary(comparison))}</p>",
         '<h2>Quality against size, and over long texts</h2>\n<div class="plots">',
         *(f"<figure>{_svg(figure)}</figure>" for figure in plots),
         "</div>",
         "<h2>All figures</h2>",
-        f'<div class="scroll">{_table(found, names)}</div>',
+        f'<div class="scroll">{_table(comparison, names)}</div>',
         "<p>Under a value of a slim model: its ratio to the first column.</p>",
         "<h2>How they were taken</h2>",
-        f"<details><summary>protocols</summary><pre>{_escape(json.dumps(_protocols(found), indent=1))}</pre></details>",
+        f"<details><summary>protocols</summary><pre>{_escape(protocols)}</pre></details>",
     ]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -81,31 +82,31 @@ def write_page(found: Comparison, file: Path) -> None:
     file.write_text(page, encoding="utf-8")
 
 
-def _summary(found: Comparison) -> str:
-    """What a reader in a hurry needs to know."""
-    base, parts = found.sides[0], []
-    ratios = found.timings.ratios() if found.timings else {}
-    for side, name in zip(
-        found.sides[1:], dict.fromkeys(r.model for r in found.timings.rows[1:]) if found.timings else ()
+def _summary(comparison: Comparison) -> str:
+    """One clause per slim model: its size, its first perplexity and its decoding speed, relative to the base."""
+    base, parts = comparison.sides[0], []
+    ratios = comparison.timings.ratios() if comparison.timings else {}
+    for result, name in zip(
+        comparison.sides[1:], dict.fromkeys(r.model for r in comparison.timings.rows[1:]) if comparison.timings else ()
     ):
-        values = ratios.get((name, found.wanted.batches[0]), {})
-        (text, before), (_, after) = base.perplexities[0], side.perplexities[0]
+        values = ratios.get((name, comparison.wanted.batches[0]), {})
+        (text, before), (_, after) = base.perplexities[0], result.perplexities[0]
         parts.append(
-            f"{side.name}: {side.parameters / base.parameters:.0%} of the parameters, perplexity "
+            f"{result.name}: {result.parameters / base.parameters:.0%} of the parameters, perplexity "
             f"{before.perplexity:.2f} → {after.perplexity:.2f} on {Path(text).name}"
             + (f", decodes {values['decode']:.2f} times as fast" if "decode" in values else "")
         )
     return "; ".join(parts) + "." if parts else ""
 
 
-def _table(found: Comparison, names: list[str]) -> str:
+def _table(comparison: Comparison, names: list[str]) -> str:
     lines = [
         "<table>",
         "<thead><tr><th></th>" + "".join(f"<th>{_escape(name)}</th>" for name in names) + "</tr></thead>",
     ]
     group = None
     lines.append("<tbody>")
-    for row in found.table():
+    for row in comparison.table():
         if row.group != group:
             group = row.group
             lines.append(f'<tr class="group"><th colspan="{len(names) + 1}">{_escape(group)}</th></tr>')
@@ -115,28 +116,28 @@ def _table(found: Comparison, names: list[str]) -> str:
     return "\n".join([*lines, "</tbody>", "</table>"])
 
 
-def _change(row: Row, index: int) -> str:
+def _change(row: ComparisonRow, index: int) -> str:
     ratio = row.change(index)
     if ratio is None:
         return ""
-    kind = (
+    css_class = (
         "" if not row.better or abs(ratio - 1) < 0.005 else "good" if (ratio > 1) == (row.better == "more") else "bad"
     )
-    return f'<small class="{kind}">&times; {ratio:.3f}</small>'
+    return f'<small class="{css_class}">&times; {ratio:.3f}</small>'
 
 
-def _protocols(found: Comparison) -> dict[str, Any]:
-    base = found.sides[0]
+def _protocols(comparison: Comparison) -> dict[str, Any]:
+    base = comparison.sides[0]
     return {
         "perplexity": [{"text": Path(t).name, "window": p.window, **p.protocol} for t, p in base.perplexities],
         "tasks": base.tasks and base.tasks.protocol,
         "pass key": base.passkey and base.passkey.protocol,
-        "speed": found.timings and found.timings.protocol,
+        "speed": comparison.timings and comparison.timings.protocol,
     }
 
 
 def _svg(figure: Any) -> str:
-    """A figure as SVG whose text takes the page's colour and whose lines change with the page's scheme."""
+    """A figure as SVG; its text and lines use the colours of the page's scheme."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):

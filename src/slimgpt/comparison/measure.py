@@ -1,4 +1,4 @@
-"""The figures of one model of a comparison, but its speed."""
+"""Measurements of one model of a comparison: size, perplexity, tasks and pass key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.checkpoint.inspecting import read_report
-from slimgpt.comparison.cache import Kept
+from slimgpt.comparison.cache import MeasurementCache
 from slimgpt.evaluation.contamination import contamination_note
 from slimgpt.evaluation.corpora import Text
 from slimgpt.evaluation.evaluate import evaluate
@@ -25,20 +25,20 @@ from slimgpt.models.fingerprint import fingerprint, source_files
 from slimgpt.models.loading import load
 from slimgpt.models.source import locate
 from slimgpt.runtime.devices import as_device
-from slimgpt.runtime.versions import versions
+from slimgpt.runtime.versions import resume_versions
 
-Counter = Callable[[str], AbstractContextManager[Callable[[int], Callable[[int], None]]]]
-"""Given a unit, opens a bar: told an amount, it gives what is called as the work is done."""
+ProgressFactory = Callable[[str], AbstractContextManager[Callable[[int], Callable[[int], None]]]]
+"""Opens a progress bar for a unit; called with the total, the bar returns a function that adds finished work."""
 
 
 @dataclass(frozen=True)
 class CompareConfig:
-    """What to measure.
+    """Settings of a comparison.
 
     Args:
         texts: as :func:`slimgpt.evaluation.read_text` takes them.
-        windows: of every text.
-        max_tokens: of every text.
+        windows: window lengths in tokens, for every text.
+        max_tokens: tokens read of every text; all if ``None``.
         tasks: of lm-evaluation-harness; none if empty.
         limit: rows of every task.
         long_window: also perplexity by position up to here, on the first text; left out if ``None``.
@@ -61,13 +61,14 @@ class CompareConfig:
 
 
 @dataclass
-class Side:
-    """Everything measured of one model but its speed.
+class ModelResult:
+    """Measurements of one model, without its speed.
 
     Args:
-        name: as the table has it.
-        perplexities: with the name of the text.
-        leaks: by text, what has to be said.
+        name: label in the table.
+        removed: pruning ratio that was reached; ``None`` for a model that is not slim.
+        perplexities: pairs of text name and perplexity.
+        leaks: contamination note by text name.
     """
 
     name: str
@@ -83,7 +84,7 @@ class Side:
         """Plain dicts and lists."""
         return {
             **{name: getattr(self, name) for name in ("name", "parameters", "removed", "leaks")},
-            "perplexities": [{"text": text, **found.to_json()} for text, found in self.perplexities],
+            "perplexities": [{"text": text, **value.to_json()} for text, value in self.perplexities],
             "tasks": self.tasks and self.tasks.to_json(),
             "by_position": self.by_position and self.by_position.to_json(),
             "passkey": self.passkey and self.passkey.to_json(),
@@ -92,82 +93,83 @@ class Side:
 
 @dataclass
 class Measurer:
-    """How the models of a comparison are measured.
+    """Measures the models of a comparison with the same settings.
 
     Args:
-        texts: read already.
-        folder: where measurements are kept until the comparison is whole.
+        texts: the texts of ``config``, read.
+        cache_folder: folder of the :class:`MeasurementCache` files.
         data_dir: rows of tasks; from the hub if ``None``.
-        counter: opens a progress bar.
+        new_progress: opens a progress bar.
     """
 
-    wanted: CompareConfig
+    config: CompareConfig
     texts: Sequence[Text]
-    folder: Path
+    cache_folder: Path
     data_dir: str | Path | None = None
     device: str = "auto"
     dtype: str = "auto"
     trust_remote_code: bool = False
-    counter: Counter | None = None
+    new_progress: ProgressFactory | None = None
 
-    def side(self, name: str, label: str) -> Side:
-        """Everything wanted of a model; what an earlier run has kept is not measured again.
+    def measure(self, name: str, label: str) -> ModelResult:
+        """All measurements of a model; cached ones are read.
 
         Args:
             name: a model as :func:`slimgpt.load` takes it.
-            label: as the table has it.
+            label: name in the table.
         """
-        return _Model(self, name).side(label)
+        return _ModelMeasurer(self, name).measure(label)
 
-    def bar(self, unit: str) -> AbstractContextManager[Any]:
-        """A progress bar, if there are any."""
-        return self.counter(unit) if self.counter else nullcontext()
+    def progress_bar(self, unit: str) -> AbstractContextManager[Any]:
+        """A progress bar, or a context that yields ``None``."""
+        return self.new_progress(unit) if self.new_progress else nullcontext()
 
 
-class _Model:
-    """One of the models; it is loaded once something has to be measured."""
+class _ModelMeasurer:
+    """Measures one model, which is loaded at the first measurement that is not cached."""
 
-    def __init__(self, how: Measurer, name: str):
-        self.how, self.name = how, name
+    def __init__(self, common: Measurer, name: str):
+        self.common, self.name = common, name
         self.source = locate(name)
-        found = versions(as_device(how.device))
-        self.kept = Kept(
-            how.folder,
+        self.cache = MeasurementCache(
+            common.cache_folder,
             {
                 "model": [self.source.location, fingerprint(source_files(self.source))],
-                "dtype": how.dtype,
-                "versions": {name: found[name] for name in ("slimgpt", "torch", "transformers", "device")},
+                "dtype": common.dtype,
+                "versions": resume_versions(as_device(common.device)),
             },
         )
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load(self.name, self.how.dtype, self.how.device, self.how.trust_remote_code)
+        return load(self.name, self.common.dtype, self.common.device, self.common.trust_remote_code)
 
-    def side(self, label: str) -> Side:
-        wanted, texts = self.how.wanted, self.how.texts
+    def measure(self, label: str) -> ModelResult:
+        config, texts = self.common.config, self.common.texts
         report = read_report(self.source.folder) if self.source.folder is not None else None
         plan = (report or {}).get("plan") or {}
-        parameters = self.kept("parameters", lambda: sum(p.numel() for p in self.loaded[0].parameters()))
-        side = Side(label, parameters, plan.get("achieved"))
+        parameters = self.cache.get_or_measure(
+            "parameters", lambda: sum(p.numel() for p in self.loaded[0].parameters())
+        )
+        result = ModelResult(label, parameters, plan.get("achieved"))
         for text in texts:
             note = contamination_note(report, text)
             if note:
-                side.leaks[text.name] = note
-            side.perplexities += [(text.name, self._perplexity(text, window)) for window in wanted.windows]
-        if wanted.tasks:
-            side.tasks = self._tasks()
-        if wanted.long_window:
-            side.by_position = self._perplexity(texts[0], wanted.long_window, by_position=True)
-        if wanted.passkey:
-            side.passkey = self._passkey()
-        return side
+                result.leaks[text.name] = note
+            result.perplexities += [(text.name, self._perplexity(text, window)) for window in config.windows]
+        if config.tasks:
+            result.tasks = self._tasks()
+        if config.long_window:
+            result.by_position = self._perplexity(texts[0], config.long_window, by_position=True)
+        if config.passkey:
+            result.passkey = self._passkey()
+        return result
 
     def _perplexity(self, text: Text, window: int, by_position: bool = False) -> Perplexity:
-        max_tokens = self.how.wanted.max_tokens
+        max_tokens = self.common.config.max_tokens
 
         def measure() -> dict[str, Any]:
-            with self.how.bar(f"windows of {window}, {Path(text.name).name}") as on_start:
+            with self.common.progress_bar(f"windows of {window}, {Path(text.name).name}") as on_start:
                 step: list[Any] = []
 
                 def progress(done: int, total: int) -> None:
@@ -182,25 +184,29 @@ class _Model:
                 ).to_json()
 
         content = hashlib.sha256(text.content.encode()).hexdigest()
-        about = ["perplexity", content, text.joining, text.max_windows, window, max_tokens, by_position]
-        return Perplexity.from_json(self.kept(about, measure))
+        settings = ["perplexity", content, text.joining, text.max_windows, window, max_tokens, by_position]
+        return Perplexity.from_json(self.cache.get_or_measure(settings, measure))
 
     def _tasks(self) -> TaskScores:
-        wanted, data_dir = self.how.wanted, self.how.data_dir
+        config, data_dir = self.common.config, self.common.data_dir
 
         def measure() -> dict[str, Any]:
-            with self.how.bar("answers") as on_start:
-                found = evaluate_tasks(*self.loaded, wanted.tasks, wanted.limit, wanted.num_fewshot, data_dir, on_start)
-            return found.with_answers()
+            with self.common.progress_bar("answers") as on_start:
+                scores = evaluate_tasks(
+                    *self.loaded, config.tasks, config.limit, config.num_fewshot, data_dir, on_start
+                )
+            return scores.with_answers()
 
         rows = None if data_dir is None else stamp_rows(Path(data_dir).expanduser())
-        return TaskScores.from_json(self.kept(["tasks", wanted.tasks, wanted.limit, wanted.num_fewshot, rows], measure))
+        return TaskScores.from_json(
+            self.cache.get_or_measure(["tasks", config.tasks, config.limit, config.num_fewshot, rows], measure)
+        )
 
     def _passkey(self) -> Passkey:
-        lengths = self.how.wanted.passkey
+        lengths = self.common.config.passkey
 
         def measure() -> dict[str, Any]:
-            with self.how.bar("questions") as on_start:
+            with self.common.progress_bar("questions") as on_start:
                 return passkey(*self.loaded, lengths, on_start=on_start).to_json()
 
-        return Passkey.from_json(self.kept(["passkey", lengths], measure))
+        return Passkey.from_json(self.cache.get_or_measure(["passkey", lengths], measure))

@@ -1,4 +1,4 @@
-"""How fast models are and what they take, one beside the other in one run."""
+"""Speed, memory and FLOPs of several models, measured in one run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from slimgpt.planning.cost import generation_flops
 from slimgpt.runtime.versions import versions
 
 
-class Figure(NamedTuple):
-    """How a number of a :class:`Timing` is shown: its name, what it is divided by, its format, and what is better."""
+class MetricFormat(NamedTuple):
+    """Format of a metric of :class:`Timing`: title, unit as a divisor, format specification, and which is better."""
 
     title: str
     scale: float
@@ -30,15 +30,15 @@ class Figure(NamedTuple):
     better: str
 
 
-FIGURES = {
-    "prefill": Figure("prefill, tokens per second", 1, ",.0f", "more"),
-    "decode": Figure("decode, tokens per second", 1, ",.1f", "more"),
-    "first_token": Figure("first token, ms", 1e-3, ",.0f", "less"),
-    "peak_memory": Figure("peak memory, MB", 1e6, ",.0f", "less"),
-    "prefill_flops": Figure("MFLOPs per prompt token", 1e6, ",.0f", "less"),
-    "decode_flops": Figure("MFLOPs per new token", 1e6, ",.0f", "less"),
+METRIC_FORMATS = {
+    "prefill": MetricFormat("prefill, tokens per second", 1, ",.0f", "more"),
+    "decode": MetricFormat("decode, tokens per second", 1, ",.1f", "more"),
+    "first_token": MetricFormat("first token, ms", 1e-3, ",.0f", "less"),
+    "peak_memory": MetricFormat("peak memory, MB", 1e6, ",.0f", "less"),
+    "prefill_flops": MetricFormat("MFLOPs per prompt token", 1e6, ",.0f", "less"),
+    "decode_flops": MetricFormat("MFLOPs per new token", 1e6, ",.0f", "less"),
 }
-"""By the names of the numbers."""
+"""By field of :class:`Timing`."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +68,25 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timings:
-    """All models at all batch sizes, and how that was measured."""
+    """Timings of all models at all batch sizes, with the protocol."""
 
     rows: tuple[Timing, ...]
     base: str | None
     protocol: dict[str, Any]
 
     def ratios(self) -> dict[tuple[str, int], dict[str, float]]:
-        """By model and batch size: its numbers over the base's; of FLOPs the base's over its, the gain they promise."""
+        """Ratios to the base, by model and batch size; for FLOPs inverted: the speed-up expected from FLOPs alone."""
         bases = {row.batch: asdict(row) for row in self.rows if row.model == self.base}
-        found = {}
+        ratios = {}
         for row in self.rows:
             if row.model != self.base and row.batch in bases:
-                mine, base = asdict(row), bases[row.batch]
-                found[row.model, row.batch] = {
-                    name: (base[name] / mine[name] if name.endswith("flops") else mine[name] / base[name])
-                    for name in (*FIGURES, "parameters", "bytes")
-                    if mine[name] and base[name]
+                own, base = asdict(row), bases[row.batch]
+                ratios[row.model, row.batch] = {
+                    name: (base[name] / own[name] if name.endswith("flops") else own[name] / base[name])
+                    for name in (*METRIC_FORMATS, "parameters", "bytes")
+                    if own[name] and base[name]
                 }
-        return found
+        return ratios
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -108,7 +108,7 @@ def time_models(
     memory: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Timings:
-    """Time models in turn, A B A B, so that a drift of the machine meets them all alike.
+    """Time models in alternation (A B A B), so that drift of the machine affects all alike.
 
     Args:
         names: models as :func:`slimgpt.load` takes them; all are in memory at once.
@@ -131,7 +131,7 @@ def time_models(
 
         speeds.append(measure_speed(models, prompt, new_tokens, rounds, step, batch))
     target = models[0].device
-    facts = [_facts(source, model, prompt, new_tokens) for source, model in zip(sources, models)]
+    columns = [_model_columns(source, model, prompt, new_tokens) for source, model in zip(sources, models)]
     stored = str(models[0].dtype).removeprefix("torch.")
     del models  # the fresh processes need the memory
     rows = [
@@ -142,10 +142,10 @@ def time_models(
             decode=speed.decode,
             first_token=speed.first_token,
             peak_memory=_peak(source, str(target), batch, prompt, new_tokens, trust_remote_code) if memory else None,
-            **fact,
+            **model_columns,
         )
         for batch, of_batch in zip(batches, speeds)
-        for name, source, fact, speed in zip(names, sources, facts, of_batch)
+        for name, source, model_columns, speed in zip(names, sources, columns, of_batch)
     ]
     return Timings(
         rows=tuple(rows),
@@ -165,7 +165,7 @@ def time_models(
     )
 
 
-def _facts(source: Source, model: PreTrainedModel, prompt: int, new_tokens: int) -> dict[str, Any]:
+def _model_columns(source: Source, model: PreTrainedModel, prompt: int, new_tokens: int) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     size = parameters * model.dtype.itemsize
     if source.folder is not None:

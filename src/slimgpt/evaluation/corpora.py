@@ -16,7 +16,7 @@ from slimgpt.errors import CalibrationError, first_line
 
 @dataclass(frozen=True)
 class Text:
-    """A text and how it came about.
+    """An evaluation text with its origin.
 
     Args:
         name: as the user gave it.
@@ -42,7 +42,7 @@ class Corpus:
         rows: the rows of such a file, as the hub has them.
         hub: arguments of ``datasets.load_dataset``.
         field: of a row.
-        glue: what stands between two rows.
+        separator: text between two rows.
         max_rows: rows that the convention takes.
         max_windows: windows that the convention takes.
     """
@@ -51,7 +51,7 @@ class Corpus:
     rows: Callable[[str], Iterable[str]]
     hub: dict[str, Any]
     field: str
-    glue: str
+    separator: str
     max_rows: int | None = None
     max_windows: int | None = None
 
@@ -80,7 +80,7 @@ CORPORA = {
         rows=_wiki_lines,
         hub={"path": "Salesforce/wikitext", "name": "wikitext-2-raw-v1", "split": "test"},
         field="text",
-        glue="\n\n",
+        separator="\n\n",
     ),
     "ptb": Corpus(
         files=("ptb/ptb.test.txt", "ptb/test.txt"),
@@ -92,7 +92,7 @@ CORPORA = {
             "revision": "refs/convert/parquet",
         },
         field="sentence",
-        glue=" ",
+        separator=" ",
     ),
     "c4": Corpus(
         files=("c4/*validation*.jsonl", "c4/*.jsonl"),
@@ -103,7 +103,7 @@ CORPORA = {
             "split": "validation",
         },
         field="text",
-        glue=" ",
+        separator=" ",
         max_rows=1100,
         max_windows=256,
     ),
@@ -131,7 +131,7 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
             content = "\n\n".join(_plain(document, path) for document in read_file(path))
             return Text(name, content, "the texts of the rows, an empty line between two", path)
         return Text(name, _read(path), file=path)
-    joining = f"rows joined with {corpus.glue!r}"
+    joining = f"rows joined with {corpus.separator!r}"
     if corpus.max_rows:
         joining = f"the first {corpus.max_rows:,} {joining}"
     if data_dir is not None:
@@ -143,9 +143,9 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
             rows = list(corpus.rows(_read(file)))[: corpus.max_rows]
         except (ValueError, KeyError, TypeError) as error:
             raise CalibrationError(f"cannot read the rows of {file}: {error}") from error
-        return Text(name, corpus.glue.join(rows), f"{joining}, from {file.name}", file, corpus.max_windows)
+        return Text(name, corpus.separator.join(rows), f"{joining}, from {file.name}", file, corpus.max_windows)
     rows = _from_hub(name, corpus)
-    return Text(name, corpus.glue.join(rows), f"{joining}, from the hub", None, corpus.max_windows)
+    return Text(name, corpus.separator.join(rows), f"{joining}, from the hub", None, corpus.max_windows)
 
 
 def _plain(document: Document, path: Path) -> str:

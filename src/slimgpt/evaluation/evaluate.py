@@ -28,26 +28,26 @@ def evaluate(
     """Perplexity of a model on a text; see :func:`slimgpt.evaluation.perplexity` for the protocol.
 
     Args:
-        text: the path of a text file; ``wikitext2``, ``ptb`` or ``c4``; ``demo`` (the held-out speeches); or what
-            :func:`slimgpt.evaluation.read_text` gave.
+        text: the path of a text file; ``wikitext2``, ``ptb`` or ``c4``; ``demo`` (the held-out speeches); or a result
+            of :func:`slimgpt.evaluation.read_text`.
         data_dir: where the named corpora are files; from the hub if not given.
 
     Raises:
         UsageError: the text cannot be read, or the window does not fit.
     """
-    found = read_text(text, data_dir) if isinstance(text, str) else text
-    limits = [n for n in (max_tokens, found.max_windows and found.max_windows * window) if n is not None]
+    source = read_text(text, data_dir) if isinstance(text, str) else text
+    limits = [n for n in (max_tokens, source.max_windows and source.max_windows * window) if n is not None]
     limit = min(limits) if limits else None
     return perplexity(
         model,
         tokenizer,
-        found.content,
+        source.content,
         window,
         limit,
         batch_size,
         progress,
         stride=stride,
-        joining=found.joining,
+        joining=source.joining,
         by_position=by_position,
         bos=bos,
     )

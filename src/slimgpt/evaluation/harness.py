@@ -155,8 +155,8 @@ def _rows_from(data_dir: Path | None, num_fewshot: int | None, limit: int | None
     def download(task: ConfigurableTask, dataset_kwargs: dict[str, Any] | None = None, **rest: Any) -> None:
         config = task.config
         if data_dir is not None:
-            wanted = _splits(task, num_fewshot)
-            task.dataset = read_rows(data_dir, str(config.task), config.dataset_path, config.dataset_name, wanted)
+            splits = _splits(task, num_fewshot)
+            task.dataset = read_rows(data_dir, str(config.task), config.dataset_path, config.dataset_name, splits)
             if limit is not None and config.task in ROW_BY_ROW:  # the harness would prepare all, several times
                 evaluated = config.test_split or config.validation_split
                 task.dataset[evaluated] = task.dataset[evaluated].select(
@@ -184,7 +184,7 @@ def _splits(task: ConfigurableTask, num_fewshot: int | None) -> dict[str, str]:
     splits = dict.fromkeys(
         name for name in (evaluated, examples, config.training_split, config.validation_split) if name
     )
-    found = dict.fromkeys(splits, "")
+    purposes = dict.fromkeys(splits, "")
     if examples and shots:
-        found[examples] = "few-shot examples"
-    return found | ({evaluated: "questions"} if evaluated else {})
+        purposes[examples] = "few-shot examples"
+    return purposes | ({evaluated: "questions"} if evaluated else {})

@@ -16,7 +16,7 @@ Ids = Sequence[int]
 Group = tuple[Ids, list[int]]
 """A context and the numbers of the requests that continue it."""
 
-LOGITS = 1 << 25
+MAX_LOGITS = 1 << 25
 """Logits of one forward pass: they are the largest thing there is, so a batch's stay under about this many."""
 
 
@@ -91,13 +91,13 @@ def _batches(model: PreTrainedModel, groups: list[Group], requests: Sequence[tup
     def longest(group: Group) -> int:
         return max(len(requests[number][1]) for number in group[1])
 
-    tokens, logits = batch_tokens(model), LOGITS // model.config.get_text_config(decoder=True).vocab_size
+    tokens, logits = batch_tokens(model), MAX_LOGITS // model.config.get_text_config(decoder=True).vocab_size
     batch: list[Group] = []
     rows = long = longer = 0
     for group in sorted(groups, key=lambda g: (-len(g[0]), -longest(g), g[1][0])):
         context, rest = max(long, len(group[0])), max(longer, longest(group))
-        wanted = (len(batch) + 1) * context + (rows + len(group[1])) * rest
-        if batch and (wanted > tokens or (rows + len(group[1])) * rest > logits):
+        num_tokens = (len(batch) + 1) * context + (rows + len(group[1])) * rest
+        if batch and (num_tokens > tokens or (rows + len(group[1])) * rest > logits):
             yield batch
             batch, rows, context, rest = [], 0, len(group[0]), longest(group)
         batch.append(group)
@@ -148,8 +148,8 @@ def _score(model: PreTrainedModel, batch: list[Group], continuations: list[Ids])
     best = torch.cat([logits.argmax(-1) for logits in parts], 1).eq(targets)
     chosen = torch.cat(
         [
-            log_probabilities(logits.flatten(0, 1), said.reshape(-1, 1)).view(said.shape)
-            for logits, said in zip(parts, targets.split([1, width - 1], 1))
+            log_probabilities(logits.flatten(0, 1), labels.reshape(-1, 1)).view(labels.shape)
+            for logits, labels in zip(parts, targets.split([1, width - 1], 1))
         ],
         1,
     )  # (requests, width)

@@ -1,4 +1,4 @@
-"""Whether a model still finds in a long text what was said once."""
+"""Pass-key retrieval from long texts."""
 
 from __future__ import annotations
 

@@ -193,20 +193,20 @@ def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
     exact = torch.float32 if logits.device.type == "mps" else torch.float64
     rows = 1 if logits.device.type == "cpu" else logits.shape[1]
     losses = [
-        F.cross_entropy(piece.to(exact), said, reduction="none")
+        F.cross_entropy(piece.to(exact), labels, reduction="none")
         for window, target in zip(logits, ids[:, 1:])
-        for piece, said in zip(window.split(rows), target.split(rows))
+        for piece, labels in zip(window.split(rows), target.split(rows))
     ]
     return torch.cat(losses).view(len(ids), -1)
 
 
 def _buckets(means: Tensor) -> dict[int, float]:
     """Perplexity of positions 1, 2-3, 4-7, ...; the key is the first of them."""
-    found, start = {}, 1
+    buckets, start = {}, 1
     while start <= len(means):
-        found[start] = _exp(float(means[start - 1 : 2 * start - 1].mean()))
+        buckets[start] = _exp(float(means[start - 1 : 2 * start - 1].mean()))
         start *= 2
-    return found
+    return buckets
 
 
 def _exp(value: float) -> float:

@@ -9,15 +9,15 @@ from typing import Any
 
 from slimgpt.errors import UsageError
 
-Row = dict[str, Any]
+TaskRow = dict[str, Any]
 
 
-def _boolq(row: Row) -> Row:
+def _boolq(row: TaskRow) -> TaskRow:
     """``google/boolq`` says ``answer: true`` where SuperGLUE, which the harness reads, says ``label: 1``."""
     return row if "label" in row else {**row, "label": int(row["answer"])}
 
 
-ADAPTERS: dict[str, Callable[[Row], Row]] = {"boolq": _boolq}
+ADAPTERS: dict[str, Callable[[TaskRow], TaskRow]] = {"boolq": _boolq}
 """Tasks whose rows are published in two schemas."""
 
 
@@ -40,21 +40,21 @@ def read_rows(
     places = [data_dir / task]
     if dataset:
         places += [data_dir / dataset.rsplit("/", 1)[-1] / (config or ""), data_dir / dataset.rsplit("/", 1)[-1]]
-    found: dict[str, list[Row]] = {}
+    rows: dict[str, list[TaskRow]] = {}
     for split, purpose in splits.items():
         files = [place / f"{split}{suffix}" for place in places for suffix in _READERS]
         file = next((file for file in files if file.is_file()), None)
         if file is not None:
-            found[split] = [ADAPTERS.get(task, dict)(row) for row in _read(file)]
+            rows[split] = [ADAPTERS.get(task, dict)(row) for row in _read(file)]
         elif purpose:
             raise UsageError(
                 f"{data_dir} has no {split} rows of task '{task}' for its {purpose}: "
                 f"no {places[0] / split}{{{','.join(_READERS)}}}; "
                 "`slimgpt data fetch commonsense` makes a folder with the seven commonsense tasks"
             )
-    columns = next(iter(found.values()))[0] if found else {}
+    columns = next(iter(rows.values()))[0] if rows else {}
     empty = {name: [] for name in columns}
-    return {split: Dataset.from_list(found[split]) if split in found else Dataset.from_dict(empty) for split in splits}
+    return {split: Dataset.from_list(rows[split]) if split in rows else Dataset.from_dict(empty) for split in splits}
 
 
 def stamp_rows(data_dir: Path) -> list[tuple[str, int, int]]:
@@ -63,7 +63,7 @@ def stamp_rows(data_dir: Path) -> list[tuple[str, int, int]]:
     return [(str(file.relative_to(data_dir)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def _read(file: Path) -> list[Row]:
+def _read(file: Path) -> list[TaskRow]:
     try:
         rows = _READERS[file.suffix](file)
     except (OSError, ValueError) as error:
@@ -73,19 +73,19 @@ def _read(file: Path) -> list[Row]:
     return rows
 
 
-def _jsonl(file: Path) -> list[Row]:
+def _jsonl(file: Path) -> list[TaskRow]:
     with file.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def _json(file: Path) -> list[Row]:
+def _json(file: Path) -> list[TaskRow]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def _parquet(file: Path) -> list[Row]:
+def _parquet(file: Path) -> list[TaskRow]:
     import pyarrow.parquet as pq
 
     return pq.read_table(file).to_pylist()
 
 
-_READERS: dict[str, Callable[[Path], list[Row]]] = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+_READERS: dict[str, Callable[[Path], list[TaskRow]]] = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}

@@ -23,7 +23,7 @@ MEAN_METRICS = ("acc_norm", "acc")
 """A task's score in means is the first of these that it has."""
 
 DEGENERATE_SHARE = 0.9
-"""The share of questions with the same answer from which on that is said beside the score."""
+"""Default share of questions with the same answer from which a score counts as degenerate."""
 
 MIN_QUESTIONS = 20
 """Fewer questions may have the same answer by chance."""
@@ -75,13 +75,13 @@ class TaskScores:
         commonest = {name: (option, share) for name, (option, share) in values["commonest"].items()}
         return cls(**{**values, "commonest": commonest})
 
-    def degenerate_tasks(self) -> dict[str, str]:
-        """In words, by task: where one option is preferred so often that the score says little but how often it is
+    def degenerate_tasks(self, min_share: float | None = None) -> dict[str, str]:
+        """Tasks with one option preferred for at least ``min_share`` of the questions, by default
+        :data:`DEGENERATE_SHARE`: the option and its share in words. Their scores mostly reflect how often it is
         right."""
+        limit = DEGENERATE_SHARE if min_share is None else min_share
         return {
-            name: f"'{option}' to {share:.0%}"
-            for name, (option, share) in self.commonest.items()
-            if share >= DEGENERATE_SHARE
+            name: f"'{option}' to {share:.0%}" for name, (option, share) in self.commonest.items() if share >= limit
         }
 
 
@@ -107,21 +107,23 @@ def evaluate_tasks(
         UsageError: the harness is not installed, a task is unknown, or its rows cannot be had.
     """
     names, folder = check_tasks(tasks, limit, num_fewshot, data_dir, rows=False)
-    found = _harness().run_harness(model, tokenizer, names, limit, num_fewshot, folder, on_start)
-    scores = {name: _metrics(found, name) for name in {**found["results"], **(found.get("groups") or {})}}
+    output = _harness().run_harness(model, tokenizer, names, limit, num_fewshot, folder, on_start)
+    scores = {name: _metrics(output, name) for name in {**output["results"], **(output.get("groups") or {})}}
     asked = [scores[name] for name in names if name in scores]
     return TaskScores(
         scores=scores,
         mean=mean_of(asked),
         mean_acc=mean_of(asked, ("acc",)),
         mean_stderr=stderr_of_mean(asked),
-        samples=found["samples"],
-        commonest={name: one for name, rows in found["samples"].items() if (one := _commonest(rows)) is not None},
+        samples=output["samples"],
+        commonest={
+            name: one for name, rows in output["samples"].items() if (one := _majority_answer(rows)) is not None
+        },
         protocol={
-            "harness": f"lm_eval {found['lm_eval_version']}",
+            "harness": f"lm_eval {output['lm_eval_version']}",
             "tasks": names,
-            "versions": found["versions"],
-            "num_fewshot": found["n-shot"],
+            "versions": output["versions"],
+            "num_fewshot": output["n-shot"],
             "limit": limit,
             "rows_from": "the hub" if folder is None else "local files",
             "chat_template": False,
@@ -193,18 +195,18 @@ def _harness() -> ModuleType:
     return harness
 
 
-def _metrics(found: dict[str, Any], name: str) -> dict[str, float]:
+def _metrics(output: dict[str, Any], name: str) -> dict[str, float]:
     """The numbers of a task, without the names of the harness's filters where there is one."""
-    values = found["results"].get(name) or found["groups"][name]
+    values = output["results"].get(name) or output["groups"][name]
     metrics: dict[str, float] = {}
     for key, value in values.items():
         if isinstance(value, int | float) and "," in key:
             metrics.setdefault(key.split(",")[0], float(value))
-    rows = found["n-samples"].get(name)
+    rows = output["n-samples"].get(name)
     return {**metrics, **({"rows": rows["effective"]} if rows else {})}
 
 
-def _commonest(rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
+def _majority_answer(rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
     """The option that is preferred most often and its share, where all of many questions have the same options."""
     asked = [[argument[1:] for argument in row["arguments"]] for row in rows]
     if len(rows) < MIN_QUESTIONS or any(each != asked[0] for each in asked):
@@ -231,12 +233,12 @@ def stderr_of_mean(scores: Sequence[dict[str, float]]) -> float | None:
     return math.hypot(*known) / len(known) if known and len(known) == len(scores) else None
 
 
-def answers(found: TaskScores) -> Answers:
+def answers(result: TaskScores) -> Answers:
     """What is behind a mean: ``acc_norm`` where a task has it, else ``acc``, of every question of the tasks asked for;
     none where a task has no questions of its own, as a group has."""
-    rows = {name: found.samples.get(name, []) for name in found.protocol["tasks"]}
+    rows = {name: result.samples.get(name, []) for name in result.protocol["tasks"]}
     return {
-        name: {row["doc_id"]: float(row[metric]) for row in rows[name] if (metric := metric_of(found.scores[name]))}
+        name: {row["doc_id"]: float(row[metric]) for row in rows[name] if (metric := metric_of(result.scores[name]))}
         for name in rows
     }
 
@@ -247,15 +249,15 @@ def difference(base: Answers, other: Answers) -> tuple[float, float] | None:
     Both answered the same questions, so the error is of the differences question by question, smaller than what the
     errors of two means suggest. ``None`` where a task has fewer than two, or the questions are others.
     """
-    apart, errors = list[float](), list[float]()
+    differences, errors = list[float](), list[float]()
     for name, ours in base.items():
         theirs = other.get(name, {})
         if len(ours) < 2 or ours.keys() != theirs.keys():
             return None
         changes = [theirs[number] - score for number, score in ours.items()]
-        apart.append(statistics.mean(changes))
+        differences.append(statistics.mean(changes))
         errors.append(statistics.stdev(changes) / math.sqrt(len(changes)))
-    return (statistics.mean(apart), math.hypot(*errors) / len(errors)) if apart else None
+    return (statistics.mean(differences), math.hypot(*errors) / len(errors)) if differences else None
 
 
 def flips(base: Answers, other: Answers) -> float | None:

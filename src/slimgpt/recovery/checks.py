@@ -1,4 +1,4 @@
-"""A recovery request, checked before anything long begins."""
+"""Checks of a recovery request, before any weight is read."""
 
 from __future__ import annotations
 
@@ -25,16 +25,14 @@ from slimgpt.models.streaming import stored_dtype
 from slimgpt.pruning.report import PruneReport
 from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.dataset import Data, collect
-from slimgpt.recovery.trainer import (
-    needed_examples,
-)
+from slimgpt.recovery.trainer import needed_examples
 from slimgpt.runtime.devices import as_device, as_dtype
 from slimgpt.runtime.distributed import local_device, rank_of_environment
 
 
 @dataclass
 class RecoverRequest:
-    """A request that nothing is wrong with."""
+    """A recovery run with its settings, after every check."""
 
     source: Source
     output: Path
@@ -66,7 +64,7 @@ def make_recovery_config(**settings: Any) -> RecoverConfig:
     return RecoverConfig(**settings)
 
 
-def _check(
+def check_request(
     slim: str | Path,
     out: str | Path,
     data: str | Sequence[str],
@@ -78,6 +76,11 @@ def _check(
     trust_remote_code: bool,
     config: RecoverConfig,
 ) -> RecoverRequest:
+    """Check the arguments of :func:`slimgpt.recover` and read the data.
+
+    Raises:
+        SlimGPTError: as :func:`slimgpt.recover`.
+    """
     if config.adapters and find_spec("peft") is None:
         raise UsageError("adapters need peft: pip install 'slimgpt[recover]', or take --method full")
     if teacher is not None and not config.teacher:
@@ -96,15 +99,15 @@ def _check(
     check_context(model_config, "a max_length", config.max_length)
     check_files(source)
     report = read_report(source)
-    found = _find_teacher(teacher, report, model_config, config, trust_remote_code) if config.teacher else None
+    dense = _find_teacher(teacher, report, model_config, config, trust_remote_code) if config.teacher else None
     if rank_of_environment() == 0:
         stored = stored_dtype(source, model_config, "auto")
-        # The result, and two states of what is trained with two moments each in fp32.
-        states_take = 0 if config.adapters else 2 * 3 * 4
+        # The disk holds the result and two training states: weights and both Adam moments in fp32.
+        state_bytes = 0 if config.adapters else 2 * 3 * 4
         check_output(
             output,
             overwrite,
-            parameters * (stored.itemsize + states_take),
+            parameters * (stored.itemsize + state_bytes),
             inputs=[*source.folders, *local_files(sources)],
         )
     tokenizer = load_tokenizer(source, trust_remote_code)
@@ -115,13 +118,13 @@ def _check(
     for example in (*examples.training, *examples.held_out):
         check_ids(example.ids, text_config(model_config).vocab_size, "the text to train on")
     return RecoverRequest(
-        source, output, model_config, tokenizer, report, config, sources, examples, found, target, dtype,
+        source, output, model_config, tokenizer, report, config, sources, examples, dense, target, dtype,
         trust_remote_code,
     )  # fmt: skip
 
 
 def read_report(source: Source) -> PruneReport | None:
-    """The report of a slim folder; ``None`` for a model that we did not prune.
+    """The report of a slim folder; ``None`` for a model without one.
 
     Raises:
         ModelError: its ``slimgpt.json`` is damaged.
@@ -144,16 +147,16 @@ def _find_teacher(
         name = assets.DEMO if report.base_model == assets.MODEL_NAME else report.base_model
     try:
         source = locate(name)
-        found = load_config(source, trust_remote_code)
+        teacher_config = load_config(source, trust_remote_code)
         check_files(source)
     except ModelError as error:
         raise ModelError(f"the teacher cannot be read; name the dense model with --teacher: {error}") from error
     for field in ("vocab_size", *(("hidden_size", "num_hidden_layers") if config.layer_weight else ())):
-        if getattr(found, field) != getattr(model_config, field):
+        if getattr(teacher_config, field) != getattr(model_config, field):
             raise UsageError(
-                f"the teacher {source.name} has {field} {getattr(found, field)}, the slim model "
+                f"the teacher {source.name} has {field} {getattr(teacher_config, field)}, the slim model "
                 f"{getattr(model_config, field)}: it is not the model this one was made from"
             )
-    if config.top_k > found.vocab_size:
-        raise UsageError(f"top_k is {config.top_k}; the vocabulary has only {found.vocab_size} tokens")
-    return source, found
+    if config.top_k > teacher_config.vocab_size:
+        raise UsageError(f"top_k is {config.top_k}; the vocabulary has only {teacher_config.vocab_size} tokens")
+    return source, teacher_config

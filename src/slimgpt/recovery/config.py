@@ -1,4 +1,4 @@
-"""How to recover, checked before anything long begins."""
+"""Settings of a recovery run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from slimgpt.errors import UsageError
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained and against what."""
+    """Defaults of a recovery method: learning rate, LoRA adapters or all weights, with or without a teacher."""
 
     learning_rate: float
     adapters: bool
@@ -132,5 +132,5 @@ class RecoverConfig:
 
     @property
     def teacher(self) -> bool:
-        """Whether the dense model teaches."""
+        """Whether the loss compares with a teacher, the dense model."""
         return METHODS[self.method].teacher

@@ -1,4 +1,4 @@
-"""Documents to training examples: token ids, and which of them are to be learned."""
+"""Training examples from documents: token ids and labels."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from slimgpt.calibration.windows import Refused, first_ids, prefix_ids, render
 from slimgpt.errors import CalibrationError, UsageError
 
 IGNORED = -100
-"""The label of a token that is not learned, as everywhere in transformers."""
+"""The label of a token without loss, as in transformers."""
 
 SHUFFLE_BUFFER = 200_000
-"""Documents of a source that are read and shuffled at most."""
+"""Most documents of a source that are read and shuffled."""
 
-PIECE = 1 << 20
-"""Characters of a plain text that are tokenised at once."""
+CHUNK_CHARS = 1 << 20
+"""Default number of characters of a plain text that are tokenised at once."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and what it holds out.
+    """Training and held-out examples of a run.
 
     Args:
         without_answer: rows that were dropped because their answer lies behind ``max_length``, or is empty.
@@ -103,19 +103,19 @@ def collect(
         left_out.say(max_length, bool(per_source[-1]))
         dropped += left_out.without_answer
     weights = shares or [1.0] * len(sources)
-    # The n-th example of a source is due at n / its share; sorting merges the sources in proportion.
-    due = [((number + 1) / weight, place, e) for place, (weight, found) in enumerate(zip(weights, per_source))
-           for number, e in enumerate(found)]  # fmt: skip
-    in_turn = [example for *_, example in sorted(due, key=lambda item: item[:2])]
-    if held_out and len(in_turn) < 2:
+    # The n-th example of a source has position n / its share; sorting interleaves the sources in proportion.
+    positions = [((number + 1) / weight, place, e) for place, (weight, examples) in enumerate(zip(weights, per_source))
+           for number, e in enumerate(examples)]  # fmt: skip
+    interleaved = [example for *_, example in sorted(positions, key=lambda item: item[:2])]
+    if held_out and len(interleaved) < 2:
         raise CalibrationError(
             f"the data gives only one example of {max_length} tokens, so none can be held out: give more text, "
             "a smaller --max-length, or --held-out 0"
         )
-    aside = min(held_out, max(1, len(in_turn) // 10)) if held_out else 0
-    training = in_turn[aside:][:needed]
+    num_held_out = min(held_out, max(1, len(interleaved) // 10)) if held_out else 0
+    training = interleaved[num_held_out:][:needed]
     random.Random(seed).shuffle(training)
-    return Data(tuple(training), tuple(in_turn[:aside]), dropped)
+    return Data(tuple(training), tuple(interleaved[:num_held_out]), dropped)
 
 
 class LeftOut(Refused):
@@ -152,12 +152,14 @@ def make_examples(
     max_length: int,
     pack: bool = False,
     left_out: LeftOut | None = None,
+    chunk_chars: int = CHUNK_CHARS,
 ) -> Iterator[Example]:
     """Plain text joined and cut into windows of ``max_length`` (what is left over is not used); instructions and chats
     one by one, or in the same windows if ``pack``.
 
     Args:
         left_out: counts the rows that give no example.
+        chunk_chars: characters of a plain text that are tokenised at once.
 
     Raises:
         CalibrationError: conversations, and a tokenizer without a chat template.
@@ -170,7 +172,7 @@ def make_examples(
     labels: list[int] = []
     for document in documents:
         if isinstance(document, str) or pack:
-            for more, learned in _pieces(tokenizer, document, left_out):
+            for more, learned in _encode_chunks(tokenizer, document, left_out, chunk_chars):
                 ids += more
                 labels += learned
                 while len(ids) >= body:
@@ -182,13 +184,13 @@ def make_examples(
             continue
         more, learned = encoded
         close = end if isinstance(document, Instruction) else []  # a template ends a chat itself
-        found = list(_example(prefix, (more + close)[:body], (learned + close)[:body]))
-        left_out.without_answer += not found
-        yield from found
+        examples = list(_example(prefix, (more + close)[:body], (learned + close)[:body]))
+        left_out.without_answer += not examples
+        yield from examples
 
 
-def _pieces(
-    tokenizer: PreTrainedTokenizerBase, document: Document, left_out: LeftOut
+def _encode_chunks(
+    tokenizer: PreTrainedTokenizerBase, document: Document, left_out: LeftOut, chunk_chars: int
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Ids and labels of a document and of the token after it; a long text comes in pieces."""
     if not isinstance(document, str):
@@ -199,9 +201,9 @@ def _pieces(
     else:
         start = 0
         while start < len(document):
-            # A piece ends before a blank, where tokens end too.
-            cut = BLANK.search(document, start + PIECE, start + 2 * PIECE)
-            stop = cut.start() if cut else start + 2 * PIECE
+            # A chunk ends before white space, where tokens end too.
+            cut = BLANK.search(document, start + chunk_chars, start + 2 * chunk_chars)
+            stop = cut.start() if cut else start + 2 * chunk_chars
             yield encode(tokenizer, document[start:stop])
             start = stop
     if tokenizer.eos_token_id is not None:
@@ -213,20 +215,20 @@ BLANK = re.compile(r"\s")
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, document: Document, most: int | None = None
+    tokenizer: PreTrainedTokenizerBase, document: Document, max_ids: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Token ids of a document and their labels: all of a plain text, the answers of an instruction or a chat.
 
     Args:
-        most: ids that will be used; what lies far behind them is not read.
+        max_ids: ids that will be used; what lies far behind them is not read.
     """
     ids: list[int] = []
     labels: list[int] = []
     for text, learned in _spans(tokenizer, document):
-        if most is None:
+        if max_ids is None:
             more = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         else:
-            more = first_ids(tokenizer, text, max(0, most - len(ids)))
+            more = first_ids(tokenizer, text, max(0, max_ids - len(ids)))
         ids += more
         labels += more if learned else [IGNORED] * len(more)
     return ids, labels

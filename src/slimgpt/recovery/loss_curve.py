@@ -1,4 +1,4 @@
-"""Losses by step: as JSON and as a picture."""
+"""Losses by step, as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Curve:
         training: ``(step, loss)``: what is minimised, mean per predicted token since the point before.
         held_out: ``(step, loss)``: cross-entropy on the held-out examples.
         learning_rate: ``(step, rate)``.
-        steps: steps that were planned.
-        kept: the step whose weights were kept.
+        steps: planned steps.
+        kept: the step whose weights are saved (its key in JSON).
     """
 
     training: tuple[tuple[int, float], ...]
@@ -31,13 +31,13 @@ class Curve:
     kept: int
 
     @classmethod
-    def from_history(cls, history: Sequence[dict[str, Any]], steps: int, kept: int) -> Curve:
-        """From the log of a Trainer."""
+    def from_history(cls, history: Sequence[dict[str, Any]], steps: int, best_step: int) -> Curve:
+        """From ``log_history`` of a Trainer."""
         series = {
             name: tuple((entry["step"], float(entry[name])) for entry in history if name in entry)
             for name in ("loss", "held_out_loss", "learning_rate")
         }
-        return cls(series["loss"], series["held_out_loss"], series["learning_rate"], steps, kept)
+        return cls(series["loss"], series["held_out_loss"], series["learning_rate"], steps, best_step)
 
 
 def write_curve(folder: Path, values: dict[str, Any]) -> None:

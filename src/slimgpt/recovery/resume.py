@@ -1,8 +1,8 @@
-"""Where a recovery run keeps what it has done, so that a killed one goes on: ``.OUT.unfinished`` beside the output::
+"""Working folder of a recovery run, from which a killed one resumes: ``.OUT.unfinished`` beside the output::
 
-journal.json     what was asked for; another request is refused
-choices.json     what was chosen on this machine, and the seconds so far
-teacher/         the dense model's predictions
+journal.json     the request; another one is refused
+choices.json     settings chosen on this machine, and the seconds so far
+teacher/         predictions of the dense model
 states/          weights, optimizer and random numbers after the last evaluation and after the best one
 """
 
@@ -27,7 +27,7 @@ class Workspace:
         self._choices: dict[str, Any] = {}
 
     def open(self, request: dict[str, Any], resume: bool, overwrite: bool) -> None:
-        """Begin, or go on.
+        """Begin or resume.
 
         Raises:
             ResumeError: an unfinished run of another request, or one that was not asked for.
@@ -40,14 +40,14 @@ class Workspace:
         self.seconds = self._choices.setdefault("seconds", {})
 
     def choice(self, name: str, choose: Callable[[], Any]) -> Any:
-        """What was chosen when the run began; chosen now if it begins."""
+        """The choice of the run that is resumed; ``choose()`` in a new run."""
         if name not in self._choices:
             self._choices[name] = choose()
             self._write()
         return self._choices[name]
 
     def add_seconds(self, part: str, seconds: float) -> None:
-        """Count time that was spent."""
+        """Add wall time to a part."""
         self.seconds[part] = self.seconds.get(part, 0.0) + seconds
         if self.folder.is_dir():
             self._write()

@@ -1,4 +1,4 @@
-"""From a slim folder to a recovered one: everything checked first, then the teacher, then training."""
+"""Recovery of a slim folder: checks, teacher predictions, training, saving."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slimgpt.io.folders import output_lock
 from slimgpt.models.fingerprint import fingerprint, source_files
 from slimgpt.models.loading import load_model
 from slimgpt.models.streaming import check_finite, stored_dtype
-from slimgpt.recovery.checks import RecoverRequest, _check, make_recovery_config
+from slimgpt.recovery.checks import RecoverRequest, check_request, make_recovery_config
 from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.loss_curve import Curve, write_curve
 from slimgpt.recovery.resume import Workspace
@@ -33,19 +33,19 @@ from slimgpt.recovery.trainer import (
 )
 from slimgpt.runtime.devices import forward_dtype
 from slimgpt.runtime.distributed import Ranks, join
-from slimgpt.runtime.versions import versions
+from slimgpt.runtime.versions import resume_versions, versions
 
 OnTeacher = Callable[[int, int], None]
-"""Called with the examples that the teacher has seen, and all of this process."""
+"""Called with the number of examples the teacher has processed, and their total, in this process."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """What a recovery run did; ``slimgpt.json`` and the card carry it.
+    """Result of a recovery run, stored in ``slimgpt.json`` and the model card.
 
     Args:
         folder: the recovered model.
-        settings: what was asked for, with what was chosen for it.
+        settings: the :class:`RecoverConfig`, with the learning rate that was used, and the sources of data.
         data: sources, numbers of examples and predicted tokens, SHA-256 of ids and labels.
         curve: losses by step.
         seconds: wall time of the ``teacher`` and of ``training``, over all resumed parts.
@@ -109,7 +109,7 @@ def recover(
         NumericalError: a loss or gradient that is no number; the last good state is kept for ``resume``.
     """
     config = make_recovery_config(**settings)
-    checked = _check(
+    request = check_request(
         slim,
         out,
         data,
@@ -120,102 +120,109 @@ def recover(
         trust_remote_code=trust_remote_code,
         config=config,
     )
-    with join(checked.device) as ranks, output_lock(checked.output) if ranks.main else nullcontext():
-        return _run(checked, ranks, resume, overwrite, on_teacher, on_step)
+    with join(request.device) as ranks, output_lock(request.output) if ranks.main else nullcontext():
+        return _run(request, ranks, resume, overwrite, on_teacher, on_step)
 
 
 def _run(
-    c: RecoverRequest, ranks: Ranks, resume: bool, overwrite: bool, on_teacher: OnTeacher | None, on_step: OnStep | None
+    request: RecoverRequest,
+    ranks: Ranks,
+    resume: bool,
+    overwrite: bool,
+    on_teacher: OnTeacher | None,
+    on_step: OnStep | None,
 ) -> Recovery:
-    config = c.config
+    config = request.config
     if config.batch_size % (config.micro_batch * ranks.world):
         raise UsageError(
             f"batch_size {config.batch_size} is no multiple of micro_batch {config.micro_batch} x {ranks.world} "
             "processes"
         )
-    work = Workspace(c.output)
+    workspace = Workspace(request.output)
     if ranks.main:
-        work.open(_request(c, ranks.world), resume, overwrite)
-    bf16 = bool(ranks.agree(int(work.choice("bf16", lambda: _bf16(config, c.device)) if ranks.main else 0)))
-    seconds = work.seconds
+        workspace.open(_resume_request(request, ranks.world), resume, overwrite)
+    bf16 = bool(ranks.agree(int(workspace.choice("bf16", lambda: _bf16(config, request.device)) if ranks.main else 0)))
+    seconds = workspace.seconds
     start = time.perf_counter()
-    cache = _teach(c, ranks, work.folder / "teacher", on_teacher)
+    cache = _cache_teacher(request, ranks, workspace.folder / "teacher", on_teacher)
     if cache is not None and ranks.main:
-        work.add_seconds("teacher", time.perf_counter() - start)
+        workspace.add_seconds("teacher", time.perf_counter() - start)
 
     start = time.perf_counter()
-    dtype = c.dtype if c.dtype != "auto" or config.adapters else "float32"
-    model = load_model(c.source, c.model_config, dtype, c.device, c.trust_remote_code)
-    stored = stored_dtype(c.source, c.model_config, "auto")
+    dtype = request.dtype if request.dtype != "auto" or config.adapters else "float32"
+    model = load_model(request.source, request.model_config, dtype, request.device, request.trust_remote_code)
+    stored = stored_dtype(request.source, request.model_config, "auto")
     set_seed(config.seed)  # adapters begin with random numbers
     trained = make_trainable(model, config)
-    pad_id: Any = c.tokenizer.pad_token_id or 0
+    pad_id: Any = request.tokenizer.pad_token_id or 0
     trainer = RecoveryTrainer(
-        trained, config, c.data.training, c.data.held_out, cache=cache, folder=work.folder / "states",
-        pad_id=pad_id, bf16=bf16, device=c.device, world=ranks.world, on_step=on_step,
+        trained, config, request.data.training, request.data.held_out, cache=cache, folder=workspace.folder / "states",
+        pad_id=pad_id, bf16=bf16, device=request.device, world=ranks.world, on_step=on_step,
     )  # fmt: skip
     try:
         curve = _train(trainer)
     finally:
         if ranks.main:
-            work.add_seconds("training", time.perf_counter() - start)
+            workspace.add_seconds("training", time.perf_counter() - start)
     model = trained.merge_and_unload() if config.adapters else trained  # type: ignore[operator]
     recovery = Recovery(
-        folder=c.output,
-        settings=asdict(config) | {"learning_rate": config.peak_learning_rate, "data": list(c.sources)},
-        data=_described(c),
+        folder=request.output,
+        settings=asdict(config) | {"learning_rate": config.peak_learning_rate, "data": list(request.sources)},
+        data=_describe_data(request),
         curve=curve,
         seconds=dict(seconds),
         execution={
-            "device": c.device.type,
+            "device": request.device.type,
             "processes": ranks.world,
             "bf16": bf16,
             "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-            "teacher": c.teacher[0].name if c.teacher else None,
+            "teacher": request.teacher[0].name if request.teacher else None,
         },
-        versions=versions(c.device),
+        versions=versions(request.device),
     )
     if ranks.main:
-        _finish(c, model, stored, recovery, overwrite)
-        work.discard()
-    ranks.agree(0)  # nobody leaves before the folder is there
+        _save(request, model, stored, recovery, overwrite)
+        workspace.discard()
+    ranks.agree(0)  # other processes wait until the folder exists
     return recovery
 
 
 def _train(trainer: RecoveryTrainer) -> Curve:
-    """Train from where the last state is, and leave the best state's weights in the model."""
-    kept = states(trainer.folder)
+    """Train from the last saved state; the model ends with the weights of the best step."""
+    saved = states(trainer.folder)
     finished = False
-    if kept:
-        before = trainer.state.load_from_json(str(kept[-1] / STATE))
+    if saved:
+        before = trainer.state.load_from_json(str(saved[-1] / STATE))
         stopped = should_stop_early(before.log_history, trainer.config.patience)
         finished = stopped or before.global_step >= trainer.args.max_steps
         if finished:
             trainer.state = before
-            load_weights(kept[-1], trainer.learner)
+            load_weights(saved[-1], trainer.learner)
     if not finished:
-        trainer.args.eval_on_start = not kept and bool(trainer.held_out)
-        trainer.train(resume_from_checkpoint=str(kept[-1]) if kept else None)
+        trainer.args.eval_on_start = not saved and bool(trainer.held_out)
+        trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
     best = trainer.best_step
     if best != trainer.state.global_step:
         load_weights(trainer.folder / f"step-{best:08d}", trainer.learner)
     return Curve.from_history(trainer.state.log_history, trainer.args.max_steps, best)
 
 
-def _teach(c: RecoverRequest, ranks: Ranks, folder: Path, on_teacher: OnTeacher | None) -> TeacherCache | None:
-    """The teacher's predictions for the training examples; it is gone from memory afterwards."""
-    if c.teacher is None:
+def _cache_teacher(
+    request: RecoverRequest, ranks: Ranks, folder: Path, on_teacher: OnTeacher | None
+) -> TeacherCache | None:
+    """Cache the teacher's predictions for the training examples; the teacher is freed afterwards."""
+    if request.teacher is None:
         return None
-    source, teacher_config = c.teacher
-    config = c.config
+    source, teacher_config = request.teacher
+    config = request.config
     hidden = (min(config.layers, teacher_config.num_hidden_layers), teacher_config.hidden_size)
-    cache = TeacherCache(folder, c.data.training, config.top_k, hidden if config.layer_weight else None)
+    cache = TeacherCache(folder, request.data.training, config.top_k, hidden if config.layer_weight else None)
     if ranks.main:
         cache.create()
     ranks.agree(0)
-    dtype = forward_dtype("auto", torch.bfloat16, c.device)  # None: bfloat16 is the faster one
-    name = "auto" if c.device.type == "cuda" else "bfloat16" if dtype is None else "float32"
-    teacher: PreTrainedModel = load_model(source, teacher_config, name, c.device, c.trust_remote_code)
+    dtype = forward_dtype("auto", torch.bfloat16, request.device)  # None: bfloat16 is the faster one
+    name = "auto" if request.device.type == "cuda" else "bfloat16" if dtype is None else "float32"
+    teacher: PreTrainedModel = load_model(source, teacher_config, name, request.device, request.trust_remote_code)
     cache.fill(teacher, config.micro_batch, ranks.rank, ranks.world, on_teacher)
     ranks.agree(0)
     cache.open("r")
@@ -231,41 +238,47 @@ def _bf16(config: RecoverConfig, device: torch.device) -> bool:
     return device.type == "cpu" and forward_dtype("auto", torch.bfloat16, device) is None
 
 
-def _request(c: RecoverRequest, world: int) -> dict[str, Any]:
-    """Everything that decides the result but the learning rate, which may change after a loss that was no number."""
-    found = versions(c.device)
-    settings = asdict(c.config)
+def _resume_request(request: RecoverRequest, world: int) -> dict[str, Any]:
+    """The settings a resumed run must share: all but the learning rate, which may be lowered after a NaN loss."""
+    settings = asdict(request.config)
     settings.pop("learning_rate")
     return {
         "command": "recover",
-        "model": {"name": c.source.name, "files": fingerprint(source_files(c.source))},
+        "model": {"name": request.source.name, "files": fingerprint(source_files(request.source))},
         "settings": settings,
-        "data": _described(c),
-        "teacher": c.teacher[0].name if c.teacher else None,
-        "dtype": c.dtype,
+        "data": _describe_data(request),
+        "teacher": request.teacher[0].name if request.teacher else None,
+        "dtype": request.dtype,
         "processes": world,
-        "versions": {name: found[name] for name in ("slimgpt", "torch", "transformers", "device")},
+        "versions": resume_versions(request.device),
     }
 
 
-def _described(c: RecoverRequest) -> dict[str, Any]:
+def _describe_data(request: RecoverRequest) -> dict[str, Any]:
     return {
-        "sources": list(c.sources),
-        "examples": len(c.data.training),
-        "held_out": len(c.data.held_out),
-        "predicted_tokens": sum(example.predicted for example in c.data.training),
-        "steps": total_steps(c.config, len(c.data.training)),
-        "sha256": c.data.digest(),
+        "sources": list(request.sources),
+        "examples": len(request.data.training),
+        "held_out": len(request.data.held_out),
+        "predicted_tokens": sum(example.predicted for example in request.data.training),
+        "steps": total_steps(request.config, len(request.data.training)),
+        "sha256": request.data.digest(),
     }
 
 
-def _finish(c: RecoverRequest, model: Any, stored: torch.dtype, recovery: Recovery, overwrite: bool) -> None:
-    """Save the model with what pruning and recovery say of it."""
+def _save(request: RecoverRequest, model: Any, stored: torch.dtype, recovery: Recovery, overwrite: bool) -> None:
+    """Save the model with the reports of pruning and recovery."""
     model = model.to("cpu", stored).requires_grad_(False).eval()
     model.config.dtype = stored
     model.config.use_cache = True
     check_finite(model.state_dict().items())
     report = None
-    if c.report is not None:
-        report = replace(c.report, recovery=(*c.report.recovery, recovery.to_json()))
-    save(model, c.tokenizer, report, c.output, overwrite, lambda folder: write_curve(folder, recovery.to_json()))
+    if request.report is not None:
+        report = replace(request.report, recovery=(*request.report.recovery, recovery.to_json()))
+    save(
+        model,
+        request.tokenizer,
+        report,
+        request.output,
+        overwrite,
+        lambda folder: write_curve(folder, recovery.to_json()),
+    )

@@ -1,4 +1,4 @@
-"""What the dense model says of every training token, kept in files so that it need not stay in memory."""
+"""Teacher predictions for the training tokens in memory-mapped files, so that the teacher need not stay in memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
 from slimgpt.recovery.dataset import Example, collate
 
-FLUSH_EVERY = 32
-"""Batches after which what is done is put on the disk."""
-
 
 def layer_numbers(count: int, depth: int) -> list[int]:
     """The layers whose outputs are compared, as indices into ``hidden_states``: evenly spaced, ending in the last."""
@@ -39,13 +36,15 @@ class TeacherCache:
             layers are compared, ``layers.npy`` ``(rows, layers, hidden)``, the bits of bfloat16.
         examples: the training examples.
         top_k: the most likely tokens to keep.
-        hidden: layers and hidden size, where layer outputs are kept.
+        hidden: number of layers and hidden size, where layer outputs are cached.
+        flush_every: batches between two flushes to disk, from which a killed run resumes.
     """
 
     folder: Path
     examples: Sequence[Example]
     top_k: int
     hidden: tuple[int, int] | None = None
+    flush_every: int = 32
 
     def __post_init__(self) -> None:
         self.starts = [0, *accumulate(example.predicted for example in self.examples)]
@@ -65,11 +64,11 @@ class TeacherCache:
 
     @property
     def bytes(self) -> int:
-        """What the files take."""
+        """Size of all files."""
         return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in self.layout.values())
 
     def create(self) -> None:
-        """Make the files, unless they are there.
+        """Create the files, unless they exist.
 
         Raises:
             OutputError: the disk has too little room.
@@ -114,7 +113,7 @@ class TeacherCache:
             chosen = list(share[start : start + batch_size])
             self._fill_batch(teacher, chosen, numbers)
             stop = min(start + batch_size, len(share))
-            if count % FLUSH_EVERY == 0 or stop == len(share):
+            if count % self.flush_every == 0 or stop == len(share):
                 for values in self.files.values():
                     values.flush()  # type: ignore[attr-defined]
                 write_text(mark, json.dumps(stop))
@@ -131,19 +130,19 @@ class TeacherCache:
         log_p = log_probabilities(logits, tokens)
         if not log_p.isfinite().all():
             raise NumericalError("the dense model's predictions are NaN or infinite; try --dtype float32")
-        found = {"tokens": tokens.int().cpu().numpy(), "log_p": log_p.half().cpu().numpy()}
+        predictions = {"tokens": tokens.int().cpu().numpy(), "log_p": log_p.half().cpu().numpy()}
         if numbers:
             states = torch.stack([predicted(outputs.hidden_states[number], labels)[0] for number in numbers], 1)
-            found["layers"] = states.bfloat16().view(torch.int16).cpu().numpy()
+            predictions["layers"] = states.bfloat16().view(torch.int16).cpu().numpy()
         row = 0
         for index in chosen:
             start, stop = self.starts[index], self.starts[index + 1]
-            for name, array in found.items():
+            for name, array in predictions.items():
                 self.files[name][start:stop] = array[row : row + stop - start]
             row += stop - start
 
     def rows(self, chosen: Sequence[int]) -> dict[str, Tensor]:
-        """What the dense model said of the predicted tokens of some examples, one example after the other."""
+        """Cached predictions for the predicted tokens of some examples, concatenated: ``(tokens, ...)``."""
         if not self.files:
             self.open("r")
         picked = {

@@ -31,7 +31,7 @@ def write_state(
     scheduler: Any,
     state: TrainerState,
 ) -> Path:
-    """Keep the state after ``state.global_step`` steps as a folder that appears whole or not at all.
+    """Save the state after ``state.global_step`` steps as a folder that appears whole or not at all.
 
     Raises:
         OutputError: the disk is full; earlier states are kept.
@@ -58,14 +58,14 @@ def write_state(
 
 
 def states(folder: Path) -> list[Path]:
-    """The states that are kept, oldest first."""
+    """The saved states, oldest first."""
     return sorted(folder.glob("step-*"))
 
 
-def keep_only(folder: Path, wanted: set[int]) -> None:
+def keep_only(folder: Path, steps: set[int]) -> None:
     """Remove the states of other steps."""
     for path in states(folder):
-        if int(path.name.removeprefix("step-")) not in wanted:
+        if int(path.name.removeprefix("step-")) not in steps:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -76,15 +76,15 @@ def load_weights(path: Path, model: nn.Module) -> None:
         ResumeError: the files are damaged or of another model.
     """
     try:
-        found = load_file(path / WEIGHTS)
+        weights = load_file(path / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ResumeError(f"{path / WEIGHTS} is damaged ({error}); start anew with --overwrite") from error
     own = trainable(model)
-    if found.keys() != own.keys():
+    if weights.keys() != own.keys():
         raise ResumeError(f"{path} holds other weights than this run trains; start anew with --overwrite")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(found[name])
+            parameter.copy_(weights[name])
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any, learning_rate: float) -> None:
@@ -108,14 +108,14 @@ def load_generators(path: Path) -> None:
 
 
 def _generators() -> dict[str, Tensor]:
-    found = {"cpu": torch.get_rng_state()}
+    states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        found["cuda"] = torch.cuda.get_rng_state()
-    return found
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
 def _factors(scheduler: Any) -> list[float]:
-    """What the schedule multiplies the learning rate of every group with at its step."""
+    """The schedule's factor of the learning rate for every group at its step."""
     return [function(scheduler.last_epoch) for function in scheduler.lr_lambdas]
 
 

@@ -21,13 +21,13 @@ from slimgpt.recovery.dataset import Example, collate
 from slimgpt.recovery.teacher_cache import TeacherCache, layer_numbers
 
 MAX_GRADIENT_NORM = 1.0
-POINTS = 500
-"""Training losses that a long run's curve has, about."""
+MAX_CURVE_POINTS = 500
+"""Approximate number of training losses in the curve of a long run."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where a run is."""
+    """Progress of a run: update, planned updates, and the last losses."""
 
     step: int
     steps: int
@@ -39,7 +39,7 @@ OnStep = Callable[[Step], None]
 
 
 class IndexDataset(Dataset):
-    """The numbers of the examples; the collator looks them up."""
+    """Dataset of example indices, which the collator looks up."""
 
     def __init__(self, count: int):
         self.count = count
@@ -52,7 +52,7 @@ class IndexDataset(Dataset):
 
 
 class _Steps(TrainerCallback):
-    """Tells of every step, and has the last one measured and kept too."""
+    """Reports every step; evaluates and saves the last one."""
 
     def __init__(self, measure: bool, on_step: OnStep | None):
         self.measure, self.on_step = measure, on_step
@@ -127,7 +127,7 @@ class RecoveryTrainer(Trainer):
             bf16=bf16,
             use_cpu=device.type == "cpu",
             seed=config.seed,
-            logging_steps=max(1, steps // POINTS),
+            logging_steps=max(1, steps // MAX_CURVE_POINTS),
             logging_nan_inf_filter=False,
             eval_strategy="steps" if held_out else "no",
             eval_steps=evaluate_every,
@@ -162,7 +162,7 @@ class RecoveryTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of a micro-batch, as its share of the mean over all predicted tokens of the batch."""
-        c, labels = self.config, inputs["labels"]
+        config, labels = self.config, inputs["labels"]
         compare = "teacher_layers" in inputs
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -174,12 +174,12 @@ class RecoveryTrainer(Trainer):
         if self.cache is None:
             total = text_loss(logits, tokens)
         else:
-            text, apart = text_loss_and_divergence(logits, tokens, inputs["teacher_tokens"], inputs["teacher_log_p"])
-            total = c.text_weight * text + c.distill_weight * apart
+            text, kl = text_loss_and_divergence(logits, tokens, inputs["teacher_tokens"], inputs["teacher_log_p"])
+            total = config.text_weight * text + config.distill_weight * kl
             if compare:
                 numbers = layer_numbers(inputs["teacher_layers"].shape[1], len(outputs.hidden_states) - 1)
                 own = torch.stack([predicted(outputs.hidden_states[number], labels)[0] for number in numbers], 1)
-                total = total + c.layer_weight * layer_distance(own, inputs["teacher_layers"])
+                total = total + config.layer_weight * layer_distance(own, inputs["teacher_layers"])
         count = num_items_in_batch if num_items_in_batch is not None else max(1, len(tokens))
         loss = total / count * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, outputs) if return_outputs else loss
@@ -263,9 +263,9 @@ def needed_examples(config: RecoverConfig) -> int | None:
 
 
 def make_trainable(model: PreTrainedModel, config: RecoverConfig) -> nn.Module:
-    """The model with what is to be trained marked: adapters put in, or the embeddings frozen.
+    """The model with its trainable parameters: LoRA adapters are added, or the embeddings frozen.
 
-    The optional library peft is asked for by ``run.check_library`` before this.
+    ``checks.check_request`` has made sure that peft is installed where adapters are trained.
     """
     if config.gradient_checkpointing:
         turn_on = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -1,7 +1,7 @@
-"""The paper's tables, row by row."""
+"""Reproduction of the paper's tables."""
 
-from slimgpt.reproducing.recipe import Evaluation, Recipe, Row, read_recipe
+from slimgpt.reproducing.recipe import Evaluation, Recipe, RecipeRow, read_recipe
 from slimgpt.reproducing.result import Result
 from slimgpt.reproducing.run import reproduce
 
-__all__ = ["Evaluation", "Recipe", "Result", "Row", "read_recipe", "reproduce"]
+__all__ = ["Evaluation", "Recipe", "RecipeRow", "Result", "read_recipe", "reproduce"]

@@ -1,4 +1,4 @@
-"""The figures of one model, and what pruning took."""
+"""Measurements of one model, and the peak memory of pruning."""
 
 from __future__ import annotations
 
@@ -23,30 +23,37 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def measure_model(
-    model: str, what: Evaluation, device: str, dtype: str, data_dir: Path | None
+    model: str, evaluation: Evaluation, device: str, dtype: str, data_dir: Path | None
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The figures of a model by column, and what lies behind them."""
+    """The figures of a model by column, and the protocols and reports behind them."""
     figures: dict[str, float] = {}
     details: dict[str, Any] = {}
     loaded, tokenizer = load(model, dtype, device)
     figures["parameters"] = sum(parameter.numel() for parameter in loaded.parameters())
-    if "perplexity" in what.measure:
-        for text in what.texts:
-            for window in what.windows:
-                found = evaluate(loaded, tokenizer, text, window=window, max_tokens=what.max_tokens, data_dir=data_dir)
-                figures[perplexity_column(text, window)] = found.perplexity
-                details[perplexity_column(text, window)] = found.to_json()
-    if "tasks" in what.measure:
+    if "perplexity" in evaluation.measure:
+        for text in evaluation.texts:
+            for window in evaluation.windows:
+                result = evaluate(
+                    loaded, tokenizer, text, window=window, max_tokens=evaluation.max_tokens, data_dir=data_dir
+                )
+                figures[perplexity_column(text, window)] = result.perplexity
+                details[perplexity_column(text, window)] = result.to_json()
+    if "tasks" in evaluation.measure:
         from slimgpt.evaluation.tasks import evaluate_tasks
 
         scores = evaluate_tasks(
-            loaded, tokenizer, what.tasks, limit=what.limit, num_fewshot=what.num_fewshot, data_dir=data_dir
+            loaded,
+            tokenizer,
+            evaluation.tasks,
+            limit=evaluation.limit,
+            num_fewshot=evaluation.num_fewshot,
+            data_dir=data_dir,
         )
         if scores.mean is not None:
-            figures[f"{what.tasks} (mean, %)"] = 100 * scores.mean
-        details[what.tasks] = scores.to_json()
-    if "speed" in what.measure:
-        speed = measure_speed([loaded], what.prompt, what.new_tokens)[0]
+            figures[f"{evaluation.tasks} (mean, %)"] = 100 * scores.mean
+        details[evaluation.tasks] = scores.to_json()
+    if "speed" in evaluation.measure:
+        speed = measure_speed([loaded], evaluation.prompt, evaluation.new_tokens)[0]
         figures["prefill tokens/s"], figures["decode tokens/s"] = speed.prefill, speed.decode
         figures["seconds per token"] = 1 / speed.decode
         source = locate(model)
@@ -65,14 +72,14 @@ def perplexity_column(text: str, window: int) -> str:
 
 @dataclass
 class Peak:
-    """The most memory that was in use; ``None`` where the system does not say."""
+    """Peak memory in bytes; ``None`` where the system does not report it."""
 
     bytes: int | None = None
 
 
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[Peak]:
-    """Watch the memory of a block: of the GPU, or of this process on Linux."""
+    """Measure the peak memory of a block: of the GPU, or of this process on Linux."""
     peak = Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -85,5 +92,5 @@ def peak_of(device: torch.device) -> Iterator[Peak]:
         resettable = True
     yield peak
     if resettable:
-        found = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())
-        peak.bytes = 1024 * int(found[1]) if found else None
+        match = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())
+        peak.bytes = 1024 * int(match[1]) if match else None

@@ -36,7 +36,7 @@ TINY_RECOVER = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured and how.
+    """Settings of the measurements of a recipe.
 
     Args:
         measure: keys of :data:`MEASURES`.
@@ -62,15 +62,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of the table.
+class RecipeRow:
+    """One model of a recipe: a row of the table.
 
     Args:
-        name: how the table calls it.
-        model: what ``slimgpt prune`` takes.
+        name: label in the table.
+        model: a model as ``slimgpt prune`` takes it.
         prune: keywords of :func:`slimgpt.prune_folder`; ``None``: the model as it is.
         recover: keywords of :func:`slimgpt.recover`; ``None``: no training. The row is then measured twice.
-        paper: what the paper states, by the name of the table's column; ``name + tuned`` for the row after training.
+        paper: the paper's figures, by column of the table; ``name + tuned`` for the row after training.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Recipe:
     title: str
     note: str
     evaluation: Evaluation
-    rows: tuple[Row, ...]
+    rows: tuple[RecipeRow, ...]
     dtype: str = "auto"
     tiny: bool = False
 
@@ -143,7 +143,7 @@ def read_recipe(file: Path, model: str | None = None, tiny: bool = False) -> Rec
     )
 
 
-def _row(file: Path, values: dict[str, Any], row: dict[str, Any]) -> Row:
+def _row(file: Path, values: dict[str, Any], row: dict[str, Any]) -> RecipeRow:
     _known(file, row, ROW_KEYS)
     if "name" not in row:
         raise UsageError(f"{file}: a row has no name")
@@ -154,7 +154,7 @@ def _row(file: Path, values: dict[str, Any], row: dict[str, Any]) -> Row:
     _known(file, recover or {}, RECOVER_KEYS)
     if recover is not None and "data" not in recover:
         raise UsageError(f"{file}, row '{row['name']}': recover needs `data`")
-    return Row(row["name"], row.get("model", values["model"]), prune, recover, row.get("paper", {}))
+    return RecipeRow(row["name"], row.get("model", values["model"]), prune, recover, row.get("paper", {}))
 
 
 def _options(shared: dict[str, Any] | None, own: dict[str, Any] | bool | None) -> dict[str, Any] | None:
@@ -174,7 +174,9 @@ def _evaluation(file: Path, values: dict[str, Any]) -> Evaluation:
     return evaluation
 
 
-def _tiny(file: Path, rows: list[Row], evaluation: Evaluation, values: dict[str, Any]) -> tuple[list[Row], Evaluation]:
+def _tiny(
+    file: Path, rows: list[RecipeRow], evaluation: Evaluation, values: dict[str, Any]
+) -> tuple[list[RecipeRow], Evaluation]:
     """Minutes instead of hours: everything that makes the run long is made small, what the table varies stays.
 
     ``keep`` names the rows that remain; ``vary`` gives by row what it varies, such as a smaller ``num_samples``.
@@ -191,7 +193,7 @@ def _tiny(file: Path, rows: list[Row], evaluation: Evaluation, values: dict[str,
             continue
         prune = None if row.prune is None else {**row.prune, **TINY_PRUNE, **vary.get(row.name, {})}
         recover = None if row.recover is None else {**row.recover, **TINY_RECOVER}
-        small.append(Row(row.name, assets.DEMO, prune, recover))
+        small.append(RecipeRow(row.name, assets.DEMO, prune, recover))
     measure = tuple(name for name in evaluation.measure if name != "tasks") or ("perplexity",)
     return small, replace(
         evaluation, measure=measure, texts=(assets.DEMO,), windows=(128,), max_tokens=1280, prompt=64, new_tokens=8

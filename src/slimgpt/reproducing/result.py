@@ -1,4 +1,4 @@
-"""The result of a row."""
+"""The result of a recipe row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 TUNED = ", tuned"
-"""What the name of a row gets that was trained after pruning."""
+"""Suffix of the name of a row that was trained after pruning."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Result:
     Args:
         name: the row's, with :data:`TUNED` after training.
         figures: by column.
-        paper: what the paper states, by column.
+        paper: the paper's figures, by column.
         details: protocols and reports behind the figures.
     """
 

@@ -1,4 +1,4 @@
-"""Work through a recipe row by row; finished rows are kept, so that a killed run goes on."""
+"""Run a recipe row by row; finished rows are saved, so that a killed run resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slimgpt.pipeline.to_folder import prune_folder
 from slimgpt.recovery.checks import make_recovery_config
 from slimgpt.recovery.run import recover
 from slimgpt.reproducing.measuring import measure_model, peak_of
-from slimgpt.reproducing.recipe import Evaluation, Recipe, Row, read_recipe
+from slimgpt.reproducing.recipe import Evaluation, Recipe, RecipeRow, read_recipe
 from slimgpt.reproducing.result import TUNED, Result
 from slimgpt.reproducing.table import table
 from slimgpt.runtime.devices import as_device
@@ -69,13 +69,14 @@ def reproduce(
     results: list[Result] = []
     for number, row in enumerate(loaded.rows):
         request = _request(loaded, row, device)
-        kept = work / "rows" / f"{slug(row.name)}.json"
-        found = None if overwrite else _finished(kept, request)
-        if found is None:
+        row_file = work / "rows" / f"{slug(row.name)}.json"
+        row_results = None if overwrite else _read_finished(row_file, request)
+        if row_results is None:
             say = (lambda text, n=number: on_row(n, len(loaded.rows), text)) if on_row else str
-            found = _run_row(loaded, row, work / "models", device, data_dir, keep_models, say)
-            write_text(kept, json.dumps({"request": request, "results": [asdict(r) for r in found]}, indent=1))
-        results += found
+            row_results = _run_row(loaded, row, work / "models", device, data_dir, keep_models, say)
+            content = {"request": request, "results": [asdict(result) for result in row_results]}
+            write_text(row_file, json.dumps(content, indent=1))
+        results += row_results
         values = {
             "recipe": asdict(loaded),
             "results": [asdict(result) for result in results],
@@ -102,7 +103,7 @@ def find_recipe(recipe: str | Path) -> Path:
 
 
 def _check(recipe: Recipe) -> None:
-    """Refuse what a row would be refused for, before the first one is begun."""
+    """Check the settings and models of all rows before the first one runs."""
     for row in recipe.rows:
         if row.prune is not None:
             make_config(**{key: value for key, value in row.prune.items() if key not in ("calibration", "memory")})
@@ -114,27 +115,29 @@ def _check(recipe: Recipe) -> None:
 
 def _run_row(
     recipe: Recipe,
-    row: Row,
+    row: RecipeRow,
     models: Path,
     device: str,
     data_dir: str | Path | None,
     keep_models: bool,
     say: Callable[[str], object],
 ) -> list[Result]:
-    where = Path(data_dir).expanduser() if data_dir is not None else None
+    task_folder = Path(data_dir).expanduser() if data_dir is not None else None
 
-    def measured(model: str, suffix: str, what: Evaluation, more: dict[str, float], details: dict[str, Any]) -> Result:
+    def measure(
+        model: str, suffix: str, evaluation: Evaluation, more: dict[str, float], details: dict[str, Any]
+    ) -> Result:
         say(f"{row.name}{suffix}: measuring")
-        figures, behind = measure_model(model, what, device, recipe.dtype, where)
+        figures, measured_details = measure_model(model, evaluation, device, recipe.dtype, task_folder)
         paper = {
             column.removesuffix(TUNED): value
             for column, value in row.paper.items()
             if column.endswith(TUNED) == bool(suffix)
         }
-        return Result(row.name + suffix, {**figures, **more}, paper, {**details, **behind})
+        return Result(row.name + suffix, {**figures, **more}, paper, {**details, **measured_details})
 
     if row.prune is None:
-        return [measured(row.model, "", recipe.evaluation, {}, {})]
+        return [measure(row.model, "", recipe.evaluation, {}, {})]
     slim, tuned = models / slug(row.name), models / f"{slug(row.name)}-tuned"
     say(f"{row.name}: pruning")
     with peak_of(as_device(device)) as peak:
@@ -145,8 +148,8 @@ def _run_row(
     if "cost" in recipe.evaluation.measure:
         cost["pruning, s"] = report.seconds
         cost |= {"pruning, peak GB": peak.bytes / 1e9} if peak.bytes is not None else {}
-    made = {"plan": report.plan.to_json(), "settings": asdict(report.settings)}
-    results = [measured(str(slim), "", recipe.evaluation, cost, made)]
+    details = {"plan": report.plan.to_json(), "settings": asdict(report.settings)}
+    results = [measure(str(slim), "", recipe.evaluation, cost, details)]
     if row.recover is not None:
         say(f"{row.name}: training")
         if not tuned.is_dir():
@@ -157,16 +160,18 @@ def _run_row(
             training = outcome.to_json()
         else:
             training = json.loads((tuned / "recovery.json").read_text(encoding="utf-8"))
-        what = replace(recipe.evaluation, measure=tuple(m for m in recipe.evaluation.measure if m != "cost"))
-        results.append(measured(str(tuned), TUNED, what, {"removed, %": cost["removed, %"]}, {"recovery": training}))
+        evaluation = replace(recipe.evaluation, measure=tuple(m for m in recipe.evaluation.measure if m != "cost"))
+        results.append(
+            measure(str(tuned), TUNED, evaluation, {"removed, %": cost["removed, %"]}, {"recovery": training})
+        )
     if not keep_models:
         shutil.rmtree(slim, ignore_errors=True)
         shutil.rmtree(tuned, ignore_errors=True)
     return results
 
 
-def _finished(file: Path, request: str) -> list[Result] | None:
-    """What an earlier run found for a row, if it was asked for the same."""
+def _read_finished(file: Path, request: str) -> list[Result] | None:
+    """The results of a finished row; ``None`` if it has none for this request."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
         return [Result(**result) for result in values["results"]] if values["request"] == request else None
@@ -174,10 +179,10 @@ def _finished(file: Path, request: str) -> list[Result] | None:
         return None
 
 
-def _request(recipe: Recipe, row: Row, device: str) -> str:
-    """A digest of everything that decides a row's figures."""
-    found = versions(as_device(device))
-    values = [asdict(row), asdict(recipe.evaluation), recipe.dtype, found["slimgpt"], found["device"]]
+def _request(recipe: Recipe, row: RecipeRow, device: str) -> str:
+    """SHA-256 of the settings and versions that determine a row's figures."""
+    installed = versions(as_device(device))
+    values = [asdict(row), asdict(recipe.evaluation), recipe.dtype, installed["slimgpt"], installed["device"]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
