@@ -13,7 +13,7 @@ import slimgpt
 from slimgpt.config import make_config
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.parameter_counts import describe
-from slimgpt.planning import Sensitivity, between, spend, trial
+from slimgpt.planning import Sensitivity, allocate_budget, interpolate, trial_plan
 from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.pruning.loop import prune_layers
@@ -33,7 +33,7 @@ def case(family: str):
     """A model in fp64, and a plan that narrows every structure of it."""
     model = tiny_model(family).double()
     shape = describe(model.config, model)
-    plan = trial(plan_for(model.config, CONFIG, shape), shape)
+    plan = trial_plan(plan_for(model.config, CONFIG, shape), shape)
     return model, plan, model.get_submodule(slimgpt.ARCHITECTURES[family].layers)
 
 
@@ -110,7 +110,7 @@ def test_measuring_changes_nothing():
     with torch.no_grad():
         logits = model(IDS).logits
     shape = describe(model.config, model)
-    plan = trial(plan_for(model.config, CONFIG, shape), shape)
+    plan = trial_plan(plan_for(model.config, CONFIG, shape), shape)
     measure(model, model.model.layers.__getitem__, IDS, plan, CONFIG, run())
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, logits)
@@ -164,8 +164,8 @@ def test_what_was_measured_is_followed_and_reported():
     shape = describe(model.config, model)
     costs = json.loads(json.dumps(report.to_json()))["allocation"]["contributions"]
     costs = Sensitivity(0.0, tuple(slimgpt.planning.StructureCost(**cost) for cost in costs))
-    cheapest = spend(scheduled.plan, shape, costs)
-    expected = between(scheduled.plan, cheapest, shape, 1 - scheduled.plan.achieved)
+    cheapest = allocate_budget(scheduled.plan, shape, costs)
+    expected = interpolate(scheduled.plan, cheapest, shape, 1 - scheduled.plan.achieved)
     assert expected.layers == report.plan.layers
     assert cheapest.layers != expected.layers
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from slimgpt.config import PruneConfig
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.parameter_counts import ModelShape, measurable
-from slimgpt.planning.allocation import Sensitivity, between, spend, trial
+from slimgpt.planning.allocation import Sensitivity, allocate_budget, interpolate, trial_plan
 from slimgpt.planning.plan import Plan
 from slimgpt.sensitivity.measure import (
     ENDPOINT,
@@ -60,10 +60,10 @@ def allocate(
     def look_at(widths: Plan, points: Points) -> Sensitivity:
         return measure(model, load_layer, windows, widths, config, run, on_step, points)
 
-    costs = look_at(trial(plan, shape, heads), first)
-    cheapest = spend(plan, shape, costs, config.round_to, heads)
+    costs = look_at(trial_plan(plan, shape, heads), first)
+    cheapest = allocate_budget(plan, shape, costs, config.round_to, heads)
     # The more is removed, the more it costs to follow what is measured into extremes.
-    chosen = between(plan, cheapest, shape, 1 - plan.achieved, config.round_to)
+    chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, config.round_to)
     said = {"by": "search" if others else "sensitivity", **costs.to_json()}
     if others:
         tried = [(look_at(widths, points).divergence, widths) for widths, points in zip((plan, chosen), others)]
