@@ -18,7 +18,7 @@ from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.runtime.memory import Placement
-from slimgpt.sensitivity.measure import ENDPOINT, PARTS, SIMPSON, divide, measure
+from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, SIMPSON, measure, split_windows
 from tests.families import tiny_model, windows
 
 IDS = windows(12, 24)
@@ -47,7 +47,7 @@ def divergence(model, dense, ids) -> float:
 def test_the_divergence_is_that_of_the_pruned_model_and_its_parts_sum_up_to_it(family):
     model, plan, layers = case(family)
     found = measure(model, layers.__getitem__, IDS, plan, CONFIG, run())
-    fit, probe = divide(IDS, 52)
+    fit, probe = split_windows(IDS, 52)
     assert not {tuple(row) for row in fit.tolist()} & {tuple(row) for row in probe.tolist()}
     slim = copy.deepcopy(model)
     for _ in prune_model(slim, fit, plan, CONFIG, run()):
@@ -57,17 +57,19 @@ def test_the_divergence_is_that_of_the_pruned_model_and_its_parts_sum_up_to_it(f
         found.divergence, rel=0.2 if family == "gemma2" else 0.06
     )
     assert len(found.contributions) == 2 * len(layers)
-    parts, whole = (measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), None, p) for p in (PARTS, ENDPOINT))
+    parts, whole = (
+        measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), points=p) for p in (MIDPOINT, ENDPOINT)
+    )
     assert parts.contributions == found.contributions
     assert parts.divergence == pytest.approx(sum(part.cost for part in parts.contributions), rel=1e-12)
     assert (whole.divergence, whole.contributions) == (found.divergence, ())
 
 
-@pytest.mark.parametrize(("family", "points"), [("llama", PARTS), ("gpt2", PARTS), ("llama", SIMPSON)])
+@pytest.mark.parametrize(("family", "points"), [("llama", MIDPOINT), ("gpt2", MIDPOINT), ("llama", SIMPSON)])
 def test_a_part_is_the_integral_of_the_slope_along_the_path(family, points):
     model, plan, layers = case(family)
     found = measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), points=points)
-    fit, probe = divide(IDS, 52)
+    fit, probe = split_windows(IDS, 52)
     structures = {s.unit: s for s in slimgpt.ARCHITECTURES[family].chosen(plan.head_unit)}
     step = {}
     for finished in prune_layers(model, layers.__getitem__, fit, plan, CONFIG, run()):

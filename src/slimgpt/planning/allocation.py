@@ -209,7 +209,7 @@ def _options(
 
 
 def adjust_to_target(shape: ModelShape, layers: list[dict[str, int]], target: int, round_to: int) -> None:
-    """Meet the target in place, round robin over FFNs: narrow one step each until it is met, then widen while it stays met."""
+    """Meet the target in place, round robin over FFNs: narrow by one step each, then widen while it stays met."""
     over = sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers)) - target
     steps = [
         (round_to * layer.unit_parameters["ffn"], layer, sizes)
