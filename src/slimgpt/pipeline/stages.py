@@ -237,8 +237,8 @@ class _Distil:
             self.job.distill_tokens,
             self.job.config,
             self.context,
-            self.callbacks.prepare_step,
-            self.sink.generated_text,
+            on_rehearsed=self.callbacks.prepare_step,
+            load_or_generate=self.sink.generated_text,
         )
 
     def __call__(self, plan: Plan) -> dict[str, Any]:
