@@ -135,7 +135,7 @@ def test_replaying_the_layers_is_the_models_own_forward(name):
                     if structure.output not in dict(layer.named_modules()):
                         continue
                     part = run_with(layer, results, hidden, kwargs, until=structure.output)
-                    results[part.place] = part.rebuild(layer.get_submodule(structure.output)(part.inputs))
+                    results[part.module] = part.wrap_output(layer.get_submodule(structure.output)(part.inputs))
                 assert torch.equal(run_with(layer, results, hidden, kwargs), whole)
                 hidden = whole
             torch.testing.assert_close(hidden[0], expected[number], rtol=1e-5, atol=1e-5)

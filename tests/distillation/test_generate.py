@@ -22,7 +22,7 @@ def run(budget: int = 10**12, dtype: torch.dtype | None = None) -> ExecutionCont
 
 def written(model, count=12, length=20, seed=0, on_token=None, **options):
     take = decoder_layers(model).__getitem__
-    ids, hidden = generate_text(model, take, IDS, count, length, seed, run(**options), on_token)
+    ids, hidden = generate_text(model, take, IDS, count, length, seed, run(**options), on_token=on_token)
     check_hidden(model, ids, hidden)
     return ids
 

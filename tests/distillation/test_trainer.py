@@ -208,7 +208,9 @@ def test_what_is_not_there_is_written_first():
     assert training.data.generated == 0
     calls = []
     take = decoder_layers(dense).__getitem__
-    lesson = build_distillation_data(dense, take, IDS, 1100, CONFIG, run(), lambda *said: calls.append(said))
+    lesson = build_distillation_data(
+        dense, take, IDS, 1100, CONFIG, run(), on_rehearsed=lambda *said: calls.append(said)
+    )
     # 45 windows of 24 tokens are asked for; 18 are there, in batches of 3 behind the two that are held out.
     assert lesson.generated == 9
     assert [len(step) for step in lesson.steps] == [2, 2, 2, 2, 1, 2, 2, 2]

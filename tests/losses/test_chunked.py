@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from slimgpt.losses import chunked as module
-from slimgpt.losses.chunked import compare, log_probabilities
+from slimgpt.losses.chunked import distillation_loss, log_probabilities
 
 TYPES = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
@@ -22,16 +22,16 @@ def numbers(seed: int, *shape: int) -> torch.Tensor:
 @TYPES
 @PIECES
 def test_log_probabilities_and_their_gradient_are_those_of_log_softmax(monkeypatch, dtype, tolerance, cached):
-    monkeypatch.setattr(module, "CACHED", cached)
+    monkeypatch.setattr(module, "CPU_CHUNK", cached)
     logits = numbers(0, 7, 11).to(dtype).requires_grad_()
     ids = torch.randint(0, 11, (7, 4), generator=torch.Generator().manual_seed(1))
     ids[:, 1] = ids[:, 0]  # the same token twice
-    found = log_probabilities(logits, ids)
+    log_p = log_probabilities(logits, ids)
     wide = torch.promote_types(dtype, torch.float32)
     expected = logits.to(wide).log_softmax(-1).gather(-1, ids)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_p, expected, rtol=1e-5, atol=1e-5)
     slope = numbers(2, 7, 4).to(wide)
-    gradients = [torch.autograd.grad((slope * value).sum(), logits)[0] for value in (found, expected)]
+    gradients = [torch.autograd.grad((slope * value).sum(), logits)[0] for value in (log_p, expected)]
     assert gradients[0].dtype == dtype
     torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
 
@@ -43,31 +43,31 @@ def test_no_tokens_have_no_log_probabilities():
 @TYPES
 @PIECES
 def test_divergence_and_its_gradient_are_those_of_kl_div(monkeypatch, dtype, tolerance, cached):
-    monkeypatch.setattr(module, "CACHED", cached)
+    monkeypatch.setattr(module, "CPU_CHUNK", cached)
     teacher, student = numbers(0, 7, 11).to(dtype), numbers(1, 7, 11).to(dtype).requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
     expected = F.kl_div(
         student.to(wide).log_softmax(-1), teacher.to(wide).log_softmax(-1), log_target=True, reduction="sum"
     )
-    total, surprise, gradient = compare(teacher, student.detach())
+    total, cross_entropy, gradient = distillation_loss(teacher, student.detach())
     assert total == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert surprise == 0
+    assert cross_entropy == 0
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, student)[0], rtol=tolerance, atol=tolerance)
-    assert compare(teacher, student.detach(), slopes=False) == (total, 0, None)
+    assert distillation_loss(teacher, student.detach(), with_gradient=False) == (total, 0, None)
 
 
 @TYPES
 @PIECES
 def test_gradient_with_the_text_is_that_of_both_losses(monkeypatch, dtype, tolerance, cached):
-    monkeypatch.setattr(module, "CACHED", cached)
+    monkeypatch.setattr(module, "CPU_CHUNK", cached)
     teacher, student = numbers(0, 7, 11).to(dtype), numbers(1, 7, 11).to(dtype).requires_grad_()
-    says = torch.tensor([3, 0, -100, 10, 3, -100, 7])  # at two places the text says nothing
+    labels = torch.tensor([3, 0, -100, 10, 3, -100, 7])  # at two places there is no label
     log_q = student.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
     log_p = teacher.to(log_q).log_softmax(-1)
     expected = F.kl_div(log_q, log_p, log_target=True, reduction="sum")
-    text = F.nll_loss(log_q, says, ignore_index=-100, reduction="sum")
+    text = F.nll_loss(log_q, labels, ignore_index=-100, reduction="sum")
     both = expected + 0.5 * text
-    total, surprise, gradient = compare(teacher, student.detach(), says, 0.5)
+    total, cross_entropy, gradient = distillation_loss(teacher, student.detach(), labels, 0.5)
     assert total == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert surprise == pytest.approx(float(text.detach()), rel=1e-5)
+    assert cross_entropy == pytest.approx(float(text.detach()), rel=1e-5)
     torch.testing.assert_close(gradient, torch.autograd.grad(both, student)[0], rtol=tolerance, atol=tolerance)

@@ -11,7 +11,7 @@ from slimgpt.models.parameter_counts import describe
 from slimgpt.pipeline.estimate import all_flops
 from slimgpt.planning.cost import pruning_flops, pruning_seconds
 from slimgpt.planning.planner import plan_for
-from slimgpt.sensitivity.measure import divide
+from slimgpt.sensitivity.measure import split_windows
 
 CONFIG = LlamaConfig(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=160,
@@ -52,7 +52,7 @@ def test_a_search_tries_three_plans():
     # Forth, the dense model each time, and four points of paths; from two of them back, which costs 4/3 more.
     layers = plain["dense forward"] / WINDOWS.numel()
     heads = 2.0 * CONFIG.vocab_size * CONFIG.hidden_size
-    tokens = divide(WINDOWS, max(CONFIG.intermediate_size, CONFIG.hidden_size))[1].numel()
+    tokens = split_windows(WINDOWS, max(CONFIG.intermediate_size, CONFIG.hidden_size))[1].numel()
     for found, forth, back in ((one, 2, 1), (searched, 7, 2)):
         expected = tokens * (layers * (forth + back * 7 / 3) + heads * (forth + back))
         assert found["gradients"] == pytest.approx(expected)

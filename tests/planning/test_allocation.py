@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import MistralConfig
 
 from slimgpt.models.parameter_counts import describe
-from slimgpt.planning import Sensitivity, StructureCost, between, make_plan, spend, trial
-from slimgpt.planning.allocation import FLOOR, _cheapest, _options
+from slimgpt.planning import Sensitivity, StructureCost, allocate_budget, interpolate, make_plan, trial_plan
+from slimgpt.planning.allocation import FLOOR, _cheapest_options, _options
 
 LAYERS = 4
 CONFIG = MistralConfig(
@@ -35,7 +35,7 @@ costs = st.lists(st.floats(1e-4, 1.0), min_size=LAYERS, max_size=LAYERS)
 @given(costs, costs, st.floats(0.05, 0.5), st.sampled_from([1, 4]))
 def test_as_much_is_removed_as_the_plan_says(ffn, heads, ratio, round_to):
     plan = make_plan(CONFIG, ratio, shape=SHAPE, round_to=round_to)
-    spent = spend(plan, SHAPE, sensitivity(ffn, heads), round_to)
+    spent = allocate_budget(plan, SHAPE, sensitivity(ffn, heads), round_to)
     step = round_to * SHAPE.layers[0].unit_parameters["ffn"]
     assert 0 <= plan.parameters - spent.parameters < max(step, 0.002 * SHAPE.layer_parameters)
     for sizes in spent.layers:
@@ -47,8 +47,8 @@ def test_as_much_is_removed_as_the_plan_says(ffn, heads, ratio, round_to):
 @given(costs, costs, st.floats(0.05, 0.5), st.floats(0, 1), st.sampled_from([1, 4]))
 def test_a_plan_between_two_removes_as_much(ffn, heads, ratio, share, round_to):
     plan = make_plan(CONFIG, ratio, shape=SHAPE, round_to=round_to)
-    spent = spend(plan, SHAPE, sensitivity(ffn, heads), round_to)
-    found = between(plan, spent, SHAPE, share, round_to)
+    spent = allocate_budget(plan, SHAPE, sensitivity(ffn, heads), round_to)
+    found = interpolate(plan, spent, SHAPE, share, round_to)
     step = round_to * SHAPE.layers[0].unit_parameters["ffn"]
     assert 0 <= plan.parameters - found.parameters < max(step, 0.002 * SHAPE.layer_parameters)
     if found == spent:
@@ -65,18 +65,18 @@ def test_a_plan_between_two_removes_as_much(ffn, heads, ratio, share, round_to):
 
 def test_the_ends_of_the_way_are_the_plans():
     plan = make_plan(CONFIG, 0.3, shape=SHAPE)
-    spent = spend(plan, SHAPE, sensitivity([1.0, 0.1, 0.1, 1.0], [0.5] * LAYERS))
-    assert between(plan, spent, SHAPE, 0.0).layers == plan.layers != spent.layers
-    assert between(plan, spent, SHAPE, 1.0).layers == spent.layers
+    spent = allocate_budget(plan, SHAPE, sensitivity([1.0, 0.1, 0.1, 1.0], [0.5] * LAYERS))
+    assert interpolate(plan, spent, SHAPE, 0.0).layers == plan.layers != spent.layers
+    assert interpolate(plan, spent, SHAPE, 1.0).layers == spent.layers
 
 
 @settings(max_examples=25, deadline=None)
 @given(costs, costs, st.floats(0.1, 0.5))
 def test_no_other_choice_that_removes_as_much_costs_less(ffn, heads, ratio):
     found = sensitivity(ffn, heads)
-    options = _options(SHAPE, found.raised(), "query", 25, None)  # coarse: four widths, two numbers of heads
+    options = _options(SHAPE, found.with_floor(), "query", 25, None)  # coarse: four widths, two numbers of heads
     target = int(ratio * SHAPE.layer_parameters)
-    chosen = _cheapest(options, target)
+    chosen = _cheapest_options(options, target)
     assert chosen is not None
     removed, cost = sum(o.removed for o in chosen.values()), sum(o.cost for o in chosen.values())
     best = min(
@@ -88,14 +88,16 @@ def test_no_other_choice_that_removes_as_much_costs_less(ffn, heads, ratio):
 
 def test_a_dear_layer_loses_less():
     plan = make_plan(CONFIG, 0.3, shape=SHAPE)
-    spent = spend(plan, SHAPE, sensitivity([1.0, 0.1, 0.1, 1.0], [0.5] * LAYERS))
+    spent = allocate_budget(plan, SHAPE, sensitivity([1.0, 0.1, 0.1, 1.0], [0.5] * LAYERS))
     widths = [sizes["intermediate_size"] for sizes in spent.layers]
     assert max(widths[1], widths[2]) < min(widths[0], widths[3])
 
 
 def test_equal_costs_give_equal_widths():
     plan = make_plan(CONFIG, 0.3, shape=SHAPE)
-    widths = [sizes["intermediate_size"] for sizes in spend(plan, SHAPE, sensitivity([0.1] * 4, [9.0] * 4)).layers]
+    widths = [
+        sizes["intermediate_size"] for sizes in allocate_budget(plan, SHAPE, sensitivity([0.1] * 4, [9.0] * 4)).layers
+    ]
     assert max(widths) - min(widths) <= 1
 
 
@@ -109,7 +111,9 @@ def test_costs_pass_through_what_was_measured_and_grow_faster_than_the_share():
 
 
 def test_what_is_too_small_to_be_believed_is_raised():
-    found = {(c.layer, c.unit): c.cost for c in sensitivity([-0.1, 0.2, 0.3, 0.4], [0.01, 0.02, 0.02, 0.02]).raised()}
+    found = {
+        (c.layer, c.unit): c.cost for c in sensitivity([-0.1, 0.2, 0.3, 0.4], [0.01, 0.02, 0.02, 0.02]).with_floor()
+    }
     assert found[0, "ffn"] == pytest.approx(FLOOR * 0.25)
     assert [found[i, "ffn"] for i in (1, 2, 3)] == [0.2, 0.3, 0.4]
     assert found[0, "query"] == 0.01
@@ -119,14 +123,14 @@ def test_what_is_too_small_to_be_believed_is_raised():
 @given(st.floats(0.05, 0.5))
 def test_a_trial_narrows_everything_and_removes_about_as_much(ratio):
     plan = make_plan(CONFIG, ratio, shape=SHAPE)
-    tried = trial(plan, SHAPE)
+    tried = trial_plan(plan, SHAPE)
     for layer, sizes in zip(SHAPE.layers, tried.layers):
         assert 0 < sizes["intermediate_size"] < layer.sizes["intermediate_size"]
         assert 0 < sizes["num_attention_heads"] < layer.sizes["num_attention_heads"]
         assert sizes["num_key_value_heads"] == layer.sizes["num_key_value_heads"]
     if ratio >= 0.2:  # one head of three is a lot of less
         assert tried.achieved == pytest.approx(plan.achieved, abs=0.01)
-    fixed = trial(plan, SHAPE, heads=False)
+    fixed = trial_plan(plan, SHAPE, heads=False)
     assert [sizes["num_attention_heads"] for sizes in fixed.layers] == [
         sizes["num_attention_heads"] for sizes in plan.layers
     ]
@@ -135,4 +139,4 @@ def test_a_trial_narrows_everything_and_removes_about_as_much(ratio):
 def test_what_cannot_be_spent_leaves_the_plan_as_it_is():
     plan = make_plan(CONFIG, 0.5, shape=SHAPE)
     few = Sensitivity(0.1, (StructureCost(0, "ffn", 0.5, 0.1),))
-    assert spend(plan, SHAPE, few) is plan
+    assert allocate_budget(plan, SHAPE, few) is plan

@@ -13,12 +13,12 @@ import slimgpt
 from slimgpt.config import make_config
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.parameter_counts import describe
-from slimgpt.planning import Sensitivity, between, spend, trial
+from slimgpt.planning import Sensitivity, allocate_budget, interpolate, trial_plan
 from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.runtime.memory import Placement
-from slimgpt.sensitivity.measure import ENDPOINT, PARTS, SIMPSON, divide, measure
+from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, SIMPSON, measure, split_windows
 from tests.families import tiny_model, windows
 
 IDS = windows(12, 24)
@@ -33,7 +33,7 @@ def case(family: str):
     """A model in fp64, and a plan that narrows every structure of it."""
     model = tiny_model(family).double()
     shape = describe(model.config, model)
-    plan = trial(plan_for(model.config, CONFIG, shape), shape)
+    plan = trial_plan(plan_for(model.config, CONFIG, shape), shape)
     return model, plan, model.get_submodule(slimgpt.ARCHITECTURES[family].layers)
 
 
@@ -47,7 +47,7 @@ def divergence(model, dense, ids) -> float:
 def test_the_divergence_is_that_of_the_pruned_model_and_its_parts_sum_up_to_it(family):
     model, plan, layers = case(family)
     found = measure(model, layers.__getitem__, IDS, plan, CONFIG, run())
-    fit, probe = divide(IDS, 52)
+    fit, probe = split_windows(IDS, 52)
     assert not {tuple(row) for row in fit.tolist()} & {tuple(row) for row in probe.tolist()}
     slim = copy.deepcopy(model)
     for _ in prune_model(slim, fit, plan, CONFIG, run()):
@@ -57,17 +57,19 @@ def test_the_divergence_is_that_of_the_pruned_model_and_its_parts_sum_up_to_it(f
         found.divergence, rel=0.2 if family == "gemma2" else 0.06
     )
     assert len(found.contributions) == 2 * len(layers)
-    parts, whole = (measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), None, p) for p in (PARTS, ENDPOINT))
+    parts, whole = (
+        measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), points=p) for p in (MIDPOINT, ENDPOINT)
+    )
     assert parts.contributions == found.contributions
     assert parts.divergence == pytest.approx(sum(part.cost for part in parts.contributions), rel=1e-12)
     assert (whole.divergence, whole.contributions) == (found.divergence, ())
 
 
-@pytest.mark.parametrize(("family", "points"), [("llama", PARTS), ("gpt2", PARTS), ("llama", SIMPSON)])
+@pytest.mark.parametrize(("family", "points"), [("llama", MIDPOINT), ("gpt2", MIDPOINT), ("llama", SIMPSON)])
 def test_a_part_is_the_integral_of_the_slope_along_the_path(family, points):
     model, plan, layers = case(family)
     found = measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), points=points)
-    fit, probe = divide(IDS, 52)
+    fit, probe = split_windows(IDS, 52)
     structures = {s.unit: s for s in slimgpt.ARCHITECTURES[family].chosen(plan.head_unit)}
     step = {}
     for finished in prune_layers(model, layers.__getitem__, fit, plan, CONFIG, run()):
@@ -110,7 +112,7 @@ def test_measuring_changes_nothing():
     with torch.no_grad():
         logits = model(IDS).logits
     shape = describe(model.config, model)
-    plan = trial(plan_for(model.config, CONFIG, shape), shape)
+    plan = trial_plan(plan_for(model.config, CONFIG, shape), shape)
     measure(model, model.model.layers.__getitem__, IDS, plan, CONFIG, run())
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, logits)
@@ -164,8 +166,8 @@ def test_what_was_measured_is_followed_and_reported():
     shape = describe(model.config, model)
     costs = json.loads(json.dumps(report.to_json()))["allocation"]["contributions"]
     costs = Sensitivity(0.0, tuple(slimgpt.planning.StructureCost(**cost) for cost in costs))
-    cheapest = spend(scheduled.plan, shape, costs)
-    expected = between(scheduled.plan, cheapest, shape, 1 - scheduled.plan.achieved)
+    cheapest = allocate_budget(scheduled.plan, shape, costs)
+    expected = interpolate(scheduled.plan, cheapest, shape, 1 - scheduled.plan.achieved)
     assert expected.layers == report.plan.layers
     assert cheapest.layers != expected.layers
 

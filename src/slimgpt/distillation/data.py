@@ -1,4 +1,4 @@
-"""What a pruned model is trained on: how much text its budget pays for, and what the dense model makes of that text."""
+"""Data of the training after pruning: calibration and generated text, and the dense model's hidden states on it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ such steps, and the seconds."""
 
 @dataclass
 class DistillationData:
-    """Text, and what the dense model makes of it.
+    """Text in batches, and the dense model's hidden states on it.
 
     Args:
         ids: the tokens of every batch, ``(batch, seq_len)``.
-        held: so many batches, the first ones, are not trained on.
-        written: so many behind them are what the dense model wrote.
-        per_step: how many that are trained on make a step.
-        others: see :class:`TrainingBudget`.
-        stream: the inputs of the first layer, and how to call each.
-        dense: the hidden states behind the dense model's last layer, by batch.
-        tuples: whether the dense model's layers return the hidden states as the first item of a tuple.
+        held_out: number of held-out batches; they come first.
+        generated: number of batches of generated text; they follow.
+        per_step: batches per training step.
+        other_matrices_lr: see :class:`TrainingBudget`.
+        inputs: the inputs of the first layer, and every layer's arguments.
+        dense_hidden: the hidden states behind the dense model's last layer, by batch.
+        returns_tuple: whether the dense layers return the hidden states as the first item of a tuple.
     """
 
     ids: Sequence[Tensor]
@@ -47,13 +47,13 @@ class DistillationData:
     generated: int
     per_step: int
     other_matrices_lr: float
-    stream: LayerInputs
+    inputs: LayerInputs
     dense_hidden: ActivationStore
-    tuples: bool
+    returns_tuple: bool
 
     @property
     def steps(self) -> list[range]:
-        """The numbers of the batches of every step; none has both text that was written and text that was given."""
+        """The numbers of the batches of every step; no step mixes generated and calibration text."""
         steps, count = [], len(self.ids)
         for first, last in ((self.held_out, self.held_out + self.generated), (self.held_out + self.generated, count)):
             starts = range(first, last, self.per_step)
@@ -61,7 +61,7 @@ class DistillationData:
         return steps
 
     def count(self, numbers: Iterable[int]) -> int:
-        """How many tokens some batches have."""
+        """Number of tokens in the given batches."""
         return sum(self.ids[number].numel() for number in numbers)
 
 
@@ -72,23 +72,24 @@ def build_distillation_data(
     tokens: int,
     config: PruneConfig,
     run: ExecutionContext,
+    *,
     on_rehearsed: OnRehearsed | None = None,
     load_or_generate: Callable[[Callable[[], GeneratedText]], GeneratedText] = lambda make: make(),
 ) -> DistillationData:
-    """Choose the text to train on, let the dense model write what is missing, and run it over all of it.
+    """Choose calibration text, generate the missing tokens, and run the dense model over all of it.
 
     Args:
-        model: what is around the layers.
+        model: gives embeddings, final norm and LM head.
         load_layer: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)`` long; the last ones are held out.
         tokens: see :func:`tokens_to_distill`.
-        once: makes the text that the dense model writes, or gives what an earlier run has made.
+        load_or_generate: calls the function it is given, or returns the text of the run being resumed.
     """
     run = training_run(model, run)
     length = min(windows.shape[1], MAX_SEQ_LEN)
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
-    given = pruning_split(windows, tokens)
-    rest = pieces[: len(given) * (windows.shape[1] // length)]
+    calibration = pruning_split(windows, tokens)
+    rest = pieces[: len(calibration) * (windows.shape[1] // length)]
     held_out = pieces[len(rest) :]
     budget = training_budget(config)
     pieces_per_step = max(STEP_TOKENS, tokens // budget.steps) // length
@@ -103,24 +104,26 @@ def build_distillation_data(
     if generated:
         on_token = partial(on_rehearsed, "the dense model writes text") if on_rehearsed else None
         text = load_or_generate(
-            lambda: generate_text(model, load_layer, given, generated, length, config.seed, run, on_token)
+            lambda: generate_text(
+                model, load_layer, calibration, generated, length, config.seed, run, on_token=on_token
+            )
         )
     chosen = torch.cat([held_out, text.ids, rest[order[:count]]])
-    each = next(model.get_input_embeddings().parameters()).element_size()
-    size = chosen.numel() * each * text_config(model.config).hidden_size
-    stream = capture(model, layers, chosen, batch, activation_store_for(run, size), run.dtype)
+    itemsize = next(model.get_input_embeddings().parameters()).element_size()
+    size = chosen.numel() * itemsize * text_config(model.config).hidden_size
+    inputs = capture(model, layers, chosen, batch, activation_store_for(run, size), run.dtype)
     dense_hidden = activation_store_for(run, size)
-    known = range(len(held_out) // batch, (len(held_out) + generated) // batch)
-    for number, hidden in zip(known, text.hidden.split(batch)):
+    with_hidden = range(len(held_out) // batch, (len(held_out) + generated) // batch)
+    for number, hidden in zip(with_hidden, text.hidden.split(batch)):
         dense_hidden.put(number, hidden)
-    unknown = [number for number in range(len(stream)) if number not in known]
-    for number in unknown:
-        dense_hidden.put(number, stream.hidden.get(number))
+    to_run = [number for number in range(len(inputs)) if number not in with_hidden]
+    for number in to_run:
+        dense_hidden.put(number, inputs.hidden.get(number))
 
     def dense_layer(index: int, _paths: Sequence[int]) -> Iterator[LayerVariant]:
         yield LayerVariant(running_layer(load_layer(index), model.config, index, run), [])
 
-    passes, start = LayerPasses(dense_layer, stream.arguments, unknown, run), time.perf_counter()
+    passes, start = LayerPasses(dense_layer, inputs.arguments, to_run, run), time.perf_counter()
     for index in passes.forward([dense_hidden]):
         malloc_trim()
         if on_rehearsed:
@@ -132,9 +135,9 @@ def build_distillation_data(
         generated=generated // batch,
         per_step=per_step,
         other_matrices_lr=budget.other_matrices_lr,
-        stream=stream,
+        inputs=inputs,
         dense_hidden=dense_hidden,
-        tuples=passes.returns_tuple,
+        returns_tuple=passes.returns_tuple,
     )
 
 
@@ -146,6 +149,6 @@ def _equal_batches(count: int, most: int) -> tuple[int, int]:
 
 
 def training_run(model: PreTrainedModel, run: ExecutionContext) -> ExecutionContext:
-    """The run as the training needs it: gradients do not fit into float16, so bfloat16 takes its place."""
+    """The context of the training: gradients overflow float16, so bfloat16 replaces it."""
     stored = next(model.get_input_embeddings().parameters()).dtype
     return run.single_process(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)

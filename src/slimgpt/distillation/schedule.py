@@ -16,12 +16,11 @@ from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.plan import Plan
 
 BACKWARD_COST = 4 / 3
-"""What the way back costs, in forward passes: gradients of what goes into every matrix, and a third of it for those of
-the output matrices."""
+"""Cost of a backward pass in forward passes: 1 for input gradients, 1/3 for weight gradients of the output matrices."""
 
 
 GENERATION_COST = 1.5
-"""What a token costs that the dense model writes, in forward passes: one, and its predictions. It is not read again."""
+"""Cost of a generated token in forward passes: one, and the LM head."""
 
 
 class TrainingBudget(NamedTuple):
@@ -30,8 +29,7 @@ class TrainingBudget(NamedTuple):
     Args:
         passes: so many forward passes of the dense layers over the calibration tokens the training may cost.
         steps: about so many, of at least ``STEP_TOKENS`` tokens.
-        others: the rate of all other matrices than the output ones, as a share of theirs; 0: they stay. They would
-            take most of the memory, and learn little from few tokens.
+        other_matrices_lr: learning rate of the non-output matrices relative to the output matrices; 0 freezes them.
     """
 
     passes: float
@@ -84,10 +82,10 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     if config.distill == "auto":
         if not measurable(shape) or windows.numel() < MIN_TOKENS or len(windows) == 1:
             return 0
-        effort, room = training_budget(config), trainable_tokens(windows)
-        passes, cost_per_token = effort.passes * windows.numel(), effort.cost_per_token(plan)
-        beyond = (passes - room * cost_per_token) / (cost_per_token + GENERATION_COST - 1)
-        return int(room + beyond if beyond > 0 else passes / cost_per_token)
+        budget, available = training_budget(config), trainable_tokens(windows)
+        passes, cost_per_token = budget.passes * windows.numel(), budget.cost_per_token(plan)
+        beyond = (passes - available * cost_per_token) / (cost_per_token + GENERATION_COST - 1)
+        return int(available + beyond if beyond > 0 else passes / cost_per_token)
     if not measurable(shape):
         raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
     if len(windows) == 1:
@@ -139,7 +137,7 @@ def disk_to_distill(
 def pruning_split(windows: Tensor, tokens: int) -> Tensor:
     """The windows that pruning calibrates on: if the pruned model is to be trained, the last ones are left out of it.
 
-    What the repair has seen would speak for the model as the repair left it.
+    Windows used for the repair would bias the comparison towards the untrained model, so the last ones are held out.
 
     Args:
         tokens: see :func:`tokens_to_distill`.

@@ -41,12 +41,11 @@ BETAS = (0.9, 0.95)
 """Adam's memory of the mean and of the square of the gradient."""
 
 TEXT_WEIGHT = 1.0
-"""Weight of the text's own cross-entropy beside the divergence, where that is a nat or more at first. Below, it shrinks
-as the rate does: what the text says is the larger surprise, and would drown what the dense model says. Text that the
-dense model has written comes first and has no such weight: it says nothing that the model's predictions do not."""
+"""Weight of the cross-entropy on the text relative to the KL. It is scaled by min(1, sqrt(KL at start)): cross-entropy
+is larger than KL and would dominate. 0 for generated text, which comes first."""
 
 SAVE_INTERVAL_S = 600.0
-"""So many seconds may pass before what a training has reached is kept once more."""
+"""Seconds between two saved states of a training."""
 
 OnReached = Callable[[State], None]
 """Called from time to time with what a killed training goes on from; see :class:`Distillation`."""
@@ -70,13 +69,13 @@ class Distillation:
     """The training of a pruned model.
 
     Args:
-        model: what is around the layers; it stays as it is.
-        load_layer: gives the pruned layer of an index; it stays as it is.
+        model: gives embeddings, final norm and LM head; unchanged.
+        load_layer: gives the pruned layer of an index; unchanged.
         plan: its widths.
-        lesson: what :func:`build_distillation_data` gave.
-        run: as the model was pruned.
-        reached: what an earlier run had reached, as it was told of it: the losses before, the divergence of every step,
-            and the parameters with Adam's moments by number.
+        data: the result of :func:`build_distillation_data`.
+        run: the context of the pruning.
+        resume_state: state that the run being resumed passed to ``on_reached``: the losses before, the divergence of
+            every step, and the parameters with Adam's moments by number.
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class Distillation:
             resume_state,
         )
         self.run = training_run(model, run)
-        self.names: list[dict[str, int]] = []  # of every layer's trained parameters, with their numbers on the shelves
+        self.names: list[dict[str, int]] = []  # of every layer's trained parameters, with their numbers in the stores
         self.types: list[torch.dtype] = []
         self.scales: list[float] = []
         self.trained = 0
@@ -108,46 +107,46 @@ class Distillation:
         Raises:
             NumericalError: NaN or infinity behind a layer.
         """
-        start = kept = time.perf_counter()
+        start = saved = time.perf_counter()
         self._begin()
         steps, held_out = self.data.steps, range(self.data.held_out)
         with on_device(self.model, self.run.device, self.run.dtype):
-            before, curve = self._go_on() if self.resume_state else (self.evaluate(held_out), [])
-            far = math.sqrt(min(max(before.kl, 0.0), 1.0))
-            highest, text = MAX_LR * far, TEXT_WEIGHT * far
+            before, curve = self._resume() if self.resume_state else (self.evaluate(held_out), [])
+            lr_scale = math.sqrt(min(max(before.kl, 0.0), 1.0))
+            max_lr, text_weight = MAX_LR * lr_scale, TEXT_WEIGHT * lr_scale
             for number, batches in list(enumerate(steps))[self.trained :]:
                 began = time.perf_counter()
-                text_weight = text if batches[0] >= self.data.held_out + self.data.generated else 0.0
+                step_text_weight = text_weight if batches[0] >= self.data.held_out + self.data.generated else 0.0
                 passes = self._passes(batches)
                 hidden = self.forward(passes, save_for_backward=True)
-                losses, gradients = self._compare(batches, hidden, text_weight)
-                self.backward(passes, gradients, highest * _rate(number, len(steps)))
+                losses, gradients = self._compare(batches, hidden, step_text_weight)
+                self.backward(passes, gradients, max_lr * _rate(number, len(steps)))
                 self.trained += 1
                 curve.append(losses.kl)
                 malloc_trim()
                 if on_distilled:
                     on_distilled(number, len(steps), losses.kl, time.perf_counter() - began)
-                if on_reached and time.perf_counter() - kept > SAVE_INTERVAL_S and number + 1 < len(steps):
+                if on_reached and time.perf_counter() - saved > SAVE_INTERVAL_S and number + 1 < len(steps):
                     on_reached(self._state(before, curve))
-                    kept = time.perf_counter()
-            self._round()
+                    saved = time.perf_counter()
+            self._round_to_stored_dtype()
             after = self.evaluate(held_out)
         return {
             "tokens": self.data.count(number for step in steps for number in step),
             "written_tokens": self.data.count(range(self.data.held_out, self.data.held_out + self.data.generated)),
             "steps": len(steps),
-            "rate": highest,
+            "rate": max_lr,
             "held_out_tokens": self.data.count(held_out),
-            "text_weight": text,
+            "text_weight": text_weight,
             "divergence": {"before": before.kl, "after": after.kl},
             "cross_entropy": {"before": before.cross_entropy, "after": after.cross_entropy},
             "curve": curve,
-            "kept": after.loss(text) < before.loss(text),
+            "kept": after.loss(text_weight) < before.loss(text_weight),
             "seconds": time.perf_counter() - start,
         }
 
-    def _round(self) -> None:
-        """Let the shelves hold what will be saved: single steps may be lost in 16 bits."""
+    def _round_to_stored_dtype(self) -> None:
+        """Round the trained weights to the dtype they are saved in, so that the evaluation is of the saved model."""
         for number, dtype in enumerate(self.types):
             if dtype != torch.float32:
                 weight = self.weights.get(number)
@@ -166,7 +165,7 @@ class Distillation:
                 layer.get_parameter(name).data.copy_(trained)
 
     def _begin(self) -> None:
-        """Bring what is trained to the shelves, in fp32: single steps are smaller than what 16 bits can tell apart."""
+        """Copy the trained parameters to the stores in fp32: single steps are below the resolution of 16 bits."""
         trained = [self._trained(self.load_layer(index)) for index in range(len(self.plan.layers))]
         count = sum(parameter.numel() for named in trained for parameter, _ in named.values())
         self.weights, self.means, self.squares = (activation_store_for(self.run, size * count) for size in (4, 2, 2))
@@ -181,23 +180,23 @@ class Distillation:
                 self.scales.append(share * float(weight.square().mean().sqrt()))
             malloc_trim()
         used = used_bytes(self.run.device)
-        self.room = used + max(self.run.placement.budget - used, 0) // 3
+        self.resident_limit = used + max(self.run.placement.budget - used, 0) // 3
 
-    def _shelves(self) -> dict[str, ActivationStore]:
+    def _stores(self) -> dict[str, ActivationStore]:
         return {"parameter": self.weights, "mean": self.means, "square": self.squares}
 
     def _state(self, before: Losses, curve: list[float]) -> State:
-        """What has been reached."""
-        kept = {f"{kind}.{n}": one for kind, shelf in self._shelves().items() for n, one in shelf.stored().items()}
+        """The state that a killed training resumes from."""
+        tensors = {f"{kind}.{n}": one for kind, store in self._stores().items() for n, one in store.stored().items()}
         figures = {"before": before, "curve": curve}
-        return {**kept, **{name: torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}}
+        return {**tensors, **{name: torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}}
 
-    def _go_on(self) -> tuple[Losses, list[float]]:
-        """Take up what an earlier run had reached."""
+    def _resume(self) -> tuple[Losses, list[float]]:
+        """Restore the state of the run being resumed."""
         resume_state = self.resume_state or {}
-        for kind, shelf in self._shelves().items():
+        for kind, store in self._stores().items():
             for number in range(len(self.types)):
-                shelf.put(number, resume_state[f"{kind}.{number}"].to(self.run.device, copy=True))
+                store.put(number, resume_state[f"{kind}.{number}"].to(self.run.device, copy=True))
         curve = resume_state["curve"].tolist()
         self.trained, self.resume_state = len(curve), None
         return Losses(*resume_state["before"].tolist()), curve
@@ -222,7 +221,7 @@ class Distillation:
         layer = self.resident_layers.get(index)
         if layer is None:
             layer = running_layer(self.load_layer(index), self.model.config, index, self.run, self.plan.layers[index])
-            if used_bytes(self.run.device) < self.room:
+            if used_bytes(self.run.device) < self.resident_limit:
                 self.resident_layers[index] = layer
         for name, parameter in layer.named_parameters():
             number = self.names[index].get(name)
@@ -235,7 +234,7 @@ class Distillation:
         yield LayerVariant(layer, [layer.get_parameter(name) for name in self.names[index]])
 
     def _passes(self, batches: Sequence[int]) -> LayerPasses[LayerVariant]:
-        return LayerPasses(self._variants, self.data.stream.arguments, batches, self.run, save_graphs=True)
+        return LayerPasses(self._variants, self.data.inputs.arguments, batches, self.run, save_graphs=True)
 
     def evaluate(self, batches: Sequence[int]) -> Losses:
         return self._compare(batches, self.forward(self._passes(batches)))[0]
@@ -244,7 +243,7 @@ class Distillation:
         """The hidden states of some batches behind the last layer, by number of the batch."""
         hidden, batches = ActivationStore(DEVICE, self.run.device), passes.batches
         for number in batches:
-            hidden.put(number, self.data.stream.hidden.get(number))
+            hidden.put(number, self.data.inputs.hidden.get(number))
         for _ in passes.forward([hidden], [0] if save_for_backward else [], checked=batches[-1:]):
             pass
         return hidden
@@ -262,7 +261,13 @@ class Distillation:
         for number in batches:
             ids, dense_hidden = self.data.ids[number], self.data.dense_hidden.get(number)
             kls, cross_entropies, gradient = kl_and_cross_entropy(
-                self.model, dense_hidden, [hidden.get(number)], ids, self.data.tuples, [with_gradient], text or 0.0
+                self.model,
+                dense_hidden,
+                [hidden.get(number)],
+                ids,
+                self.data.returns_tuple,
+                [with_gradient],
+                text or 0.0,
             )
             kl, cross_entropy = kl + kls[0], cross_entropy + cross_entropies[0]
             gradients += gradient

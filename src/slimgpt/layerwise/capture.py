@@ -1,7 +1,7 @@
-"""What the decoder layers are called with, and one layer run in parts.
+"""Inputs and keyword arguments of all decoder layers.
 
-The model runs once with every layer replaced by a stand-in that writes down its keyword arguments and hands the
-hidden states on, which costs an embedding. Afterwards each layer is run by itself with its *own* arguments: layer
+The model runs once with every layer replaced by a proxy that records its keyword arguments and returns the hidden
+states unchanged, which costs an embedding. Afterwards each layer is run by itself with its *own* arguments: layer
 0's masks and position embeddings are wrong for the others wherever attention windows differ.
 """
 
@@ -41,7 +41,7 @@ class LayerInputs:
 
 
 class ModuleProxy(nn.Module):
-    """Takes a module's place for a while: calls a function instead, and still shows the module's attributes.
+    """Proxy that temporarily replaces a module: calls ``function``, forwards attribute access to the original.
 
     Some models read an attribute of a layer before they call it, such as its attention type.
     """
@@ -88,7 +88,7 @@ def capture(
     Args:
         windows: ``(num_samples, seq_len)`` long token ids.
         batch_size: windows per batch.
-        hidden: where the hidden states are to be kept.
+        hidden: store of the hidden states.
         dtype: convert what is floating-point to it; ``None`` leaves it as the model makes it.
     """
     arguments: list[list[Arguments]] = []
@@ -96,7 +96,7 @@ def capture(
     embedding_device = next(model.get_input_embeddings().parameters()).device
     calls: list[tuple[Tensor, Arguments]] = []
 
-    unpacked = False  # whether the model takes apart what a layer returns
+    unpacked = False  # whether the model unpacks the tuple that a layer returns
 
     def record(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Where the model takes the first item of what a layer returns, the next layer is called with a part of the

@@ -23,10 +23,10 @@ class ExecutionContext:
 
     Args:
         device: where layers run and are solved, one at a time.
-        placement: where activations are kept.
+        placement: placement of activations.
         dtype: of the forward passes; ``None`` runs the layers as they are stored.
         ranks: the processes that share the windows.
-        scratch: a folder for activations that memory has no room for.
+        scratch: folder of memory-mapped activations.
     """
 
     device: torch.device
@@ -36,7 +36,7 @@ class ExecutionContext:
     scratch: Path | None = None
 
     def single_process(self, dtype: torch.dtype | None) -> ExecutionContext:
-        """The same in one process, for work that rank 0 does alone.
+        """The same context for work of rank 0 alone.
 
         Args:
             dtype: of its forward passes.
@@ -45,7 +45,7 @@ class ExecutionContext:
 
 
 def to_compute(tensor: Tensor, run: ExecutionContext) -> Tensor:
-    """A tensor where and as the forward passes need it."""
+    """A tensor on the device and in the dtype of the forward passes."""
     return tensor.to(run.device, run.dtype if run.dtype is not None and tensor.is_floating_point() else tensor.dtype)
 
 
@@ -57,12 +57,12 @@ def running_layer(
     Args:
         sizes: its widths; by default what the config says.
     """
-    running = {name: to_compute(tensor, run) for name, tensor in layer.state_dict().items()}
-    return rebuild_layer(layer, model_config, index, running, sizes).to(run.device)
+    state = {name: to_compute(tensor, run) for name, tensor in layer.state_dict().items()}
+    return rebuild_layer(layer, model_config, index, state, sizes).to(run.device)
 
 
-def check_output(index: int, hidden: Tensor) -> None:
-    """Refuse hidden states behind a layer that are not finite.
+def check_finite_output(index: int, hidden: Tensor) -> None:
+    """Refuse non-finite hidden states behind a layer.
 
     Raises:
         NumericalError: they hold NaN or infinity; the layer is named.
@@ -72,14 +72,15 @@ def check_output(index: int, hidden: Tensor) -> None:
 
 
 def activation_store_for(run: ExecutionContext, size: int) -> ActivationStore:
-    """A shelf for ``size`` bytes: where the stream is, or farther off if they take more than a quarter of the room.
+    """An activation store for ``size`` bytes: placed as the hidden states are, or on a slower medium if it takes more
+    than a quarter of the free budget.
 
-    What grows with the depth of the model is never in the memory of a run from folder to folder on a CPU. Host memory
-    has its limits, too: all matrices in fp32, with what Adam remembers of them, are several times the model.
+    On a CPU, a run from folder to folder keeps data that grow with the depth of the model in files. Host memory is
+    checked, too: all matrices in fp32 with Adam's moments are several times the model.
     """
     place, on_cpu = run.placement.stream, run.device.type == "cpu"
-    room = run.placement.budget - used_bytes(run.device)
-    if place == DEVICE and (size > room // 4 or (on_cpu and run.scratch is not None)):
+    free = run.placement.budget - used_bytes(run.device)
+    if place == DEVICE and (size > free // 4 or (on_cpu and run.scratch is not None)):
         place = FILE if on_cpu else HOST
     if place == HOST and size > free_bytes(torch.device("cpu")) * USABLE_FRACTION / 2:
         place = FILE

@@ -1,4 +1,4 @@
-"""A forward pass of a layer stopped at a module, and gone on with from there."""
+"""Forward passes of a layer stopped at a module, and continued from its result."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ class StopForward(Exception):
 
 @dataclass
 class PartialForward:
-    """What one batch left at a structure's output matrix.
+    """A forward pass stopped at the input of a structure's output matrix.
 
     Args:
         inputs: ``(batch, seq_len, n)``, the input of the output matrix.
-        place: the module that can be stood in for with the matrix's output given: its container, or, where that goes
-            on computing with the output, the matrix itself.
-        rebuild: turns the matrix's output into what the module at ``place`` returns.
+        module: the name of the module to replace given the matrix's output: its container, or, where that computes
+            further with the output, the matrix itself.
+        wrap_output: turns the matrix's output into the return value of ``module``.
     """
 
     inputs: Tensor
-    place: str
-    rebuild: Callable[[Tensor], Any]
+    module: str
+    wrap_output: Callable[[Tensor], Any]
 
 
 def run_to(layer: nn.Module, output: str, hidden: Tensor, arguments: Arguments) -> PartialForward:
@@ -88,15 +88,15 @@ def _run_to_matrix(layer: nn.Module, output: str, hidden: Tensor, arguments: Arg
     raise ModelError(f"the layer never called its module '{output}'")
 
 
-def arguments_of(layer: nn.Module, module: str, go: Callable[[], Any]) -> tuple[Any, ...]:
-    """What a module of the layer is called with while ``go`` runs the layer, which stops there."""
+def arguments_of(layer: nn.Module, module: str, run: Callable[[], Any]) -> tuple[Any, ...]:
+    """The arguments of a module's call while ``run`` runs the layer, which stops there."""
 
     def stub(*args: Any, **kwargs: Any) -> Any:
         raise StopForward((*args, *kwargs.values()))
 
     with _replaced(layer, module, stub):
         try:
-            go()
+            run()
         except StopForward as stop:
             return stop.result
     raise ModelError(f"the layer never called its module '{module}'")
@@ -105,10 +105,10 @@ def arguments_of(layer: nn.Module, module: str, go: Callable[[], Any]) -> tuple[
 def run_with(
     layer: nn.Module, results: dict[str, Any], hidden: Tensor, arguments: Arguments, until: str | None = None
 ) -> Any:
-    """Run a layer with the results of some of its containers given.
+    """Run a layer with some of its modules replaced by their results.
 
     Args:
-        results: container name to what it returns.
+        results: module name to its return value.
         until: stop at this matrix, as :func:`run_to` does, and return its result; else the hidden states.
     """
     if not results:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgpt.layerwise.capture import Arguments
-from slimgpt.layerwise.context import ExecutionContext, activation_store_for, check_output
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for, check_finite_output
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import DEVICE, used_bytes
 
@@ -106,7 +106,7 @@ class LayerPasses(Generic[Variant]):
                         with torch.no_grad():
                             output = self._run(variant.layer, hidden, number, index)
                     if number in checked:
-                        check_output(index, output)
+                        check_finite_output(index, output)
                     paths[path].put(number, output)
                 if graphs is not None:
                     self.graphs[index, path] = graphs

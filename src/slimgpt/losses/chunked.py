@@ -1,8 +1,8 @@
-"""Log-probabilities and divergences from logits, without making anything else of their size.
+"""Chunked log-probabilities, KL divergence and cross-entropy, without another tensor of the logits' size.
 
-Large vocabularies make these the dearest part of a training step on a CPU, nearly all of it time in which memory is
-read and written. So logits are worked on in pieces that stay in a processor's caches, and gradients are written in the
-logits' own type, once. Everything is computed in fp32, or in fp64 where the logits are.
+With large vocabularies these dominate a training step on a CPU and are bound by memory bandwidth. So logits are
+processed in chunks that fit a processor's caches, and gradients are written once, in the logits' own type. Everything
+is computed in fp32, or in fp64 for fp64 logits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CACHED, LARGE = 2**20, 2**26
-"""Logits that are worked on at once: as many as a processor's caches hold, and as many on other devices."""
+CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
+"""Logits per chunk: what a processor's caches hold, and the size on other devices."""
 
 
 def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
-    """``log softmax(logits)`` of some tokens, ``(tokens, k)``; gradients can be taken.
+    """``log softmax(logits)`` of given tokens, ``(tokens, k)``; differentiable.
 
     Args:
         logits: ``(tokens, vocabulary)``.
@@ -27,69 +27,73 @@ def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
     return _LogProbabilities.apply(logits, ids)
 
 
-class Losses(NamedTuple):
-    """What :func:`compare` finds, summed over tokens.
+class DistillationLoss(NamedTuple):
+    """The losses of :func:`distillation_loss`, summed over tokens.
 
     Args:
-        divergence: ``KL(teacher || student)``.
-        surprise: the student's cross-entropy with what the text says, or 0.
-        gradient: of ``divergence + weight * surprise`` with respect to the student's logits, in their type.
+        kl: ``KL(teacher || student)``.
+        cross_entropy: the student's cross-entropy with the labels, or 0.
+        gradient: of ``kl + weight * cross_entropy`` with respect to the student's logits, in their type.
     """
 
-    divergence: float
-    surprise: float
+    kl: float
+    cross_entropy: float
     gradient: Tensor | None
 
 
 @torch.no_grad()
-def compare(
-    teacher: Tensor, student: Tensor, says: Tensor | None = None, weight: float = 0.0, slopes: bool = True
-) -> Losses:
-    """How far a student is from its teacher, and from the text.
+def distillation_loss(
+    teacher: Tensor,
+    student: Tensor,
+    labels: Tensor | None = None,
+    weight: float = 0.0,
+    with_gradient: bool = True,
+) -> DistillationLoss:
+    """``KL(teacher || student)``, the cross-entropy with the labels, and their gradient.
 
     Args:
         teacher: logits ``(tokens, vocabulary)``.
-        student: the same.
-        says: the tokens that the text says, ``(tokens,)``; -100 where it says nothing; ``None``: nowhere anything.
-        weight: see :class:`Losses`.
-        slopes: whether the gradient is wanted.
+        student: logits ``(tokens, vocabulary)``.
+        labels: the next tokens, ``(tokens,)``; -100 is ignored; ``None`` ignores all.
+        weight: of the cross-entropy in the gradient.
+        with_gradient: compute the gradient.
     """
-    gradient = torch.empty_like(student) if slopes else None
-    told = torch.full((len(student),), -100) if says is None else says
-    told = told.to(student.device)[:, None]
-    divergence = surprise = 0.0
-    for piece in _pieces(student):
-        log_p, log_q = (_wide(logits[piece]).log_softmax(-1) for logits in (teacher, student))
-        said, ids = (told[piece] >= 0).to(log_q), told[piece].clamp_min(0)
-        surprise -= float((said * log_q.gather(-1, ids)).sum())
+    gradient = torch.empty_like(student) if with_gradient else None
+    labels = torch.full((len(student),), -100) if labels is None else labels
+    labels = labels.to(student.device)[:, None]
+    kl = cross_entropy = 0.0
+    for chunk in _chunks(student):
+        log_p, log_q = (_wide(logits[chunk]).log_softmax(-1) for logits in (teacher, student))
+        labelled, ids = (labels[chunk] >= 0).to(log_q), labels[chunk].clamp_min(0)
+        cross_entropy -= float((labelled * log_q.gather(-1, ids)).sum())
         p = log_p.exp()
-        divergence += float((p * log_p.sub_(log_q)).sum())
+        kl += float((p * log_p.sub_(log_q)).sum())
         if gradient is not None:
             q = log_q.exp_()
             if weight:
-                q *= 1 + weight * said
-                q.scatter_add_(-1, ids, -weight * said)
-            gradient[piece] = q.sub_(p)
-    return Losses(divergence, surprise, gradient)
+                q *= 1 + weight * labelled
+                q.scatter_add_(-1, ids, -weight * labelled)
+            gradient[chunk] = q.sub_(p)
+    return DistillationLoss(kl, cross_entropy, gradient)
 
 
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        totals = [_wide(logits[piece]).logsumexp(-1) for piece in _pieces(logits)]
+        totals = [_wide(logits[chunk]).logsumexp(-1) for chunk in _chunks(logits)]
         total = torch.cat(totals) if totals else _wide(logits[:, 0])
         ctx.save_for_backward(logits, ids, total)
         return _wide(logits.gather(-1, ids)) - total[:, None]
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
-        (slope,) = slopes
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, None]:
+        (output_gradient,) = output_gradients
         logits, ids, total = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for piece in _pieces(logits):
-            softmax = (_wide(logits[piece]) - total[piece, None]).exp_()
-            softmax *= -slope[piece].sum(-1, keepdim=True)
-            gradient[piece] = softmax.scatter_add_(-1, ids[piece], slope[piece])
+        for chunk in _chunks(logits):
+            softmax = (_wide(logits[chunk]) - total[chunk, None]).exp_()
+            softmax *= -output_gradient[chunk].sum(-1, keepdim=True)
+            gradient[chunk] = softmax.scatter_add_(-1, ids[chunk], output_gradient[chunk])
         return gradient, None
 
 
@@ -97,7 +101,7 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _pieces(logits: Tensor) -> Iterator[slice]:
-    rows = max((CACHED if logits.device.type == "cpu" else LARGE) // logits.shape[-1], 1)
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    rows = max((CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[-1], 1)
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)

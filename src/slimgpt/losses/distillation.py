@@ -1,4 +1,4 @@
-"""What recovery minimises, summed over predicted tokens; tensors in, tensors out."""
+"""Losses of recovery, summed over predicted tokens."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from slimgpt.losses.chunked import log_probabilities
 
 def predicted(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of ``values`` ``(batch, n, ...)`` that predict a learned token, ``(tokens, ...)``, and those tokens."""
-    wanted = labels[:, 1:] != -100
-    return values[:, :-1][wanted], labels[:, 1:][wanted]
+    learned = labels[:, 1:] != -100
+    return values[:, :-1][learned], labels[:, 1:][learned]
 
 
 def text_loss(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Cross-entropy of ``logits`` ``(tokens, vocabulary)`` with what the text says, summed."""
+    """Cross-entropy of ``logits`` ``(tokens, vocabulary)`` with the next tokens, summed."""
     return -log_probabilities(logits, tokens[:, None]).sum()
 
 
 def divergence(logits: Tensor, ids: Tensor, log_p: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the student from the teacher, summed over tokens.
 
-    The teacher is known by its ``k`` most likely tokens; all others are one event more, with what is left of the
-    probability. That is a divergence of the same two distributions seen more coarsely: never more than the exact
-    one, 0 where the models agree, and equal to it where ``k`` is the whole vocabulary.
+    The teacher is represented by its ``k`` most likely tokens and one event for the rest of the vocabulary, with the
+    remaining probability. This is a lower bound of the exact divergence: 0 for equal models, and equal to it where
+    ``k`` is the whole vocabulary.
 
     Args:
         logits: of the student, ``(tokens, vocabulary)``.

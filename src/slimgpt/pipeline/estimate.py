@@ -26,7 +26,7 @@ from slimgpt.planning.targets import cache_bytes
 from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.runtime.devices import as_device, as_dtype
 from slimgpt.sensitivity.allocate import quadrature, uses_sensitivity
-from slimgpt.sensitivity.measure import divide, num_gradient_nodes
+from slimgpt.sensitivity.measure import num_gradient_nodes, split_windows
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,15 @@ def all_flops(
     head = 2.0 * text_config(model_config).vocab_size * text_config(model_config).hidden_size
     flops["gradients"] = 0.0
     if uses_sensitivity(config, shape, windows):
-        fit, probe = divide(windows, shape.widest)
+        fit, probe = split_windows(windows, shape.widest)
         trial = loop(fit.numel())
         for points in quadrature(config):
             for part in ("forward", "hessian", "solver"):
                 flops[part] += trial[part]
-            # Forth: the dense model and every point of the path. Back: a point again, with gradients.
-            forth, back = 1 + len(points), num_gradient_nodes(points)
-            flops["gradients"] += probe.numel() * (each * (forth + back * (1 + BACKWARD_COST)) + (forth + back) * head)
+            # Forward: the dense model and every node. Backward: nodes with gradients, recomputed.
+            forward, backward = 1 + len(points), num_gradient_nodes(points)
+            layer_flops = each * (forward + backward * (1 + BACKWARD_COST))
+            flops["gradients"] += probe.numel() * (layer_flops + (forward + backward) * head)
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; predictions of the dense model, of the pruned one, and back.
         flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 3 * head

@@ -178,7 +178,9 @@ def run_stages(
     allocation: dict[str, Any] = {}
     if uses_sensitivity(config, job.shape, job.windows):
         plan, allocation = sink.measured_plan(
-            lambda: allocate(job.plan, job.shape, model, source, job.windows, config, context, callbacks.measured)
+            lambda: allocate(
+                job.plan, job.shape, model, source, job.windows, config, context, on_measured=callbacks.measured
+            )
         )
     distil = _Distil(job, source, sink, callbacks, context) if job.distill_tokens and ranks.main else None
     if distil is not None and sink.replaces_source:
@@ -235,8 +237,8 @@ class _Distil:
             self.job.distill_tokens,
             self.job.config,
             self.context,
-            self.callbacks.prepare_step,
-            self.sink.generated_text,
+            on_rehearsed=self.callbacks.prepare_step,
+            load_or_generate=self.sink.generated_text,
         )
 
     def __call__(self, plan: Plan) -> dict[str, Any]:

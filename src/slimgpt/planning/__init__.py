@@ -1,6 +1,6 @@
 """A target becomes a plan of widths, from the config alone."""
 
-from slimgpt.planning.allocation import Sensitivity, StructureCost, between, spend, trial
+from slimgpt.planning.allocation import Sensitivity, StructureCost, allocate_budget, interpolate, trial_plan
 from slimgpt.planning.engines import ENGINES, EngineSupport, constraints_for, engine_support
 from slimgpt.planning.plan import HEAD_UNITS, TOLERANCE, Plan, head_units
 from slimgpt.planning.plan_file import read_plan, to_toml
@@ -20,17 +20,17 @@ __all__ = [
     "Plan",
     "Sensitivity",
     "StructureCost",
-    "between",
+    "allocate_budget",
     "constraints_for",
     "engine_support",
     "head_units",
+    "interpolate",
     "layer_ratios",
     "make_plan",
     "parse_cache",
     "parse_count",
     "parse_size",
     "read_plan",
-    "spend",
     "to_toml",
-    "trial",
+    "trial_plan",
 ]

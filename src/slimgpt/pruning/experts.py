@@ -56,7 +56,9 @@ class ExpertsPruner:
     def __init__(self, layer: LayerPruner, experts: Experts, sizes: Sizes, groups: int):
         self.work, self.experts, self.sizes, self.groups = layer, experts, dict(sizes), groups
         self.run, self.ranks = layer.run, layer.run.ranks
-        self.tokens = cast(ActivationStore, layer.shelf(self.run.placement.stream))  # (tokens, hidden) of every batch
+        self.tokens = cast(
+            ActivationStore, layer.store_at(self.run.placement.stream)
+        )  # (tokens, hidden) of every batch
         self.routings: list[Routing] = []
         self.kept = torch.arange(sizes[EXPERTS])
         self.scales: list[float] = []
@@ -71,13 +73,13 @@ class ExpertsPruner:
         outputs = self._remove(target[EXPERTS]) if target[EXPERTS] < self.sizes[EXPERTS] else None
         if outputs is None:
             with self.work.timed("forward"):
-                for number in range(len(self.work.stream)):
+                for number in range(len(self.work.inputs)):
                     self._route(number)
         return self._narrow(target[CHANNELS])
 
     def _route(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """One batch: tokens ``(tokens, hidden)``, the experts of each and their weights ``(tokens, k)``."""
-        tokens, index, weights = self.work.called(number, self.experts.module)
+        tokens, index, weights = self.work.module_inputs(number, self.experts.module)
         self.tokens.put(number, tokens)
         self.routings[number:] = [Routing(index, weights, self.sizes[EXPERTS])]
         return tokens, index, weights
@@ -99,18 +101,18 @@ class ExpertsPruner:
 
     def _remove(self, keep: int) -> None:
         """Remove whole experts with their rows of the router, and scale the outputs of those that stay."""
-        work, earlier = self.work, self.work.earlier
-        everyone, batches = self.sizes[EXPERTS], range(len(work.stream))
-        targets = cast(ActivationStore, work.shelf(self.run.placement.stream))
-        gram = OutputGram(everyone, self.run.device, work.sum_dtype)
-        if not work.replay:
+        work, resumed = self.work, self.work.resumed
+        experts, batches = self.sizes[EXPERTS], range(len(work.inputs))
+        targets = cast(ActivationStore, work.store_at(self.run.placement.stream))
+        gram = OutputGram(experts, self.run.device, work.sum_dtype)
+        if not work.replaying:
             with work.timed("forward"):
                 for number in batches:
                     targets.put(number, self._all_outputs(number, gram, None))
             self.ranks.total(gram.C)
         with work.timed("solver"):
-            if self.ranks.main and earlier is not None:
-                kept = torch.tensor(cast(ExpertsReport, earlier.report.experts).kept)
+            if self.ranks.main and resumed is not None:
+                kept = torch.tensor(cast(ExpertsReport, resumed.report.experts).kept)
             else:
                 down = work.state[self.experts.key]
                 norms = torch.stack([matrix.double().square().sum() for matrix in down])
@@ -123,15 +125,15 @@ class ExpertsPruner:
         gram = OutputGram(keep, self.run.device, work.sum_dtype)
         with work.timed("forward"):
             for number in batches:
-                if work.replay:
+                if work.replaying:
                     self._route(number)
                 else:
                     self._all_outputs(number, gram, targets.take(number))
         with work.timed("solver"):
             scales = torch.ones(keep, device=self.run.device, dtype=gram.C.dtype)
-            if self.ranks.main and earlier is not None:
-                scales = scales.new_tensor(cast(ExpertsReport, earlier.report.experts).scales)
-            elif not work.replay:
+            if self.ranks.main and resumed is not None:
+                scales = scales.new_tensor(cast(ExpertsReport, resumed.report.experts).scales)
+            elif not work.replaying:
                 for tensor in (gram.C, gram.c, gram.total):
                     self.ranks.total(tensor)
                 if work.repair:
@@ -142,7 +144,7 @@ class ExpertsPruner:
             if work.repair:
                 work.state = scale_experts(work.state, self.experts, scales)
                 names = (self.experts.key, f"{self.experts.key}_bias")
-                scaled = {name: work.running(work.state[name]) for name in names if name in work.state}
+                scaled = {name: work.to_compute(work.state[name]) for name in names if name in work.state}
                 self._rebuild({**work.layer.state_dict(), **scaled})
 
     def _rebuild(self, state: dict[str, Tensor]) -> None:
@@ -154,23 +156,23 @@ class ExpertsPruner:
     def _narrow(self, keep: int) -> ActivationStore:
         """Choose channels and repair the output matrix of one expert after another."""
         work, width = self.work, self.sizes[CHANNELS]
-        everyone = range(self.sizes[EXPERTS])
-        outputs = cast(ActivationStore, work.shelf(self.run.placement.stream))
-        for number in range(len(work.stream)):
+        experts = range(self.sizes[EXPERTS])
+        outputs = cast(ActivationStore, work.store_at(self.run.placement.stream))
+        for number in range(len(work.inputs)):
             outputs.put(number, torch.zeros_like(self.tokens.get(number)))
         counts, square = self._counts()
         chosen: list[Tensor] = []
         matrices: list[Tensor] = []
         lost = energy = 0.0
-        for expert in everyone:
+        for expert in experts:
             sparse = needs_fallback(counts[expert], width)
-            if keep == width or work.replay:
-                columns, W = self._decide(expert, None, keep, sparse)
+            if keep == width or work.replaying:
+                columns, W = self._select_and_repair(expert, None, keep, sparse)
                 with work.timed("forward"):
-                    for number in range(len(work.stream)):
-                        self._add(number, expert, self._inputs(number, expert), columns, W, outputs)
+                    for number in range(len(work.inputs)):
+                        self._add_output(number, expert, self._inputs(number, expert), columns, W, outputs)
             else:
-                gram, held = work.gram(width), work.shelf(self.run.placement.kept)
+                gram, held = work.gram(width), work.store_at(self.run.placement.kept)
                 for number, routing in enumerate(self.routings):
                     with work.timed("forward"):
                         inputs = self._inputs(number, expert)
@@ -183,29 +185,29 @@ class ExpertsPruner:
                         self._add_sample(gram, expert, square)
                     self.ranks.reduce(gram)
                 with work.timed("solver"):
-                    columns, W = self._decide(expert, gram, keep, sparse)
+                    columns, W = self._select_and_repair(expert, gram, keep, sparse)
                     lost += work.solved[0] * work.solved[1] * counts[expert]
                     energy += work.solved[1] * counts[expert]
                 with work.timed("forward"):
-                    for number in range(len(work.stream)):
+                    for number in range(len(work.inputs)):
                         inputs = held.take(number) if held is not None else self._inputs(number, expert)
-                        self._add(number, expert, inputs, columns, W, outputs)
+                        self._add_output(number, expert, inputs, columns, W, outputs)
             chosen.append(torch.arange(width) if columns is None else columns.cpu())
             matrices.append(self._stored)
         if keep < width:
             work.state = keep_channels(work.state, self.experts, torch.stack(chosen), torch.stack(matrices))
         work.error["channels"] = lost / energy if energy > 0 else 0.0
         work.kept["experts"] = self.kept.tolist()
-        fallback = [int(self.kept[e]) for e in everyone if keep < width and needs_fallback(counts[e], width)]
+        fallback = [int(self.kept[e]) for e in experts if keep < width and needs_fallback(counts[e], width)]
         masks = [] if keep == width else [mask_of(channels.tolist(), width) for channels in chosen]
         work.experts = ExpertsReport(self.kept.tolist(), counts, fallback, self.scales, masks)
         return outputs
 
     def _counts(self) -> tuple[list[int], float]:
         """The tokens that each expert sees in all processes, and the mean square of the router's weights."""
-        device, everyone = self.run.device, range(self.sizes[EXPERTS])
+        device, experts = self.run.device, range(self.sizes[EXPERTS])
         counts = torch.tensor([routing.counts for routing in self.routings], device=device).sum(0)
-        squares = sum(r.weights(e).double().square().sum().item() for r in self.routings for e in everyone)
+        squares = sum(r.weights(e).double().square().sum().item() for r in self.routings for e in experts)
         summed = torch.tensor([squares], device=device, dtype=self.work.sum_dtype)
         self.ranks.total(counts)
         self.ranks.total(summed)
@@ -215,7 +217,7 @@ class ExpertsPruner:
         """The inputs of an expert's output matrix in one batch, ``(count, width)``."""
         return intermediate(self.module, expert, self.tokens.rows(number, self.routings[number].rows(expert)))
 
-    def _add(
+    def _add_output(
         self, number: int, expert: int, inputs: Tensor, columns: Tensor | None, W: Tensor, outputs: ActivationStore
     ) -> None:
         """Multiply one batch by an expert's narrow matrix and add it to the output."""
@@ -231,13 +233,15 @@ class ExpertsPruner:
 
         They count as the average token does, whatever the router thinks of them.
         """
-        wanted = -(-2 * self.sizes[CHANNELS] // (len(self.routings) * self.ranks.world))
+        sample = -(-2 * self.sizes[CHANNELS] // (len(self.routings) * self.ranks.world))
         for number in range(len(self.routings)):
-            there = self.tokens.length(number)
-            rows = torch.linspace(0, there - 1, min(wanted, there), device=self.run.device).long()
+            available = self.tokens.length(number)
+            rows = torch.linspace(0, available - 1, min(sample, available), device=self.run.device).long()
             gram.add(intermediate(self.module, expert, self.tokens.rows(number, rows)) * square**0.5)
 
-    def _decide(self, expert: int, gram: Gram | None, keep: int, sparse: bool) -> tuple[Tensor | None, Tensor]:
+    def _select_and_repair(
+        self, expert: int, gram: Gram | None, keep: int, sparse: bool
+    ) -> tuple[Tensor | None, Tensor]:
         """The columns of an expert that stay (``None``: all) and the matrix as the forward pass needs it.
 
         Rank 0 takes both from an earlier run or from the solver, the others from rank 0.
@@ -247,13 +251,13 @@ class ExpertsPruner:
         out, width = stored.shape
         if keep == width:
             self._stored = stored
-            return None, work.running(stored)
+            return None, work.to_compute(stored)
         if not self.ranks.main:
             kept = torch.empty(keep, dtype=torch.long)
             W = torch.empty(out, keep, dtype=stored.dtype, device=device)
-        elif work.earlier is not None:
-            kept = torch.tensor(units_of(cast(ExpertsReport, work.earlier.report.experts).channels[expert]))
-            W = down_matrix(work.earlier.state, self.experts, expert)[0].to(device, copy=True).contiguous()
+        elif work.resumed is not None:
+            kept = torch.tensor(units_of(cast(ExpertsReport, work.resumed.report.experts).channels[expert]))
+            W = down_matrix(work.resumed.state, self.experts, expert)[0].to(device, copy=True).contiguous()
         else:
             assert gram is not None
             where = f"{self.experts.module}, expert {int(self.kept[expert])}"
@@ -262,4 +266,4 @@ class ExpertsPruner:
         kept = self.ranks.broadcast(kept.to(device))
         W = self.ranks.broadcast(W)
         self._stored = W.cpu()
-        return kept, work.running(W)
+        return kept, work.to_compute(W)

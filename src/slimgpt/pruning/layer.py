@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from slimgpt.config import PruneConfig
 from slimgpt.errors import NumericalError
 from slimgpt.layerwise.capture import LayerInputs
-from slimgpt.layerwise.context import ExecutionContext, check_output, running_layer, to_compute
+from slimgpt.layerwise.context import ExecutionContext, check_finite_output, running_layer, to_compute
 from slimgpt.layerwise.partial_forward import PartialForward, arguments_of, run_with
 from slimgpt.models.architecture import Sizes, Structure
 from slimgpt.models.lookup import layer_sizes
@@ -48,8 +48,8 @@ def matrix_of(layer: nn.Module, structure: Structure) -> tuple[Tensor, Tensor | 
 
 
 def gram_for(n: int, run: ExecutionContext, name: str = "gram") -> Gram:
-    """A sum to be; in a file where memory is short, and for wide layers on a CPU, where it is read only a few times and
-    the system can write it out meanwhile.
+    """Allocate a Gram accumulator; memory-mapped if the placement says so, or for > 4096 columns on a CPU, where it is
+    read only a few times.
 
     Args:
         name: of the file, for several at once.
@@ -62,7 +62,7 @@ def gram_for(n: int, run: ExecutionContext, name: str = "gram") -> Gram:
 
 
 class LayerPruner:
-    """One layer while it is pruned; notes what it kept, the errors and the seconds."""
+    """One layer while it is pruned: its state dict, kept units, errors and seconds."""
 
     def __init__(
         self,
@@ -71,44 +71,43 @@ class LayerPruner:
         model_config: Any,
         config: PruneConfig,
         run: ExecutionContext,
-        stream: LayerInputs,
+        inputs: LayerInputs,
+        *,
         selected_units: SelectedUnits | None = None,
     ):
         self.index, self.config, self.run, self.model_config = index, config, run, model_config
-        self.stream, self.selected_units = stream, selected_units
+        self.inputs, self.selected_units = inputs, selected_units
         self.dense_sizes: Sizes = layer_sizes(model_config)[index]
         self.criterion = CRITERIA[config.method]
         self.repair = self.criterion.repair if config.repair is None else config.repair
         # One generator per layer: a run that goes on in the middle draws the same numbers.
         self.generator = torch.Generator().manual_seed((config.seed * 1_000_003 + index) % 2**64)
-        self.earlier: PrunedLayer | None = None
-        self.replay = False
+        self.resumed: PrunedLayer | None = None
+        self.replaying = False
         self.expert_groups = 1
         self.experts: ExpertsReport | None = None
         self.kept: dict[str, list[int]] = {}
         self.error: dict[str, float] = {}
         self.seconds: dict[str, float] = {"load": 0.0, "forward": 0.0, "hessian": 0.0, "solver": 0.0}
-        self.results: dict[
-            str, ActivationStore
-        ] = {}  # what the finished matrices returned, by the place it is given at
-        self.rebuild: dict[tuple[str, int], Callable[[Tensor], Any]] = {}  # by place and batch
+        self.results: dict[str, ActivationStore] = {}  # outputs of the finished matrices, by the replaced module
+        self.wrap_output: dict[tuple[str, int], Callable[[Tensor], Any]] = {}  # by module and batch
         self.parameters = {name for name, _ in dense.named_parameters()}
         self.state: State = dense.state_dict()
         with self.timed("load"):
             self.layer = running_layer(dense, model_config, index, run)
 
-    def called(self, number: int, module: str) -> tuple[Any, ...]:
-        """What a module of the layer is called with on one batch."""
+    def module_inputs(self, number: int, module: str) -> tuple[Any, ...]:
+        """The arguments of a module of the layer for one batch."""
         return arguments_of(self.layer, module, lambda: self._run(number))
 
     def structure_inputs(self, number: int, structure: Structure) -> Tensor:
         """The input of the output matrix for one batch, ``(batch, seq_len, n)``."""
-        part = cast(PartialForward, self._run(number, until=structure.output))
-        self.place = part.place
-        self.rebuild[part.place, number] = part.rebuild
-        return part.inputs
+        partial = cast(PartialForward, self._run(number, until=structure.output))
+        self.replaced_module = partial.module
+        self.wrap_output[partial.module, number] = partial.wrap_output
+        return partial.inputs
 
-    def finish(
+    def apply_output_matrix(
         self,
         number: int,
         inputs: Tensor,
@@ -117,71 +116,72 @@ class LayerPruner:
         bias: Tensor | None,
         results: ActivationStore | None,
     ) -> None:
-        """Multiply one batch by the narrow matrix; keep the result, or, with the last one, let it leave the layer."""
+        """Multiply one batch by the narrow matrix; store the result, or, for the last matrix, finish the batch."""
         result = F.linear(inputs if columns is None else inputs[..., columns], W, bias)
         if results is not None:
             results.put(number, result)
             return
-        self.leave(number, {self.place: self.rebuild.pop((self.place, number))(result)})
+        wrap_output = self.wrap_output.pop((self.replaced_module, number))
+        self.finish_batch(number, {self.replaced_module: wrap_output(result)})
 
-    def leave(self, number: int, result: dict[str, Any] | None = None) -> None:
-        """Let one batch leave the layer."""
+    def finish_batch(self, number: int, result: dict[str, Any] | None = None) -> None:
+        """Run one batch through the rest of the layer and store its output."""
         after = self._run(number, result)
-        check_output(self.index, after)
-        self.stream.hidden.put(number, after)
+        check_finite_output(self.index, after)
+        self.inputs.hidden.put(number, after)
 
     def _run(self, number: int, result: dict[str, Any] | None = None, until: str | None = None) -> Any:
-        """Run one batch through the layer with the results of the finished matrices given."""
-        given = {name: self.rebuild[name, number](shelf.get(number)) for name, shelf in self.results.items()}
-        arguments = self.stream.arguments[number][self.index]
-        return run_with(self.layer, {**given, **(result or {})}, self.stream.hidden.get(number), arguments, until)
+        """Run one batch through the layer with the stored results of the finished matrices."""
+        outputs = {name: self.wrap_output[name, number](store.get(number)) for name, store in self.results.items()}
+        arguments = self.inputs.arguments[number][self.index]
+        return run_with(self.layer, {**outputs, **(result or {})}, self.inputs.hidden.get(number), arguments, until)
 
-    def shelf(self, place: str) -> ActivationStore | None:
+    def store_at(self, place: str) -> ActivationStore | None:
         return None if place == RECOMPUTE else ActivationStore(place, self.run.device, self.run.scratch)
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the seconds of a block to a part, with the device's work finished."""
+        """Add the seconds of a block to a part, with the device synchronised."""
         start = time.perf_counter()
         yield
         if self.run.device.type == "cuda":
             torch.cuda.synchronize(self.run.device)
         self.seconds[part] += time.perf_counter() - start
 
-    def running(self, tensor: Tensor) -> Tensor:
-        """A tensor where and as the forward passes need it."""
+    def to_compute(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device and in the dtype of the forward passes."""
         return to_compute(tensor, self.run)
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """The type of small sums."""
+        """The dtype of small sums."""
         return solver_dtype(1, self.run.device)
 
     def gram(self, n: int) -> Gram:
-        """The sum to be; see :func:`gram_for`."""
+        """A Gram accumulator; see :func:`gram_for`."""
         return gram_for(n, self.run)
 
-    def decide(
-        self, name: str, structure: Structure, running: Tensor, gram: Gram | None, sizes: Sizes, target: Sizes
+    def select_and_repair(
+        self, name: str, structure: Structure, W: Tensor, gram: Gram | None, sizes: Sizes, target: Sizes
     ) -> tuple[Tensor | None, Tensor]:
-        """The columns that stay (``None``: all) and the narrow matrix as the forward pass needs it.
+        """The kept columns (``None``: all) and the narrow matrix in the dtype of the forward passes.
 
         Rank 0 takes both from an earlier run or from the solver, the others from rank 0.
         """
         units, keep = structure.units(sizes), structure.units(target)
         if keep == units:
             self.kept[name], self.error[name] = list(range(units)), 0.0
-            return None, running
+            return None, W
         stored = output_matrix(self.state, structure)
         out, n = stored.shape
         ranks, device = self.run.ranks, self.run.device
         if not ranks.main:
             kept = torch.empty(keep, dtype=torch.long)
             W_kept = torch.empty(out, n // units * keep, dtype=stored.dtype, device=device)
-        elif self.earlier is not None:
-            kept = torch.tensor(self.earlier.report.kept[name])
+        elif self.resumed is not None:
+            kept = torch.tensor(self.resumed.report.kept[name])
             # Copied: products may differ in the last bit with where in memory their factors begin.
-            W_kept = output_matrix(self.earlier.state, structure).to(device, copy=True)
+            W_kept = output_matrix(self.resumed.state, structure).to(device, copy=True)
         else:
             assert gram is not None
             choose = self._choice(name, structure, sizes, keep)
@@ -191,7 +191,7 @@ class LayerPruner:
         W_kept = ranks.broadcast(W_kept.contiguous())  # the solver leaves it in column order, a file holds rows
         self.kept[name] = kept.tolist()
         self.state = slice_state(self.state, structure, sizes, kept, W_kept)
-        return unit_rows(n, units, kept).to(device), W_kept.to(running.dtype)
+        return unit_rows(n, units, kept).to(device), W_kept.to(W.dtype)
 
     def channels(self, keep: int) -> SelectUnits:
         """The method's choice of so many channels."""
@@ -211,13 +211,13 @@ class LayerPruner:
 
         Afterwards ``solved`` holds the relative error, and the mean energy of the dense output.
         """
-        where = f"layer {self.index}, {what}"
+        location = f"layer {self.index}, {what}"
         n = stored.shape[1]
         dtype = solver_dtype(n, stored.device)
         malloc_trim()
         H = gram.mean()
         if not bool(torch.isfinite(H.sum())):
-            raise NumericalError(f"{where}: its inputs hold NaN or infinity on the calibration text")
+            raise NumericalError(f"{location}: its inputs hold NaN or infinity on the calibration text")
         W = stored.to(dtype)
         undamped = H.diagonal().clone()
         chosen = None if self.criterion.damped else choose(W, H)
@@ -233,7 +233,7 @@ class LayerPruner:
             W_kept = reconstruct(G, H, columns) if self.repair else W[:, columns]
         except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise NumericalError(
-                f"{where}: the Hessian is not positive definite with damping {self.config.damping:g}; "
+                f"{location}: the Hessian is not positive definite with damping {self.config.damping:g}; "
                 "raise --damping (0.01 is usual) or give more calibration tokens"
             ) from error
         G -= W * (H.diagonal() - undamped)

@@ -1,4 +1,4 @@
-"""The loop: layer by layer, attention before FFN, each on the stream of the layers already pruned.
+"""The loop: layer by layer, attention before FFN, each on the outputs of the layers already pruned.
 
 Every matrix is multiplied once per token. Attention runs once and the inputs of its output matrix are kept; the
 pruned matrix turns them into the attention's result. The gate and up matrices run once on that, and their output
@@ -32,7 +32,7 @@ from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import malloc_trim
 
 FinishedLayers = Callable[[int], PrunedLayer | None]
-"""Gives a layer that an earlier run has finished."""
+"""A layer by index that an earlier run has finished, or ``None``."""
 
 
 @torch.no_grad()
@@ -44,17 +44,18 @@ def prune_layers(
     config: PruneConfig,
     run: ExecutionContext,
     finished_layers: FinishedLayers = lambda _: None,
+    *,
     selected_units: SelectedUnits | None = None,
 ) -> Iterator[PrunedLayer]:
     """Prune layer after layer; the model itself is not changed.
 
     Args:
-        model: what is around the layers (its own layers may have no storage).
+        model: gives embeddings, final norm and LM head (its own layers may have no storage).
         load_layer: gives the dense layer of an index, on any device.
         windows: ``(num_samples, seq_len)`` long, the calibration tokens of this process.
         plan: the widths to reach.
-        finished_layers: gives the layers that an earlier run has finished.
-        selected_units: takes the criterion's place; what it selects is repaired as the settings say.
+        finished_layers: the layers that an earlier run has finished, by index.
+        selected_units: replaces the criterion; its selection is repaired as the settings say.
 
     Raises:
         NumericalError: NaN or infinity in activations, or a Hessian that is not positive definite.
@@ -63,18 +64,18 @@ def prune_layers(
     structures = architecture.chosen(plan.head_unit)
     layers = decoder_layers(model)
     hidden = ActivationStore(run.placement.stream, run.device, run.scratch)
-    stream = capture(model, layers, windows, config.batch_size, hidden, run.dtype)
+    inputs = capture(model, layers, windows, config.batch_size, hidden, run.dtype)
     for index, (sizes, target) in enumerate(zip(layer_sizes(model.config), plan.layers, strict=True)):
         dense = load_layer(index)
-        work = LayerPruner(index, dense, model.config, config, run, stream, selected_units)
+        work = LayerPruner(index, dense, model.config, config, run, inputs, selected_units=selected_units)
         # All processes go the same way, though only rank 0 sees the journal.
-        earlier = finished_layers(index) if run.ranks.main else None
-        work.earlier = earlier
-        work.replay = bool(run.ranks.agree(int(earlier is not None)))
+        resumed = finished_layers(index) if run.ranks.main else None
+        work.resumed = resumed
+        work.replaying = bool(run.ranks.agree(int(resumed is not None)))
         work.expert_groups = architecture.groups_of_experts(model.config) if isinstance(architecture, Mixture) else 1
         state = _prune_structures(work, structures, sizes, target)
-        if earlier is not None:
-            yield earlier
+        if resumed is not None:
+            yield resumed
             continue
         report = LayerReport(
             index,
@@ -95,12 +96,12 @@ def prune_layers(
 
 def _prune_structures(work: LayerPruner, structures: Sequence[Structure], sizes: Sizes, target: Sizes) -> State:
     """The state dict of the narrower layer in its stored type; the inputs of the next layer replace this one's."""
-    stream = work.stream
+    batches = range(len(work.inputs))
     structures = [structure for structure in structures if structure.key in work.state]
     if not structures:
         with work.timed("forward"):
-            for number in range(len(stream)):
-                work.leave(number)
+            for number in batches:
+                work.finish_batch(number)
     for structure in structures:
         last = structure is structures[-1]
         if isinstance(structure, Experts):
@@ -108,16 +109,16 @@ def _prune_structures(work: LayerPruner, structures: Sequence[Structure], sizes:
             continue
         name = structure.name
         W, bias = matrix_of(work.layer, structure)
-        results = cast(ActivationStore, work.shelf(work.run.placement.stream))
+        results = cast(ActivationStore, work.store_at(work.run.placement.stream))
         out = None if last else results
-        if work.replay or structure.units(target) == structure.units(sizes):
-            columns, W = work.decide(name, structure, W, None, sizes, target)
+        if work.replaying or structure.units(target) == structure.units(sizes):
+            columns, W = work.select_and_repair(name, structure, W, None, sizes, target)
             with work.timed("forward"):
-                for number in range(len(stream)):
-                    work.finish(number, work.structure_inputs(number, structure), columns, W, bias, out)
+                for number in batches:
+                    work.apply_output_matrix(number, work.structure_inputs(number, structure), columns, W, bias, out)
         else:
-            gram, kept = work.gram(W.shape[1]), work.shelf(work.run.placement.kept)
-            for number in range(len(stream)):
+            gram, kept = work.gram(W.shape[1]), work.store_at(work.run.placement.kept)
+            for number in batches:
                 with work.timed("forward"):
                     inputs = work.structure_inputs(number, structure)
                 with work.timed("hessian"):
@@ -128,23 +129,23 @@ def _prune_structures(work: LayerPruner, structures: Sequence[Structure], sizes:
             with work.timed("hessian"):
                 work.run.ranks.reduce(gram)
             with work.timed("solver"):
-                columns, W = work.decide(name, structure, W, gram, sizes, target)
+                columns, W = work.select_and_repair(name, structure, W, gram, sizes, target)
                 del gram
             with work.timed("forward"):
-                for number in range(len(stream)):
+                for number in batches:
                     inputs = kept.take(number) if kept is not None else work.structure_inputs(number, structure)
-                    work.finish(number, inputs, columns, W, bias, out)
-        work.results[work.place] = results
+                    work.apply_output_matrix(number, inputs, columns, W, bias, out)
+        work.results[work.replaced_module] = results
         sizes = structure.shrink(sizes, structure.units(target))
     return work.state
 
 
 def _prune_experts(work: LayerPruner, experts: Experts, sizes: Sizes, target: Sizes, last: bool) -> None:
     outputs = ExpertsPruner(work, experts, sizes, work.expert_groups).prune(target)
-    for number in range(len(work.stream)):
-        work.rebuild[experts.module, number] = lambda tensor: tensor
+    for number in range(len(work.inputs)):
+        work.wrap_output[experts.module, number] = lambda tensor: tensor
         if last:
             with work.timed("forward"):
-                work.leave(number, {experts.module: outputs.take(number)})
+                work.finish_batch(number, {experts.module: outputs.take(number)})
     if not last:
         work.results[experts.module] = outputs

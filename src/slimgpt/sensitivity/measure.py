@@ -1,10 +1,10 @@
-"""What each structure has lost of a narrowed model's quality: gradients along the path from the dense model to it.
+"""Attribution of a narrowed model's loss to its structures: integrated gradients on the path from the dense model.
 
 A trial run prunes every structure of every layer, on few tokens. A structure's narrow matrix, with zeros where its
 columns are gone, is reached from the dense one on a straight line ``W + alpha (W' - W)``, all structures at once; with
 ``D(alpha)`` the divergence of the model's predictions from the dense model's, ``D(1)`` is the sum over structures of
-the integrals of ``<dD/dW, W' - W>`` over ``alpha`` (the fundamental theorem of calculus; Aumann and Shapley's way to
-divide a cost). Layers are visited in order, forth and back, with their inputs kept in between, so that a model that
+the integrals of ``<dD/dW, W' - W>`` over ``alpha`` (the fundamental theorem of calculus; Aumann and Shapley's
+attribution of a cost). The forward and the backward pass run layer by layer, with saved inputs, so that a model that
 does not fit into memory can be measured too.
 """
 
@@ -38,13 +38,13 @@ from slimgpt.runtime.memory import DEVICE, malloc_trim
 T = TypeVar("T")
 
 Points = tuple[tuple[float, float], ...]
-"""Points ``alpha`` of the path and what gradients there weigh; where that is nothing, none are taken."""
+"""Quadrature nodes ``(alpha, weight)`` on the path from dense to narrow; weight 0 evaluates the KL only."""
 
-PARTS: Points = ((0.5, 1.0),)
+MIDPOINT: Points = ((0.5, 1.0),)
 """The midpoint rule, exact where the divergence grows with the square of the distance."""
 
 SIMPSON: Points = ((0.5, 2 / 3), (1.0, 1 / 6))
-"""What a search measures, by Simpson's rule; at the dense model there is no gradient."""
+"""Simpson's rule, used by a search; the gradient at the dense model is zero."""
 
 ENDPOINT: Points = ((1.0, 0.0),)
 """The end of the path, where the divergence is that of the narrowed model."""
@@ -53,7 +53,7 @@ PROBE_TOKENS, PROBE_LENGTH = 4096, 512
 """Tokens whose predictions are compared, and the longest window of them."""
 
 FIT_TOKENS, FIT_PER_COLUMN = 8192, 4
-"""The trial run sees so many tokens, or so many per column of the widest matrix where that is more."""
+"""Tokens of the trial run: the larger of a total and a number per column of the widest matrix."""
 
 OnMeasured = Callable[[int, int, float], None]
 """Called after every step with its number, the number of all steps and the seconds it took."""
@@ -61,7 +61,7 @@ OnMeasured = Callable[[int, int, float], None]
 
 @dataclass
 class PrunedWeight:
-    """Where the trial run left a structure: the columns that stay and the number its matrix has on the shelf."""
+    """A structure after the trial run: the kept columns, and the number of its matrix in the activation store."""
 
     structure: Structure
     columns: Tensor
@@ -89,26 +89,26 @@ def measure(
     config: PruneConfig,
     run: ExecutionContext,
     on_measured: OnMeasured | None = None,
-    points: Points = PARTS + ENDPOINT,
+    *,
+    points: Points = MIDPOINT + ENDPOINT,
 ) -> Sensitivity:
-    """What a plan would lose, and each structure's part in it.
+    """The loss of a plan, and its attribution to structures.
 
     Args:
-        model: what is around the layers; it stays as it is.
+        model: gives embeddings, final norm and LM head; unchanged.
         load_layer: gives the dense layer of an index.
-        windows: ``(num_samples, seq_len)`` long; the last ones are the ones whose predictions are compared.
+        windows: ``(num_samples, seq_len)`` long; predictions are compared on the last ones.
         plan: the widths to try; structures that it leaves as they are contribute nothing and are not in the result.
-        points: with :data:`PARTS` the result has the parts, with :data:`ENDPOINT` what they sum up to is measured, too;
-            else it is their sum.
+        points: :data:`MIDPOINT` gives the contributions, :data:`ENDPOINT` the divergence; without it, their sum.
 
     Raises:
         NumericalError: NaN or infinity on the way, or a Hessian that is not positive definite.
     """
-    return _Measurement(model, load_layer, plan, config, run, on_measured, points)(windows)
+    return _Measurement(model, load_layer, plan, config, run, on_measured, points=points)(windows)
 
 
-def divide(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
-    """The windows for the trial run, and the (shorter) ones whose predictions are compared: never the same."""
+def split_windows(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
+    """Disjoint windows for the trial run and (shorter ones) for the comparison of predictions."""
     length = min(windows.shape[1], PROBE_LENGTH)
     count = min(max(PROBE_TOKENS // length, 1), max(len(windows) // 2, 1))
     tokens = max(FIT_TOKENS, FIT_PER_COLUMN * widest)
@@ -118,7 +118,7 @@ def divide(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
 
 
 class _Measurement:
-    """One trial run and the way forth and back through the layers."""
+    """One trial run, and the forward and backward pass over the layers."""
 
     def __init__(
         self,
@@ -128,6 +128,7 @@ class _Measurement:
         config: PruneConfig,
         run: ExecutionContext,
         on_measured: OnMeasured | None,
+        *,
         points: Points,
     ):
         self.model, self.layers, self.load_layer = model, decoder_layers(model), load_layer
@@ -139,10 +140,10 @@ class _Measurement:
         self.narrow: list[list[PrunedWeight]] = []
 
     def __call__(self, windows: Tensor) -> Sensitivity:
-        fit, probe = divide(windows, max(max(layer.values()) for layer in self.sizes))
-        each = next(self.model.get_input_embeddings().parameters()).element_size()
-        self.matrices = activation_store_for(self.run, each * self._narrow_numbers())
-        self._try(fit)
+        fit, probe = split_windows(windows, max(max(layer.values()) for layer in self.sizes))
+        itemsize = next(self.model.get_input_embeddings().parameters()).element_size()
+        self.matrices = activation_store_for(self.run, itemsize * self._narrow_numbers())
+        self._trial_prune(fit)
         hidden = ActivationStore(DEVICE, self.run.device)
         stream = capture(self.model, self.layers, probe, self.config.batch_size, hidden, self.run.dtype)
         batches = range(len(stream))
@@ -156,11 +157,12 @@ class _Measurement:
             pass
         with on_device(self.model, self.run.device):
             kl, gradients = self._compare(paths, probe, passes.returns_tuple)
-        parts = tuple(self._costs(passes, gradients)) if gradients else ()
-        return Sensitivity(kl if ENDPOINT[0] in self.points else sum(part.cost for part in parts), parts)
+        contributions = tuple(self._costs(passes, gradients)) if gradients else ()
+        divergence = kl if ENDPOINT[0] in self.points else sum(each.cost for each in contributions)
+        return Sensitivity(divergence, contributions)
 
-    def _try(self, fit: Tensor) -> None:
-        """Prune on a few windows and keep every narrow matrix."""
+    def _trial_prune(self, fit: Tensor) -> None:
+        """Prune on a few windows and save every narrow matrix."""
         count = 0
         for finished in self._steps(prune_layers(self.model, self.load_layer, fit, self.plan, self.config, self.run)):
             index, sizes, weights = finished.report.layer, self.sizes[finished.report.layer], []
@@ -196,18 +198,18 @@ class _Measurement:
         return total / self.tokens, gradients
 
     def _costs(self, passes: LayerPasses[PathVariant], gradients: dict[int, list[Tensor]]) -> list[StructureCost]:
-        """The part of every structure in the divergence."""
-        parts: list[StructureCost] = []
+        """The contribution of every structure to the divergence."""
+        contributions: list[StructureCost] = []
         for index, layer_gradients in self._steps(passes.backward(gradients)):
             costs = [0.0] * len(self.narrow[index])
             for variant, weight_gradients in layer_gradients:
-                for place, (gradient, step) in enumerate(zip(weight_gradients, variant.steps)):
-                    costs[place] += variant.node_weight * float((gradient.to(step) * step).sum()) / self.tokens
+                for position, (gradient, step) in enumerate(zip(weight_gradients, variant.steps)):
+                    costs[position] += variant.node_weight * float((gradient.to(step) * step).sum()) / self.tokens
             for narrow, cost in zip(self.narrow[index], costs):
                 structure, sizes = narrow.structure, self.sizes[index]
                 removed = 1 - structure.units(self.plan.layers[index]) / structure.units(sizes)
-                parts.append(StructureCost(index, structure.unit, removed, cost))
-        return sorted(parts, key=lambda part: (part.layer, part.unit))
+                contributions.append(StructureCost(index, structure.unit, removed, cost))
+        return sorted(contributions, key=lambda cost: (cost.layer, cost.unit))
 
     def _variants(self, index: int, paths: Sequence[int]) -> Iterator[PathVariant]:
         """The layer on some paths: the dense one on path 0, and that of node ``k`` on path ``k + 1``."""
@@ -237,7 +239,7 @@ class _Measurement:
         return layer
 
     def _narrow_numbers(self) -> int:
-        """How many numbers all narrow matrices hold."""
+        """Number of elements of all output matrices."""
         states = (layer.state_dict() for layer in self.layers)
         return sum(state[s.key].numel() for state in states for s in self.structures if s.key in state)
 
@@ -254,10 +256,10 @@ class _Measurement:
 
 
 def _passes(points: Points) -> int:
-    """How often all layers are visited: for the trial run, forth, and back if gradients are wanted."""
+    """Passes over all layers: the trial run, forward, and backward if any node has gradients."""
     return 3 if num_gradient_nodes(points) else 2
 
 
 def num_gradient_nodes(points: Points) -> int:
-    """At how many points gradients are wanted."""
+    """Number of nodes with gradients."""
     return sum(1 for _, weight in points if weight)
