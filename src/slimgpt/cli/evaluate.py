@@ -14,6 +14,7 @@ from slimgpt.cli.progress import bar, count_bar
 from slimgpt.errors import UsageError
 
 if TYPE_CHECKING:
+    from slimgpt.evaluation.divergence import Divergence
     from slimgpt.evaluation.passkey_retrieval import Passkey
     from slimgpt.evaluation.perplexity import Perplexity
     from slimgpt.evaluation.tasks import TaskScores
@@ -38,6 +39,10 @@ def evaluate(
     model: ModelArgument,
     text: Annotated[str | None, typer.Option(help="A text file, wikitext2, ptb, c4, or 'demo'.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window; 128 and 2048 are the literature's.")] = 128,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="The dense model: tell the KL divergence of MODEL's predictions from it."),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next.", show_default="window: no overlap")
     ] = None,
@@ -60,10 +65,12 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Perplexity of MODEL on a text, its scores on tasks, its memory over long texts; each with its protocol."""
+    """Perplexity of MODEL on a text and its divergence from a BASE, its scores on tasks, its memory over long texts;
+    each with its protocol."""
     from slimgpt.checkpoint.inspecting import read_report
     from slimgpt.evaluation.contamination import contamination_note
     from slimgpt.evaluation.corpora import read_text
+    from slimgpt.evaluation.evaluate import check_same_tokens
     from slimgpt.evaluation.evaluate import evaluate as run
     from slimgpt.evaluation.passkey_retrieval import passkey as run_passkey
     from slimgpt.evaluation.perplexity import check_protocol
@@ -76,6 +83,8 @@ def evaluate(
     check_json(json_file, overwrite)
     if text is None and tasks is None and passkey is None:
         raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
+    if against is not None and text is None:
+        raise UsageError("--against tells a divergence on a text: give --text, too")
     check_protocol(window, bos, max_tokens, batch_size)
     lengths = whole_numbers(passkey, "--passkey") if passkey else []
     names = check_tasks(tasks, limit, num_fewshot, data_dir)[0] if tasks is not None else []
@@ -86,6 +95,11 @@ def evaluate(
     report = read_report(folder) if folder is not None else None
     with out.status(f"loading {show(model)}"):
         loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+    base = None
+    if against is not None and content is not None:
+        with out.status(f"loading {show(against)}"):
+            base, base_tokenizer = load(against, dtype, device, trust_remote_code)
+        check_same_tokens(tokenizer, base_tokenizer, content.content)
     for length in lengths:
         check_context(loaded.config, "a text", length)
     values: dict[str, Any] = {"model": model}
@@ -102,10 +116,14 @@ def evaluate(
                 by_position=by_position,
                 bos=bos,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
+                against=base,
             )
+        del base
         leak = contamination_note(report, content)
         values |= {"text": text, **result.to_json(), "leak": leak}
         print_perplexity(result, content.name, leak)
+        if result.divergence is not None:
+            print_divergence(result.divergence, result)
     if names:
         with count_bar("answers") as on_start:
             scores = evaluate_tasks(loaded, tokenizer, names, limit, num_fewshot, data_dir, on_start)
@@ -153,6 +171,35 @@ def print_perplexity(result: Perplexity, text: str, leak: str | None) -> None:
         for first, value in result.by_position.items():
             table.add_row(f"{first}-{min(2 * first, result.window) - 1}", f"{value:.3f}")
         out.print(table)
+
+
+def print_divergence(divergence: Divergence, result: Perplexity) -> None:
+    """The figures of llama.cpp's ``--kl-divergence``, then the divergence by position."""
+    kl, delta = divergence.kl, divergence.delta_p
+    out.print(
+        f"divergence from {show(divergence.base)}: KL [bold]{kl.mean:.4f}[/] ± {kl.stderr:.4f} nats per token "
+        f"({divergence.bits_per_byte:.4f} bits per byte), same most likely token "
+        f"[bold]{divergence.same_top:.2%}[/] ± {divergence.same_top_stderr:.2%}\n"
+        f"perplexity {divergence.base_perplexity:.4f} -> {result.perplexity:.4f}, ln of the ratio "
+        f"{divergence.log_perplexity_ratio:+.4f} ± {divergence.log_perplexity_ratio_stderr:.4f}, correlation of ln p "
+        f"{divergence.correlation:.2%}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("", "KL, nats", "Δp of the text's token")
+    table.add_row("mean", f"{kl.mean:.6f} ± {kl.stderr:.6f}", f"{delta.mean:.3%} ± {delta.stderr:.3%}")
+    table.add_row("RMS", f"{kl.rms:.6f}", f"{delta.rms:.3%}")
+    table.add_row("maximum", f"{kl.maximum:.6f}", f"{delta.maximum:.3%}")
+    for percent in reversed(kl.quantiles):
+        name = "median" if percent == "50%" else percent
+        table.add_row(name, f"{kl.quantiles[percent]:.6f}", f"{delta.quantiles[percent]:.3%}")
+    table.add_row("minimum", f"{kl.minimum:.6f}", f"{delta.minimum:.3%}")
+    out.print(table)
+    positions = Table("position", "tokens", "KL, nats", "same top")
+    for first, row in divergence.by_position.items():
+        last = min(2 * first, result.window) - 1
+        positions.add_row(f"{first}-{last}", f"{row.tokens:,}", f"{row.kl:.4f}", f"{row.same_top:.2%}")
+    out.print(positions)
 
 
 def print_scores(scores: TaskScores) -> None:

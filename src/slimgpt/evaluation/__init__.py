@@ -2,6 +2,7 @@
 
 from slimgpt.evaluation.contamination import contamination_note
 from slimgpt.evaluation.corpora import CORPORA, Text, read_text
+from slimgpt.evaluation.divergence import Distribution, Divergence
 from slimgpt.evaluation.passkey_retrieval import Passkey, passkey
 from slimgpt.evaluation.perplexity import Perplexity, check_protocol, perplexity
 from slimgpt.evaluation.speed import Speed, check_generation, measure_speed, peak_memory
@@ -10,6 +11,8 @@ from slimgpt.evaluation.tasks import ALIASES, TaskScores, check_tasks, evaluate_
 __all__ = [
     "ALIASES",
     "CORPORA",
+    "Distribution",
+    "Divergence",
     "Passkey",
     "Perplexity",
     "Speed",
