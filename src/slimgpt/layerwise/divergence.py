@@ -96,7 +96,7 @@ def _chunk(model: PreTrainedModel) -> int:
 
 @contextmanager
 def _predictions(model: PreTrainedModel, returns_tuple: bool) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
-    """Context manager: a function from hidden states behind the last layer, ``(1, n, hidden_size)``, and their tokens to
+    """Context manager: a function from hidden states ``(1, n, hidden_size)`` behind the last layer, and tokens, to
     logits ``(n, vocabulary)``; no parameter has a gradient meanwhile."""
     embedding = next(model.get_input_embeddings().parameters())
     hidden = embedding
