@@ -14,8 +14,11 @@ from slimgpt.calibration.windows import CalibrationText, evaluation_tokens, pref
 MAX_WINDOW = 256
 """Longer windows are cut: more of them come from more places."""
 
-HELD_OUT, BUNDLED = "held_out", "bundled"
-"""Text of the calibration that is not calibrated on, and :func:`slimgpt.assets.general_text`."""
+BUNDLED, HELD_OUT = "bundled", "held_out"
+""":func:`slimgpt.assets.general_text`, and text of the calibration that is not calibrated on."""
+
+FOR_PEOPLE = {BUNDLED: "another text (bundled: prose, dialogue, code)", HELD_OUT: "calibration text, held out"}
+"""What the texts are called on cards and terminals; the first tells more, for nothing was fitted to it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class EvaluationText:
 def evaluation_texts(
     text: CalibrationText, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> dict[str, EvaluationText]:
-    """The texts that a run measures its loss on, by :data:`HELD_OUT` and :data:`BUNDLED`.
+    """The texts that a run measures its loss on, by :data:`BUNDLED` and :data:`HELD_OUT`.
 
     One that is too short for a window is left out, and without a tokenizer there is none.
 
@@ -55,7 +58,7 @@ def evaluation_texts(
     )
     most = max(evaluation_tokens(text.windows.numel()) // window, 1)
     texts = {}
-    for name, source, ids in ((HELD_OUT, text.source, text.held_out), (BUNDLED, "bundled", bundled)):
+    for name, source, ids in ((BUNDLED, "bundled", bundled), (HELD_OUT, text.source, text.held_out)):
         count = min(most, len(ids) // body)
         # Spread over the whole text, whose pieces are of many kinds.
         starts = torch.linspace(0, len(ids) - body, count).long().tolist() if count else []

@@ -90,8 +90,8 @@ class DenseComparison:
         pieces = []
         with on_device(self.model, self.run.device, self.run.dtype):
             for number, ids in enumerate(self.windows.split(self.batch_size)):
-                states = (store.get(number) for store in (self.dense, self.inputs.hidden))
-                pieces.append(predicted_tokens(self.model, *states, ids, passes.returns_tuple))
+                dense, slim = (store.get(number) for store in (self.dense, self.inputs.hidden))
+                pieces.append(predicted_tokens(self.model, dense, slim, ids, passes.returns_tuple))
         predicted = self.windows.shape[1] - 1
         rows = [torch.cat(parts).split(predicted) for parts in zip(*pieces, strict=True)]
         values, first = {}, 0
