@@ -31,7 +31,7 @@ def texts_of(tokenizer, text_file, options):
 
 
 def check(report, dense, slim, texts):
-    """The report's figures are those of whole models."""
+    """The report's figures are those of whole models, as exact as fp32 is."""
     assert set(report["divergence"]) == {*texts, "dtype", "seconds"} > {BUNDLED, HELD_OUT}
     for name, text in texts.items():
         values = report["divergence"][name]
@@ -41,9 +41,9 @@ def check(report, dense, slim, texts):
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         labels = text.windows[:, 1:].flatten()[:, None]
         assert values["tokens"] == len(kl)
-        assert values["kl"]["mean"] == pytest.approx(float(kl.mean()), rel=1e-4)
-        assert values["kl"]["stderr"] == pytest.approx(float(kl.std()) / math.sqrt(len(kl)), rel=1e-3)
-        assert values["kl"]["99%"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-3)
+        assert values["kl"]["mean"] == pytest.approx(float(kl.mean()), rel=1e-4, abs=1e-6)
+        assert values["kl"]["stderr"] == pytest.approx(float(kl.std()) / math.sqrt(len(kl)), rel=1e-3, abs=1e-6)
+        assert values["kl"]["99%"] == pytest.approx(float(kl.quantile(0.99)), rel=1e-3, abs=1e-6)
         assert values["same_top"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()), abs=2e-3)
         for side, log in (("before", log_p), ("after", log_q)):
             assert values["perplexity"][side] == pytest.approx(float((-log.gather(-1, labels)).mean().exp()), rel=1e-4)
@@ -64,13 +64,14 @@ def dense_folder(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("family", [*CORE, "gpt2", "falcon", "qwen3_moe"])
-def test_figures_are_those_of_whole_models(family, dense_folder, tokenizer, text_file, tmp_path):
+def test_figures_are_those_of_whole_models(family, dense_folder, text_file, tmp_path):
     folder = dense_folder(family)
     report = slimgpt.prune_folder(str(folder), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
-    texts = texts_of(tokenizer, text_file, OPTIONS)
+    dense, loaded_tokenizer = load(str(folder))  # transformers has a tokenizer class of its own for some families
+    texts = texts_of(loaded_tokenizer, text_file, OPTIONS)
     written = json.loads((tmp_path / "slim/slimgpt.json").read_text())
     assert json.loads(json.dumps(report.divergence)) == written["divergence"]
-    check(written, load(str(folder))[0], load(str(tmp_path / "slim"))[0], texts)
+    check(written, dense, load(str(tmp_path / "slim"))[0], texts)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -97,7 +98,7 @@ def test_held_out_text_is_not_calibrated_on(tokenizer, text_file):
     assert torch.equal(text.held_out, more.windows[8:].flatten()[: len(text.held_out)])  # what comes next
 
 
-@pytest.mark.parametrize(("calibration", "expected"), [(1000, 500), (16384, 1024), (32768, 2048), (262144, 4096)])
+@pytest.mark.parametrize(("calibration", "expected"), [(1000, 500), (16384, 1024), (65536, 2048), (262144, 4096)])
 def test_tokens_are_a_small_share_of_the_calibration(calibration, expected):
     assert evaluation_tokens(calibration) == expected
 

@@ -17,7 +17,7 @@ MAX_WINDOW = 256
 BUNDLED, HELD_OUT = "bundled", "held_out"
 """:func:`slimgpt.assets.general_text`, and text of the calibration that is not calibrated on."""
 
-FOR_PEOPLE = {BUNDLED: "another text (bundled: prose, dialogue, code)", HELD_OUT: "calibration text, held out"}
+FOR_PEOPLE = {BUNDLED: "other text (bundled)", HELD_OUT: "calibration text, held out"}
 """What the texts are called on cards and terminals; the first tells more, for nothing was fitted to it."""
 
 

@@ -263,6 +263,6 @@ def calibration_windows(
 
 
 def evaluation_tokens(calibration_tokens: int) -> int:
-    """On how many tokens of a text a run measures what was lost: a sixteenth of the calibration's, from 1,024 to 4,096,
-    so that it costs a few percent of the run; at most half of the calibration's."""
-    return min(max(calibration_tokens // 16, 1024), 4096, calibration_tokens // 2)
+    """On how many tokens of a text a run measures what was lost: 1/32 of the calibration's, from 1,024 to 4,096, so
+    that it costs a few percent of the run; at most half of the calibration's."""
+    return min(max(calibration_tokens // 32, 1024), 4096, calibration_tokens // 2)

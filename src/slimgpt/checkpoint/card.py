@@ -156,8 +156,8 @@ def _divergence(report: PruneReport) -> list[str]:
         *(f"| {title} | {values['tokens']:,} | {_figures(values)} |" for title, values in texts.items()),
         "",
         f"{trained}Of the predictions of the next token, against the base model's, in windows of {window} tokens and "
-        f"{report.divergence['dtype']}. What a chat model writes can lose more than these figures tell: try it on your "
-        "own tasks.",
+        f"{report.divergence['dtype']}. The other text comes with SlimGPT: English prose, dialogue and code. What a "
+        "chat model writes can lose more than these figures tell: try it on your own tasks.",
         "",
     ]
 

@@ -51,7 +51,7 @@ def print_dense_comparison(divergence: dict[str, Any]) -> None:
     if not measured:
         return
     table = Table(title="how far from the dense model", title_justify="left")
-    for column in ("text", "KL, nats per token", "bits per byte", "same top token", "perplexity"):
+    for column in ("text", "KL, nats", "bits/byte", "same top", "perplexity"):  # 80 columns are enough
         table.add_column(column, justify="left" if column == "text" else "right")
     for name, values in measured.items():
         table.add_row(FOR_PEOPLE[name], *_cells(values))

@@ -68,7 +68,7 @@ def kl_and_cross_entropy(
 def predicted_tokens(
     model: PreTrainedModel, dense: Tensor, narrowed: Tensor, ids: Tensor, returns_tuple: bool
 ) -> TokenDivergence:
-    """Divergence token by token, of every token but the first of a window: ``(batch * (seq_len - 1),)``, on the CPU.
+    """Divergence token by token in fp32, of every token but a window's first: ``(batch * (seq_len - 1),)``, on the CPU.
 
     Args:
         model: gives embeddings, final norm and LM head; unchanged.
@@ -85,7 +85,7 @@ def predicted_tokens(
                 place = (slice(row, row + 1), slice(start, end))
                 teacher, student = (predictions(states[place], ids[place]) for states in (dense, narrowed))
                 labels = ids[row, start + 1 : end + 1].to(student.device)
-                pieces.append([part.cpu() for part in token_divergence(teacher, student, labels)])
+                pieces.append([part.cpu() for part in token_divergence(teacher, student, labels, torch.float32)])
     return TokenDivergence(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
