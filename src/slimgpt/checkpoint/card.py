@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 from slimgpt import assets
+from slimgpt.calibration.evaluation_text import FOR_PEOPLE
 from slimgpt.models.families.moe import ffn_text
 from slimgpt.pruning.report import PruneReport
 
@@ -55,6 +57,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
             for name, values in report.evaluation.get("table", {}).items()
         ),
         "",
+        *_divergence(report),
         "![widths per layer](widths.png)",
         "",
         "## Layers",
@@ -137,6 +140,38 @@ def _training(report: PruneReport) -> str:
     return " ".join(texts) or "It is not retrained."
 
 
+def _divergence(report: PruneReport) -> list[str]:
+    """How far the predictions are from the base model's; nothing if it was not measured."""
+    texts = {title: report.divergence[name] for name, title in FOR_PEOPLE.items() if name in report.divergence}
+    if not texts:
+        return []
+    trained = "These are the figures from before the training with `recover`. " if report.recovery else ""
+    window = next(iter(texts.values()))["window"]
+    return [
+        "## How far from the base model",
+        "",
+        "| text | tokens | KL divergence, nats per token | bits per byte | same most likely token | perplexity before "
+        "| after |",
+        "|---|---|---|---|---|---|---|",
+        *(f"| {title} | {values['tokens']:,} | {_figures(values)} |" for title, values in texts.items()),
+        "",
+        f"{trained}Of the predictions of the next token, against the base model's, in windows of {window} tokens and "
+        f"{report.divergence['dtype']}. The other text comes with SlimGPT: English prose, dialogue and code. What a "
+        "chat model writes can lose more than these figures tell: try it on your own tasks.",
+        "",
+    ]
+
+
+def _figures(values: dict[str, Any]) -> str:
+    if "kl" not in values:
+        return "NaN or infinity | | | |"
+    kl, perplexity = values["kl"], values["perplexity"]
+    return (
+        f"{kl['mean']:.3f} ± {kl['stderr']:.3f} | {values['bits_per_byte']:.3f} | {values['same_top']:.1%} "
+        f"| {perplexity['before']:.2f} | {perplexity['after']:.2f}"
+    )
+
+
 def _command(report: PruneReport) -> str:
     """The command line that repeats the run."""
     settings, calibration = report.settings, report.calibration
@@ -164,6 +199,7 @@ def _command(report: PruneReport) -> str:
         options["schedule"] = names if isinstance(names, str) else ",".join(names)
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
     words += ["--uniform"] * settings.uniform
+    words += [] if settings.evaluate else ["--no-evaluate"]
     words += [] if settings.repair is None else ["--repair" if settings.repair else "--no-repair"]
     model = assets.DEMO if report.base_model == assets.MODEL_NAME else _public_name(report.base_model)
     return " \\\n    ".join([f"slimgpt prune {shlex.quote(model)} OUT", *words])

@@ -9,12 +9,12 @@ import typer
 from rich.table import Table
 
 from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
+from slimgpt.cli.divergence import print_divergence
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from slimgpt.cli.progress import bar, count_bar
 from slimgpt.errors import UsageError
 
 if TYPE_CHECKING:
-    from slimgpt.evaluation.divergence import Divergence
     from slimgpt.evaluation.passkey_retrieval import Passkey
     from slimgpt.evaluation.perplexity import Perplexity
     from slimgpt.evaluation.tasks import TaskScores
@@ -171,35 +171,6 @@ def print_perplexity(result: Perplexity, text: str, leak: str | None) -> None:
         for first, value in result.by_position.items():
             table.add_row(f"{first}-{min(2 * first, result.window) - 1}", f"{value:.3f}")
         out.print(table)
-
-
-def print_divergence(divergence: Divergence, result: Perplexity) -> None:
-    """The figures of llama.cpp's ``--kl-divergence``, then the divergence by position."""
-    kl, delta = divergence.kl, divergence.delta_p
-    out.print(
-        f"divergence from {show(divergence.base)}: KL [bold]{kl.mean:.4f}[/] ± {kl.stderr:.4f} nats per token "
-        f"({divergence.bits_per_byte:.4f} bits per byte), same most likely token "
-        f"[bold]{divergence.same_top:.2%}[/] ± {divergence.same_top_stderr:.2%}\n"
-        f"perplexity {divergence.base_perplexity:.4f} -> {result.perplexity:.4f}, ln of the ratio "
-        f"{divergence.log_perplexity_ratio:+.4f} ± {divergence.log_perplexity_ratio_stderr:.4f}, correlation of ln p "
-        f"{divergence.correlation:.2%}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    table = Table("", "KL, nats", "Δp of the text's token")
-    table.add_row("mean", f"{kl.mean:.6f} ± {kl.stderr:.6f}", f"{delta.mean:.3%} ± {delta.stderr:.3%}")
-    table.add_row("RMS", f"{kl.rms:.6f}", f"{delta.rms:.3%}")
-    table.add_row("maximum", f"{kl.maximum:.6f}", f"{delta.maximum:.3%}")
-    for percent in reversed(kl.quantiles):
-        name = "median" if percent == "50%" else percent
-        table.add_row(name, f"{kl.quantiles[percent]:.6f}", f"{delta.quantiles[percent]:.3%}")
-    table.add_row("minimum", f"{kl.minimum:.6f}", f"{delta.minimum:.3%}")
-    out.print(table)
-    positions = Table("position", "tokens", "KL, nats", "same top")
-    for first, row in divergence.by_position.items():
-        last = min(2 * first, result.window) - 1
-        positions.add_row(f"{first}-{last}", f"{row.tokens:,}", f"{row.kl:.4f}", f"{row.same_top:.2%}")
-    out.print(positions)
 
 
 def print_scores(scores: TaskScores) -> None:

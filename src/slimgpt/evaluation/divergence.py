@@ -106,6 +106,41 @@ class Divergence:
         return asdict(self)
 
     @classmethod
+    def of(cls, tokens: TokenDivergence, positions: Tensor, base: str, tokens_per_byte: float) -> Self:
+        """The divergence over some predicted tokens.
+
+        Args:
+            tokens: ``(tokens,)`` each, on the CPU.
+            positions: of each in its window, ``(tokens,)``, from 1.
+            base: the name of the base.
+            tokens_per_byte: of the text.
+
+        Raises:
+            NumericalError: a model gave NaN or infinity.
+        """
+        kl, base_log_p, log_p = (part.double() for part in tokens[:3])
+        same = tokens.same_top.double()
+        if not bool(torch.isfinite(kl).all()):
+            raise NumericalError(
+                f"the divergence from {base} holds NaN or infinity: one of the models is damaged, or its numbers are "
+                "too large for its type; try float32"
+            )
+        ratio = base_log_p - log_p
+        return cls(
+            base=base,
+            kl=Distribution.of(kl),
+            bits_per_byte=float(kl.mean()) * tokens_per_byte / math.log(2),
+            same_top=float(same.mean()),
+            same_top_stderr=standard_error(same),
+            delta_p=Distribution.of(log_p.exp() - base_log_p.exp()),
+            base_perplexity=math.exp(min(-float(base_log_p.mean()), 700.0)),
+            log_perplexity_ratio=float(ratio.mean()),
+            log_perplexity_ratio_stderr=standard_error(ratio),
+            correlation=_correlation(base_log_p, log_p),
+            by_position=dict(_by_position(positions, kl, same)),
+        )
+
+    @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """What :meth:`to_json` gave, also if it has been in a file."""
         positions = {int(first): PositionDivergence(**row) for first, row in values["by_position"].items()}
@@ -159,28 +194,8 @@ class DivergenceMeter:
         Raises:
             NumericalError: a model gave NaN or infinity.
         """
-        parts = TokenDivergence(*(torch.cat(parts) for parts in zip(*self.tokens, strict=True)))
-        kl, base_log_p, log_p = (part.double() for part in parts[:3])
-        same = parts.same_top.double()
-        if not bool(torch.isfinite(kl).all()):
-            raise NumericalError(
-                f"the divergence from {base} holds NaN or infinity: one of the models is damaged, or its numbers are "
-                "too large for its type; try float32"
-            )
-        ratio = base_log_p - log_p
-        return Divergence(
-            base=base,
-            kl=Distribution.of(kl),
-            bits_per_byte=float(kl.mean()) * tokens_per_byte / math.log(2),
-            same_top=float(same.mean()),
-            same_top_stderr=standard_error(same),
-            delta_p=Distribution.of(log_p.exp() - base_log_p.exp()),
-            base_perplexity=math.exp(min(-float(base_log_p.mean()), 700.0)),
-            log_perplexity_ratio=float(ratio.mean()),
-            log_perplexity_ratio_stderr=standard_error(ratio),
-            correlation=_correlation(base_log_p, log_p),
-            by_position=dict(_by_position(torch.cat(self.positions), kl, same)),
-        )
+        tokens = TokenDivergence(*(torch.cat(parts) for parts in zip(*self.tokens, strict=True)))
+        return Divergence.of(tokens, torch.cat(self.positions), base, tokens_per_byte)
 
 
 @in_eval_mode

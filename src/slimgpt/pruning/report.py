@@ -111,6 +111,9 @@ class PruneReport:
         allocation: where widths were chosen by what they cost: what every structure contributed, and the seconds.
         distillation: of the training that belongs to pruning: tokens, steps, the divergence per token from the dense
             model on held-out windows before and after, and whether it was kept.
+        divergence: how far the pruned model's predictions are from the dense model's, by text: ``held_out`` of the
+            calibration and ``bundled``; a text lacks where there was none, and its figures where they are NaN. Empty if
+            it was not measured.
         recovery: every training run after pruning: settings, data, losses by step.
     """
 
@@ -128,6 +131,7 @@ class PruneReport:
     request: str = ""
     allocation: dict[str, Any] = field(default_factory=dict)
     distillation: dict[str, Any] = field(default_factory=dict)
+    divergence: dict[str, Any] = field(default_factory=dict)
     recovery: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
