@@ -62,12 +62,18 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Add the figures to the card and the report of MODEL, a slim folder.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Perplexity of MODEL on a text and its divergence from a BASE, its scores on tasks, its memory over long texts;
     each with its protocol."""
     from slimgpt.checkpoint.inspecting import read_report
+    from slimgpt.checkpoint.updating import read_own_report
+    from slimgpt.checkpoint.updating import update_card as add_to_card
+    from slimgpt.evaluation.card_figures import task_figures, text_figures
     from slimgpt.evaluation.contamination import contamination_note
     from slimgpt.evaluation.corpora import read_text
     from slimgpt.evaluation.evaluate import check_same_tokens
@@ -93,6 +99,9 @@ def evaluate(
     content = read_text(text, data_dir) if text is not None else None
     folder = locate(model).folder
     report = read_report(folder) if folder is not None else None
+    if update_card:
+        read_own_report(folder, model)
+    figures: list[dict[str, Any]] = []
     with out.status(f"loading {show(model)}"):
         loaded, tokenizer = load(model, dtype, device, trust_remote_code)
     base = None
@@ -122,6 +131,7 @@ def evaluate(
         leak = contamination_note(report, content)
         values |= {"text": text, **result.to_json(), "leak": leak}
         print_perplexity(result, content.name, leak)
+        figures.append(text_figures(content.name, result))
         if result.divergence is not None:
             print_divergence(result.divergence, result)
     if names:
@@ -129,12 +139,16 @@ def evaluate(
             scores = evaluate_tasks(loaded, tokenizer, names, limit, num_fewshot, data_dir, on_start)
         values["tasks"] = scores.to_json()
         print_scores(scores)
+        figures += task_figures(scores)
     if lengths:
         with count_bar("questions") as on_start:
             found = run_passkey(loaded, tokenizer, lengths, on_start=on_start)
         values["passkey"] = found.to_json()
         print_passkey(found)
     write_json(json_file, values)
+    if update_card and folder is not None:
+        add_to_card(folder, figures)
+        out.print(f"updated the card and the report in {show(folder)}")
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

@@ -95,7 +95,8 @@ def weights_folder(source: Source) -> Path | None:
     if source.folder is not None:
         return source.folder
     try:
-        return Path(snapshot_download(source.location, allow_patterns=["*.json", "model*.safetensors"]))
+        wanted = ["*.json", "model*.safetensors", "README.md", "LICENSE*", "NOTICE*"]
+        return Path(snapshot_download(source.location, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot fetch the weights of '{source.name}': {first_line(error)}") from error
 

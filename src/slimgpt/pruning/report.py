@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimgpt.calibration.documents import hub_dataset
 from slimgpt.calibration.windows import digest
 from slimgpt.config import PruneConfig
 from slimgpt.models.slicing import State
@@ -102,7 +103,8 @@ class PruneReport:
         plan: what was decided before.
         dense_sizes: the widths of every layer before.
         layers: what was done.
-        calibration: source, number and length of the windows, and the SHA-256 of their token ids.
+        calibration: source, its id if it is a data set on the hub, number and length of the windows, and the SHA-256 of
+            their token ids.
         versions: of Python and the libraries.
         seconds: of the whole loop.
         evaluation: figures added afterwards, shown in the model card.
@@ -184,6 +186,7 @@ def described(windows: Tensor, source: str) -> dict[str, Any]:
     """What a report says of the calibration tokens."""
     return {
         "source": source,
+        "dataset": hub_dataset(source),
         "num_samples": windows.shape[0],
         "seq_len": windows.shape[1],
         "sha256": digest(windows),
