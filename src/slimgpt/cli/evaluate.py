@@ -62,6 +62,12 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="transformers or llama.cpp; auto: llama.cpp for texts and .gguf files where it is installed."
+        ),
+    ] = "auto",
     update_card: Annotated[
         bool, typer.Option("--update-card", help="Add the figures to the card and the report of MODEL, a slim folder.")
     ] = False,
@@ -78,6 +84,7 @@ def evaluate(
     from slimgpt.evaluation.corpora import read_text
     from slimgpt.evaluation.evaluate import check_same_tokens
     from slimgpt.evaluation.evaluate import evaluate as run
+    from slimgpt.evaluation.llama_cpp import choose_engine, load_gguf
     from slimgpt.evaluation.passkey_retrieval import passkey as run_passkey
     from slimgpt.evaluation.perplexity import check_protocol
     from slimgpt.evaluation.tasks import check_tasks, evaluate_tasks
@@ -102,12 +109,21 @@ def evaluate(
     if update_card:
         read_own_report(folder, model)
     figures: list[dict[str, Any]] = []
-    with out.status(f"loading {show(model)}"):
-        loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+    only_text = tasks is None and passkey is None
+    in_llama_cpp = {
+        name: choose_engine(name, engine if name == model else "auto", only_text) == "llama.cpp"
+        for name in (model, against)
+        if name is not None
+    }
+
+    def load_one(name: str) -> Any:
+        with out.status(f"loading {show(name)}"):
+            return load_gguf(name) if in_llama_cpp[name] else load(name, dtype, device, trust_remote_code)
+
+    loaded, tokenizer = load_one(model)
     base = None
     if against is not None and content is not None:
-        with out.status(f"loading {show(against)}"):
-            base, base_tokenizer = load(against, dtype, device, trust_remote_code)
+        base, base_tokenizer = load_one(against)
         check_same_tokens(tokenizer, base_tokenizer, content.content)
     for length in lengths:
         check_context(loaded.config, "a text", length)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -184,6 +185,7 @@ def perplexity(
             "overlap": body - step,
             "first_token_of_window_predicted": False,
             "max_tokens": max_tokens,
+            "engine": getattr(model, "engine", f"transformers {transformers.__version__}"),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
         },
