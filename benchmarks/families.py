@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from slimgpt.models.families.moe import MIXTURES  # noqa: E402
+from slimgpt.models.families.mixtures import MIXTURES  # noqa: E402
 from slimgpt.models.families.support import Support, families  # noqa: E402
 from tests.families import NAMES  # noqa: E402
 

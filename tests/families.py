@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.models import ARCHITECTURES
-from slimgpt.models.families.moe import MIXTURES
+from slimgpt.models.build import stock_class
+from slimgpt.models.families.mixtures import MIXTURES
 
 LAYERS, VOCABULARY = 4, 97
 
@@ -51,6 +52,15 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"attention_bias": True},
     "gemma2": {"sliding_window": 5, "layer_types": ALTERNATING, "query_pre_attn_scalar": 10},
     "gemma3_text": {"sliding_window": 5, "layer_types": ALTERNATING, "query_pre_attn_scalar": 10},
+    "gemma3_text/scaled-positions": {
+        "sliding_window": 5,
+        "layer_types": ALTERNATING,
+        "query_pre_attn_scalar": 10,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    },
     "granite": {"attention_bias": True, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "head_dim": None},
     "smollm3": {"no_rope_layers": [1, 0, 1, 1], "head_dim": None},
     "phi3": {"head_dim": None, "sliding_window": 7, "num_attention_heads": 6, "tie_word_embeddings": False},
@@ -166,7 +176,8 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
     """A random model in fp32, every parameter drawn, norms and biases too; arguments as :func:`tiny_config`."""
     config = tiny_config(name, **changes)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    config._attn_implementation = "eager"
+    model = stock_class(config)(config).float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

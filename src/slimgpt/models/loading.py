@@ -24,7 +24,7 @@ from slimgpt.models.build import architecture_of, empty_model, slim_class, stock
 from slimgpt.models.config_files import check_config_files
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
 from slimgpt.models.gguf_file import check_file, restore_positions
-from slimgpt.models.lookup import text_config
+from slimgpt.models.lookup import is_slim
 from slimgpt.models.source import Source, check_files, has_weights, locate
 from slimgpt.models.streaming import untie_as_stored
 from slimgpt.models.ties import is_tied, untie, untie_as_held
@@ -151,7 +151,7 @@ def load_model(
     architecture = architecture_of(config)
     check_files(source)
     base = stock_class(config)
-    if text_config(config).is_heterogeneous:
+    if is_slim(config):
         base = slim_class(base, config, architecture)
     arguments = dict(source.arguments) if source.gguf_file else {"use_safetensors": True}
     try:
