@@ -123,7 +123,7 @@ OWN_OF_MIXTURES: dict[str, dict[str, Any]] = {
     "hy_v3": {**COUNTED, **SOME_DENSE},
     "afmoe": {**COUNTED, "num_dense_layers": 1, "layer_types": ALTERNATING, **WINDOW},
     "beam": {**COUNTED, "n_group": 2, "topk_group": 1, "layer_types": ALTERNATING, **WINDOW, **SOME_DENSE},
-    "kolibri1": {**SHARED_EXPERT, "num_local_experts": 7, "layer_types": ALTERNATING, **WINDOW},
+    "kolibri1": {**SHARED_EXPERT, "num_local_experts": 6, "layer_types": ALTERNATING, **WINDOW},
     "cohere2_moe": {
         "num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 40, "num_shared_experts": 1,
         "prefix_dense_intermediate_size": 52, "layer_types": ALTERNATING, **WINDOW, **SOME_DENSE,

@@ -41,8 +41,8 @@ def cases(*rows):
 
 
 FAMILIES = [cases(name) for name in NAMES]
-HYBRIDS = ("minimax", "granitemoehybrid/experts", "nemotron_h", "gemma4_text/experts")
-"""Families whose layers differ in kind, so that no two of them lose the same."""
+BY_LAYER_ONLY = ("minimax", "granitemoehybrid/experts", "nemotron_h", "gemma4_text/experts", "kolibri1")
+"""Families whose layers differ in kind, or whose config does not take another number of experts for all layers."""
 PARTLY_IN_FP32 = ("beam", "nemotron_h")
 """Families whose experts compute their gate, or add up their outputs, in fp32 whatever the model's type is."""
 SHARES = (0.0, 0.5, 1.0)
@@ -165,7 +165,7 @@ def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(nam
 def forms(family):
     """Layers of different widths; equal ones too, where every layer has experts."""
     kinds = {tuple(sizes) for sizes in layer_sizes(tiny_config(family))}
-    return ("layers",) if len(kinds) > 1 or family in HYBRIDS else ("layers", "uniform")
+    return ("layers",) if len(kinds) > 1 or family in BY_LAYER_ONLY else ("layers", "uniform")
 
 
 @pytest.fixture(scope="module")

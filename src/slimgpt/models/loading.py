@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from slimgpt.errors import ModelError, UnsupportedFamilyError, first_line
 from slimgpt.io.tensors import align
@@ -32,6 +33,9 @@ from slimgpt.models.unknown_tensors import refuse_unknown, unknown_tensors
 from slimgpt.models.weight_conversion import ConvertedFiles
 from slimgpt.runtime.devices import as_device, as_dtype
 
+SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Types that repositories have given names of their own to, by what transformers calls the same architecture."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -47,7 +51,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
         check_file(gguf)
     refuse_remote_code(source, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.arguments)
+        config = _read_config(source, trust_remote_code)
     except Exception as error:  # whatever a value in the file made of it
         text = str(error)
         if "trust_remote_code" in text:
@@ -68,6 +72,21 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     if is_tied(config) and not source.gguf_file:
         _untie_if_needed(config, source)
     return config
+
+
+def _read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config by the class of transformers where it has one, whatever code of its own the repository brings."""
+    raw, _ = PreTrainedConfig.get_config_dict(source.location, **source.arguments)
+    model_type = str(raw.get("model_type"))
+    if model_type not in SAME_AS:
+        trust = trust_remote_code and model_type not in CONFIG_MAPPING
+        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust, **source.arguments)
+    other = SAME_AS[model_type]
+    warnings.warn(
+        f"{source.name} is a {model_type}, which transformers has as {other}: it is saved as that", stacklevel=4
+    )
+    values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
+    return AutoConfig.for_model(other, **values)
 
 
 def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:
@@ -100,7 +119,8 @@ def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
     if source.folder is None or source.gguf_file:
         return
     raw = check_config_files(source.folder)
-    if not trust_remote_code and "auto_map" in raw and raw["model_type"] not in (*ARCHITECTURES, *MULTIMODAL):
+    known = (*ARCHITECTURES, *MULTIMODAL, *CONFIG_MAPPING, *SAME_AS)
+    if not trust_remote_code and "auto_map" in raw and raw["model_type"] not in known:
         raise ModelError(
             f"{source.name} (model_type '{raw['model_type']}') comes with Python code of its own ({raw['auto_map']}); "
             "no such code runs unless you read it and pass --trust-remote-code"

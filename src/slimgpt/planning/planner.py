@@ -218,9 +218,7 @@ def _over_ffns(shape: ModelShape, ratios: list[float], wanted: float) -> list[fl
     fixed = sum(lost for (layer, _), lost in zip(layers, heads) if not layer.has_ffn)
     rest = sum(ratio * layer.parameters for layer, ratio in layers if layer.has_ffn)
     scale = (wanted - fixed) / rest if rest else 1.0
-    return [
-        ratio * scale if layer.has_ffn else lost / layer.parameters for (layer, ratio), lost in zip(layers, heads)
-    ]
+    return [ratio * scale if layer.has_ffn else lost / layer.parameters for (layer, ratio), lost in zip(layers, heads)]
 
 
 def _per_layer(

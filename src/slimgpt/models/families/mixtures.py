@@ -24,8 +24,8 @@ _LOCAL, _ROUTED = {EXPERTS: "num_local_experts"}, {EXPERTS: "n_routed_experts"}
 _NORM = "one norm spans the queries of all heads, so no head is independent of the others"
 _BY_KIND = "the number of its heads, or their size, depends on the kind of attention of a layer"
 _BORROWED = (
-    "its last layers attend to keys and values of earlier ones, and every layer reads an embedding of the tokens, where "
-    "layers are pruned one by one"
+    "its last layers attend to keys and values of earlier ones, and every layer reads an embedding of the tokens, "
+    "where layers are pruned one by one"
 )
 _SAME_NAMES = "its layers of linear attention have an output matrix of the same name, whose inputs are no heads"
 
@@ -92,9 +92,7 @@ def _granite(config: Any) -> Architecture:
     wide = bool(config.shared_intermediate_size)
     if not config.num_local_experts:
         feed = replace(_GRANITE_SHARED, unit="ffn", inputs=(Fused("shared_mlp.input_linear", (CHANNELS,) * 2, (0, 1)),))
-        return Architecture(
-            (*heads, replace(feed, sizes=(CHANNELS,))), fields={CHANNELS: "shared_intermediate_size"}
-        )
+        return Architecture((*heads, replace(feed, sizes=(CHANNELS,))), fields={CHANNELS: "shared_intermediate_size"})
     return Mixture(
         (*heads, *((_GRANITE_SHARED,) if wide else ()), _GRANITE),
         width="intermediate_size",
@@ -288,6 +286,7 @@ PARTS_WITH_EXPERTS: dict[str, Entry] = {
     "qwen3_vl_moe_text": _QWEN_VL_MOE,
     "qwen3_omni_moe_text": replace(_QWEN_MOE, structures=(*_HEADS, _DENSE, _EXPERTS)),
     "glm4v_moe_text": lambda config: _counted(config, _COUNTED),
+    "deepseek_ocr2_text": lambda config: _counted(config, replace(_COUNTED, expert_groups=None, sparse=_listed)),
     "unlimited_ocr_text": lambda config: _counted(config, replace(_COUNTED, expert_groups=None, sparse=_listed)),
     "minimax_m3_vl_text": Mixture(
         (

@@ -136,16 +136,14 @@ class Mixture(Architecture):
         return self.matrices * int(getattr(config, self.expert_hidden)) * width
 
 
-def experts(module: str = "mlp.experts", router: str = "mlp.gate", *per_expert: str, **layout: bool) -> Experts:
+def experts(module: str = "mlp.experts", router: str = "mlp.gate", *per_expert: str, **layout: Any) -> Experts:
     """Experts as transformers stacks them.
 
     Args:
         per_expert: see :class:`Experts`.
         layout: ``transposed``, ``interleaved`` and ``scaled_inputs``.
     """
-    return Experts(
-        "ffn", f"{module}.down_proj", (), (CHANNELS,), router=router, per_expert=per_expert, **layout
-    )
+    return Experts("ffn", f"{module}.down_proj", (), (CHANNELS,), router=router, per_expert=per_expert, **layout)
 
 
 def shared_expert(output: str, *inputs: str | Fused) -> Structure:

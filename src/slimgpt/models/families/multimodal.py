@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from slimgpt.models.architecture import Architecture, Entry
-from slimgpt.models.families.dense import DENSE, _GATED, _SEPARATE, ffn, grouped, in_module
+from slimgpt.models.families.dense import _GATED, _SEPARATE, DENSE, ffn, grouped, in_module
 from slimgpt.models.families.mixtures import PARTS_WITH_EXPERTS
 
 _QKV = in_module("self_attn", "q_proj", "k_proj", "v_proj")
@@ -18,9 +18,7 @@ PARTS: dict[str, Entry] = {
     **dict.fromkeys(("molmo2_text", "paddleocr_vl_text", "granite4_vision_text", "cohere_compass_text"), _SEPARATE),
     **dict.fromkeys(("glm4v_text", "glm_ocr_text"), DENSE["glm4"]),
     "cosmos3_edge_text": Architecture((*grouped("self_attn.o_proj", *_QKV), ffn("mlp.fc2", "mlp.fc1"))),
-    "muse_glimmer_text": Architecture(
-        (*grouped("self_attn.o_proj", *_QKV, along=("self_attn.gate_proj",)), _GATED)
-    ),
+    "muse_glimmer_text": Architecture((*grouped("self_attn.o_proj", *_QKV, along=("self_attn.gate_proj",)), _GATED)),
 }
 """Language models that exist only inside multimodal ones."""
 
@@ -32,7 +30,7 @@ _INSIDE = {
         kimi_k25 lfm2_vl lfm3_vl glm4v glm46v glmga glm4v_moe exaone4_5 hyperclovax_vision_v2 lighton_ocr qianfan_ocr
         minicpm_ocr minicpmv4_6 minicpmv4_7 ovis2 video_llama_3 fast_vlm perception_lm aria cosmos3_edge cosmos3_omni
         molmo2 muse_glimmer muse_spark unlimited_ocr minimax_m3_vl hunyuan_vl paddleocr_vl glm_ocr granite4_vision
-        cohere_compass fuyu gemma4 gemma4_unified step3p7""",
+        cohere_compass fuyu gemma4 gemma4_unified step3p7 deepseek_ocr2""",
     "model.text_model": "smolvlm idefics2 idefics3 granite_docling",
     "language_model.model": "llama4 nemotron_h_omni",
 }

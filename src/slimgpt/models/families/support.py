@@ -14,6 +14,9 @@ from slimgpt.models.families.moe import Experts, Mixture
 UNIT_NAMES = {"kv": "KV groups", "query": "query heads", "ffn": "FFN channels", "shared": "shared expert"}
 """What is removed, by :attr:`Structure.unit`."""
 
+_SUPPORTED = {name: {"hidden_size_per_layer_input": 0} for name in ("gemma4_text", "gemma4_unified_text")}
+"""Values with which a family is supported whose default config is not."""
+
 EXPERT_UNITS = "whole experts and channels of each"
 
 
@@ -56,6 +59,10 @@ def _described(model_type: str) -> Support:
     if callable(entry):
         notes.append("the layout depends on the config")
         entry = entry(config)
+    if isinstance(entry, str):  # as the defaults have it; others are supported
+        notes = [f"not where {entry}"]
+        entry = ARCHITECTURES[model_type](AutoConfig.for_model(model_type, **_SUPPORTED[model_type]))  # type: ignore
+    assert isinstance(entry, Architecture)
     units = tuple(dict.fromkeys(_name(structure, entry) for structure in entry.structures))
     here = [s for s in entry.structures if _in_stock_class(s.unit, entry, config)]
     stock = tuple(dict.fromkeys(_name(structure, entry) for structure in here))
