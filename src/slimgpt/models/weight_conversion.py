@@ -31,13 +31,14 @@ class ConvertedFiles(WeightFiles):
     Args:
         folder: the model folder.
         model: the model, its empty form will do.
+        dtype: what quantised tensors become.
 
     Raises:
         ModelError: a file cannot be read.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel):
-        super().__init__(folder)
+    def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16):
+        super().__init__(folder, dtype)
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
