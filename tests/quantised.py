@@ -56,7 +56,9 @@ def rewrite(
         else:
             tensors[name] = tensor
     assert count, "nothing was quantised"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     return folder
 
 

@@ -145,8 +145,8 @@ def compressed(parts: Mapping[str, Tensor], group: Mapping[str, Any], form: str,
         group: the group of the config that the module belongs to.
         form: the format's name.
     """
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.compressors import BaseCompressor  # pyright: ignore[reportMissingImports]
+    from compressed_tensors.quantization import QuantizationScheme  # pyright: ignore[reportMissingImports]
 
     compressor: Any = BaseCompressor.get_value_from_registry(form)
     return compressor.decompress(dict(parts), QuantizationScheme.model_validate(dict(group)))["weight"].to(dtype)
@@ -159,7 +159,7 @@ def awq(parts: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.d
         parts: ``qweight``, ``scales`` and, with zero points, ``qzeros``.
         settings: the quantization_config.
     """
-    from compressed_tensors.entrypoints.convert import AutoAWQConverter
+    from compressed_tensors.entrypoints.convert import AutoAWQConverter  # pyright: ignore[reportMissingImports]
 
     converter = AutoAWQConverter.from_autoawq_config(dict(settings))
     tensors = converter.process({f"m.{role}": tensor for role, tensor in parts.items()})
@@ -175,7 +175,7 @@ def bitsandbytes(weight: Tensor, beside: Mapping[str, Tensor], dtype: torch.dtyp
     Args:
         beside: what is stored under the weight's name and a dot, by the rest of the name; or ``SCB``.
     """
-    from bitsandbytes import functional
+    from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
     if "SCB" in beside:  # int8 rows; 127 is the largest
         return scaled(weight, beside["SCB"].float() / 127, None, dtype)

@@ -40,8 +40,8 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     """The config alone, untied where the files of a local folder, or the adapter, have an output head of their own.
 
     Raises:
-        ModelError: it cannot be found or read, is quantised in a way that cannot be read, needs remote code, or is a GGUF file whose positions no
-            config has; or its files cannot be read.
+        ModelError: it cannot be found or read, is quantised in a way that cannot be read, needs remote code, or is a
+            GGUF file whose positions no config has; or its files cannot be read.
     """
     gguf = Path(source.location) / source.gguf_file if source.gguf_file else None
     if gguf is not None:
@@ -158,7 +158,7 @@ def load_model(
         assert isinstance(torch_dtype, torch.dtype)
         location, arguments = None, {"state_dict": WeightFiles(folder, torch_dtype).slices()}
     try:
-        model, info = base.from_pretrained(
+        model, info = base.from_pretrained(  # type: ignore[misc]
             location,
             config=config,
             dtype=torch_dtype,
@@ -193,7 +193,8 @@ def load_model(
     if folder is not None and quantization is not None:
         if (folder / GENERATION_FILE).is_file():
             model.generation_config = read_generation_config(folder)
-        model.dequantized_from = quantization.to_json(model.dtype)  # for the report of a run in memory
+        # For the report of a run in memory.
+        model.dequantized_from = quantization.to_json(model.dtype)  # type: ignore[assignment]
     # A GGUF file is de-quantised on the way in; with the mark left on, the model could not be saved.
     for holder in (model.config, model):
         for mark in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from slimgpt.errors import ModelError
 from slimgpt.models.config_files import CONFIG_FILE, read_object
@@ -141,7 +141,7 @@ def quantization_of(name: str, config: Mapping[str, Any], beside: Mapping[str, A
     if settings is None and beside is not None:
         settings = beside.get("quantization")
         if not isinstance(settings, Mapping):
-            raise ModelError(f"{name}: {MODELOPT_FILE} has no object \"quantization\"; fetch the file again")
+            raise ModelError(f'{name}: {MODELOPT_FILE} has no object "quantization"; fetch the file again')
         settings = {**settings, "quant_method": "modelopt"}
     if settings is None:
         return None
@@ -199,7 +199,7 @@ def _refusal(name: str, method: str) -> ModelError:
 def _need(library: str, what: str) -> None:
     if find_spec(library) is None:
         package = library.replace("_", "-")
-        raise ModelError(f"{what}, and {package}, which unpacks it, is not installed: pip install {package}")
+        raise ModelError(f"{what}, and {package}, which unpacks it, is not installed: pip install 'slimgpt[quantized]'")
 
 
 def _block(name: str, sizes: Any) -> tuple[int, int] | None:
@@ -225,7 +225,9 @@ def _compressed(name: str, settings: Mapping[str, Any]) -> Quantization:
             _need(COMPRESSED_TENSORS, f"{name} is quantised (compressed-tensors, {form})")
         elif form not in SCALED_FORMATS:
             raise _refusal(name, f"compressed-tensors, {form}")
-    return Quantization("compressed-tensors", f"compressed-tensors, {', '.join(sorted(map(str, formats)))}", None, settings)
+    return Quantization(
+        "compressed-tensors", f"compressed-tensors, {', '.join(sorted(map(str, formats)))}", None, settings
+    )
 
 
 def group_block(name: str, group: Mapping[str, Any]) -> tuple[int, int] | None:

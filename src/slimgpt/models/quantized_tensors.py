@@ -61,13 +61,9 @@ def quantized_tensors(
     dropped = {name for name in kinds if name.rpartition(".")[2] in NOT_NEEDED}
     tensors = {}
     for name, kind in kinds.items():
-        if name in dropped:
-            continue
-        for find in _FINDERS:
-            entry = find(name, kind, kinds, quantization)
-            if entry is not None:
-                tensors.setdefault(*entry)
-                break
+        entry = None if name in dropped else _FINDERS.get(quantization.method, _scaled)(name, kind, kinds, quantization)
+        if entry is not None:
+            tensors[entry[0]] = entry[1]
     used = {part for tensor in tensors.values() for part in tensor.parts}
     for name, kind in kinds.items():
         if name not in used | dropped and kind in NARROW_FLOATS:
@@ -99,7 +95,7 @@ def _scaled(name: str, kind: str, kinds: Mapping[str, str], quantization: Quanti
 
 def _mxfp4(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantization) -> Found:
     target = name.removesuffix("_blocks")
-    if quantization.method != "mxfp4" or target == name or f"{target}_scales" not in kinds or kind != "U8":
+    if target == name or f"{target}_scales" not in kinds or kind != "U8":
         return None
 
     def decode(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -112,10 +108,11 @@ def _mxfp4(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantiz
     return target, QuantizedTensor((name, f"{target}_scales"), decode, shape)
 
 
-def _nvfp4(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantization) -> Found:
+def _modelopt(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantization) -> Found:
+    """FP8, or NVFP4: two numbers a byte, with a scale for every 16 columns and one for the tensor."""
     scales = f"{name}_scale", f"{name}_scale_2"
-    if quantization.method != "modelopt" or kind != "U8" or not all(scale in kinds for scale in scales):
-        return None
+    if kind != "U8" or not all(scale in kinds for scale in scales):
+        return _scaled(name, kind, kinds, quantization)
 
     def decode(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         return dequantize.nvfp4(tensors[0], tensors[1], tensors[2], dtype)
@@ -125,8 +122,8 @@ def _nvfp4(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantiz
 
 def _compressed(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantization) -> Found:
     module, _, leaf = name.rpartition(".")
-    if quantization.method != "compressed-tensors" or leaf != "weight_packed":
-        return None
+    if leaf != "weight_packed":
+        return _scaled(name, kind, kinds, quantization)
     if f"{module}.weight_g_idx" in kinds:
         raise ModelError(
             f"{module} is quantised in the order of its activations (weight_g_idx), which is not unpacked; give the "
@@ -152,7 +149,7 @@ def _compressed(name: str, kind: str, kinds: Mapping[str, str], quantization: Qu
 
 def _awq(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantization) -> Found:
     module, _, leaf = name.rpartition(".")
-    if quantization.method != "awq" or leaf != "qweight":
+    if leaf != "qweight" or kind != "I32":
         return None
     held = [role for role in ("qweight", "scales", "qzeros") if f"{module}.{role}" in kinds]
 
@@ -165,7 +162,7 @@ def _awq(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantizat
 
 
 def _bitsandbytes(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantization) -> Found:
-    if quantization.method != "bitsandbytes" or not name.endswith(".weight") or kind not in ("U8", "I8"):
+    if not name.endswith(".weight") or kind not in ("U8", "I8"):
         return None
     module = name.removesuffix("weight")
     states = sorted(other for other in kinds if other.startswith(f"{name}."))
@@ -192,7 +189,14 @@ def _decode_bitsandbytes(roles: list[str], tensors: list[Tensor], dtype: torch.d
     return dequantize.bitsandbytes(tensors[0], dict(zip(roles, tensors[1:])), dtype)
 
 
-_FINDERS = (_scaled, _mxfp4, _nvfp4, _compressed, _awq, _bitsandbytes)
+_FINDERS = {
+    "mxfp4": _mxfp4,
+    "modelopt": _modelopt,
+    "compressed-tensors": _compressed,
+    "awq": _awq,
+    "bitsandbytes": _bitsandbytes,
+}
+"""By method; FP8 with scales beside it for all others."""
 
 
 def scale_name(name: str, kinds: Mapping[str, str]) -> str | None:
@@ -227,6 +231,6 @@ def _check_scales(
         if not dequantize.fits(shapes(number), shapes(scale), block):
             by = f"blocks of {block[0]} x {block[1]}" if block else "no blocks"
             raise ModelError(
-                f"{where}: {scale} is {shapes(scale)} and {number} is {shapes(number)}; with {by} by the config that is "
-                "no scale for each tensor, row or block. Give the config.json that belongs to the files"
+                f"{where}: {scale} is {shapes(scale)} and {number} is {shapes(number)}; with {by} by the config that "
+                "is no scale for each tensor, row or block. Give the config.json that belongs to the files"
             )

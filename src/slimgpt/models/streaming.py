@@ -81,7 +81,9 @@ class WeightFiles:
         if tensor is None:
             return self._stored_shape(name)
         part = tensor.shape_part
-        return tensor.shape(self._stored_shape(tensor.parts[0]) if part is None else self._stored[part].get_tensor(part))
+        return tensor.shape(
+            self._stored_shape(tensor.parts[0]) if part is None else self._stored[part].get_tensor(part)
+        )
 
     def slices(self) -> dict[str, Any]:
         """Every tensor as ``from_pretrained`` takes them in a state dict: read when it is indexed, not before."""
