@@ -81,3 +81,97 @@ def fp8_in_blocks(matrix: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tenso
         into.copy_((own / scales[i, j]).to(torch.float8_e4m3fn))
         values.copy_(into.to(torch.float64) * scales[i, j].double())
     return numbers, scales, exact
+
+
+def fp8_per_row(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fp8_in_blocks`, with a scale for each row, ``(rows, 1)``."""
+    return fp8_in_blocks(matrix, (1, matrix.shape[1]))
+
+
+def fp8_per_tensor(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`fp8_in_blocks`, with one scale that has no axes."""
+    numbers, scales, exact = fp8_in_blocks(matrix, tuple(matrix.shape))  # type: ignore[arg-type]
+    return numbers, scales[0, 0], exact
+
+
+def nearest_fp4(value: float) -> int:
+    """The code of the 4-bit number that is nearest, its sign in bit 3."""
+    code = min(range(8), key=lambda index: abs(FP4[index] - abs(value)))
+    return code + 8 * (value < 0)
+
+
+def fp4_value(code: int) -> float:
+    """The number that a code stands for."""
+    return -FP4[code - 8] if code >= 8 else FP4[code]
+
+
+def fp4_rows(rows: list[list[float]], group: int, scale_of: Callable[[float], tuple[Any, float]]):
+    """Rows of numbers as codes, stored scales, and what they stand for.
+
+    Args:
+        group: columns that share a scale.
+        scale_of: from the largest magnitude of a group, the stored scale and its value.
+    """
+    codes, scales, exact = [], [], []
+    for row in rows:
+        codes.append([])
+        scales.append([])
+        exact.append([])
+        for start in range(0, len(row), group):
+            values = row[start : start + group]
+            stored, scale = scale_of(max(map(abs, values)))
+            own = [nearest_fp4(value / scale) for value in values]
+            codes[-1] += own
+            scales[-1].append(stored)
+            exact[-1] += [fp4_value(code) * scale for code in own]
+    return codes, scales, exact
+
+
+def two_a_byte(codes: list[list[int]]) -> Tensor:
+    """Codes of 4 bits in bytes, the first in the lower half."""
+    return torch.tensor([[a | b << 4 for a, b in zip(row[::2], row[1::2])] for row in codes], dtype=torch.uint8)
+
+
+def mxfp4_stack(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Blocks ``(experts, rows, groups, 16)``, exponents, and what they stand for, of ``(experts, columns, rows)``."""
+
+    def scale_of(largest: float) -> tuple[int, float]:
+        exponent = max(-126, min(127, int(torch.frexp(torch.tensor(max(largest, 1e-30))).exponent) - 3))
+        return exponent + 127, 2.0**exponent
+
+    blocks, exponents, exact = [], [], []
+    for matrix in stack.mT:
+        codes, scales, values = fp4_rows(matrix.tolist(), 32, scale_of)
+        blocks.append(two_a_byte(codes).view(len(codes), -1, 16))
+        exponents.append(torch.tensor(scales, dtype=torch.uint8))
+        exact.append(torch.tensor(values, dtype=torch.float64).T)
+    return torch.stack(blocks), torch.stack(exponents), torch.stack(exact)
+
+
+def nvfp4(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Bytes, FP8 scales for every 16 columns, the scale of the tensor, and what they stand for."""
+    overall = matrix.abs().max() / (LARGEST * 6)
+
+    def scale_of(largest: float) -> tuple[float, float]:
+        stored = float(torch.tensor(max(largest / 6 / float(overall), 2**-6)).to(torch.float8_e4m3fn).float())
+        return stored, stored * float(overall)
+
+    codes, scales, exact = fp4_rows(matrix.tolist(), 16, scale_of)
+    stored = torch.tensor(scales).to(torch.float8_e4m3fn)
+    return two_a_byte(codes), stored, overall, torch.tensor(exact, dtype=torch.float64)
+
+
+def int4_in_groups(matrix: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers from -8 to 7, scales by group of columns in bfloat16, and what they stand for."""
+    wide = matrix.unflatten(1, (-1, group))
+    scales = (wide.abs().amax(-1) / 7).to(torch.bfloat16)
+    integers = (wide / scales.float().unsqueeze(-1)).round().clamp(-8, 7)
+    exact = integers.double() * scales.double().unsqueeze(-1)
+    return integers.flatten(1).to(torch.int64), scales, exact.flatten(1)
+
+
+def pack(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
+    """Numbers from 0 to 15 packed by eight along the last axis into int32; ``order`` says which is in which place."""
+    eights = codes.unflatten(-1, (-1, 8))
+    words = sum(eights[..., which] << (4 * place) for place, which in enumerate(order))
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

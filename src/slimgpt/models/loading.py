@@ -47,6 +47,8 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     if gguf is not None:
         check_file(gguf)
     refuse_remote_code(source, trust_remote_code)
+    if source.folder is not None:  # before transformers looks at it; of a hub id, once that is known to be there
+        _refuse_unreadable(source)
     try:
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:  # whatever a value in the file made of it
@@ -60,11 +62,16 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     if gguf is not None:
         restore_positions(gguf, config)
     if not source.gguf_file:
-        _ = source.quantization  # refuses what cannot be read
+        _refuse_unreadable(source)
         strip_quantization(config)
     if is_tied(config) and not source.gguf_file:
         _untie_if_needed(config, source)
     return config
+
+
+def _refuse_unreadable(source: Source) -> None:
+    """Refuse a model that is quantised in a way that cannot be read: reading how raises it."""
+    _ = source.quantization
 
 
 def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:

@@ -66,7 +66,8 @@ def quantized_tensors(
             tensors[entry[0]] = entry[1]
     used = {part for tensor in tensors.values() for part in tensor.parts}
     for name, kind in kinds.items():
-        if name not in used | dropped and kind in NARROW_FLOATS:
+        integers = kind in ("I8", "U8") and name.endswith(".weight")
+        if name not in used and name not in dropped and (kind in NARROW_FLOATS or integers):
             raise ModelError(f"{where} holds {name} in {kind}, and no scale beside it; fetch the files again")
     for name, tensor in tensors.items():
         _check_scales(where, name, tensor, kinds, shapes, quantization)
