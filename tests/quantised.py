@@ -165,9 +165,9 @@ def int4_in_groups(matrix: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
     """Integers from -8 to 7, scales by group of columns in bfloat16, and what they stand for."""
     wide = matrix.unflatten(1, (-1, group))
     scales = (wide.abs().amax(-1) / 7).to(torch.bfloat16)
-    integers = (wide / scales.float().unsqueeze(-1)).round().clamp(-8, 7)
+    integers = (wide / scales.float().unsqueeze(-1)).round().clamp(-8, 7).to(torch.int64)
     exact = integers.double() * scales.double().unsqueeze(-1)
-    return integers.flatten(1).to(torch.int64), scales, exact.flatten(1)
+    return integers.flatten(1), scales, exact.flatten(1)
 
 
 def pack(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
