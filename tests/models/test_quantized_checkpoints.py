@@ -20,6 +20,7 @@ from slimgpt.models.parameter_counts import describe
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.weight_conversion import ConvertedFiles
 from tests import quantised as q
+from tests.cli.test_command_line import run
 from tests.quantised_cases import CASES, WIDE, WITH_LIBRARY, Scheme, compressed, dense, exact_model, make
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install bitsandbytes")
@@ -232,10 +233,22 @@ def test_a_mark_in_both_files_of_model_optimizer(tmp_path):
     assert read(folder).dtype == torch.bfloat16
 
 
-def test_a_library_that_is_not_there_is_named(tmp_path, dense_folder, monkeypatch):
-    config = json.loads((dense_folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize(
+    ("case", "library"),
+    [("awq", "compressed-tensors"), ("compressed-packed", "compressed-tensors"), ("bitsandbytes", "bitsandbytes")],
+)
+def test_a_library_that_is_not_there_is_named(case, library, tmp_path, monkeypatch):
+    def four_bits(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = torch.tensor(list(json.dumps({"shape": list(tensor.shape)}).encode()), dtype=torch.uint8)
+        packed = torch.zeros(tensor.numel() // 2, 1, dtype=torch.uint8)
+        return {name: packed, f"{name}.quant_state.bitsandbytes__nf4": state}
+
+    if case == "bitsandbytes":
+        folder = q.rewrite(dense(tmp_path, "qwen3"), tmp_path / case, four_bits, {"load_in_4bit": True})
+    else:
+        folder, _ = make(case, tmp_path)
     monkeypatch.setattr("slimgpt.models.quantization.find_spec", lambda _: None)
-    with pytest.raises(ModelError, match=r"compressed-tensors, which unpacks it, is not installed: pip install"):
-        load_config(locate(str(tmp_path)))
+    # A plan needs no weights, and so no library.
+    assert run("plan", folder, "--ratio", 0.3).exit_code == 0
+    with pytest.raises(ModelError, match=rf"and {library}, which unpacks it, is not installed: pip install"):
+        read(folder)

@@ -29,10 +29,6 @@ PACKED_FORMATS = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantize
 MODELOPT_ALGORITHMS = (None, "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MIXED_PRECISION")
 """Of Model-Optimizer, those whose tensors say by themselves what they are; none: only the KV cache is quantised."""
 
-COMPRESSED_TENSORS = "compressed_tensors"
-LIBRARIES = {"bitsandbytes": "bitsandbytes", "awq": COMPRESSED_TENSORS}
-"""Methods whose weights a library unpacks on a CPU."""
-
 SUPPORTED = (
     "fp8, mxfp8, fbgemm_fp8, mxfp4, modelopt (FP8, NVFP4), compressed-tensors, awq and bitsandbytes are read, and GGUF "
     "files"
@@ -68,6 +64,25 @@ class Quantization:
         """
         read_as = str(dtype).removeprefix("torch.")
         return {"quant_method": self.method, "format": self.format, "read_as": read_as}
+
+    def check_library(self, where: str) -> None:
+        """Refuse weights that only a library unpacks which is not installed; a plan needs none.
+
+        Args:
+            where: the folder, for messages.
+
+        Raises:
+            ModelError: with its name.
+        """
+        packed = any(form in PACKED_FORMATS for form in self.format.split(", "))
+        library = {"bitsandbytes": "bitsandbytes", "awq": "compressed_tensors"}.get(self.method)
+        if packed and self.method == "compressed-tensors":
+            library = "compressed_tensors"
+        if library is not None and find_spec(library) is None:
+            raise ModelError(
+                f"{where} is quantised ({self.format}), and {library.replace('_', '-')}, which unpacks it, is not "
+                "installed: pip install 'slimgpt[quantized]'"
+            )
 
     def group(self, module: str) -> Mapping[str, Any]:
         """Of compressed-tensors' groups, the one that a module of the files belongs to.
@@ -154,9 +169,6 @@ def quantization_of(name: str, config: Mapping[str, Any], beside: Mapping[str, A
             f"{name} is quantised, and its quantization_config names no quant_method (it has {keys}); {SUPPORTED}. "
             "Write the method there if you know it"
         )
-    if (library := LIBRARIES.get(method)) is not None:
-        _need(library, f"{name} is quantised ({method})")
-        return Quantization(method, _TEXTS.get(method, method), None, settings)
     if method in ("fp8", "mxfp8"):
         block = _block(name, settings.get("weight_block_size") or ([1, 32] if method == "mxfp8" else None))
         where = f"in blocks of {block[0]} x {block[1]}" if block else "with a scale for each tensor"
@@ -196,12 +208,6 @@ def _refusal(name: str, method: str) -> ModelError:
     return ModelError(f"{name} is quantised ({method}), which is not read: {SUPPORTED}. {WAY_OUT}")
 
 
-def _need(library: str, what: str) -> None:
-    if find_spec(library) is None:
-        package = library.replace("_", "-")
-        raise ModelError(f"{what}, and {package}, which unpacks it, is not installed: pip install 'slimgpt[quantized]'")
-
-
 def _block(name: str, sizes: Any) -> tuple[int, int] | None:
     if sizes is None:
         return None
@@ -221,9 +227,7 @@ def _compressed(name: str, settings: Mapping[str, Any]) -> Quantization:
     if isinstance(sparsity, Mapping):
         formats.add(sparsity.get("format") or "dense")
     for form in sorted(map(str, formats)):
-        if form in PACKED_FORMATS:
-            _need(COMPRESSED_TENSORS, f"{name} is quantised (compressed-tensors, {form})")
-        elif form not in SCALED_FORMATS:
+        if form not in (*SCALED_FORMATS, *PACKED_FORMATS):
             raise _refusal(name, f"compressed-tensors, {form}")
     return Quantization(
         "compressed-tensors", f"compressed-tensors, {', '.join(sorted(map(str, formats)))}", None, settings

@@ -64,6 +64,8 @@ class WeightFiles:
         tensor = self._quantized.get(name)
         if tensor is None:
             return self._where[name].get_tensor(name)
+        if self.quantization is not None:
+            self.quantization.check_library(str(self.folder))
         parts = [self._stored[part].get_tensor(part) for part in tensor.parts]
         return tensor.decode(parts, self._dequantized)
 

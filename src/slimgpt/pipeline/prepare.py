@@ -90,6 +90,8 @@ def prepare(
         inputs = [*source.folders, *local_files([calibration, config.plan])]
         check_output(path, overwrite or there, inputs=inputs)
     model_config = load_config(source, trust_remote_code)
+    if (quantization := source.quantization) is not None:
+        quantization.check_library(source.name)
     shape = describe(model_config)
     plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
     prepared = PruneRequest(
