@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -109,6 +112,34 @@ def test_plan_needs_no_weights(folders, tmp_path):
     done = run("plan", tmp_path, "--ratio", 0.3, "--json")
     assert done.exit_code == 0, done.output
     assert json.loads(done.output)["quantization"] == FROM
+
+
+@pytest.mark.parametrize("case", ["fp8-blocks", "modelopt-fp8"])
+def test_a_model_on_the_hub(case, tmp_path, tokenizer, text_file):
+    """As the hub's cache has it; a file that it lacks is one that the repository lacks."""
+    quantised, plain = pair(case, tmp_path, tokenizer)
+    snapshot = tmp_path / "hf/hub/models--some--model/snapshots/0123456789abcdef"
+    shutil.copytree(quantised, snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text(snapshot.name)
+    words = [
+        "--text",
+        text_file,
+        "--window",
+        32,
+        "--max-tokens",
+        256,
+        "--device",
+        "cpu",
+        "--json",
+        tmp_path / "hub.json",
+    ]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "slimgpt", "evaluate", "some/model", *map(str, words)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected = slimgpt.evaluate(*slimgpt.load(str(plain)), str(text_file), window=32, max_tokens=256)
+    assert json.loads((tmp_path / "hub.json").read_text())["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
 
 
 def test_evaluate(folders, text_file, tmp_path):
