@@ -175,7 +175,7 @@ def make(case: str, root: Path, tokenizer: Any = None) -> tuple[Path, Scheme]:
     return folder, scheme
 
 
-def exact_model(root: Path, scheme: Scheme) -> PreTrainedModel:
+def exact_model(root: Path, scheme: Scheme, cls: Any = AutoModelForCausalLM) -> PreTrainedModel:
     """The dense model with the exact values of what was quantised, rounded once to bfloat16."""
     state = load_file(root / "dense/model.safetensors")
     target = root / "exact"
@@ -185,4 +185,4 @@ def exact_model(root: Path, scheme: Scheme) -> PreTrainedModel:
     state |= {name: value.float().to(torch.bfloat16).contiguous() for name, value in scheme.exact.items()}
     # Aligned, as what is de-quantised is: the address of a factor can move the last bit of a product.
     write_tensors(state, target / "model.safetensors")
-    return AutoModelForCausalLM.from_pretrained(target)
+    return cls.from_pretrained(target)

@@ -17,11 +17,13 @@ from slimgpt.errors import ModelError
 from slimgpt.models.build import empty_model
 from slimgpt.models.loading import load_config, load_model, locate
 from slimgpt.models.parameter_counts import describe
+from slimgpt.models.quantization import Quantization
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.weight_conversion import ConvertedFiles
 from tests import quantised as q
 from tests.cli.test_command_line import run
 from tests.quantised_cases import CASES, WIDE, WITH_LIBRARY, Scheme, compressed, dense, exact_model, make
+from tests.test_multimodal import multimodal
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install bitsandbytes")
 
@@ -137,6 +139,26 @@ def test_an_embedding_in_fp8_that_is_the_head_too(tmp_path):
     assert_same_weights(model, exact_model(tmp_path, scheme))
 
 
+@pytest.mark.parametrize("model_type", ["llava", "gemma3"])
+def test_the_language_model_inside_a_multimodal_one(model_type, tmp_path):
+    """As Devstral is published: one scale for each tensor, the vision part as it was."""
+    model = multimodal(model_type).to(torch.bfloat16)
+    model.config.dtype = torch.bfloat16
+    model.save_pretrained(tmp_path / "dense")
+    scheme = Scheme()
+    folder = q.rewrite(
+        tmp_path / "dense", tmp_path / "fp8", scheme.fp8(q.fp8_per_tensor, "_scale_inv", "activation_scale"),
+        {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None},
+        lambda name: "language_model" in name and bool(q.LINEAR.search(name)),
+    )  # fmt: skip
+    ours = read(folder)
+    assert_same_weights(ours, exact_model(tmp_path, scheme, type(model)))
+    config = load_config(locate(str(folder)))
+    files = ConvertedFiles(folder, empty_model(config))
+    for name, tensor in ours.state_dict().items():
+        assert name not in files or torch.equal(files[name], tensor), name
+
+
 @needs_bitsandbytes
 @pytest.mark.parametrize(
     "settings",
@@ -171,6 +193,9 @@ REFUSED = [
     ({**compressed(), "format": "marlin-24"}, r"is quantised \(compressed-tensors, marlin-24\)"),
     ({**compressed(), "sparsity_config": {"format": "sparse-24-bitmask"}}, r"compressed-tensors, sparse-24-bitmask"),
     ({"quant_method": "compressed-tensors"}, "has no config_groups"),
+    ({**compressed(), "config_groups": {"a": {"targets": None}}}, "has no targets"),
+    ({**compressed(), "config_groups": {"a": {"targets": ["re:["]}}}, "is no pattern"),
+    (compressed(strategy="group"), "weight_block_size is .1, None.; it must be two"),
     ({"quant_method": "fp8", "weight_block_size": [128]}, "weight_block_size is .128.; it must be two"),
     ({"quant_method": "fp8", "weight_block_size": [0, 128]}, "must be two whole numbers above 0"),
     ([1], "must be an object"),
@@ -231,6 +256,36 @@ def test_a_mark_in_both_files_of_model_optimizer(tmp_path):
     assert_same_weights(read(folder), exact_model(tmp_path, scheme))
     (folder / "hf_quant_config.json").unlink()
     assert read(folder).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="pip install compressed-tensors")
+@pytest.mark.parametrize("case", ["awq", "compressed-packed"])
+def test_what_a_library_does_not_unpack_is_said_in_one_line(case, tmp_path):
+    folder, _ = make(case, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    settings = config["quantization_config"]
+    if case == "awq":
+        settings["version"] = "gemv"
+    else:
+        settings["config_groups"]["group_0"]["weights"]["num_bits"] = 77
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match=r"weight(_packed)? cannot be unpacked: |qweight cannot be unpacked: "
+    ) as refused:
+        read(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_groups_of_compressed_tensors_are_told_apart_by_their_patterns():
+    """Kimi-K2.5 has FP8 attention and packed experts."""
+    packed, wide = {"targets": [r"re:.*\.experts\..*"], "format": "pack-quantized"}, {"targets": ["Linear"]}
+    quantization = Quantization("compressed-tensors", "", None, {"config_groups": {"a": wide, "b": packed}})
+    assert quantization.group("model.layers.3.mlp.experts.7.up_proj") is packed
+    assert quantization.group("model.layers.3.self_attn.q_proj") is wide
+    named = {"targets": ["model.layers.3.self_attn.q_proj"]}
+    quantization = Quantization("compressed-tensors", "", None, {"config_groups": {"a": wide, "b": named}})
+    assert quantization.group("model.layers.3.self_attn.q_proj") is named
+    assert quantization.group("model.layers.13.self_attn.q_proj") is wide
 
 
 @pytest.mark.parametrize(

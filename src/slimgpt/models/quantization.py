@@ -222,6 +222,8 @@ def _compressed(name: str, settings: Mapping[str, Any]) -> Quantization:
     groups = settings.get("config_groups")
     if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
         raise ModelError(f"{name}: its quantization_config has no config_groups; fetch the config again")
+    for group in groups.values():
+        _check_group(name, group)
     sparsity = settings.get("sparsity_config")
     formats = {group.get("format") or settings.get("format") for group in groups.values()}
     if isinstance(sparsity, Mapping):
@@ -232,6 +234,19 @@ def _compressed(name: str, settings: Mapping[str, Any]) -> Quantization:
     return Quantization(
         "compressed-tensors", f"compressed-tensors, {', '.join(sorted(map(str, formats)))}", None, settings
     )
+
+
+def _check_group(name: str, group: Mapping[str, Any]) -> None:
+    targets = group.get("targets")
+    sound = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
+    if not sound or not isinstance(group.get("weights") or {}, Mapping):
+        raise ModelError(f"{name}: a group in its config_groups has no targets, or weights that are no object")
+    for target in targets or ():
+        try:
+            re.compile(target.removeprefix("re:"))
+        except re.error as error:
+            raise ModelError(f"{name}: {target!r:.60} in config_groups is no pattern: {error}") from error
+    group_block(name, group)
 
 
 def group_block(name: str, group: Mapping[str, Any]) -> tuple[int, int] | None:

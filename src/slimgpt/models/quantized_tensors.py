@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgpt.errors import ModelError
+from slimgpt.errors import ModelError, first_line
 from slimgpt.models import dequantize
 from slimgpt.models.quantization import PACKED_FORMATS, Quantization, group_block
 
@@ -138,7 +139,8 @@ def _compressed(name: str, kind: str, kinds: Mapping[str, str], quantization: Qu
         raise ModelError(f"{name} is packed, and by the config its format is {form}; fetch config.json again")
 
     def decode(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        return dequantize.compressed(dict(zip(held, tensors)), group, form, dtype)
+        with _library(name):
+            return dequantize.compressed(dict(zip(held, tensors)), group, form, dtype)
 
     parts = tuple(f"{module}.{role}" for role in held)
     if "weight_shape" in held:
@@ -155,7 +157,8 @@ def _awq(name: str, kind: str, kinds: Mapping[str, str], quantization: Quantizat
     held = [role for role in ("qweight", "scales", "qzeros") if f"{module}.{role}" in kinds]
 
     def decode(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        return dequantize.awq(dict(zip(held, tensors)), quantization.settings, dtype)
+        with _library(name):
+            return dequantize.awq(dict(zip(held, tensors)), quantization.settings, dtype)
 
     parts = tuple(f"{module}.{role}" for role in held)
     # int32 hold 8 numbers of 4 bits each, along the outputs.
@@ -187,7 +190,23 @@ def _two_a_byte(packed: Shape) -> Shape:
 
 
 def _decode_bitsandbytes(roles: list[str], tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return dequantize.bitsandbytes(tensors[0], dict(zip(roles, tensors[1:])), dtype)
+    with _library("a tensor of bitsandbytes"):
+        return dequantize.bitsandbytes(tensors[0], dict(zip(roles, tensors[1:])), dtype)
+
+
+@contextmanager
+def _library(name: str) -> Iterator[None]:
+    """Say in one line what a library did not unpack.
+
+    Raises:
+        ModelError: in place of whatever it raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(
+            f"{name} cannot be unpacked: {first_line(error)}; is it from the same checkpoint as the config?"
+        ) from error
 
 
 _FINDERS = {
