@@ -229,8 +229,9 @@ def table(results: list[dict[str, Any]], weights: str, windows: str) -> str:
     def seconds(result: dict[str, Any], part: str) -> str:
         return f"{result['seconds_by_part'][part]:.0f}" if part in result["seconds_by_part"] else "none"
 
+    kind = "quantised model" if "FP8" in weights else "model"
     lines = [
-        f"# Memory of pruning {'on a GPU ' if on_gpu else ''}a model that is larger than it",
+        f"# Memory of pruning {'on a GPU ' if on_gpu else ''}a {kind} that is larger than it",
         "",
         line("", lambda result: f"`--method {result['method']}`"),
         "|---|" + "---|" * len(results),
