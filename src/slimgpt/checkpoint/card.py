@@ -37,7 +37,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
         "",
         f"{plan.achieved:.2%} of the decoder layers' parameters of {_code(base)} were removed by "
         "[SlimGPT](https://arxiv.org/abs/2412.18110) structured pruning: whole attention heads and FFN channels. "
-        f"{_training(report)} The licence of the base model applies.",
+        f"{_training(report)} {_read_from(report)}The licence of the base model applies.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -135,6 +135,14 @@ def _training(report: PruneReport) -> str:
             "by layer below are those of pruning."
         )
     return " ".join(texts) or "It is not retrained."
+
+
+def _read_from(report: PruneReport) -> str:
+    """From what the base model's numbers were had, where it was quantised."""
+    read = report.quantization
+    if not read:
+        return ""
+    return f"The base model's files were quantised ({read['format']}) and read as {read['read_as']}. "
 
 
 def _command(report: PruneReport) -> str:

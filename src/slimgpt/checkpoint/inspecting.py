@@ -13,6 +13,7 @@ from slimgpt.models.config_files import read_object
 from slimgpt.models.loading import load_config
 from slimgpt.models.parameter_counts import LayerShape, describe
 from slimgpt.models.source import check_files, locate
+from slimgpt.models.streaming import stored_dtype
 from slimgpt.pruning.report import PruneReport
 
 
@@ -26,6 +27,7 @@ class Inspection:
         bytes: of the weights on disk; ``None`` for a hub id.
         uniform: whether all layers have the same widths.
         pruned: the content of ``slimgpt.json``; ``None`` for a model we did not prune.
+        quantization: how its files are quantised, and what they are read as; ``None`` if they are not.
     """
 
     model: str
@@ -36,6 +38,7 @@ class Inspection:
     bytes: int | None
     uniform: bool
     pruned: dict[str, Any] | None
+    quantization: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -54,6 +57,7 @@ def inspect(name: str, trust_remote_code: bool = False) -> Inspection:
     source = locate(name)
     config = load_config(source, trust_remote_code)
     shape = describe(config)
+    quantization = source.quantization
     size = pruned = None
     if source.folder is not None:
         if source.gguf_file:
@@ -71,6 +75,7 @@ def inspect(name: str, trust_remote_code: bool = False) -> Inspection:
         bytes=size,
         uniform=all(layer.sizes == shape.layers[0].sizes for layer in shape.layers),
         pruned=pruned,
+        quantization=None if quantization is None else quantization.to_json(stored_dtype(source, config, "auto")),
     )
 
 

@@ -48,6 +48,8 @@ def inspect(
     out.print(f"parameters     {found.parameters:,}, of which {found.layer_parameters:,} in the decoder layers")
     if found.bytes is not None:
         out.print(f"bytes on disk  {found.bytes:,}")
+    if found.quantization is not None:
+        out.print(f"quantised      {found.quantization['format']}; read as {found.quantization['read_as']}")
     out.print(f"layers         {'all of the same widths' if found.uniform else 'of different widths'}")
     if plan:
         out.print(

@@ -88,6 +88,8 @@ def _print(found: Estimate) -> None:
     )
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.bytes.items())
     out.print(f"GB on disk     {sizes}", soft_wrap=True)
+    if found.quantization is not None:
+        out.print(f"quantised      {found.quantization['format']}; read as {found.quantization['read_as']}")
     quants = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.gguf_bytes.items())
     out.print(f"GB as GGUF     about {quants}", soft_wrap=True)
     out.print(

@@ -117,11 +117,17 @@ logging.disable_progress_bar()
 folder, code, name, trust, device, gguf, batch, prompt, new = sys.argv[1:]
 if code:
     sys.path.insert(0, code)
+if name == "slimgpt":
+    from slimgpt.models.loading import load_config, load_model, locate
+    source = locate(folder)
+    model = load_model(source, load_config(source, trust == "1"), trust_remote_code=trust == "1")
+elif code:
     cls = getattr(importlib.import_module("modeling_slim"), name)
 else:
     cls = getattr(transformers, name)
-arguments = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
-model = cls.from_pretrained(folder, trust_remote_code=trust == "1", **arguments)
+if name != "slimgpt":
+    arguments = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
+    model = cls.from_pretrained(folder, trust_remote_code=trust == "1", **arguments)
 device = torch.device(device)
 model.to(device)
 words = model.config.get_text_config(decoder=True).vocab_size
@@ -148,6 +154,7 @@ def peak_memory(
 ) -> int:
     """Peak bytes of a fresh process that loads a model with plain transformers and generates.
 
+    A quantised model is loaded by :func:`slimgpt.load` there, de-quantised: what it was pruned from, and timed as.
     On CUDA the bytes are the device's, else the whole process's. A slim checkpoint's class comes from the text that
     this version writes, never from the file in the folder, which anybody may have changed.
 
@@ -159,12 +166,14 @@ def peak_memory(
         ModelError: the model does not load there.
     """
     slim = None if source.gguf_file or trust_remote_code else slim_modeling(load_config(source))
-    with tempfile.TemporaryDirectory() as code:
-        name = "AutoModelForCausalLM"
-        if slim is not None:
+    with tempfile.TemporaryDirectory() as written:
+        code, name = written if slim is not None else "", "AutoModelForCausalLM"
+        if source.quantization is not None:
+            code, name = str(Path(__file__).parents[2]), "slimgpt"
+        elif slim is not None:
             name, text = slim
             Path(code, MODELING_FILE).write_text(text, encoding="utf-8")
-        command = [sys.executable, "-c", _PROBE, source.location, code if slim else "", name]
+        command = [sys.executable, "-c", _PROBE, source.location, code, name]
         command += ["1" if trust_remote_code else "0", device, source.gguf_file or ""]
         command += [str(number) for number in (batch, prompt, new_tokens)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)

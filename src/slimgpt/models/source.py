@@ -13,6 +13,7 @@ from slimgpt import assets
 from slimgpt.errors import ModelError, first_line
 from slimgpt.io import weight_files
 from slimgpt.models.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, is_adapter
+from slimgpt.models.quantization import Quantization, location_quantization
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,15 @@ class Source:
     def arguments(self) -> dict[str, str]:
         """The keyword arguments that every ``from_pretrained`` call needs."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the weights are quantised; ``None`` if they are not, and for a GGUF file.
+
+        Raises:
+            ModelError: in a way that cannot be read; or one of the JSON files is damaged.
+        """
+        return None if self.gguf_file else location_quantization(self.name, self.location)
 
 
 def locate(name: str) -> Source:
@@ -109,7 +119,8 @@ def check_files(source: Source) -> None:
     """Open the header of every safetensors file of a local model before anything long begins.
 
     Raises:
-        ModelError: there is no safetensors file, one cannot be read, or a tensor is in two of them.
+        ModelError: there is no safetensors file, one cannot be read, a tensor is in two of them, or one is of 8 bits
+            and no config tells its scales.
     """
     if source.folder is not None and not source.gguf_file:
-        weight_files.check_files(weight_files.weight_files(source.folder))
+        weight_files.check_files(weight_files.weight_files(source.folder), narrow=source.quantization is not None)

@@ -40,6 +40,7 @@ class Estimate:
         flops_before: per generated token, the attention over the context left out.
         memory: bytes that pruning needs beside the mapped weights, about.
         seconds: that pruning takes on this machine, about.
+        quantization: how the model's files are quantised, and what they are read as; ``None`` if they are not.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Estimate:
     tokens: int
     device: str
     verdicts: tuple[EngineSupport, ...]
+    quantization: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -131,6 +133,7 @@ def forecast(
     shape = describe(model_config, empty)
     stored = stored_dtype(source, model_config, dtype)
     plan = plan_for(model_config, config, shape, stored)
+    quantization = source.quantization
     dense = [layer.sizes for layer in shape.layers]
     tokens = torch.empty(config.num_samples, config.seq_len, device="meta")
     need = memory_need(empty, tokens, plan, config, stored, copied=target.type != "cpu")
@@ -151,4 +154,5 @@ def forecast(
         tokens=tokens.numel(),
         device=target.type,
         verdicts=tuple(engine_support(model_config, plan.layers, engines)),
+        quantization=None if quantization is None else quantization.to_json(stored),
     )

@@ -109,6 +109,7 @@ def prune(
         dtype=forward,
         copied=forward is not None or next(model.parameters()).device != target,
         distill_tokens=tokens_to_distill(config, shape, widths, windows),
+        quantization=getattr(model, "dequantized_from", {}),  # as `load` left it
     )
     return run_in_memory(model, job, Callbacks(on_layer, on_measured, on_distilled, on_rehearsed), budget)
 

@@ -90,6 +90,8 @@ def prepare(
         inputs = [*source.folders, *local_files([calibration, config.plan])]
         check_output(path, overwrite or there, inputs=inputs)
     model_config = load_config(source, trust_remote_code)
+    if (quantization := source.quantization) is not None:
+        quantization.check_library(source.name)
     shape = describe(model_config)
     plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
     prepared = PruneRequest(
@@ -123,7 +125,7 @@ def prepare(
 
 def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
     """What the stages work on; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
-    stored = request.stored
+    stored, quantization = request.stored, request.source.quantization
     fastest = forward_dtype(request.config.forward_dtype, stored, request.device) or stored
     types = list(DTYPES.values())
     agreed = types[ranks.agree(types.index(fastest))]
@@ -140,4 +142,5 @@ def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
         dtype=dtype,
         copied=dtype is not None or request.device.type != "cpu",
         distill_tokens=tokens,
+        quantization={} if quantization is None else quantization.to_json(stored),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,6 +128,7 @@ class PruneJob:
         copied: whether a layer's weights are copied to be run (another device or type), or used where they are.
         distill_tokens: on how many tokens the pruned model is trained; 0: not at all.
         request: a digest of everything that decides the result, for a run that can be resumed.
+        quantization: how the dense model's files were quantised, for the report; empty if they were not.
     """
 
     name: str
@@ -142,6 +143,7 @@ class PruneJob:
     copied: bool
     distill_tokens: int
     request: str = ""
+    quantization: dict[str, str] = field(default_factory=dict)
 
 
 def run_stages(
@@ -212,6 +214,7 @@ def run_stages(
         request=job.request,
         allocation=allocation,
         distillation=distillation,
+        quantization=job.quantization,
     )
     if ranks.main:
         sink.finish(report)

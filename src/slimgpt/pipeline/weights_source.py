@@ -41,7 +41,7 @@ def open_model(p: PruneRequest) -> DenseLayers:
     folder = weights_folder(p.source) if p.source.adapter is None else None
     if folder is not None and (folder / "config.json").is_file():
         empty = empty_model(p.model_config)
-        weights = ConvertedFiles(folder, empty)
+        weights = ConvertedFiles(folder, empty, p.stored)
         if (head := stored_head(empty, weights)) is not None:  # a hub id: the plan was made from its config alone
             raise ModelError(
                 f"{p.source.name}: tie_word_embeddings is true in its config, and its {head} differs from the input "

@@ -112,6 +112,7 @@ class PruneReport:
         distillation: of the training that belongs to pruning: tokens, steps, the divergence per token from the dense
             model on held-out windows before and after, and whether it was kept.
         recovery: every training run after pruning: settings, data, losses by step.
+        quantization: how the base model was quantised and what it was read as; empty if it was not.
     """
 
     base_model: str
@@ -129,6 +130,7 @@ class PruneReport:
     allocation: dict[str, Any] = field(default_factory=dict)
     distillation: dict[str, Any] = field(default_factory=dict)
     recovery: tuple[dict[str, Any], ...] = ()
+    quantization: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
