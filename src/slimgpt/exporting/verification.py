@@ -158,13 +158,14 @@ def verify(
     problem = engine_problem(exported)
     if problem is not None:
         raise ExportError(f"{exported} cannot be verified here: {problem}")
-    tokenizer = load_tokenizer(locate(str(slim)))
+    source = locate(str(slim))
+    tokenizer = load_tokenizer(source)
     ids = tokenizer(_text(text), add_special_tokens=False).input_ids[:max_tokens]
     window = min(window, len(ids) // 16 * 16 or len(ids))
     if window < 2:
         raise UsageError("the text has fewer than two tokens")
+    check_ids(torch.tensor(ids), text_config(load_config(source)).vocab_size, "the text to compare on")
     reference = _transformers(str(slim))
-    check_ids(torch.tensor(ids), text_config(load_config(locate(str(slim)))).vocab_size, "the text to compare on")
     left = (
         _llama_cpp(Path(exported), window) if Path(exported).suffix == ".gguf" else _transformers(str(exported), True)
     )
