@@ -114,7 +114,7 @@ class Journal:
             write_text(report, json.dumps({**finished.report.to_json(), CHECKSUM: _checksum(draft)}))
             publish(draft, weights)
 
-    def write_distilled(self, states: Iterable[State], said: dict[str, Any]) -> None:
+    def write_distilled(self, states: Iterable[State], info: dict[str, Any]) -> None:
         """Keep what training made of all layers, and what is said of it.
 
         Raises:
@@ -124,7 +124,7 @@ class Journal:
             self.distilled.mkdir(exist_ok=True)
             for index, state in enumerate(states):
                 self._write_state(self.distilled / self.files(index)[0].name, index, state)
-            write_text(self.folder / DISTILLATION_FILE, json.dumps(said))
+            write_text(self.folder / DISTILLATION_FILE, json.dumps(info))
 
     def text(self, make: Callable[[], GeneratedText]) -> GeneratedText:
         """The text that the dense model writes: what is kept of it, or what ``make`` makes, which is kept.
@@ -272,10 +272,10 @@ def open_unfinished(
         write_text(file, json.dumps(request, indent=1))
     with reading(file):
         before = json.loads(file.read_text(encoding="utf-8"))
-    found = differences(before, request)
-    if found:
+    mismatches = differences(before, request)
+    if mismatches:
         raise ResumeError(
-            f"the unfinished run in {folder} is another one: {'; '.join(found)}. Give the same options again, or "
+            f"the unfinished run in {folder} is another one: {'; '.join(mismatches)}. Give the same options again, or "
             "--overwrite without --resume to start anew"
         )
 

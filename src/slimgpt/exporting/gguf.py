@@ -204,28 +204,28 @@ def interleave(tensor: Tensor, heads: int) -> Tensor:
 
 def _tensors(exported: ExportSource, architecture: str) -> list[tuple[str, _Read]]:
     """Every tensor's name in the file, and how to get it."""
-    found: list[tuple[str, _Read]] = []
+    tensors: list[tuple[str, _Read]] = []
     rotated = architecture in ("llama", "deci")
     if (factors := rope_factors(exported.config)) is not None:
-        found.append(("rope_freqs.weight", _Given(factors)))
+        tensors.append(("rope_freqs.weight", _Given(factors)))
     start = f"{exported.architecture.layers}."
     for name in exported.names:
         module, _, leaf = name.rpartition(".")
         if not name.startswith(start):
-            found.append((f"{_AROUND[module]}.{leaf}", _Read(exported, [name])))
+            tensors.append((f"{_AROUND[module]}.{leaf}", _Read(exported, [name])))
             continue
         index, _, inner = module[len(start) :].partition(".")
         if architecture == "openelm" and inner in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             if inner == "self_attn.q_proj":
                 parts = [name.replace("q_proj", f"{p}_proj") for p in "qkv"]
-                found.append((f"blk.{index}.attn_qkv.{leaf}", _Read(exported, parts)))
+                tensors.append((f"blk.{index}.attn_qkv.{leaf}", _Read(exported, parts)))
             continue
         heads = None
         if rotated and inner in ("self_attn.q_proj", "self_attn.k_proj"):
             field = "num_attention_heads" if inner.endswith("q_proj") else "num_key_value_heads"
             heads = exported.sizes[int(index)][field]
-        found.append((f"blk.{index}.{_NAMES[inner]}.{leaf}", _Read(exported, [name], heads)))
-    return found
+        tensors.append((f"blk.{index}.{_NAMES[inner]}.{leaf}", _Read(exported, [name], heads)))
+    return tensors
 
 
 def rope_factors(config: Any) -> Tensor | None:

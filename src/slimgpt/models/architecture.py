@@ -146,16 +146,16 @@ class Architecture:
     def rows(self) -> dict[str, tuple[str, ...]]:
         """For every input module, the sizes that its output rows are proportional to, in order (within a block)."""
         queries = self.find("query")
-        found: dict[str, tuple[str, ...]] = {}
+        fields: dict[str, tuple[str, ...]] = {}
         for structure in self.structures:
             for item in structure.inputs:
                 if isinstance(item, Fused):
-                    found[item.module] = item.parts
+                    fields[item.module] = item.parts
                 elif structure.name != "heads":
-                    found[item] = (structure.sizes[0],)
+                    fields[item] = (structure.sizes[0],)
                 else:
-                    found[item] = (HEADS,) if queries is None or item in queries.inputs else (KV_HEADS,)
-        return found
+                    fields[item] = (HEADS,) if queries is None or item in queries.inputs else (KV_HEADS,)
+        return fields
 
     def columns(self) -> dict[str, str]:
         """For every output module, the size that its input columns are proportional to."""

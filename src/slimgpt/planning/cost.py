@@ -35,7 +35,7 @@ def gguf_bytes(config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
     config = text_config(config)
     h, d, vocab = config.hidden_size, head_dim(config), config.vocab_size
     norms = plan.parameters - _matrices(config, plan)
-    found = {}
+    sizes = {}
     for name, (most, more, output) in _MIXES.items():
         bits = 32.0 * max(norms, 0)
         tied = getattr(config, "tie_word_embeddings", False)
@@ -48,8 +48,8 @@ def gguf_bytes(config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
             bits += h * heads * d * _bits(most, heads * d)
             times = layer.get(EXPERTS, 1)
             bits += times * (2 * h * ffn * _bits(most, h) + h * ffn * (_bits(most, ffn) + _bits(more, ffn)) / 2)
-        found[name] = int(bits / 8)
-    return found
+        sizes[name] = int(bits / 8)
+    return sizes
 
 
 def flops_per_token(config: PreTrainedConfig, plan: Plan, dense: ModelShape | None = None) -> float:

@@ -95,9 +95,9 @@ def make_plan(
     target = sum(r * layer.parameters for r, layer in zip(ratios, shape.layers))
     if not isinstance(schedule, Sequence) or isinstance(schedule, str):
         # Layers of different size (a model pruned before) would shift the mean: scale it back.
-        wanted = (DEFAULT_RATIO if ratio is None else ratio) * total
-        ratios = [r * wanted / target for r in ratios]
-        target = wanted
+        removed = (DEFAULT_RATIO if ratio is None else ratio) * total
+        ratios = [r * removed / target for r in ratios]
+        target = removed
     if head_unit == "auto":
         head_unit = _natural_unit(shape)
     if uniform:
@@ -178,16 +178,16 @@ def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cac
     Raises:
         PlanError: with the reason.
     """
-    wanted = "kv" if cache is not None else head_unit
-    if wanted == "auto" or any(wanted in layer.unit_parameters for layer in shape.layers):
+    unit = "kv" if cache is not None else head_unit
+    if unit == "auto" or any(unit in layer.unit_parameters for layer in shape.layers):
         return
     architecture = lookup(config)
-    there = sorted({unit for layer in shape.layers for unit in layer.unit_parameters if unit in ("kv", "query")})
+    units = sorted({name for layer in shape.layers for name in layer.unit_parameters if name in ("kv", "query")})
     reason = architecture.refused.get("heads") if architecture is not None else None
     if reason is not None:
         raise PlanError(f"heads of '{config.model_type}' cannot be removed: {reason}")
     raise PlanError(
-        f"heads of '{config.model_type}' cannot be removed by '{wanted}'; choose {', '.join(there) or 'no head unit'}"
+        f"heads of '{config.model_type}' cannot be removed by '{unit}'; choose {', '.join(units) or 'no head unit'}"
     )
 
 

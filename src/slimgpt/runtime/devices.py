@@ -41,7 +41,7 @@ def as_device(name: str) -> torch.device:
     return device
 
 
-def forward_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.dtype | None:
+def forward_dtype(setting: str, stored: torch.dtype, device: torch.device) -> torch.dtype | None:
     """The type in which layers are run over calibration tokens; ``None`` leaves them as they are stored.
 
     ``auto`` leaves them too, except for 16-bit weights on a CPU: there a short timing decides between bfloat16 and
@@ -50,7 +50,7 @@ def forward_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> tor
     Raises:
         UsageError: an unknown name.
     """
-    named = as_dtype(wanted)
+    named = as_dtype(setting)
     if isinstance(named, torch.dtype):
         return None if named == stored else named
     if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
