@@ -26,6 +26,7 @@ from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.stock_config import stock_config
 from slimgpt.models.ties import untie_as_held
 from slimgpt.pruning.report import PruneReport
+from slimgpt.runtime.thresholds import thresholds
 
 REPORT_FILE = "slimgpt.json"
 
@@ -60,7 +61,7 @@ def save(
     with new_folder(path, overwrite) as work:
         config, state, source = saved_form(model)
         write_config(config, work)
-        write_shards(work, ({name: tensor} for name, tensor in state.items()))
+        write_shards(work, ({name: tensor} for name, tensor in state.items()), thresholds().shard_bytes)
         write_sidecars(work, model, tokenizer, report, source)
         copy_side_files(model.name_or_path, work)
         if also is not None:

@@ -14,6 +14,7 @@ from typing import Any, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import UsageError
+from slimgpt.runtime.thresholds import thresholds
 
 COMMONSENSE = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ALIASES = {"commonsense": COMMONSENSE}
@@ -21,9 +22,6 @@ ALIASES = {"commonsense": COMMONSENSE}
 
 MEAN_METRICS = ("acc_norm", "acc")
 """A task's score in means is the first of these that it has."""
-
-DEGENERATE_SHARE = 0.9
-"""Default share of questions with the same answer from which a score counts as degenerate."""
 
 MIN_QUESTIONS = 20
 """Fewer questions may have the same answer by chance."""
@@ -76,10 +74,16 @@ class TaskScores:
         return cls(**{**values, "commonest": commonest})
 
     def degenerate_tasks(self, min_share: float | None = None) -> dict[str, str]:
-        """Tasks with one option preferred for at least ``min_share`` of the questions, by default
-        :data:`DEGENERATE_SHARE`: the option and its share in words. Their scores mostly reflect how often it is
-        right."""
-        limit = DEGENERATE_SHARE if min_share is None else min_share
+        """Tasks whose score mostly reflects how often the model's preferred option is right.
+
+        Args:
+            min_share: share of the questions for which one option is preferred; by default ``degenerate_share`` of
+                :class:`~slimgpt.runtime.thresholds.Thresholds`.
+
+        Returns:
+            By task the option and its share in words.
+        """
+        limit = thresholds().degenerate_share if min_share is None else min_share
         return {
             name: f"'{option}' to {share:.0%}" for name, (option, share) in self.commonest.items() if share >= limit
         }
