@@ -19,9 +19,9 @@ from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, padded
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
 from slimgpt.io.folders import check_output, new_folder, output_lock
-from slimgpt.models.architecture import Sizes
+from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config
-from slimgpt.planning.engines import gguf_architecture, is_uniform, nemotron_problem
+from slimgpt.planning.engines import gguf_architecture, nemotron_problem
 
 
 @dataclass(frozen=True)

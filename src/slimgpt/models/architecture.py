@@ -9,7 +9,7 @@ tied axis of length ``len``. It gives the query rows of a KV head, key and value
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -184,3 +184,8 @@ class Architecture:
 
 Entry = Architecture | Callable[[Any], Architecture]
 """What a table of families holds: a description, or a function of the config where flags of it change the layout."""
+
+
+def is_uniform(layers: Sequence[Sizes]) -> bool:
+    """Whether all layers have the same widths."""
+    return all(layer == layers[0] for layer in layers)
