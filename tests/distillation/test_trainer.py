@@ -22,7 +22,7 @@ from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.runtime.memory import Placement
 from slimgpt.runtime.thresholds import other_thresholds, thresholds
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 IDS = windows(24, 24)
 CONFIG = make_config(ratio=0.4, batch_size=3, allocation="schedule")

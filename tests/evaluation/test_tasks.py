@@ -34,7 +34,7 @@ from slimgpt.evaluation.tasks import (
 )
 from slimgpt.runtime.thresholds import other_thresholds
 from tests.cli.test_command_line import run
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 SPLIT = {name: "test" if name.startswith(("arc", "open")) else "validation" for name in COMMONSENSE}
 

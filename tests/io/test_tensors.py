@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import slimgpt
 from slimgpt.io.tensors import ALIGNMENT, TYPE_CODES, align, write_tensors
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 
 @given(

@@ -30,7 +30,7 @@ from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import MemoryRequirement, Placement, choose_placement, limit_gpu_memory
 from slimgpt.runtime.thresholds import other_thresholds
 from slimgpt.runtime.units import parse_bytes
-from tests.families import CORE, tiny_model, windows
+from tests.models.families import CORE, tiny_model, windows
 
 IDS = windows()
 OPTIONS = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu", "batch_size": 3}

@@ -16,8 +16,8 @@ from slimgpt.models.parameter_counts import ExpertsShape, LayerShape, describe
 from slimgpt.planning import make_plan, parse_cache, read_plan, to_toml
 from slimgpt.planning.ffn import ffn_sizes, least_ffn
 from slimgpt.planning.plan import plan_of_widths
-from tests.families import tiny_config
-from tests.mixtures import OWN_OF_MIXTURES
+from tests.models.families import tiny_config
+from tests.models.mixtures import OWN_OF_MIXTURES
 
 
 def layer(experts, width, hidden, shared=0, tied=0, least=2, groups=1):

@@ -26,9 +26,9 @@ from slimgpt.pruning.experts import ExpertsPruner
 from slimgpt.pruning.report import mask_of, units_of
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.solver.experts import Routing, contributions
-from tests.families import in_a_process_without_slimgpt, windows
-from tests.mixtures import OWN_OF_MIXTURES, tiny_mixture
-from tests.test_families import RELOAD
+from tests.models.families import in_a_process_without_slimgpt, windows
+from tests.models.mixtures import OWN_OF_MIXTURES, tiny_mixture
+from tests.models.test_families import RELOAD
 
 NAMES = list(OWN_OF_MIXTURES)
 REPRESENTATIVE = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")

@@ -23,7 +23,7 @@ from slimgpt.models.families import ffn, grouped
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.slicing import output_matrix, unit_rows
 from slimgpt.runtime.activation_store import ActivationStore
-from tests.families import (
+from tests.models.families import (
     HYBRIDS,
     NAMES,
     REPRESENTATIVE,

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from tests.families import ALTERNATING, OWN, tiny_model
+from tests.models.families import ALTERNATING, OWN, tiny_model
 
 LATENT: dict[str, Any] = {
     "intermediate_size": 60,
