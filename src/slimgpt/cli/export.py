@@ -82,7 +82,7 @@ def verify(
 
 
 def print_export(report: ExportReport) -> None:
-    """What was written, and the comparison."""
+    """Print the exported file or folder, and its comparison."""
     out.print(f"wrote {show(report.path)} ({report.bytes:,} bytes)", soft_wrap=True, highlight=False)
     for note in report.notes:
         out.print(f"[yellow]note:[/] {show(note)}", soft_wrap=True)

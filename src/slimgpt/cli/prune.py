@@ -129,7 +129,7 @@ def for_engines(engines: str | None, settings: dict[str, Any]) -> list[str] | No
 
 
 def export_path(output: Path, to: str) -> Path:
-    """Where ``--export`` writes: beside OUT, with the format's name."""
+    """Path that ``--export`` writes to: beside OUT, with the format's name."""
     return output.with_name(f"{output.name}.gguf" if to == "gguf" else f"{output.name}-{to}")
 
 

@@ -181,7 +181,7 @@ def _losses(step: Step) -> str:
 
 
 def _print(recovery: Recovery) -> None:
-    """What was won, and where it is."""
+    """Print the losses before and after, and the folder."""
     curve, seconds = recovery.curve, recovery.seconds
     if curve.held_out:
         first, best = curve.held_out[0][1], min(loss for _, loss in curve.held_out)

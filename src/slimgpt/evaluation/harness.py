@@ -70,7 +70,7 @@ def run_harness(
     data_dir: Path | None = None,
     on_start: OnTasksStart | None = None,
 ) -> dict[str, Any]:
-    """What ``lm_eval.simple_evaluate`` gives for tasks by name, groups and tags among them.
+    """Results of ``lm_eval.simple_evaluate`` for tasks, groups and tags by name.
 
     Args:
         data_dir: rows come from files below it; everything else of a task stays the harness's.

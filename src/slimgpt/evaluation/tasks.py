@@ -69,7 +69,7 @@ class TaskScores:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """What :meth:`with_answers` gave, also if it has been in a file."""
+        """Read the values of :meth:`with_answers`, also from a JSON file."""
         commonest = {name: (option, share) for name, (option, share) in values["commonest"].items()}
         return cls(**{**values, "commonest": commonest})
 
@@ -238,8 +238,10 @@ def stderr_of_mean(scores: Sequence[dict[str, float]]) -> float | None:
 
 
 def answers(result: TaskScores) -> Answers:
-    """What is behind a mean: ``acc_norm`` where a task has it, else ``acc``, of every question of the tasks asked for;
-    none where a task has no questions of its own, as a group has."""
+    """Question scores behind a mean: ``acc_norm`` where a task has it, else ``acc``, of every question of the tasks.
+
+    Empty where a task has no questions of its own, as a group has.
+    """
     rows = {name: result.samples.get(name, []) for name in result.protocol["tasks"]}
     return {
         name: {row["doc_id"]: float(row[metric]) for row in rows[name] if (metric := metric_of(result.scores[name]))}
@@ -248,7 +250,7 @@ def answers(result: TaskScores) -> Answers:
 
 
 def difference(base: Answers, other: Answers) -> tuple[float, float] | None:
-    """How much the mean of another model is above the base's, and the standard error of that.
+    """Difference of another model's mean from the base's, and its standard error.
 
     Both answered the same questions, so the error is of the differences question by question, smaller than what the
     errors of two means suggest. ``None`` where a task has fewer than two, or the questions are others.

@@ -81,7 +81,7 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and how it compares with the slim model.
+    """Result of an export: the file or folder, and its comparison with the slim model.
 
     Args:
         path: the folder or file.

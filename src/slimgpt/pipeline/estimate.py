@@ -1,4 +1,4 @@
-"""What pruning a model would give and cost, from its config alone."""
+"""Estimate of the result and cost of pruning a model, from its config alone."""
 
 from __future__ import annotations
 

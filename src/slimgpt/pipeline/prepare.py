@@ -122,7 +122,7 @@ def prepare(
 
 
 def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
-    """What the stages work on; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
+    """Input of the stages; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
     stored = request.stored
     fastest = forward_dtype(request.config.forward_dtype, stored, request.device) or stored
     types = list(DTYPES.values())

@@ -71,7 +71,7 @@ class ActivationStore:
         return dict(self._tensors)
 
     def length(self, number: int) -> int:
-        """How many rows a tensor has."""
+        """Number of rows of a tensor."""
         return len(self._tensors[number])
 
 
