@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from slimgpt.models.families.mixtures import MIXTURES  # noqa: E402
 from slimgpt.models.families.support import Support, families  # noqa: E402
-from tests.families import NAMES  # noqa: E402
+from tests.models.families import NAMES  # noqa: E402
 
 TOGETHER = 10
 """Families that are looked at together."""
@@ -121,8 +121,8 @@ def run(names: list[str]) -> dict[str, dict[str, list[str]]]:
     """The outcomes of some families' tests."""
     outcomes = Outcomes()
     arguments = [
-        str(ROOT / "tests/test_families.py"),
-        str(ROOT / "tests/test_mixtures.py"),
+        str(ROOT / "tests/models/test_families.py"),
+        str(ROOT / "tests/models/test_mixtures.py"),
         "-m",
         "families",
         "-q",

@@ -20,7 +20,7 @@ from slimgpt.cli import app
 from slimgpt.errors import SlimGPTError
 from slimgpt.models.loading import load_config
 from slimgpt.models.source import locate
-from tests.families import windows
+from tests.models.families import windows
 
 FILES = (
     "config.json",

@@ -17,7 +17,7 @@ import slimgpt
 from slimgpt.calibration import cut_windows, digest, documents, prefix_ids, read_documents, sample_windows
 from slimgpt.errors import CalibrationError
 from tests.conftest import SENTENCES
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 CHAT = [{"role": "user", "content": SENTENCES[0]}, {"role": "assistant", "content": SENTENCES[1]}]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

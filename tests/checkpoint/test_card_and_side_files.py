@@ -8,7 +8,7 @@ import slimgpt
 from slimgpt.checkpoint import card
 from slimgpt.errors import ExportError
 from slimgpt.exporting.gguf_tokenizer import check_normalizer
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 FILES = ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "chat_template.json", "additional_chat_templates/tools.jinja")
 

@@ -11,7 +11,7 @@ from slimgpt.errors import NumericalError
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import decoder_layers
 from slimgpt.runtime.memory import Placement
-from tests.families import NAMES, tiny_model, windows
+from tests.models.families import NAMES, tiny_model, windows
 
 IDS = windows(6, 24)
 

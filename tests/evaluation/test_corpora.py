@@ -14,7 +14,7 @@ from slimgpt.evaluation import contamination_note, passkey, read_text
 from slimgpt.evaluation.corpora import CORPORA, Text
 from slimgpt.evaluation.loglikelihood import log_likelihoods
 from slimgpt.evaluation.passkey_retrieval import DEPTHS, _question
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 HUB_ROWS = ["", " = Robert Boulter = \n", "", " Robert Boulter is an English actor . \n", " He had a role . \n"]
 """WikiText-2 rows as the hub has them."""

@@ -15,7 +15,7 @@ from slimgpt.cli import app
 from slimgpt.errors import NumericalError
 from slimgpt.exporting import FORMATS, padded
 from slimgpt.exporting.verification import verify
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 
 @pytest.fixture(scope="module")

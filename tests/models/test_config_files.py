@@ -18,7 +18,7 @@ from slimgpt.errors import ModelError, NumericalError, SlimGPTError, UsageError
 from slimgpt.models.lookup import check_ids
 from slimgpt.planning.plan_file import read_plan
 from slimgpt.runtime.devices import as_device
-from tests.families import VOCABULARY
+from tests.models.families import VOCABULARY
 
 INDEX = "model.safetensors.index.json"
 

@@ -20,9 +20,9 @@ from slimgpt.models.parameter_counts import describe
 from slimgpt.models.quantization import Quantization
 from slimgpt.models.streaming import StreamedModel
 from slimgpt.models.weight_conversion import ConvertedFiles
-from tests import quantised as q
 from tests.cli.test_command_line import run
-from tests.quantised_cases import CASES, WIDE, WITH_LIBRARY, Scheme, compressed, dense, exact_model, make
+from tests.models import quantized_folders as q
+from tests.models.quantized_cases import CASES, WIDE, WITH_LIBRARY, Scheme, compressed, dense, exact_model, make
 from tests.test_multimodal import multimodal
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install bitsandbytes")

@@ -22,7 +22,7 @@ from slimgpt.models.loading import load_config
 from slimgpt.models.source import locate
 from slimgpt.pipeline.estimate import forecast
 from slimgpt.pipeline.weights_source import open_model
-from tests.families import LAYERS, tiny_model, windows
+from tests.models.families import LAYERS, tiny_model, windows
 
 IDS = windows(2, 24, seed=7)
 OPTIONS = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu"}

@@ -290,7 +290,7 @@ def test_bad_settings_are_refused_before_the_work(message, settings, recover, de
 
 
 def test_a_teacher_that_cannot_be_found_or_does_not_fit(recover, tmp_path, monkeypatch):
-    from tests.families import tiny_model
+    from tests.models.families import tiny_model
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(slimgpt.SlimGPTError, match="name the dense model with --teacher"):

@@ -100,8 +100,8 @@ def check_regular(path: Path) -> None:
         CalibrationError: a pipe, a device, a socket, a folder, or a link that leads nowhere.
     """
     if os.path.lexists(path) and not path.is_file():
-        what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no regular file"
-        raise CalibrationError(f"{path} is {what}; text is read from regular files only: copy it into one")
+        problem = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no regular file"
+        raise CalibrationError(f"{path} is {problem}; text is read from regular files only: copy it into one")
 
 
 def local_files(sources: Iterable[object]) -> list[Path]:
@@ -273,9 +273,9 @@ def _part(part: object, where: str) -> str:
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
     """A task in the form that Alpaca (Taori et al., 2023) made common, up to where the answer begins."""
-    given = ", paired with an input that provides further context" if context else ""
+    addition = ", paired with an input that provides further context" if context else ""
     parts = [
-        f"Below is an instruction that describes a task{given}. Write a response that appropriately completes the "
+        f"Below is an instruction that describes a task{addition}. Write a response that appropriately completes the "
         "request.",
         f"### Instruction:\n{instruction}",
         *([f"### Input:\n{context}"] if context else []),

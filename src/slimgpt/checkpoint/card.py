@@ -109,11 +109,11 @@ def _code(name: str) -> str:
 
 def _training(report: PruneReport) -> str:
     """Whether and how the model was trained after pruning."""
-    said, texts = report.distillation, []
-    if said.get("kept"):
-        before, after = said["divergence"]["before"], said["divergence"]["after"]
+    info, texts = report.distillation, []
+    if info.get("kept"):
+        before, after = info["divergence"]["before"], info["divergence"]["after"]
         texts.append(
-            f"Its layers were then trained together on {said['tokens']:,} calibration tokens, towards what the dense "
+            f"Its layers were then trained together on {info['tokens']:,} calibration tokens, towards what the dense "
             f"model predicts and the text says: {before:.3f} nats per token away from the dense model before, "
             f"{after:.3f} after, on calibration text that was not trained on. The errors by layer below are those "
             "before."

@@ -9,6 +9,7 @@ from typing import Any
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ModelError, first_line
 from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.architecture import is_uniform
 from slimgpt.models.config_files import read_object
 from slimgpt.models.loading import load_config
 from slimgpt.models.parameter_counts import LayerShape, describe
@@ -73,7 +74,7 @@ def inspect(name: str, trust_remote_code: bool = False) -> Inspection:
         parameters=shape.parameters,
         layer_parameters=shape.layer_parameters,
         bytes=size,
-        uniform=all(layer.sizes == shape.layers[0].sizes for layer in shape.layers),
+        uniform=is_uniform([layer.sizes for layer in shape.layers]),
         pruned=pruned,
         quantization=None if quantization is None else quantization.to_json(stored_dtype(source, config, "auto")),
     )

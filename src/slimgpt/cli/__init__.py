@@ -42,8 +42,8 @@ __all__ = [
 ]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(asked: bool) -> None:
+    if asked:
         from importlib.metadata import version
 
         typer.echo(f"slimgpt {version('slimgpt')}")

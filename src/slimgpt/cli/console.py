@@ -1,4 +1,4 @@
-"""What every command shares: the app, the consoles, error handling, options and progress."""
+"""Shared parts of all commands: the app, consoles, error handling, options and progress."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def write_json(file: Path | None, values: Any) -> None:
 
 
 def silence_libraries() -> None:
-    """What every command does after its imports: collect garbage again, and keep the libraries' own progress bars and
+    """Called by every command after its imports: collect garbage again, and keep the libraries' own progress bars and
     warnings out of ours."""
     gc.enable()
     from huggingface_hub.utils import logging as hub_logging

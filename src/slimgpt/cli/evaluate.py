@@ -113,9 +113,9 @@ def evaluate(
         print_scores(scores)
     if lengths:
         with count_bar("questions") as on_start:
-            found = run_passkey(loaded, tokenizer, lengths, on_start=on_start)
-        values["passkey"] = found.to_json()
-        print_passkey(found)
+            retrieval = run_passkey(loaded, tokenizer, lengths, on_start=on_start)
+        values["passkey"] = retrieval.to_json()
+        print_passkey(retrieval)
     write_json(json_file, values)
 
 
@@ -185,9 +185,9 @@ def print_scores(scores: TaskScores) -> None:
         )
 
 
-def print_passkey(found: Passkey) -> None:
+def print_passkey(retrieval: Passkey) -> None:
     """Shares by length and depth."""
     table = Table("tokens", "found", "by depth, beginning to end")
-    for length, share in found.found.items():
-        table.add_row(f"{length:,}", f"{share:.0%}", "  ".join(f"{s:.0%}" for s in found.by_depth[length]))
+    for length, share in retrieval.found.items():
+        table.add_row(f"{length:,}", f"{share:.0%}", "  ".join(f"{s:.0%}" for s in retrieval.by_depth[length]))
     out.print(table)

@@ -22,14 +22,14 @@ def families(
     from slimgpt.models.families.support import families as run
 
     silence_libraries()
-    found = [family for family in run() if refused or as_json or family.units]
+    families = [family for family in run() if refused or as_json or family.units]
     if as_json:
-        typer.echo(json.dumps([{**asdict(family), "level": family.level} for family in found]))
+        typer.echo(json.dumps([{**asdict(family), "level": family.level} for family in families]))
         return
     table = Table(title_justify="left")
     for column in ("family", "can be removed", "in a stock class (--uniform)", "note"):
         table.add_column(column)
-    for family in found:
+    for family in families:
         stock = "all" if family.uniform == family.units else ", ".join(family.uniform) or "-"
         table.add_row(
             family.model_type, ", ".join(family.units) or "nothing", stock if family.units else "", family.note

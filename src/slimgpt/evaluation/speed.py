@@ -79,17 +79,17 @@ def measure_speed(
     words = min(model.config.vocab_size for model in models)
     for turn in range(rounds + 1):
         ids = torch.randint(words, (batch, prompt), generator=generator)
-        for model, taken in zip(models, times):
-            taken.append(_one_round(model, ids.to(model.device), new_tokens))
+        for model, rounds_taken in zip(models, times):
+            rounds_taken.append(_one_round(model, ids.to(model.device), new_tokens))
         if progress:
             progress(turn + 1, rounds + 1)
     return [
         Speed(
-            prefill=batch * prompt / statistics.median(t[0] for t in taken[1:]),
-            decode=batch * new_tokens / statistics.median(t[1] for t in taken[1:]),
-            first_token=statistics.median(t[0] for t in taken[1:]),
+            prefill=batch * prompt / statistics.median(t[0] for t in rounds_taken[1:]),
+            decode=batch * new_tokens / statistics.median(t[1] for t in rounds_taken[1:]),
+            first_token=statistics.median(t[0] for t in rounds_taken[1:]),
         )
-        for taken in times
+        for rounds_taken in times
     ]
 
 

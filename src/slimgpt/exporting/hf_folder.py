@@ -13,9 +13,10 @@ from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.errors import ExportError
 from slimgpt.exporting.source import ExportSource
 from slimgpt.io.shards import write_shards
+from slimgpt.models.architecture import is_uniform
 from slimgpt.models.build import stock_class
 from slimgpt.models.stock_config import stock_config
-from slimgpt.planning.engines import is_uniform
+from slimgpt.runtime.thresholds import thresholds
 
 
 def write_stock_folder(
@@ -49,7 +50,7 @@ def write_weights(
         for index in range(len(exported.sizes)):
             yield {f"{start}{index}.{name}": tensor for name, tensor in take(index).items()}
 
-    write_shards(folder, groups())
+    write_shards(folder, groups(), thresholds().shard_bytes)
 
 
 def write_rest(exported: ExportSource, folder: Path) -> None:

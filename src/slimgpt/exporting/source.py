@@ -20,7 +20,7 @@ from slimgpt.models.unknown_tensors import unknown_text
 
 @dataclass(frozen=True)
 class ExportSource:
-    """What an exporter reads.
+    """Config, widths and tensors of the slim folder that an exporter reads.
 
     Args:
         sizes: the widths of every layer.

@@ -48,7 +48,7 @@ FEW_BITS = frozenset({10, 11, 12, 13, 19, 20, 21, 22, 23, 24, 26, 27, 28, 29, 31
 
 @dataclass(frozen=True)
 class Verification:
-    """How an exported model compares with the slim folder on the same token ids.
+    """Comparison of an exported model with the slim folder on the same token ids.
 
     Args:
         engine: what loaded the exported model, with its version.

@@ -131,8 +131,8 @@ def _check_replaceable(path: Path, overwrite: bool, kind: FolderKind, inputs: It
         return
     for source in inputs:
         if source.resolve().is_relative_to(path.resolve()):
-            what = "holds the model that is read" if source.is_dir() else f"holds {source.name}, which is read"
-            raise OutputError(f"{path} {what}; give another folder for the result")
+            problem = "holds the model that is read" if source.is_dir() else f"holds {source.name}, which is read"
+            raise OutputError(f"{path} {problem}; give another folder for the result")
     if not overwrite:
         raise OutputError(f"{path} exists; give another folder, or pass --overwrite to replace it")
     if not _is_of_kind(path, kind):

@@ -164,20 +164,20 @@ def architecture_of(config: PreTrainedConfig, model: nn.Module | None = None) ->
     missing = missing_module(model, known or LLAMA)
     if known is not None and missing is None:
         return known
-    what = f"model_type '{config.model_type}'"
+    family = f"model_type '{config.model_type}'"
     if (reason := refusal(config)) is not None:
-        raise UnsupportedFamilyError(f"{what} is not supported: {reason}; see `slimgpt families`")
+        raise UnsupportedFamilyError(f"{family} is not supported: {reason}; see `slimgpt families`")
     if known is not None:
-        found = f"{what} is described otherwise: module '{missing}' was not found in {type(model).__name__}"
+        reason = f"{family} is described otherwise: module '{missing}' was not found in {type(model).__name__}"
     elif missing is None:
-        found = (
-            f"{what} is not supported: its modules are named like llama's, and nobody has verified that they can be "
+        reason = (
+            f"{family} is not supported: its modules are named like llama's, and nobody has verified that they can be "
         )
-        found += "cut like them"
+        reason += "cut like them"
     else:
-        found = f"{what} is not supported: nobody has described it"
+        reason = f"{family} is not supported: nobody has described it"
     raise UnsupportedFamilyError(
-        f"{found}. {HELP} says how to describe it; `slimgpt families` lists what is supported. "
+        f"{reason}. {HELP} says how to describe it; `slimgpt families` lists what is supported. "
         f"In {type(model).__name__} there is\n{found_in(model)}"
     )
 

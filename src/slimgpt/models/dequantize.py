@@ -163,8 +163,8 @@ def awq(parts: Mapping[str, Tensor], settings: Mapping[str, Any], dtype: torch.d
 
     converter = AutoAWQConverter.from_autoawq_config(dict(settings))
     tensors = converter.process({f"m.{role}": tensor for role, tensor in parts.items()})
-    config = converter.update_config(None)
-    (group,) = config.config_groups.values()  # type: ignore[union-attr]
+    config: Any = converter.update_config(None)
+    (group,) = config.config_groups.values()  # one scheme for all, never a list of names
     held = {name.removeprefix("m."): tensor for name, tensor in tensors.items()}
     return compressed(held, group.model_dump(), str(group.format), dtype)
 

@@ -181,9 +181,9 @@ def _from_keys(file: Path, header: Header, text: PreTrainedConfig) -> dict[str, 
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     original = int(keys.get("original_context_length") or text.max_position_embeddings)
-    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     betas = {name: float(keys[f"yarn_{name}"]) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in keys}
-    return {**found, **betas}
+    return {**scaling, **betas}
 
 
 def _from_factors(file: Path, factors: Tensor, text: PreTrainedConfig) -> dict[str, Any]:
@@ -205,17 +205,17 @@ def _from_factors(file: Path, factors: Tensor, text: PreTrainedConfig) -> dict[s
         if not 0 < low < high or original < 1:
             continue
         tried = copy.deepcopy(text)
-        found = {
+        scaling = {
             "rope_type": "llama3",
             "factor": factor,
             "low_freq_factor": low,
             "high_freq_factor": high,
             "original_max_position_embeddings": original,
         }
-        tried.rope_parameters = {**rope, **found}
+        tried.rope_parameters = {**rope, **scaling}
         computed, _ = ROPE_INIT_FUNCTIONS["llama3"](tried, "cpu")
         if torch.allclose(computed.double(), frequencies / factors, TOLERANCE, 0):
-            return found
+            return scaling
     raise ModelError(
         f"{file}: rope_freqs.weight divides the rotary frequencies by {float(factors.min()):g} to "
         f"{float(factors.max()):g}, and not as llama3's scaling does, the only one that is read; {INSTEAD}"

@@ -201,9 +201,9 @@ def load_model(
         raise ModelError(f"cannot load the weights of '{source.name}': {first_line(error)}{hint}") from error
     mismatched: Any = info.get("mismatched_keys") or ()
     if mismatched:
-        name, found, expected = min(mismatched)
+        name, stored, expected = min(mismatched)
         raise ModelError(
-            f"cannot load the weights of '{source.name}': {name} is {tuple(found)} in the files and {tuple(expected)} "
+            f"cannot load the weights of '{source.name}': {name} is {tuple(stored)} in the files and {tuple(expected)} "
             "by the config"
         )
     missing = sorted(info.get("missing_keys") or ())

@@ -18,26 +18,26 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
-def check_context(config: PreTrainedConfig, what: str, tokens: int) -> None:
+def check_context(config: PreTrainedConfig, subject: str, tokens: int) -> None:
     """Refuse more tokens than the model has positions for.
 
     Args:
-        what: what has so many tokens, as the message begins.
+        subject: noun phrase for what has so many tokens; the message begins with it.
 
     Raises:
         UsageError: they are too many.
     """
     longest = getattr(text_config(config), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
-        raise UsageError(f"{what} of {tokens:,} tokens: that is longer than the model's context of {longest:,}")
+        raise UsageError(f"{subject} of {tokens:,} tokens: that is longer than the model's context of {longest:,}")
 
 
-def check_ids(ids: Tensor, vocabulary: int, what: str) -> None:
+def check_ids(ids: Tensor, vocabulary: int, subject: str) -> None:
     """Refuse token ids that have no row in the embedding.
 
     Args:
         vocabulary: the rows of the embedding.
-        what: whose ids they are, as the message begins.
+        subject: noun phrase for what has these ids; the message begins with it.
 
     Raises:
         UsageError: one is negative or too large.
@@ -45,8 +45,8 @@ def check_ids(ids: Tensor, vocabulary: int, what: str) -> None:
     outside = ids[(ids < 0) | (ids >= vocabulary)]
     if outside.numel():
         raise UsageError(
-            f"{what}: token id {int(outside[0])} is outside the model's vocabulary of {vocabulary:,} tokens. Give the "
-            "tokenizer that belongs to the model, or, if tokens were added to it, call "
+            f"{subject}: token id {int(outside[0])} is outside the model's vocabulary of {vocabulary:,} tokens. Give "
+            "the tokenizer that belongs to the model, or, if tokens were added to it, call "
             "model.resize_token_embeddings(len(tokenizer)) and save the model again"
         )
 
@@ -88,15 +88,15 @@ def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
         layers = model.get_submodule(architecture.layers)
     except AttributeError:
         return architecture.layers
-    names = [{**dict(layer.named_modules()), **dict(layer.named_parameters())} for layer in layers.children()]
+    layers_modules = [{**dict(layer.named_modules()), **dict(layer.named_parameters())} for layer in layers.children()]
     for structure in architecture.structures:
         # Dense layers and layers of experts stand in for each other: a model need not have both.
         alternatives = [other.output for other in architecture.structures if other.unit == structure.unit]
-        if not any(output in there for there in names for output in alternatives):
+        if not any(output in modules for modules in layers_modules for output in alternatives):
             return f"{architecture.layers}.*.{structure.output}"
-        for index, there in enumerate(names):
-            for module in structure.modules if structure.output in there else ():
-                if module not in there:
+        for index, modules in enumerate(layers_modules):
+            for module in structure.modules if structure.output in modules else ():
+                if module not in modules:
                     return f"{architecture.layers}.{index}.{module}"
     return None
 

@@ -28,9 +28,9 @@ def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = Non
     full = copy.copy(config)
     full.per_layer_config = None
     layer = cls(full, index)
-    there = dict(layer.named_modules())  # a layer without attention has not all of them
-    matrices = {name: there[name] for name, _, _ in axes if name in there}
-    if attention in there and attention:
+    modules = dict(layer.named_modules())  # a layer without attention has not all of them
+    matrices = {name: modules[name] for name, _, _ in axes if name in modules}
+    if attention in modules and attention:
         narrow = copy.copy(own)
         narrow.hidden_size = own.num_attention_heads * head_size
         layer.set_submodule(attention, cls(narrow, index).get_submodule(attention))
@@ -43,9 +43,9 @@ def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = Non
 
 def keep_buffers(old: Any, new: Any) -> None:
     """Give a new layer the buffers that the model, and not the layer's constructor, gave the old one."""
-    there = dict(new.named_buffers())
+    buffers = dict(new.named_buffers())
     for name, buffer in old.named_buffers():
-        if name not in there:
+        if name not in buffers:
             owner, _, leaf = name.rpartition(".")
             new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
 

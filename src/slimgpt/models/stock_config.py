@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from slimgpt.models.architecture import HEADS, KV_HEADS, Architecture, Sizes
+from slimgpt.models.architecture import HEADS, KV_HEADS, Architecture, Sizes, is_uniform
 from slimgpt.models.build import empty_model, slim_class
 from slimgpt.models.lookup import lookup, size_fields, text_config
 from slimgpt.models.modeling_slim import SlimMixin
@@ -52,7 +52,7 @@ def apply_sizes(model: PreTrainedModel, architecture: Architecture, sizes: list[
     layers = [size_fields(config, layer) for layer in sizes]
     own = _varying(config, architecture)  # what differs by layer in the dense model, too
     config.per_layer_config = own or None  # type: ignore[assignment]
-    if all(layer == sizes[0] for layer in sizes) and _own_config(config, sizes[0]) is not None:
+    if is_uniform(sizes) and _own_config(config, sizes[0]) is not None:
         for field, value in layers[0].items():
             setattr(config, field, value)
         return

@@ -99,8 +99,8 @@ class WeightFiles:
 
     def unknown(self, model: PreTrainedModel) -> list[str]:
         """The names of tensors that the model does not have and that matter, sorted."""
-        wanted = model.state_dict()
-        return unknown_tensors(model, (name for name in self._where if name not in wanted))
+        expected = model.state_dict()
+        return unknown_tensors(model, (name for name in self._where if name not in expected))
 
 
 class _Slice:

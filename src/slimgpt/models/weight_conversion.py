@@ -48,14 +48,14 @@ class ConvertedFiles(WeightFiles):
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        wanted = model.state_dict()
+        state = model.state_dict()
         self._pieces: dict[str, list[Piece]] = {}  # by the model's name
         self._without_place: list[str] = []
         for name in sorted(self._where, key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, wanted)
-            if target not in wanted and name in wanted:
+            target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+            if target not in state and name in state:
                 target, pattern = name, None
-            if target in wanted:
+            if target in state:
                 self._pieces.setdefault(target, []).append((name, pattern))
             else:
                 self._without_place.append(target)
@@ -107,5 +107,5 @@ class ConvertedFiles(WeightFiles):
         converter: Any = deepcopy(self._by_pattern[str(tensors[0][0])])
         for pattern, tensor in tensors:
             converter.add_tensor(name, name, pattern, tensor)
-        found = converter.convert(name)[name]
-        return found[0] if isinstance(found, list) else found
+        converted = converter.convert(name)[name]
+        return converted[0] if isinstance(converted, list) else converted

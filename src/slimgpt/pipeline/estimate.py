@@ -1,4 +1,4 @@
-"""What pruning a model would give and cost, from its config alone."""
+"""Estimate of the result and cost of pruning a model, from its config alone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.schedule import BACKWARD_COST, passes_to_distill, tokens_to_distill
+from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.build import empty_model
 from slimgpt.models.loading import load_config
 from slimgpt.models.lookup import text_config
@@ -138,7 +139,7 @@ def forecast(
     tokens = torch.empty(config.num_samples, config.seq_len, device="meta")
     need = memory_need(empty, tokens, plan, config, stored, copied=target.type != "cpu")
     flops = all_flops(model_config, config, shape, plan, tokens)
-    caches = [[sizes["num_key_value_heads"] for sizes in layers] for layers in (dense, plan.layers)]
+    caches = [[sizes[KV_HEADS] for sizes in layers] for layers in (dense, plan.layers)]
     return Estimate(
         model=source.name,
         model_type=model_config.model_type,

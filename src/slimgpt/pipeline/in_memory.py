@@ -83,16 +83,16 @@ def prune(
     """
     config = make_config(ratio=ratio, **settings)
     budget = parse_bytes(memory) if memory else None
-    target, wanted = as_device(device), as_dtype(dtype)
+    target, weight_dtype = as_device(device), as_dtype(dtype)
     untie_as_held(model)
     shape = describe(model.config, model)
-    kept_dtype = wanted if isinstance(wanted, torch.dtype) else next(model.parameters()).dtype
+    kept_dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else next(model.parameters()).dtype
     widths = plan_for(model.config, config, shape, kept_dtype)
     windows, source = calibration_windows(calibration, tokenizer, config, text_config(model.config).vocab_size)
-    if isinstance(wanted, torch.dtype):
+    if isinstance(weight_dtype, torch.dtype):
         for parameter in model.parameters():  # not `model.to`: it would round rotary frequencies and other tables
-            parameter.data = parameter.data.to(wanted)
-        model.config.dtype = wanted
+            parameter.data = parameter.data.to(weight_dtype)
+        model.config.dtype = weight_dtype
     name = str(model.config.name_or_path or type(model).__name__)
     stored = next(model.parameters()).dtype
     forward = choose_forward_dtype(config.forward_dtype, stored, target)

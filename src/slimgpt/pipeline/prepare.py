@@ -84,11 +84,11 @@ def prepare(
     # Only rank 0 writes; an output that a killed run had finished is looked at by `finished_before`.
     writes = rank_of_environment() == 0
     path = Path(output).expanduser().absolute()
-    there = resume and (path / REPORT_FILE).is_file()
+    finished = resume and (path / REPORT_FILE).is_file()
     source = locate(model)
     if writes:
         inputs = [*source.folders, *local_files([calibration, config.plan])]
-        check_output(path, overwrite or there, inputs=inputs)
+        check_output(path, overwrite or finished, inputs=inputs)
     model_config = load_config(source, trust_remote_code)
     if (quantization := source.quantization) is not None:
         quantization.check_library(source.name)
@@ -111,7 +111,7 @@ def prepare(
         resume=resume,
         budget=budget,
     )
-    if writes and not there:
+    if writes and not finished:
         check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDECAR_BYTES)
     check_files(source)
     prepared.tokenizer = load_tokenizer(source, trust_remote_code)
@@ -124,7 +124,7 @@ def prepare(
 
 
 def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
-    """What the stages work on; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
+    """Input of the stages; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
     stored, quantization = request.stored, request.source.quantization
     fastest = forward_dtype(request.config.forward_dtype, stored, request.device) or stored
     types = list(DTYPES.values())

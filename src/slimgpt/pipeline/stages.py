@@ -44,7 +44,7 @@ class LayerSource(Protocol):
 
     @property
     def model(self) -> PreTrainedModel:
-        """What is around the layers."""
+        """Embeddings, final norm and LM head; its layers may have no storage."""
         ...
 
     def __call__(self, index: int) -> nn.Module:
@@ -57,7 +57,7 @@ class LayerSource(Protocol):
 
 
 class LayerSink(Protocol):
-    """Where pruned layers go, and what an earlier run has left there."""
+    """Destination of pruned layers, with the results of the run being resumed."""
 
     @property
     def replaces_source(self) -> bool:
@@ -70,11 +70,11 @@ class LayerSink(Protocol):
         ...
 
     def measured_plan(self, measure: Callable[[], MeasuredPlan]) -> MeasuredPlan:
-        """What ``measure`` gives, or an earlier run's; the same in all processes."""
+        """The result of ``measure``, or of the run being resumed; the same in all processes."""
         ...
 
     def generated_text(self, generate: Callable[[], GeneratedText]) -> GeneratedText:
-        """What ``generate`` gives, or an earlier run's."""
+        """The result of ``generate``, or of the run being resumed."""
         ...
 
     def finished_layer(self, index: int) -> PrunedLayer | None:
@@ -90,7 +90,7 @@ class LayerSink(Protocol):
         ...
 
     def finished_training(self) -> dict[str, Any] | None:
-        """What a report says of the training, if an earlier run has finished it."""
+        """The report's entry on the training, if the run being resumed has finished it."""
         ...
 
     def slim_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
@@ -98,7 +98,7 @@ class LayerSink(Protocol):
         ...
 
     def training_state(self) -> State | None:
-        """What an earlier run's training had reached."""
+        """State of the training in the run being resumed."""
         ...
 
     def write_training_state(self, state: State) -> None:
@@ -116,7 +116,7 @@ class LayerSink(Protocol):
 
 @dataclass(frozen=True)
 class PruneJob:
-    """What the stages work on.
+    """Input of the stages.
 
     Args:
         name: of the dense model, for the report.

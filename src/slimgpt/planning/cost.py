@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +12,7 @@ from slimgpt.models.families.moe import EXPERTS, SHARED, Mixture
 from slimgpt.models.lookup import head_dim, lookup, text_config
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.plan import Plan
+from slimgpt.runtime.devices import matmul_seconds
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -35,7 +35,7 @@ def gguf_bytes(config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
     config = text_config(config)
     h, d, vocab = config.hidden_size, head_dim(config), config.vocab_size
     norms = plan.parameters - _matrices(config, plan)
-    found = {}
+    sizes = {}
     for name, (most, more, output) in _MIXES.items():
         bits = 32.0 * max(norms, 0)
         tied = getattr(config, "tie_word_embeddings", False)
@@ -48,8 +48,8 @@ def gguf_bytes(config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
             bits += h * heads * d * _bits(most, heads * d)
             times = layer.get(EXPERTS, 1)
             bits += times * (2 * h * ffn * _bits(most, h) + h * ffn * (_bits(most, ffn) + _bits(more, ffn)) / 2)
-        found[name] = int(bits / 8)
-    return found
+        sizes[name] = int(bits / 8)
+    return sizes
 
 
 def flops_per_token(config: PreTrainedConfig, plan: Plan, dense: ModelShape | None = None) -> float:
@@ -100,15 +100,7 @@ def pruning_flops(
 def machine_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Multiplications and additions per second of a matrix product on this machine, from a short timing."""
     n = 2048 if device.type == "cuda" else 1024
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * n**3 / best
+    return 2.0 * n**3 / matmul_seconds(n, n, device, dtype)
 
 
 def pruning_seconds(flops: dict[str, float], device: torch.device, dtype: torch.dtype) -> float:

@@ -29,9 +29,9 @@ def widths_of(size: int, round_to: int) -> range:
     return range(round_to, size + 1, round_to)
 
 
-def nearest(widths: range, wanted: float) -> int:
-    """The width nearest to the one wanted."""
-    steps = round((wanted - widths[0]) / widths.step)
+def nearest(widths: range, width: float) -> int:
+    """The member of ``widths`` nearest to ``width``."""
+    steps = round((width - widths[0]) / widths.step)
     return widths[min(max(steps, 0), len(widths) - 1)]
 
 

@@ -178,16 +178,16 @@ def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cac
     Raises:
         PlanError: with the reason.
     """
-    wanted = "kv" if cache is not None else head_unit
-    if wanted == "auto" or any(wanted in layer.unit_parameters for layer in shape.layers):
+    unit = "kv" if cache is not None else head_unit
+    if unit == "auto" or any(unit in layer.unit_parameters for layer in shape.layers):
         return
     architecture = lookup(config)
-    there = sorted({unit for layer in shape.layers for unit in layer.unit_parameters if unit in ("kv", "query")})
+    units = sorted({name for layer in shape.layers for name in layer.unit_parameters if name in ("kv", "query")})
     reason = architecture.refused.get("heads") if architecture is not None else None
     if reason is not None:
         raise PlanError(f"heads of '{config.model_type}' cannot be removed: {reason}")
     raise PlanError(
-        f"heads of '{config.model_type}' cannot be removed by '{wanted}'; choose {', '.join(there) or 'no head unit'}"
+        f"heads of '{config.model_type}' cannot be removed by '{unit}'; choose {', '.join(units) or 'no head unit'}"
     )
 
 

@@ -274,6 +274,6 @@ class ExpertsPruner:
             seen = " and tokens of the whole layer" if sparse else ""
             kept, W = work.solve(f"{where} ({gram.count} tokens{seen})", stored.to(device), gram, work.channels(keep))
         kept = self.ranks.broadcast(kept.to(device))
-        W = self.ranks.broadcast(W)
+        W = self.ranks.broadcast(W.contiguous())  # the solver leaves it in column order, a file holds rows
         self._stored = W.cpu()
         return kept, work.to_compute(W)

@@ -113,7 +113,14 @@ def check_request(
     tokenizer = load_tokenizer(source, trust_remote_code)
     needed = needed_examples(config)
     examples = collect(
-        tokenizer, sources, config.max_length, config.held_out, needed, config.pack, config.seed, config.shares
+        tokenizer,
+        sources,
+        config.max_length,
+        config.held_out,
+        needed,
+        pack=config.pack,
+        seed=config.seed,
+        shares=config.shares,
     )
     vocab_size = text_config(model_config).vocab_size
     for example in (*examples.training, *examples.held_out):

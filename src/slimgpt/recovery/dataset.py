@@ -76,6 +76,7 @@ def collect(
     max_length: int,
     held_out: int,
     needed: int | None = None,
+    *,
     pack: bool = False,
     seed: int = 0,
     shares: Sequence[float] | None = None,

@@ -30,10 +30,10 @@ class ActivationStore:
         if self.place == DEVICE:
             self._tensors[number] = tensor.to(self.device)
             return
-        there = self._tensors.get(number)
-        if there is None or there.shape != tensor.shape or there.dtype != tensor.dtype:
-            there = self.make(number, tensor.shape, tensor.dtype)
-        there.copy_(tensor)
+        kept = self._tensors.get(number)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = self.make(number, tensor.shape, tensor.dtype)
+        kept.copy_(tensor)
 
     def make(self, number: int, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for a tensor that is to be filled in, where it will be kept."""
@@ -58,20 +58,20 @@ class ActivationStore:
 
     def rows(self, number: int, index: Tensor) -> Tensor:
         """Some rows of a tensor, on the device."""
-        there = self._tensors[number]
-        return there[index.to(there.device)].to(self.device, non_blocking=True)
+        kept = self._tensors[number]
+        return kept[index.to(kept.device)].to(self.device, non_blocking=True)
 
     def add_rows(self, number: int, index: Tensor, values: Tensor) -> None:
         """Add to some rows of a tensor, each of them named once."""
-        there = self._tensors[number]
-        there.index_add_(0, index.to(there.device), values.to(there))
+        kept = self._tensors[number]
+        kept.index_add_(0, index.to(kept.device), values.to(kept))
 
     def stored(self) -> dict[int, Tensor]:
         """All tensors by number, where they are kept."""
         return dict(self._tensors)
 
     def length(self, number: int) -> int:
-        """How many rows a tensor has."""
+        """Number of rows of a tensor."""
         return len(self._tensors[number])
 
 

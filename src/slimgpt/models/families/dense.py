@@ -212,15 +212,6 @@ DENSE: dict[str, Entry] = {
         layers="gpt_neox.layers",
         resized=True,
     ),
-    "gpt_neox_japanese": Architecture(
-        (
-            heads("attention.dense", _per_head("attention.query_key_value")),
-            ffn("mlp.dense_4h_to_h", "mlp.dense_h_to_4h"),
-        ),
-        layers="gpt_neox_japanese.layers",
-        fields={CHANNELS: "ffn_width"},
-        resized=True,
-    ),
     "gptj": Architecture(
         (heads("attn.out_proj", *in_module("attn", "q_proj", "k_proj", "v_proj")), ffn("mlp.fc_out", "mlp.fc_in")),
         layers="transformer.h",

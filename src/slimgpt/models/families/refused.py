@@ -37,6 +37,8 @@ _REASONS = {
     "it writes by diffusion: its layers see the text in both directions": "diffusion_gemma diffusion_gemma_text",
     "its norms of queries and keys have weights of their own for every head": "chameleon",
     "its layers are built in a way of their own": "openai-gpt cpmant ctrl bamba",
+    "the bias of its attention's output is a parameter of the attention itself, in the last layer alone": """
+        gpt_neox_japanese""",
     "its widths lie in configs inside the config, which cannot differ by layer": "dbrx",
 }
 

@@ -46,8 +46,8 @@ class Support:
 
 def families() -> list[Support]:
     """Every family that somebody has looked at; where the layout hangs on the config, as its defaults have it."""
-    found = [_described(model_type) for model_type in ARCHITECTURES]
-    return found + [Support(model_type, (), note=reason) for model_type, reason in REFUSED.items()]
+    entries = [_described(model_type) for model_type in ARCHITECTURES]
+    return entries + [Support(model_type, (), note=reason) for model_type, reason in REFUSED.items()]
 
 
 def _described(model_type: str) -> Support:
@@ -68,7 +68,7 @@ def _described(model_type: str) -> Support:
     stock = tuple(dict.fromkeys(_name(structure, entry) for structure in here))
     if isinstance(entry, Mixture) and len({type(s) for s in entry.structures if s.unit == "ffn"}) > 1:
         notes.append("uniform where every layer has experts")
-    notes += [f"no {what}: {why}" for what, why in entry.refused.items()]
+    notes += [f"no {part}: {why}" for part, why in entry.refused.items()]
     if entry.relabel is not None:
         notes.append(f"a head count that its config refuses is saved as {entry.relabel.model_type}")
     return Support(model_type, units, stock, "; ".join(notes))

@@ -19,7 +19,7 @@ from slimgpt.evaluation.speed import peak_memory
 from slimgpt.models.fingerprint import source_files
 from slimgpt.models.loading import locate
 from tests.cli.test_command_line import run
-from tests.quantised_cases import CASES, WITH_LIBRARY, exact_model, make
+from tests.models.quantized_cases import CASES, WITH_LIBRARY, exact_model, make
 
 SMALL = ("--num-samples", 8, "--seq-len", 24, "--device", "cpu")
 

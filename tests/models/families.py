@@ -36,6 +36,18 @@ COMMON: dict[str, Any] = {
 }
 ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
+LATENT_HEADS: dict[str, Any] = {
+    "intermediate_size": 60,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "kv_lora_rank": 14,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 9,
+}
+"""Multi-head latent attention."""
+
 HYBRID = ["linear_attention", "full_attention"] * (LAYERS // 2)
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 8,
@@ -87,6 +99,8 @@ OWN: dict[str, dict[str, Any]] = {
     "stablelm/qk-norm": {"head_dim": None, "qk_layernorm": True},
     "persimmon": FILLED,
     "gpt_neox": {**FILLED, "rotary_pct": 0.5},
+    "minicpm3": {**LATENT_HEADS, "q_lora_rank": 20},
+    "youtu": {**LATENT_HEADS, "q_lora_rank": 20},
     "gptj": {**FILLED, "n_inner": 52, "rotary_dim": 4},
     "codegen": {**FILLED, "num_attention_heads": 8, "n_inner": 52, "rotary_dim": 4},
     "gpt_neo": {**FILLED, "attention_types": [[["global", "local"], 2]], "window_size": 5, "num_layers": 4},

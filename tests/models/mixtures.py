@@ -7,17 +7,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from tests.families import ALTERNATING, HYBRID, LAYERS, LINEAR, MAMBA, OWN, tiny_model
+from tests.models.families import ALTERNATING, HYBRID, LATENT_HEADS, LAYERS, LINEAR, MAMBA, OWN, tiny_model
 
 LATENT: dict[str, Any] = {
-    "intermediate_size": 60,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": None,
-    "kv_lora_rank": 14,
-    "qk_rope_head_dim": 6,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 9,
+    **LATENT_HEADS,
     "moe_intermediate_size": 40,
     "n_routed_experts": 8,
     "n_shared_experts": 2,

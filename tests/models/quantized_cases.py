@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from slimgpt.io.tensors import write_tensors
-from tests import quantised as q
-from tests.families import tiny_model
-from tests.mixtures import OWN_OF_MIXTURES, tiny_mixture
+from tests.models import quantized_folders as q
+from tests.models.families import tiny_model
+from tests.models.mixtures import OWN_OF_MIXTURES, tiny_mixture
 
 WIDE = {"hidden_size": 64, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
 """Sizes that groups of 16 and 32 columns divide."""

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 import slimgpt
 from slimgpt.errors import ModelError
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 IDS = windows(2, 24, seed=7)
 OPTIONS = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu"}

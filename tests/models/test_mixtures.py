@@ -22,12 +22,13 @@ from slimgpt.models.slicing import unit_rows
 from slimgpt.models.source import locate
 from slimgpt.models.streaming import weights_mismatch
 from slimgpt.models.weight_conversion import ConvertedFiles
+from slimgpt.pruning.experts import ExpertsPruner
 from slimgpt.pruning.report import mask_of, units_of
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.solver.experts import Routing, contributions
-from tests.families import in_a_process_without_slimgpt, tiny_config, windows
-from tests.mixtures import OWN_OF_MIXTURES, tiny_mixture
-from tests.test_families import RELOAD
+from tests.models.families import in_a_process_without_slimgpt, tiny_config, windows
+from tests.models.mixtures import OWN_OF_MIXTURES, tiny_mixture
+from tests.models.test_families import RELOAD
 
 NAMES = list(OWN_OF_MIXTURES)
 REPRESENTATIVE = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
@@ -286,6 +287,22 @@ def weights_of(folder):
     for file in folder.glob("*.safetensors"):
         found |= load_file(file)
     return found
+
+
+def test_repaired_matrices_of_experts_lie_in_memory_as_a_resumed_run_reads_them(tokenizer, text_file, monkeypatch):
+    """Row by row: a product's last bit can change with the order, and with it the bytes of all later layers."""
+    strides = []
+    add_output = ExpertsPruner._add_output
+
+    def recorded(self, number, expert, inputs, columns, W, outputs):
+        strides.append(W.stride() == (W.shape[1], 1))
+        add_output(self, number, expert, inputs, columns, W, outputs)
+
+    monkeypatch.setattr(ExpertsPruner, "_add_output", recorded)
+    options = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu", "batch_size": 3}
+    slimgpt.prune(tiny_mixture("mixtral"), tokenizer, calibration=str(text_file), **options)
+    assert strides
+    assert all(strides)
 
 
 def test_a_folder_of_separate_experts_is_streamed_resumed_and_written_in_its_form(mixtral_folder, text_file, tmp_path):
