@@ -11,7 +11,7 @@ from typing import Any
 
 from slimgpt import assets
 from slimgpt.calibration.documents import Conversation, Document, Instruction, open_text, read_file, text_format
-from slimgpt.errors import CalibrationError, first_line
+from slimgpt.errors import CalibrationError, one_line
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def _from_hub(name: str, corpus: Corpus) -> list[str]:
         rows = load_dataset(**corpus.hub)
         return [row[corpus.field] for row, _ in zip(rows, range(corpus.max_rows or len(rows)))]
     except Exception as error:
-        reason = first_line(error)
+        reason = one_line(error)
         raise CalibrationError(
             f"cannot fetch '{name}' from the hub ({reason}); give --data-dir with {corpus.files[0]} in it"
         ) from error

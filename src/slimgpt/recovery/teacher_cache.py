@@ -19,6 +19,7 @@ from slimgpt.errors import NumericalError, OutputError
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
 from slimgpt.recovery.dataset import Example, collate
+from slimgpt.runtime.activation_store import reserve
 
 
 def layer_numbers(count: int, depth: int) -> list[int]:
@@ -83,7 +84,15 @@ class TeacherCache:
                 f"{free / 1e9:.1f} GB are free; lower --top-k or --max-steps, or leave --layer-weight at 0"
             )
         for name, (shape, kind) in self.layout.items():
-            np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.dtype(kind), shape)
+            file = self.folder / f"{name}.npy"
+            try:
+                np.lib.format.open_memmap(file, "w+", np.dtype(kind), shape)
+                reserve(file, file.stat().st_size)
+            except OSError as error:
+                file.unlink(missing_ok=True)
+                raise OutputError(
+                    f"writing {file} failed: {error}; free some space, then go on with --resume"
+                ) from error
 
     def open(self, mode: str) -> None:
         """Map the files: ``r`` or ``r+``."""
