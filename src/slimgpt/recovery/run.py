@@ -23,7 +23,7 @@ from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.loss_curve import Curve, write_curve
 from slimgpt.recovery.resume import Workspace
 from slimgpt.recovery.teacher_cache import TeacherCache
-from slimgpt.recovery.train_state import STATE, load_weights, states
+from slimgpt.recovery.train_state import load_progress, load_weights, states
 from slimgpt.recovery.trainer import (
     SEEDS_OF_NUMPY,
     OnStep,
@@ -193,7 +193,7 @@ def _train(trainer: RecoveryTrainer) -> Curve:
     saved = states(trainer.folder)
     finished = False
     if saved:
-        before = trainer.state.load_from_json(str(saved[-1] / STATE))
+        before = load_progress(saved[-1])
         stopped = should_stop_early(before.log_history, trainer.config.patience)
         finished = stopped or before.global_step >= trainer.args.max_steps
         if finished:

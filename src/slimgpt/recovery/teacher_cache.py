@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt.checkpoint.journal import write_text
+from slimgpt.checkpoint.journal import reading, write_text
 from slimgpt.errors import NumericalError, OutputError
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
@@ -95,9 +95,18 @@ class TeacherCache:
                 ) from error
 
     def open(self, mode: str) -> None:
-        """Map the files: ``r`` or ``r+``."""
-        for name in self.layout:
-            self.files[name] = np.load(self.folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False)  # type: ignore[call-overload]
+        """Map the files: ``r`` or ``r+``.
+
+        Raises:
+            ResumeError: one is damaged.
+        """
+        for name, (shape, kind) in self.layout.items():
+            file = self.folder / f"{name}.npy"
+            with reading(file):
+                values = np.load(file, mmap_mode=mode, allow_pickle=False)  # type: ignore[call-overload]
+                if values.shape != shape or values.dtype != kind:
+                    raise ValueError(f"it is {values.dtype} {values.shape}, and the examples need {kind} {shape}")
+                self.files[name] = values
 
     @torch.no_grad()
     def fill(
@@ -115,7 +124,8 @@ class TeacherCache:
         """
         self.open("r+")
         mark = self.folder / f"done-{rank}-of-{world}.json"
-        done = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else 0
+        with reading(mark):
+            done = int(json.loads(mark.read_text(encoding="utf-8"))) if mark.is_file() else 0
         share = range(rank, len(self.examples), world)
         numbers = layer_numbers(self.hidden[0], teacher.config.num_hidden_layers) if self.hidden else []
         for count, start in enumerate(range(done, len(share), batch_size), start=1):
