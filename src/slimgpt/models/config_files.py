@@ -30,7 +30,7 @@ LIMITS = {
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts")
 """Sizes that may be 0."""
 
-MOST_EXPERTS = 10_000
+MOST_EXPERTS = 100_000
 
 
 def read_object(file: Path) -> dict[str, Any]:
