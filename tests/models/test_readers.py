@@ -178,10 +178,10 @@ ROPES = {
 
 AS_GGUF = {
     "llama": {"mlp_bias": False, "attention_bias": False},
-    "qwen2": {"vocab_size": 98, "use_sliding_window": False, "layer_types": ["full_attention"] * LAYERS},
+    "mistral": {"sliding_window": None, "head_dim": 8, "tie_word_embeddings": True},
     "qwen3": {"head_dim": 128, "attention_bias": False},
 }
-"""What transformers assumes of a family where it reads GGUF; its tokenizer for Qwen2 has a token of its own."""
+"""What transformers assumes of a family where it reads GGUF."""
 
 
 @pytest.mark.parametrize("rope", ROPES)
