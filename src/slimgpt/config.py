@@ -41,7 +41,11 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_seed(name: str, value: int) -> None:
-    """Refuse a seed that generators do not take."""
+    """Refuse a seed that generators do not take.
+
+    Raises:
+        UsageError: it is below 0, or takes more than 63 bits.
+    """
     if value < 0:
         raise UsageError(f"{name} is {value}; it must be 0 or more")
     if value >= SEEDS:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from slimgpt import assets
-from slimgpt.errors import CalibrationError, first_line
+from slimgpt.errors import CalibrationError, one_line
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def read_file(path: Path) -> Iterator[Document]:
     except CalibrationError:
         raise
     except Exception as error:  # what a damaged file makes of gzip, zstd, JSON and Parquet has no common class
-        raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
+        raise CalibrationError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[object, str]]:
@@ -202,7 +202,7 @@ def _parsed(text: str, where: str) -> object:
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{where} is no JSON: {error.msg} at character {error.pos + 1}") from error
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{where} cannot be read as JSON: {first_line(error)}") from error
+        raise CalibrationError(f"{where} cannot be read as JSON: {one_line(error)}") from error
     return row
 
 
@@ -302,7 +302,7 @@ def _read_hub(source: str) -> Iterator[Document]:
     except CalibrationError:
         raise
     except Exception as error:
-        reason = first_line(error)
+        reason = one_line(error)
         raise CalibrationError(f"'{source}' is no file or folder here, and not on the hub: {reason}") from error
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt.checkpoint.saving import REPORT_FILE
-from slimgpt.errors import ModelError, first_line
+from slimgpt.errors import ModelError, one_line
 from slimgpt.io.weight_files import weight_bytes
 from slimgpt.models.architecture import is_uniform
 from slimgpt.models.config_files import read_object
@@ -94,7 +94,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         PruneReport.from_json(report)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ModelError(
-            f"{file} is damaged ({type(error).__name__}: {first_line(error)}); it must be as `prune` wrote it: take it "
+            f"{file} is damaged ({type(error).__name__}: {one_line(error)}); it must be as `prune` wrote it: take it "
             "from there, or delete it, and the folder is read as any other model"
         ) from error
     return report

@@ -239,7 +239,7 @@ def reading(file: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ResumeError(f"{file} is damaged ({error}); start anew with --overwrite") from error
 
 
@@ -256,6 +256,7 @@ def open_unfinished(
 
     Raises:
         ResumeError: an unfinished run of another request, or one that was not asked for.
+        OutputError: the disk is full.
     """
     file = folder / JOURNAL_FILE
     if folder.exists() and not file.is_file():
@@ -269,7 +270,11 @@ def open_unfinished(
         discard()
     if not folder.exists():
         folder.mkdir(parents=True)
-        write_text(file, json.dumps(request, indent=1))
+        try:
+            write_text(file, json.dumps(request, indent=1))
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OutputError(f"writing {file} failed, nothing was left there: {error}; free some space") from error
     with reading(file):
         before = json.loads(file.read_text(encoding="utf-8"))
     mismatches = differences(before, request)

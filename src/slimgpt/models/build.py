@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from slimgpt.errors import ModelError, UnsupportedFamilyError, first_line
+from slimgpt.errors import ModelError, UnsupportedFamilyError, one_line
 from slimgpt.models import modeling_slim
 from slimgpt.models.architecture import HEADS, KV_HEADS, Architecture, Sizes
 from slimgpt.models.families import LLAMA, MULTIMODAL
@@ -97,15 +97,6 @@ def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, archi
     return text
 
 
-def slim_modeling(config: PreTrainedConfig) -> tuple[str, str] | None:
-    """The class name and the text of the modeling file of a checkpoint whose layers differ in width; else ``None``."""
-    architecture = lookup(config)
-    if architecture is None or not is_slim(config):
-        return None
-    base = stock_class(config)
-    return slim_class(base, config, architecture).__name__, modeling_source(base, config, architecture)
-
-
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of the whole model that transformers has for this config: a causal LM, or one that also reads images.
 
@@ -139,7 +130,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return base(copy.deepcopy(config))
     except Exception as error:  # the constructors check little: whatever a value in the config made of it
-        reason = first_line(error)
+        reason = one_line(error)
         padding, vocabulary = text_config(config).pad_token_id, text_config(config).vocab_size
         if isinstance(error, AssertionError) and padding is not None and padding >= vocabulary:
             reason = (

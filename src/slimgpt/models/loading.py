@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slimgpt.errors import ModelError, UnsupportedFamilyError, first_line
+from slimgpt.errors import ModelError, UnsupportedFamilyError, one_line
 from slimgpt.io.tensors import align
 from slimgpt.models.adapters import merge, trained_ties
 from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
@@ -36,6 +37,10 @@ from slimgpt.runtime.devices import as_device, as_dtype
 
 SAME_AS = {"kimi_k2": "deepseek_v3"}
 """Types that repositories have given names of their own to, by what transformers calls the same architecture."""
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+SENTENCEPIECE_MODULES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+"""What turns such a file into a fast tokenizer: the names for pip, and those for Python."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -62,7 +67,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
                 f"{source.name} needs Python code from its own repository; read it, then pass --trust-remote-code"
             ) from error
         nowhere = "" if source.folder is not None else f"there is no folder {source.location} here, and from the hub: "
-        raise ModelError(f"cannot read the model '{source.name}': {nowhere}{first_line(error)}") from error
+        raise ModelError(f"cannot read the model '{source.name}': {nowhere}{one_line(error)}") from error
     if gguf is not None:
         restore_positions(gguf, config)
     if not source.gguf_file:
@@ -143,10 +148,35 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:
-        reason = first_line(error)
+        reason = one_line(error)
         if Path(location).is_dir() and not any(file.name in TOKENIZER_FILES for file in Path(location).iterdir()):
             reason = f"{location} has none of {', '.join(TOKENIZER_FILES)}"
+        elif (lacking := _lacking_modules(Path(location))) is not None:
+            reason = lacking
         raise ModelError(f"cannot read the tokenizer of '{source.name}': {reason}") from error
+
+
+def _lacking_modules(folder: Path) -> str | None:
+    """What is to be installed for a SentencePiece model without a ``tokenizer.json``; ``None`` if nothing is.
+
+    transformers itself asks for tiktoken there.
+    """
+    if not (folder / SENTENCEPIECE_FILE).is_file() or (folder / "tokenizer.json").is_file():
+        return None
+    lacking = [name for name, module in SENTENCEPIECE_MODULES.items() if not _installed(module)]
+    if not lacking:
+        return None
+    return (
+        f"{folder} has {SENTENCEPIECE_FILE} and no tokenizer.json; to read it: pip install {' '.join(lacking)}, or "
+        "save the tokenizer as tokenizer.json where these are installed"
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it lies in is not there
+        return False
 
 
 def load_model(
@@ -198,7 +228,7 @@ def load_model(
         )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         hint = "; is the file whole?" if source.gguf_file else ""
-        raise ModelError(f"cannot load the weights of '{source.name}': {first_line(error)}{hint}") from error
+        raise ModelError(f"cannot load the weights of '{source.name}': {one_line(error)}{hint}") from error
     mismatched: Any = info.get("mismatched_keys") or ()
     if mismatched:
         name, stored, expected = min(mismatched)

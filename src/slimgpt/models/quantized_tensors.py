@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimgpt.errors import ModelError, first_line
+from slimgpt.errors import ModelError, one_line
 from slimgpt.models import dequantize
 from slimgpt.models.quantization import PACKED_FORMATS, Quantization, group_block
 
@@ -205,7 +205,7 @@ def _library(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ModelError(
-            f"{name} cannot be unpacked: {first_line(error)}; is it from the same checkpoint as the config?"
+            f"{name} cannot be unpacked: {one_line(error)}; is it from the same checkpoint as the config?"
         ) from error
 
 

@@ -10,10 +10,15 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from slimgpt import assets
-from slimgpt.errors import ModelError, first_line
+from slimgpt.errors import ModelError, one_line
 from slimgpt.io import weight_files
 from slimgpt.models.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, is_adapter
 from slimgpt.models.quantization import Quantization, location_quantization
+
+WEIGHTS = ("*.json", "model*.safetensors")
+BESIDE = ("*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY.md")
+"""Files of a hub repository beside the weights: the tokenizer's, templates, code (which runs only where it is allowed)
+and terms of use."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,20 @@ def weights_folder(source: Source) -> Path | None:
     if source.folder is not None:
         return source.folder
     try:
-        return Path(snapshot_download(source.location, allow_patterns=["*.json", "model*.safetensors"]))
+        return Path(snapshot_download(source.location, allow_patterns=[*WEIGHTS, *BESIDE]))
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot fetch the weights of '{source.name}': {first_line(error)}") from error
+        raise ModelError(f"cannot fetch the weights of '{source.name}': {one_line(error)}") from error
+
+
+def fetched(source: Source) -> Source:
+    """The source with its files on this machine, so that all that is read of it is read from one folder.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has no safetensors files of it.
+    """
+    if source.gguf_file or source.folder is not None:
+        return source
+    return replace(source, location=str(weights_folder(source)))
 
 
 def has_weights(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimgpt.errors import ModelError, NumericalError
 from slimgpt.io.weight_files import check_files, weight_files
 from slimgpt.models.build import architecture_of, empty_model, rebuild_layer
-from slimgpt.models.config_files import GENERATION_FILE, read_generation_config
+from slimgpt.models.config_files import read_generation_config
 from slimgpt.models.quantization import folder_quantization
 from slimgpt.models.quantized_tensors import QuantizedTensor, quantized_tensors
 from slimgpt.models.source import Source, weights_folder
@@ -141,8 +141,7 @@ class StreamedModel:
         self.model.load_state_dict(state, strict=False, assign=True)
         self.model.tie_weights()
         _fill_buffers(self.model)
-        if (weights.folder / GENERATION_FILE).is_file():
-            self.model.generation_config = read_generation_config(weights.folder)
+        self.model.generation_config = read_generation_config(weights.folder)
         self.model.eval()
         self.model.requires_grad_(False)
 

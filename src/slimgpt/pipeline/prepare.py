@@ -20,7 +20,7 @@ from slimgpt.io.folders import check_output
 from slimgpt.models.loading import load_config, load_tokenizer
 from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
-from slimgpt.models.source import Source, check_files, locate
+from slimgpt.models.source import Source, check_files, fetched, locate
 from slimgpt.models.streaming import stored_dtype
 from slimgpt.pipeline.stages import PruneJob
 from slimgpt.planning.plan import Plan
@@ -89,11 +89,10 @@ def prepare(
     if writes:
         inputs = [*source.folders, *local_files([calibration, config.plan])]
         check_output(path, overwrite or finished, inputs=inputs)
-    model_config = load_config(source, trust_remote_code)
-    if (quantization := source.quantization) is not None:
-        quantization.check_library(source.name)
-    shape = describe(model_config)
-    plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
+    model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
+    if source.folder is None:  # from the hub: what its files hold is known once they are here
+        source = fetched(source)
+        model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
     prepared = PruneRequest(
         source=source,
         output=path,
@@ -121,6 +120,15 @@ def prepare(
     check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
     tokens_to_distill(config, shape, plan, prepared.windows)
     return prepared
+
+
+def _planned(source: Source, config: PruneConfig, dtype: str, trust_remote_code: bool) -> tuple[Any, ModelShape, Plan]:
+    """The model's config, its shape, and the widths it is to get."""
+    model_config = load_config(source, trust_remote_code)
+    if (quantization := source.quantization) is not None:
+        quantization.check_library(source.name)
+    shape = describe(model_config)
+    return model_config, shape, plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
 
 
 def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
