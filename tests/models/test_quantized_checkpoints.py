@@ -23,7 +23,7 @@ from slimgpt.models.weight_conversion import ConvertedFiles
 from tests.cli.test_command_line import run
 from tests.models import quantized_folders as q
 from tests.models.quantized_cases import CASES, WIDE, WITH_LIBRARY, Scheme, compressed, dense, exact_model, make
-from tests.test_multimodal import multimodal
+from tests.models.test_multimodal import multimodal
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="pip install bitsandbytes")
 
