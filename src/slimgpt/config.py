@@ -171,6 +171,13 @@ class PruneConfig:
         check=check_distill,
     )
 
+    evaluate: bool = setting(
+        True,
+        "Measure at the end how far the predictions are from the dense model's.",
+        detail="KL divergence, same most likely token and perplexity before and after, on text held out of the "
+        "calibration and on a bundled one: two passes over some thousand tokens.",
+    )
+
     def __post_init__(self) -> None:
         run_checks(self)
         _ = self.param_limit, self.byte_limit, self.cache_target  # parsed here, once

@@ -51,7 +51,9 @@ def test_every_method_lowers_the_loss_and_leaves_an_ordinary_slim_folder(
     assert before["recovery"] == []
     assert after["recovery"][0]["settings"]["method"] == method
     assert after["recovery"][0]["curve"]["held_out"] == [list(point) for point in recovery.curve.held_out]
-    assert {**after, "recovery": []} == before
+    assert {**after, "recovery": [], "evaluation": {}} == before
+    (measured,) = after["evaluation"]["results"]
+    assert ("kl_divergence" in measured) == (method == "distill")  # else nothing tells where the base is
     assert f"it was trained (`{method}`" in (folder / "README.md").read_text()
     assert {n: t.shape for n, t in weights(folder).items()} == {n: t.shape for n, t in weights(slim_folder).items()}
     model, tokenizer = slimgpt.load(str(folder))

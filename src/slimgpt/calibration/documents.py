@@ -77,6 +77,13 @@ def read_documents(source: str) -> Iterator[Document]:
         yield from _read_hub(source)
 
 
+def hub_dataset(source: str) -> str | None:
+    """The id on the hub of a source that :func:`read_documents` reads from there; ``None`` for any other."""
+    path = Path(source).expanduser()
+    here = os.path.lexists(path) or text_format(path) or path.is_absolute() or source.startswith((".", "~"))
+    return None if source in (assets.DEMO, "tensor") or here else source.partition(":")[0]
+
+
 def text_format(path: Path) -> str | None:
     """The ending that says how a file is read (``.txt``, ``.jsonl``, ``.json`` or ``.parquet``), whatever its case and
     compression; ``None`` for any other."""

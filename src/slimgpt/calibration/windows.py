@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,21 @@ TEMPLATE_SECONDS = 10
 
 ROOM = 64
 """Tokens at the end of a piece that is cut off which may differ from those of the whole text."""
+
+
+class CalibrationText(NamedTuple):
+    """Calibration windows, and text of the same source that is in none of them.
+
+    Args:
+        windows: token ids, ``(num_samples, seq_len)``.
+        source: the name of where they come from.
+        held_out: token ids that follow the windows, without the special tokens of their starts, ``(tokens,)``; empty
+            where the text has no more, or none were asked for.
+    """
+
+    windows: Tensor
+    source: str
+    held_out: Tensor
 
 
 def sample_windows(
@@ -53,6 +68,23 @@ def cut_windows(
     Raises:
         CalibrationError: too little text, or a chat template that refuses more than half of the conversations.
     """
+    return cut_text(tokenizer, documents, num_samples, seq_len, source).windows
+
+
+def cut_text(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    num_samples: int,
+    seq_len: int,
+    source: str,
+    held_out: int = 0,
+) -> CalibrationText:
+    """Windows as :func:`cut_windows` makes them, and at most ``held_out`` tokens of the text behind them.
+
+    Raises:
+        CalibrationError: as :func:`cut_windows`.
+    """
+    documents = iter(documents)
     prefix = prefix_ids(tokenizer)
     body = seq_len - len(prefix)
     if body < 1:
@@ -77,7 +109,13 @@ def cut_windows(
             "give more text, or lower --num-samples or --seq-len"
         )
     windows = torch.tensor(ids[:needed]).view(num_samples, body)
-    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(num_samples, -1), windows], 1)
+    windows = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(num_samples, -1), windows], 1)
+    # The documents behind are read for this alone: conversations that the template refuses are no loss to a run.
+    behind, unread = ids[needed:], Refused(source)
+    while len(behind) < held_out and (document := next(documents, None)) is not None:
+        text = unread.render(tokenizer, document)
+        behind += [] if text is None else first_ids(tokenizer, text, held_out - len(behind)) + end
+    return CalibrationText(windows, source, torch.tensor(behind[:held_out], dtype=torch.long))
 
 
 def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
@@ -210,8 +248,8 @@ def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answere
 
 def calibration_windows(
     calibration: str | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: PruneConfig, vocab_size: int
-) -> tuple[Tensor, str]:
-    """Token ids ``(num_samples, seq_len)`` and the name of where they come from.
+) -> CalibrationText:
+    """The calibration text of a run; of a tensor nothing is held out.
 
     Raises:
         CalibrationError: unreadable or too little text, or a tensor that holds no token ids.
@@ -225,9 +263,17 @@ def calibration_windows(
             )
         if int(calibration.min()) < 0 or int(calibration.max()) >= vocab_size:
             raise CalibrationError(f"calibration holds ids outside the vocabulary of {vocab_size} tokens")
-        return calibration.long(), "tensor"
+        return CalibrationText(calibration.long(), "tensor", torch.empty(0, dtype=torch.long))
     if tokenizer is None:
         raise CalibrationError("without a tokenizer, calibration must be a LongTensor of token ids")
-    windows = sample_windows(tokenizer, calibration, config.num_samples, config.seq_len, config.seed)
-    check_ids(windows, vocab_size, f"calibration on '{calibration}'")
-    return windows, calibration
+    documents = shuffled(read_documents(calibration), config.seed)
+    held_out = evaluation_tokens(config.num_samples * config.seq_len) if config.evaluate else 0
+    text = cut_text(tokenizer, documents, config.num_samples, config.seq_len, calibration, held_out)
+    check_ids(text.windows, vocab_size, f"calibration on '{calibration}'")
+    return text
+
+
+def evaluation_tokens(calibration_tokens: int) -> int:
+    """On how many tokens of a text a run measures what was lost: 1/32 of the calibration's, from 1,024 to 4,096, so
+    that it costs a few percent of the run; at most half of the calibration's."""
+    return min(max(calibration_tokens // 32, 1024), 4096, calibration_tokens // 2)

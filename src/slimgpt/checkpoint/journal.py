@@ -95,8 +95,7 @@ class Journal:
         if not weights.is_file():
             return None
         with reading(weights):
-            start = len(f"{self.prefix}.{index}.")
-            state = {name[start:]: tensor for name, tensor in _tensors(weights).items()}
+            state = _tensors(weights, len(f"{self.prefix}.{index}."))
             values = json.loads(report.read_text(encoding="utf-8"))
             values.pop(CHECKSUM)
             return PrunedLayer(LayerReport.from_json(values), state)
@@ -176,6 +175,15 @@ class Journal:
         trained = self.distilled / layer.name
         return trained if trained.is_file() else layer
 
+    def final_state(self, index: int) -> State:
+        """The weights of a layer as they are to be saved, by their names inside it.
+
+        Raises:
+            ResumeError: its file is damaged.
+        """
+        with reading(file := self.weights(index)):
+            return _tensors(file, len(f"{self.prefix}.{index}."))
+
     def _write_state(self, file: Path, index: int, state: State) -> None:
         publish(self._write_draft(file, index, state), file)
 
@@ -220,9 +228,9 @@ def _write_tensors(tensors: State, file: Path) -> None:
     publish(draft, file)
 
 
-def _tensors(file: Path) -> State:
+def _tensors(file: Path, start: int = 0) -> State:
     with safe_open(file, framework="pt") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        return {name[start:]: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
 
 
 def _checksum(file: Path) -> int:

@@ -18,6 +18,9 @@ from slimgpt.cli.speed import BatchOption, NewOption, PromptOption, RoundsOption
 if TYPE_CHECKING:
     from slimgpt.comparison.result import Comparison
 
+STYLES = {"good": "green", "bad": "red", "": "dim"}
+"""Of a change, by its verdict."""
+
 
 @app.command()
 @handle_errors
@@ -85,12 +88,12 @@ def compare(
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """The table, with ratios to the base."""
+    """The table, with ratios to the base; in colour only what is more than chance."""
     table = Table("", *(side.name for side in comparison.sides))
     for row in comparison.table():
         cells = []
         for index in range(len(comparison.sides)):
-            change = row.change(index)
-            cells.append(row.text(index) + (f" (x {change:.3f})" if change is not None else ""))
+            change = row.change_text(index)
+            cells.append(row.text(index) + (f"\n[{STYLES[row.verdict(index)]}]{change}[/]" if change else ""))
         table.add_row(row.name + (f"\n[yellow]{escape(row.note)}[/]" if row.note else ""), *cells)
     out.print(table)

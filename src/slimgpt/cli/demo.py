@@ -11,6 +11,7 @@ from rich.table import Table
 
 from slimgpt import assets
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
+from slimgpt.cli.divergence import print_dense_comparison
 from slimgpt.cli.progress import layer_progress
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def _print_demo(result: DemoResult) -> None:
     for name, before, after, style in rows:
         table.add_row(name, format(before, style), format(after, style), f"{after / before:.3f}")
     out.print(table)
+    print_dense_comparison(result.report.divergence)
     from slimgpt.pipeline.demo import PROMPT
 
     for name, sample in (("before", dense.sample), ("after", slim.sample)):

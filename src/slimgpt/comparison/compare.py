@@ -61,7 +61,7 @@ def compare(
     texts = [read_text(text, data_dir) for text in config.texts]
     cache = cache_folder(Path(output).expanduser().absolute())
     measurer = Measurer(
-        config, texts, cache, data_dir, device, dtype=dtype, trust_remote_code=trust_remote_code, new_progress=counter
+        base, config, texts, cache, data_dir, device, dtype, trust_remote_code=trust_remote_code, new_progress=counter
     )
     with new_folder(output, overwrite, COMPARISON_FOLDER) as folder:
         results = []

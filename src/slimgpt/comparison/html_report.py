@@ -68,7 +68,9 @@ def write_page(comparison: Comparison, file: Path) -> None:
         "</div>",
         "<h2>All figures</h2>",
         f'<div class="scroll">{_table(comparison, names)}</div>',
-        "<p>Under a value of a slim model: its ratio to the first column.</p>",
+        "<p>Under a value of a slim model: its ratio to the first column, of scores what is left of them, and the "
+        "difference with its standard error on the same questions or tokens. Grey where the difference is within 1.96 "
+        "standard errors or there were fewer than 20 questions: it may be chance.</p>",
         "<h2>How they were taken</h2>",
         f"<details><summary>protocols</summary><pre>{_escape(protocols)}</pre></details>",
     ]
@@ -117,13 +119,8 @@ def _table(comparison: Comparison, names: list[str]) -> str:
 
 
 def _change(row: ComparisonRow, index: int) -> str:
-    ratio = row.change(index)
-    if ratio is None:
-        return ""
-    css_class = (
-        "" if not row.better or abs(ratio - 1) < 0.005 else "good" if (ratio > 1) == (row.better == "more") else "bad"
-    )
-    return f'<small class="{css_class}">&times; {ratio:.3f}</small>'
+    text = row.change_text(index)
+    return f'<small class="{row.verdict(index)}">{_escape(text)}</small>' if text else ""
 
 
 def _protocols(comparison: Comparison) -> dict[str, Any]:

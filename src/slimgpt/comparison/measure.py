@@ -14,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.checkpoint.inspecting import read_report
 from slimgpt.comparison.cache import MeasurementCache
+from slimgpt.errors import UsageError
 from slimgpt.evaluation.contamination import contamination_note
 from slimgpt.evaluation.corpora import Text
-from slimgpt.evaluation.evaluate import evaluate
+from slimgpt.evaluation.evaluate import check_same_tokens, evaluate
 from slimgpt.evaluation.passkey_retrieval import Passkey, passkey
 from slimgpt.evaluation.perplexity import Perplexity
 from slimgpt.evaluation.task_rows import stamp_rows
@@ -67,7 +68,8 @@ class ModelResult:
     Args:
         name: label in the table.
         removed: pruning ratio that was reached; ``None`` for a model that is not slim.
-        perplexities: pairs of text name and perplexity.
+        perplexities: pairs of text name and perplexity; a slim model's with its divergence from the base, unless their
+            tokenizers differ.
         leaks: contamination note by text name.
     """
 
@@ -95,13 +97,17 @@ class ModelResult:
 class Measurer:
     """Measures the models of a comparison with the same settings.
 
+    The base is loaded once, at the first measurement that needs it, and stays: every slim model is held against it.
+
     Args:
+        base: the dense model, as :func:`slimgpt.load` takes it.
         texts: the texts of ``config``, read.
         cache_folder: folder of the :class:`MeasurementCache` files.
         data_dir: rows of tasks; from the hub if ``None``.
         new_progress: opens a progress bar.
     """
 
+    base: str
     config: CompareConfig
     texts: Sequence[Text]
     cache_folder: Path
@@ -120,6 +126,15 @@ class Measurer:
         """
         return _ModelMeasurer(self, name).measure(label)
 
+    @cached_property
+    def loaded_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base and its tokenizer."""
+        return self.load(self.base)
+
+    def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model of the comparison and its tokenizer."""
+        return load(name, self.dtype, self.device, self.trust_remote_code)
+
     def progress_bar(self, unit: str) -> AbstractContextManager[Any]:
         """A progress bar, or a context that yields ``None``."""
         return self.new_progress(unit) if self.new_progress else nullcontext()
@@ -134,7 +149,7 @@ class _ModelMeasurer:
         self.cache = MeasurementCache(
             common.cache_folder,
             {
-                "model": [self.source.location, fingerprint(source_files(self.source))],
+                "model": _identity(name),
                 "dtype": common.dtype,
                 "versions": resume_versions(as_device(common.device)),
             },
@@ -142,7 +157,7 @@ class _ModelMeasurer:
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load(self.name, self.common.dtype, self.common.device, self.common.trust_remote_code)
+        return self.common.loaded_base if self.name == self.common.base else self.common.load(self.name)
 
     def measure(self, label: str) -> ModelResult:
         config, texts = self.common.config, self.common.texts
@@ -180,12 +195,30 @@ class _ModelMeasurer:
                         step[1] = done
 
                 return evaluate(
-                    *self.loaded, text, window=window, max_tokens=max_tokens, by_position=by_position, progress=progress
+                    *self.loaded,
+                    text,
+                    window=window,
+                    max_tokens=max_tokens,
+                    by_position=by_position,
+                    progress=progress,
+                    against=self._base_for(text) if against else None,
                 ).to_json()
 
+        against = self.name != self.common.base and not by_position
         content = hashlib.sha256(text.content.encode()).hexdigest()
         settings = ["perplexity", content, text.joining, text.max_windows, window, max_tokens, by_position]
+        settings += [_identity(self.common.base)] if against else []
         return Perplexity.from_json(self.cache.get_or_measure(settings, measure))
+
+    def _base_for(self, text: Text) -> PreTrainedModel | None:
+        """The base, unless its predictions are of other tokens than this model's."""
+        base, tokenizer = self.common.loaded_base
+        vocabularies = [one.config.get_text_config(decoder=True).vocab_size for one in (base, self.loaded[0])]
+        try:
+            check_same_tokens(self.loaded[1], tokenizer, text.content)
+        except UsageError:
+            return None
+        return base if vocabularies[0] == vocabularies[1] else None
 
     def _tasks(self) -> TaskScores:
         config, data_dir = self.common.config, self.common.data_dir
@@ -210,3 +243,9 @@ class _ModelMeasurer:
                 return passkey(*self.loaded, lengths, on_start=on_start).to_json()
 
         return Passkey.from_json(self.cache.get_or_measure(["passkey", lengths], measure))
+
+
+def _identity(name: str) -> list[Any]:
+    """What tells one model of a name from another, as JSON values."""
+    source = locate(name)
+    return [source.location, fingerprint(source_files(source))]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from slimgpt.calibration.windows import evaluation_tokens
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.schedule import BACKWARD_COST, passes_to_distill, tokens_to_distill
 from slimgpt.models.architecture import KV_HEADS
@@ -103,6 +104,9 @@ def all_flops(
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; predictions of the dense model, of the pruned one, and back.
         flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 3 * head
+    if config.evaluate:
+        # Two texts through the dense and the pruned layers, each with its head.
+        flops["forward"] += 4 * evaluation_tokens(windows.numel()) * (each + head)
     return flops
 
 

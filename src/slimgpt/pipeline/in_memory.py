@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt import assets
+from slimgpt.calibration.evaluation_text import evaluation_texts
 from slimgpt.calibration.windows import calibration_windows
 from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.data import OnRehearsed
@@ -88,7 +89,8 @@ def prune(
     shape = describe(model.config, model)
     kept_dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else next(model.parameters()).dtype
     widths = plan_for(model.config, config, shape, kept_dtype)
-    windows, source = calibration_windows(calibration, tokenizer, config, text_config(model.config).vocab_size)
+    vocab_size = text_config(model.config).vocab_size
+    text = calibration_windows(calibration, tokenizer, config, vocab_size)
     if isinstance(weight_dtype, torch.dtype):
         for parameter in model.parameters():  # not `model.to`: it would round rotary frequencies and other tables
             parameter.data = parameter.data.to(weight_dtype)
@@ -96,20 +98,21 @@ def prune(
     name = str(model.config.name_or_path or type(model).__name__)
     stored = next(model.parameters()).dtype
     forward = choose_forward_dtype(config.forward_dtype, stored, target)
-    check_context(model.config, "calibration windows (--seq-len)", windows.shape[1])
+    check_context(model.config, "calibration windows (--seq-len)", text.windows.shape[1])
     job = PruneJob(
         name=name,
         config=config,
         shape=shape,
         plan=widths,
-        windows=windows,
-        calibration=source,
+        windows=text.windows,
+        calibration=text.source,
         device=target,
         stored=stored,
         dtype=forward,
         copied=forward is not None or next(model.parameters()).device != target,
-        distill_tokens=tokens_to_distill(config, shape, widths, windows),
+        distill_tokens=tokens_to_distill(config, shape, widths, text.windows),
         quantization=getattr(model, "dequantized_from", {}),  # as `load` left it
+        evaluation=evaluation_texts(text, tokenizer, vocab_size) if config.evaluate else {},
     )
     return run_in_memory(model, job, Callbacks(on_layer, on_measured, on_distilled, on_rehearsed), budget)
 

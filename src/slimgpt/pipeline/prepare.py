@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
 from slimgpt.calibration.documents import local_files
+from slimgpt.calibration.evaluation_text import EvaluationText, evaluation_texts
 from slimgpt.calibration.windows import calibration_windows
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
@@ -52,6 +53,7 @@ class PruneRequest:
     overwrite: bool
     resume: bool
     budget: int | None
+    evaluation: dict[str, EvaluationText] = field(default_factory=dict)
 
     @property
     def stored(self) -> torch.dtype:
@@ -114,9 +116,11 @@ def prepare(
         check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDECAR_BYTES)
     check_files(source)
     prepared.tokenizer = load_tokenizer(source, trust_remote_code)
-    prepared.windows, prepared.calibration = calibration_windows(
-        calibration, prepared.tokenizer, config, text_config(model_config).vocab_size
-    )
+    vocab_size = text_config(model_config).vocab_size
+    text = calibration_windows(calibration, prepared.tokenizer, config, vocab_size)
+    prepared.windows, prepared.calibration = text.windows, text.source
+    if config.evaluate:
+        prepared.evaluation = evaluation_texts(text, prepared.tokenizer, vocab_size)
     check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
     tokens_to_distill(config, shape, plan, prepared.windows)
     return prepared
@@ -150,5 +154,6 @@ def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
         dtype=dtype,
         copied=dtype is not None or request.device.type != "cpu",
         distill_tokens=tokens,
+        evaluation=request.evaluation,
         quantization={} if quantization is None else quantization.to_json(stored),
     )

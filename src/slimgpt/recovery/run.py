@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from slimgpt.calibration.documents import hub_dataset
 from slimgpt.checkpoint.saving import save
 from slimgpt.errors import UsageError
 from slimgpt.io.folders import output_lock
@@ -20,6 +21,7 @@ from slimgpt.models.loading import load_model
 from slimgpt.models.streaming import check_finite, stored_dtype
 from slimgpt.recovery.checks import RecoverRequest, check_request, make_recovery_config
 from slimgpt.recovery.config import RecoverConfig
+from slimgpt.recovery.figures import figures_after_training
 from slimgpt.recovery.loss_curve import Curve, write_curve
 from slimgpt.recovery.resume import Workspace
 from slimgpt.recovery.teacher_cache import TeacherCache
@@ -258,6 +260,7 @@ def _resume_request(request: RecoverRequest, world: int) -> dict[str, Any]:
 def _describe_data(request: RecoverRequest) -> dict[str, Any]:
     return {
         "sources": list(request.sources),
+        "datasets": [name for source in request.sources if (name := hub_dataset(source))],
         "examples": len(request.data.training),
         "held_out": len(request.data.held_out),
         "predicted_tokens": sum(example.predicted for example in request.data.training),
@@ -275,7 +278,12 @@ def _save(request: RecoverRequest, model: Any, stored: torch.dtype, recovery: Re
     check_finite(model.state_dict().items())
     report = None
     if request.report is not None:
-        report = replace(request.report, recovery=(*request.report.recovery, recovery.to_json()))
+        # What was measured before the training is of another model.
+        report = replace(
+            request.report,
+            recovery=(*request.report.recovery, recovery.to_json()),
+            evaluation=figures_after_training(request, model),
+        )
     save(
         model,
         request.tokenizer,
