@@ -176,11 +176,7 @@ class Journal:
         return trained if trained.is_file() else layer
 
     def final_state(self, index: int) -> State:
-        """The weights of a layer as they are to be saved, by their names inside it.
-
-        Raises:
-            ResumeError: its file is damaged.
-        """
+        """The weights of a layer to be saved, by their names inside it; a damaged file is a :class:`ResumeError`."""
         with reading(file := self.weights(index)):
             return _tensors(file, len(f"{self.prefix}.{index}."))
 

@@ -16,7 +16,7 @@ from slimgpt.models.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, is_adapt
 from slimgpt.models.quantization import Quantization, location_quantization
 
 WEIGHTS = ("*.json", "model*.safetensors")
-BESIDE = ("*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY.md")
+BESIDE = ("*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY.md")
 """Files of a hub repository beside the weights: the tokenizer's, templates, code (which runs only where it is allowed)
 and terms of use."""
 
