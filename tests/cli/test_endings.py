@@ -21,8 +21,9 @@ FULL = Path("/dev/full")
 
 
 def start(words, **options):
-    """A ``slimgpt`` process."""
+    """A ``slimgpt`` process that an interrupt reaches, even where the tests run in the background and ignore it."""
     command = [sys.executable, "-m", "slimgpt", *map(str, words)]
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 

@@ -49,10 +49,6 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        # A terminated run cleans up like an interrupted one.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process speaks for all
         out.quiet = not first
         try:
@@ -128,9 +124,14 @@ def write_file(file: Path, text: str) -> None:
 
 
 def silence_libraries() -> None:
-    """Called by every command after its imports: collect garbage again, and keep the libraries' own progress bars and
-    warnings out of ours."""
+    """Called by every command after its imports: collect garbage again, let signals be exceptions, and keep the
+    libraries' own progress bars and warnings out of ours."""
     gc.enable()
+    # A terminated run cleans up like an interrupted one. Not before: an exception amid the imports of NumPy or torch is
+    # swallowed there, or comes out as another.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
