@@ -65,7 +65,7 @@ def evaluate(
     engine: Annotated[
         str,
         typer.Option(
-            help="transformers or llama.cpp; auto: llama.cpp for texts and .gguf files where it is installed."
+            help="transformers or llama.cpp; auto: llama.cpp for the text of a .gguf file where it is installed."
         ),
     ] = "auto",
     update_card: Annotated[
@@ -84,7 +84,7 @@ def evaluate(
     from slimgpt.evaluation.corpora import read_text
     from slimgpt.evaluation.evaluate import check_same_tokens
     from slimgpt.evaluation.evaluate import evaluate as run
-    from slimgpt.evaluation.llama_cpp import choose_engine, load_gguf
+    from slimgpt.evaluation.llama_cpp import engines_of, load_gguf
     from slimgpt.evaluation.passkey_retrieval import passkey as run_passkey
     from slimgpt.evaluation.perplexity import check_protocol
     from slimgpt.evaluation.tasks import check_tasks, evaluate_tasks
@@ -104,21 +104,20 @@ def evaluate(
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"the data folder {data_dir} does not exist")
     content = read_text(text, data_dir) if text is not None else None
-    folder = locate(model).folder
+    source = locate(model)
+    folder = source.folder
     report = read_report(folder) if folder is not None else None
     if update_card:
-        read_own_report(folder, model)
+        read_own_report(None if source.gguf_file else folder, model)
     figures: list[dict[str, Any]] = []
-    only_text = tasks is None and passkey is None
-    in_llama_cpp = {
-        name: choose_engine(name, engine if name == model else "auto", only_text) == "llama.cpp"
-        for name in (model, against)
-        if name is not None
-    }
+    engines = engines_of(
+        model, against, engine, {"--tasks": tasks, "--passkey": passkey}, {"--dtype": dtype, "--device": device}
+    )
 
     def load_one(name: str) -> Any:
         with out.status(f"loading {show(name)}"):
-            return load_gguf(name) if in_llama_cpp[name] else load(name, dtype, device, trust_remote_code)
+            in_llama_cpp = engines[name] == "llama.cpp"
+            return load_gguf(name) if in_llama_cpp else load(name, dtype, device, trust_remote_code)
 
     loaded, tokenizer = load_one(model)
     base = None
@@ -188,10 +187,11 @@ def print_perplexity(result: Perplexity, text: str, leak: str | None) -> None:
     stride = f", stride {protocol['stride']}" if protocol["overlap"] else ""
     of_text = protocol["stride"] + protocol["overlap"]
     bos = ", each with BOS" if of_text < result.window else ""
+    engine = "" if protocol["engine"].startswith("transformers") else f" in {protocol['engine']}"
     out.print(
         f"perplexity [bold]{result.perplexity:.4f}[/] at window {result.window}{stride}{bos} over "
         f"{result.tokens:,} tokens ({result.predicted:,} predicted) of {text}, {protocol['joining']}, "
-        f"{protocol['dtype']}; per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}"
+        f"{protocol['dtype']}{engine}; per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}"
         + (f"  [bold yellow]{leak}[/]" if leak else ""),
         highlight=False,
         soft_wrap=True,

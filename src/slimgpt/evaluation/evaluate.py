@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import UsageError
 from slimgpt.evaluation.corpora import Text, read_text
+from slimgpt.evaluation.llama_cpp import choose_engine, load_gguf
 from slimgpt.evaluation.perplexity import Perplexity, perplexity
 from slimgpt.models.loading import load
 
@@ -31,6 +32,7 @@ def evaluate(
     """Perplexity of a model on a text; see :func:`slimgpt.evaluation.perplexity` for the protocol.
 
     Args:
+        model: as :func:`slimgpt.load` gives it, or, of a GGUF file in llama.cpp, :func:`slimgpt.evaluation.load_gguf`.
         text: the path of a text file; ``wikitext2``, ``ptb`` or ``c4``; ``demo`` (the held-out speeches); or a result
             of :func:`slimgpt.evaluation.read_text`.
         data_dir: where the named corpora are files; from the hub if not given.
@@ -42,7 +44,8 @@ def evaluate(
     """
     source = read_text(text, data_dir) if isinstance(text, str) else text
     if isinstance(against, str):
-        against, base_tokenizer = load(against, device=str(model.device))
+        in_llama_cpp = choose_engine(against, "auto") == "llama.cpp"
+        against, base_tokenizer = load_gguf(against) if in_llama_cpp else load(against, device=str(model.device))
         check_same_tokens(tokenizer, base_tokenizer, source.content)
     limits = [n for n in (max_tokens, source.max_windows and source.max_windows * window) if n is not None]
     limit = min(limits) if limits else None

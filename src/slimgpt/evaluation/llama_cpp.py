@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from gguf import LlamaFileType
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,14 +26,17 @@ from slimgpt.errors import ModelError, UsageError
 ENGINES = ("auto", "transformers", "llama.cpp")
 """What runs a model. ``auto`` is llama.cpp for a GGUF file where llama-cpp-python is installed, else transformers."""
 
+FIRST_CONTEXT = 512
+"""Tokens that a GGUF file is opened for; a longer window opens it anew."""
 
-def choose_engine(name: str, engine: str, only_text: bool) -> str:
+
+def choose_engine(name: str, engine: str, needs_transformers: Sequence[str] = ()) -> str:
     """``transformers`` or ``llama.cpp`` for a model.
 
     Args:
         name: the model, as the user gave it.
         engine: one of :data:`ENGINES`.
-        only_text: whether nothing but a text is asked for: tasks and pass keys run in transformers.
+        needs_transformers: what is asked for that llama.cpp does not do here, such as ``--tasks``.
 
     Raises:
         UsageError: an unknown engine, or llama.cpp for what it does not run here.
@@ -38,16 +45,47 @@ def choose_engine(name: str, engine: str, only_text: bool) -> str:
         raise UsageError(f"engine '{engine}' is unknown; choose {', '.join(ENGINES)}")
     gguf, installed = Path(name).suffix == ".gguf", importlib.util.find_spec("llama_cpp") is not None
     if engine != "llama.cpp":
-        return "llama.cpp" if engine == "auto" and gguf and installed and only_text else "transformers"
+        return "llama.cpp" if engine == "auto" and gguf and installed and not needs_transformers else "transformers"
     if not gguf:
-        raise UsageError(f"llama.cpp runs GGUF files, and {name} is none; `slimgpt export SLIM OUT.gguf --to gguf`")
+        raise UsageError(
+            f"llama.cpp runs .gguf files, and {name} is none; make one with `slimgpt export SLIM OUT.gguf --to gguf`"
+        )
+    if needs_transformers:
+        raise UsageError(
+            f"{', '.join(needs_transformers)}: not with llama.cpp, which takes texts on the CPU in the file's own "
+            "numbers; leave that out, or take --engine transformers"
+        )
     if not installed:
         raise UsageError("llama.cpp needs its Python binding: pip install llama-cpp-python")
-    if not only_text:
-        raise UsageError(
-            "tasks and pass keys are not asked in llama.cpp: leave them out, or take --engine transformers"
-        )
     return engine
+
+
+def engines_of(
+    model: str,
+    against: str | None,
+    engine: str,
+    work: Mapping[str, str | None],
+    placement: Mapping[str, str],
+) -> dict[str, str]:
+    """The engine of a model and of the one that it is held against, by their names.
+
+    ``engine`` is the model's; the base follows it to transformers, and is else run as ``auto`` says.
+
+    Args:
+        work: options that only transformers answers, with their values.
+        placement: type and device by option; ``auto`` or ``cpu`` where llama.cpp may choose.
+
+    Raises:
+        UsageError: see :func:`choose_engine`.
+    """
+    beyond = [option for option, value in work.items() if value is not None]
+    placed = [option for option, value in placement.items() if value not in ("auto", "cpu")]
+    if against is None or against == model:
+        return {model: choose_engine(model, engine, [*beyond, *placed])}
+    base = choose_engine(against, "transformers" if engine == "transformers" else "auto", [*beyond, *placed])
+    if engine == "llama.cpp" and base == "transformers":
+        placed = []  # they are the base's
+    return {against: base, model: choose_engine(model, engine, [*beyond, *placed])}
 
 
 def load_gguf(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -55,9 +93,9 @@ def load_gguf(name: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
     Raises:
         ModelError: there is no such file, or llama.cpp does not read it.
-        UsageError: llama-cpp-python is not installed.
+        UsageError: llama-cpp-python is not installed, or the name is not that of a ``.gguf`` file.
     """
-    choose_engine(str(name), "llama.cpp", only_text=True)
+    choose_engine(str(name), "llama.cpp")
     file = Path(name).expanduser()
     if not file.is_file():
         raise ModelError(f"no such GGUF file: {file}")
@@ -71,26 +109,35 @@ class _LlamaCppModel(nn.Module):
     def __init__(self, file: Path):
         super().__init__()
         self.file = file
-        self.llama = self._open(512)
-        self.length = 512
+        self.context = FIRST_CONTEXT
+        self.llama = self._open()
+        self.close = weakref.finalize(self, self.llama.close)  # before modules that it needs are gone
         self.engine = f"llama-cpp-python {version('llama-cpp-python')}"
-        self.device, self.dtype = torch.device("cpu"), "as in the GGUF file"
-        config: Any = PreTrainedConfig()
-        config.vocab_size = self.llama.n_vocab()
-        config.max_position_embeddings = self.llama._model.n_ctx_train()
-        config.name_or_path = file.name
-        self.config = config
+        metadata = self.llama.metadata
+        self.device, self.dtype = torch.device("cpu"), _stored_type(metadata)
+        architecture = str(metadata.get("general.architecture", ""))
+        longest = metadata.get(f"{architecture}.context_length")
+        fields = {
+            "model_type": architecture,
+            "name_or_path": file.name,
+            "vocab_size": self.llama.n_vocab(),
+            "max_position_embeddings": None if longest is None else int(longest),
+        }
+        self.config = PreTrainedConfig()
+        for name, value in fields.items():
+            setattr(self.config, name, value)
 
-    def _open(self, length: int) -> Any:
+    def _open(self) -> Any:
         llama_cpp = importlib.import_module("llama_cpp")
         threads = torch.get_num_threads()
         try:
             return llama_cpp.Llama(
                 str(self.file),
-                n_ctx=length,
-                n_batch=length,
+                n_ctx=self.context,
+                n_batch=self.context,
                 n_threads=threads,
                 n_threads_batch=threads,
+                n_gpu_layers=0,
                 logits_all=True,
                 verbose=False,
             )
@@ -98,11 +145,13 @@ class _LlamaCppModel(nn.Module):
             raise ModelError(f"llama.cpp does not read {self.file}: {error}") from error
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
-        """Logits ``(batch, window, vocabulary)`` of windows that know nothing of each other."""
+        """Logits ``(batch, window, vocabulary)`` of windows that know nothing of each other, in float32."""
         assert not use_cache
-        if input_ids.shape[1] > self.length:
-            self.length = input_ids.shape[1]
-            self.llama = self._open(self.length)
+        if input_ids.shape[1] > self.context:
+            self.context = input_ids.shape[1]
+            self.close()
+            self.llama = self._open()
+            self.close = weakref.finalize(self, self.llama.close)
         rows = []
         for ids in input_ids.tolist():
             self.llama.reset()
@@ -115,13 +164,20 @@ class _LlamaCppTokenizer:
     """The tokenizer in a GGUF file, with what a perplexity needs of one."""
 
     def __init__(self, model: _LlamaCppModel):
-        self.llama = model.llama
-        token = int(self.llama.token_bos())
+        self.model = model
+        token = int(model.llama.token_bos())
         self.bos_token_id = token if token >= 0 else None
 
     def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = False) -> dict[str, list[int]]:
         del verbose  # llama.cpp says nothing
-        return {"input_ids": self.llama.tokenize(text.encode(), add_bos=add_special_tokens, special=True)}
+        return {"input_ids": self.model.llama.tokenize(text.encode(), add_bos=add_special_tokens, special=True)}
 
     def __len__(self) -> int:
-        return int(self.llama.n_vocab())
+        return int(self.model.llama.n_vocab())
+
+
+def _stored_type(metadata: dict[str, str]) -> str:
+    """The type that most tensors of a file have, in llama.cpp's words, such as ``F16`` or ``Q4_K_M``."""
+    with suppress(KeyError, ValueError):
+        return LlamaFileType(int(metadata["general.file_type"])).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    return "as in the GGUF file"
