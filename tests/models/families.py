@@ -16,6 +16,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from slimgpt.models import ARCHITECTURES
 from slimgpt.models.build import stock_class
 from slimgpt.models.families.mixtures import MIXTURES
+from slimgpt.models.loading import load_config, load_model
+from slimgpt.models.source import locate
 
 LAYERS, VOCABULARY = 4, 97
 
@@ -203,6 +205,15 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
 def windows(num_samples: int = 12, seq_len: int = 24, seed: int = 0) -> torch.Tensor:
     """Random token ids ``(num_samples, seq_len)``."""
     return torch.randint(VOCABULARY, (num_samples, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_loads_to_the_bit(folder: Path, model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """The folder holds what ``model``, a model with eager attention, computes."""
+    source = locate(str(folder))
+    again = load_model(source, load_config(source))
+    again.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def in_a_process_without_slimgpt(root: Path, source: str, ids: torch.Tensor, folders: list[str]) -> dict[str, Any]:

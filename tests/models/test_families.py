@@ -27,6 +27,7 @@ from tests.models.families import (
     HYBRIDS,
     NAMES,
     REPRESENTATIVE,
+    assert_loads_to_the_bit,
     in_a_process_without_slimgpt,
     tiny_config,
     tiny_model,
@@ -255,14 +256,7 @@ def test_a_slim_model_can_be_pruned_again(family, tmp_path):
     assert second.plan.parameters < first.plan.parameters
     assert abs(second.plan.achieved - 0.2) < 0.01
     slimgpt.save(model, None, second, tmp_path / "second")
-    from slimgpt.models.loading import load_config, load_model
-    from slimgpt.models.source import locate
-
-    source = locate(str(tmp_path / "second"))
-    again = load_model(source, load_config(source))
-    again.set_attn_implementation("eager")
-    with torch.no_grad():
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert_loads_to_the_bit(tmp_path / "second", model, IDS)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])

@@ -16,7 +16,7 @@ from slimgpt.layerwise.partial_forward import arguments_of
 from slimgpt.models import EXPERTS, Experts
 from slimgpt.models.build import empty_model
 from slimgpt.models.expert_tensors import down_matrix, expert_output, intermediate, routed
-from slimgpt.models.loading import load_config, load_model
+from slimgpt.models.loading import load_config
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.slicing import unit_rows
 from slimgpt.models.source import locate
@@ -26,7 +26,7 @@ from slimgpt.pruning.experts import ExpertsPruner
 from slimgpt.pruning.report import mask_of, units_of
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.solver.experts import Routing, contributions
-from tests.models.families import in_a_process_without_slimgpt, tiny_config, windows
+from tests.models.families import assert_loads_to_the_bit, in_a_process_without_slimgpt, tiny_config, windows
 from tests.models.mixtures import OWN_OF_MIXTURES, tiny_mixture
 from tests.models.test_families import RELOAD
 
@@ -237,11 +237,7 @@ def test_a_slim_mixture_can_be_pruned_again(family, tmp_path):
     assert second.plan.parameters < first.plan.parameters
     assert abs(second.plan.achieved - 0.2) < 0.03  # steps are large in a model this small
     slimgpt.save(model, None, second, tmp_path / "second")
-    source = locate(str(tmp_path / "second"))
-    again = load_model(source, load_config(source))
-    again.set_attn_implementation("eager")
-    with torch.no_grad():
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert_loads_to_the_bit(tmp_path / "second", model, IDS)
 
 
 def test_an_expert_that_saw_too_few_tokens_is_repaired_on_tokens_of_the_whole_layer():

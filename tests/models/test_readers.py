@@ -125,7 +125,8 @@ def evaluated(path, text_file, tmp_path):
     """The cross-entropy that `evaluate` gives for a text, and the ids that it is of."""
     file = tmp_path / "evaluated.json"
     words = ["evaluate", path, "--text", text_file, "--window", 24, "--max-tokens", 240, "--batch-size", 1]
-    result = CliRunner().invoke(app, [str(word) for word in [*words, "--device", "cpu", "--json", file, "--overwrite"]])
+    words += ["--engine", "transformers", "--device", "cpu", "--json", file, "--overwrite"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == 0, result.output
     return math.log(json.loads(file.read_text())["perplexity"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from slimgpt import assets
 from slimgpt.calibration.documents import open_text
 from slimgpt.errors import CalibrationError, ExportError, NumericalError, UsageError, VerificationError, one_line
+from slimgpt.models.llama_cpp import LlamaCpp, installed
 from slimgpt.models.loading import load, load_config, load_tokenizer
 from slimgpt.models.lookup import check_ids, text_config
 from slimgpt.models.source import locate
@@ -127,9 +127,7 @@ def engine_problem(path: str | Path) -> str | None:
     """Why the exported model cannot be run here; ``None`` if it can."""
     path = Path(path)
     if path.suffix == ".gguf":
-        if importlib.util.find_spec("llama_cpp") is None:
-            return "llama-cpp-python is not installed"
-        return None
+        return None if installed() else "llama-cpp-python is not installed"
     config = path / "config.json"
     if not config.is_file():
         return "its engine is not installed"
@@ -233,20 +231,11 @@ def _transformers(folder: str) -> Engine:
 
 
 def _llama_cpp(file: Path, window: int) -> Engine:
-    import llama_cpp  # pyright: ignore[reportMissingImports]
-
-    context = max(window, 64 + NEW_TOKENS)
-    model = llama_cpp.Llama(str(file), n_ctx=context, n_batch=context, logits_all=True, verbose=False)
-
-    def logits(ids: list[int]) -> Tensor:
-        model.reset()
-        model.eval(ids)
-        return torch.from_numpy(model.scores[: len(ids)].copy())
-
+    model = LlamaCpp(file, max(window, 64 + NEW_TOKENS))
     template = model.metadata.get("tokenizer.chat_template")
     kind = int(model.metadata.get("general.file_type", 1))
     allowed = GGUF_ALLOWED.get(kind, 1.0 if kind in FEW_BITS else 0.25)
-    return Engine(f"llama-cpp-python {version('llama-cpp-python')}", logits, template, (allowed, None))
+    return Engine(model.engine, model.logits, template, (allowed, None))
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:

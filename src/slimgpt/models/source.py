@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -47,7 +48,7 @@ class Source:
         """The keyword arguments that every ``from_pretrained`` call needs."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
-    @property
+    @cached_property
     def quantization(self) -> Quantization | None:
         """How the weights are quantised; ``None`` if they are not, and for a GGUF file.
 

@@ -63,6 +63,16 @@ _COUNTED = Mixture(
     group_least=2,  # the score of a group is the sum of its two best experts
     sparse=_after_dense,
 )
+_OLMOE = Mixture((_EXPERTS,), width="intermediate_size", refused={"heads": _NORM})
+_LINEAR_HYBRID = replace(
+    _COUNTED,
+    structures=(_DENSE, _SHARED, _EXPERTS),
+    fields={},
+    shared_count="num_shared_experts",
+    expert_groups="num_expert_group",
+    sparse=_listed,
+    refused={"heads": _SAME_NAMES},
+)
 _LATENT = replace(_COUNTED, structures=(latent_heads("q_b_proj"), _DENSE, _SHARED, _EXPERTS), sparse=_listed)
 
 
@@ -71,6 +81,14 @@ def _counted(config: Any, entry: Mixture) -> Mixture:
     if not isinstance(entry.shared_count, str) or getattr(config, entry.shared_count):
         return entry
     return replace(entry, structures=tuple(s for s in entry.structures if s.unit != "shared"), shared_count=None)
+
+
+def _glm4_moe(config: Any) -> Mixture:
+    return _counted(config, _COUNTED)
+
+
+def _listed_without_groups(config: Any) -> Mixture:
+    return _counted(config, replace(_COUNTED, expert_groups=None, sparse=_listed))
 
 
 def _deepseek(config: Any) -> Mixture:
@@ -198,8 +216,8 @@ MIXTURES: dict[str, Entry] = {
     "llama4_text": _llama4,
     "gemma4_text": _gemma4,
     "gemma4_unified_text": _gemma4,
-    "olmoe": Mixture((_EXPERTS,), width="intermediate_size", refused={"heads": _NORM}),
-    "flex_olmo": Mixture((_EXPERTS,), width="intermediate_size", refused={"heads": _NORM}),
+    "olmoe": _OLMOE,
+    "flex_olmo": _OLMOE,
     "granitemoe": Mixture((*_HEADS, _GRANITE), width="intermediate_size", fields=_LOCAL),
     "granitemoeshared": _granite,
     "granitemoe_swa": _granite,
@@ -224,8 +242,8 @@ MIXTURES: dict[str, Entry] = {
     "glm4_moe_lite": _deepseek,
     "mistral4": _deepseek,
     "axk1": _deepseek,
-    "glm4_moe": lambda config: _counted(config, _COUNTED),
-    "dots1": lambda config: _counted(config, _COUNTED),
+    "glm4_moe": _glm4_moe,
+    "dots1": _glm4_moe,
     "solar_open": replace(_COUNTED, structures=(*_HEADS, _SHARED, _EXPERTS), sparse=lambda _config, _index: True),
     "exaone_moe": replace(_COUNTED, fields={}, shared_count="num_shared_experts", sparse=_listed),
     "hy_v3": Mixture(
@@ -269,14 +287,8 @@ MIXTURES: dict[str, Entry] = {
         (_DENSE, _SHARED, _EXPERTS), shared=SHARED, sparse=_listed, refused={"heads": _BY_KIND}
     ),
     "nemotron_h": _nemotron_h,
-    "kimi_linear": replace(
-        _COUNTED, structures=(_DENSE, _SHARED, _EXPERTS), fields={}, shared_count="num_shared_experts",
-        expert_groups="num_expert_group", sparse=_listed, refused={"heads": _SAME_NAMES},
-    ),
-    "bailing_hybrid": replace(
-        _COUNTED, structures=(_DENSE, _SHARED, _EXPERTS), fields={}, shared_count="num_shared_experts",
-        expert_groups="num_expert_group", sparse=_listed, refused={"heads": _SAME_NAMES},
-    ),
+    "kimi_linear": _LINEAR_HYBRID,
+    "bailing_hybrid": _LINEAR_HYBRID,
 }  # fmt: skip
 """Families with experts by ``config.model_type``."""
 
@@ -285,9 +297,9 @@ _QWEN_VL_MOE = replace(_QWEN_MOE, fields=_LOCAL)
 PARTS_WITH_EXPERTS: dict[str, Entry] = {
     "qwen3_vl_moe_text": _QWEN_VL_MOE,
     "qwen3_omni_moe_text": replace(_QWEN_MOE, structures=(*_HEADS, _DENSE, _EXPERTS)),
-    "glm4v_moe_text": lambda config: _counted(config, _COUNTED),
-    "deepseek_ocr2_text": lambda config: _counted(config, replace(_COUNTED, expert_groups=None, sparse=_listed)),
-    "unlimited_ocr_text": lambda config: _counted(config, replace(_COUNTED, expert_groups=None, sparse=_listed)),
+    "glm4v_moe_text": _glm4_moe,
+    "deepseek_ocr2_text": _listed_without_groups,
+    "unlimited_ocr_text": _listed_without_groups,
     "minimax_m3_vl_text": Mixture(
         (
             *_HEADS,
