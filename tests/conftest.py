@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.families import VOCABULARY, tiny_model
+from tests.models.families import VOCABULARY, tiny_model
 
 SENTENCES = [
     "The river runs past the old mill and on to the sea.",
@@ -27,7 +27,7 @@ SENTENCES = [
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--only llama,phi/qk-norm``: of the tests of families, those of these."""
-    parser.addoption("--only", default="", help="names from tests/families.py, with commas between them")
+    parser.addoption("--only", default="", help="names from tests/models/families.py, with commas between them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -19,7 +19,7 @@ from slimgpt.pruning.in_place import prune_model
 from slimgpt.runtime.memory import Placement
 from slimgpt.runtime.units import parse_bytes
 from slimgpt.solver import Gram
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 

@@ -41,7 +41,11 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_seed(name: str, value: int) -> None:
-    """Refuse a seed that generators do not take."""
+    """Refuse a seed that generators do not take.
+
+    Raises:
+        UsageError: it is below 0, or takes more than 63 bits.
+    """
     if value < 0:
         raise UsageError(f"{name} is {value}; it must be 0 or more")
     if value >= SEEDS:
@@ -161,7 +165,7 @@ class PruneConfig:
         "auto",
         "Train output matrices and norms together on so many calibration tokens afterwards, towards what the dense "
         "model predicts and the text says, or off; auto: as many as cost 1.4 forward passes (11.5 in a search) over "
-        "all, for the method slimgpt if the text is enough. What is not there the dense model writes.",
+        "all, for the method slimgpt if the text is enough. If the text has fewer, the dense model generates the rest.",
         detail="With auto, not at all for the other methods, without repair, and for mixtures of experts.",
         metavar="TOKENS",
         check=check_distill,

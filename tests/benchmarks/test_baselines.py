@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.slicing import unit_rows
 from slimgpt.solver import reconstruct, relative_error
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 RATIO = 0.3
 

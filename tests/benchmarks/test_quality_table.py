@@ -21,7 +21,7 @@ from quality_table.texts import Texts
 import slimgpt
 from slimgpt.errors import CalibrationError, PlanError
 from slimgpt.evaluation.tasks import TaskScores
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 TINY = (("wikitext2", 8), ("wikitext2", 16), ("c4", 16))
 

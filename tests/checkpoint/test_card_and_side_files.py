@@ -20,7 +20,7 @@ from slimgpt.cli import app
 from slimgpt.errors import ExportError
 from slimgpt.evaluation import perplexity
 from slimgpt.exporting.gguf_tokenizer import check_normalizer
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 FILES = ("LICENSE", "NOTICE.txt", "USE_POLICY.md", "chat_template.json", "additional_chat_templates/tools.jinja")
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel
 
 import slimgpt
 from slimgpt.checkpoint.config_file import legacy_fields, write_config
-from tests.families import tiny_config, tiny_model, windows
+from tests.models.families import tiny_config, tiny_model, windows
 
 SCALED = {
     "rope_type": "llama3",

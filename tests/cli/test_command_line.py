@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import slimgpt
 from slimgpt.cli import app
 from slimgpt.models import ARCHITECTURES
-from tests.families import LAYERS, tiny_model
+from tests.models.families import LAYERS, tiny_model
 
 
 def run(*words):

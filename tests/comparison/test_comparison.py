@@ -22,7 +22,7 @@ from slimgpt.planning.cost import generation_flops
 from tests.cli.test_command_line import run
 from tests.comparison.browser import CHROMIUM, browse
 from tests.evaluation.conftest import data_dir  # noqa: F401  (a fixture)
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 
 @pytest.fixture(scope="module")

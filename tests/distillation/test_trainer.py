@@ -21,7 +21,8 @@ from slimgpt.models.parameter_counts import describe
 from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.runtime.memory import Placement
-from tests.families import tiny_model, windows
+from slimgpt.runtime.thresholds import other_thresholds, thresholds
+from tests.models.families import tiny_model, windows
 
 IDS = windows(24, 24)
 CONFIG = make_config(ratio=0.4, batch_size=3, allocation="schedule")
@@ -29,8 +30,9 @@ OPTIONS = {"ratio": 0.4, "calibration": IDS, "batch_size": 3, "device": "cpu", "
 
 
 @pytest.fixture(autouse=True)
-def short_steps(monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.data.STEP_TOKENS", 144)  # two batches of three windows
+def short_steps():
+    with other_thresholds(step_tokens=144):  # two batches of three windows
+        yield
 
 
 def run(place: str = "device", budget: int = 10**12) -> ExecutionContext:
@@ -112,7 +114,7 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
         adam.step()
     assert said["curve"] == pytest.approx(curve, rel=1e-5)
     assert (said["tokens"], said["written_tokens"]) == ((288, 0) if tokens == 300 else (576, 144))
-    assert said["rate"] == pytest.approx(distillation.MAX_LR * said["divergence"]["before"] ** 0.5)
+    assert said["rate"] == pytest.approx(thresholds().max_lr * said["divergence"]["before"] ** 0.5)
     assert said["text_weight"] == pytest.approx(distillation.TEXT_WEIGHT * said["divergence"]["before"] ** 0.5)
     with torch.no_grad():
         held = torch.cat([divergence(mirror, dense, lesson.ids[b]).flatten() for b in range(lesson.held_out)])
@@ -154,7 +156,7 @@ def test_what_is_kept_in_files_or_brought_every_time_gives_the_same():
     assert said[0]["curve"] == said[1]["curve"] == said[2]["curve"]
 
 
-def test_a_model_in_memory_is_trained_if_that_helps(monkeypatch):
+def test_a_model_in_memory_is_trained_if_that_helps():
     plain, trained, spoilt = tiny_model("llama"), tiny_model("llama"), tiny_model("llama")
     calls, options = [], {**OPTIONS, "calibration": IDS[:6].repeat(4, 1)}  # what helps the one part helps the other
     pruning_split = {**options, "calibration": IDS[:6].repeat(3, 1)}  # the last quarter is held out
@@ -171,20 +173,20 @@ def test_a_model_in_memory_is_trained_if_that_helps(monkeypatch):
     with torch.no_grad():
         found = [float(divergence(model, dense, IDS[:6]).mean()) for model in (plain, trained)]
     assert found == pytest.approx([said["divergence"]["before"], said["divergence"]["after"]], rel=1e-4)
-    monkeypatch.setattr(distillation, "MAX_LR", 50.0)
-    assert not slimgpt.prune(spoilt, None, distill=360, **options).distillation["kept"]
+    with other_thresholds(max_lr=50.0):
+        assert not slimgpt.prune(spoilt, None, distill=360, **options).distillation["kept"]
     for name, parameter in plain.named_parameters():
         assert torch.equal(parameter, spoilt.get_parameter(name)), name
 
 
-def test_by_default_it_is_done_where_there_are_tokens_enough(monkeypatch):
+def test_by_default_it_is_done_where_there_are_tokens_enough():
     assert slimgpt.prune(tiny_model("llama"), None, **OPTIONS).distillation == {}
-    monkeypatch.setattr("slimgpt.distillation.schedule.MIN_TOKENS", 200)
-    report = slimgpt.prune(tiny_model("llama"), None, **OPTIONS)
-    passes = 1.4 / (1 + 7 / 3 * (1 - report.plan.achieved))
-    assert report.distillation["tokens"] == int(passes * IDS.numel()) // 24 * 24
-    for other in ({"method": "paper"}, {"method": "wanda"}, {"repair": False}):
-        assert slimgpt.prune(tiny_model("llama"), None, **OPTIONS, **other).distillation == {}
+    with other_thresholds(min_training_tokens=200):
+        report = slimgpt.prune(tiny_model("llama"), None, **OPTIONS)
+        passes = 1.4 / (1 + 7 / 3 * (1 - report.plan.achieved))
+        assert report.distillation["tokens"] == int(passes * IDS.numel()) // 24 * 24
+        for other in ({"method": "paper"}, {"method": "wanda"}, {"repair": False}):
+            assert slimgpt.prune(tiny_model("llama"), None, **OPTIONS, **other).distillation == {}
 
 
 @pytest.mark.parametrize("value", [-1, "much", "1e3"])
@@ -235,14 +237,14 @@ def test_what_is_not_there_is_written_first():
     assert [call[1:3] for call in reads] == [(n, 4) for n in range(4)]
 
 
-def test_a_search_trains_longer(monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.schedule.MIN_TOKENS", 200)
+def test_a_search_trains_longer():
     shape = describe(tiny_model("llama").config)
     plan = plan_for(tiny_model("llama").config, CONFIG, shape)
     room = 18 * 24
     for allocation, passes, back in (("auto", 1.4, 4 / 3), ("search", 11.5, 2)):
         config = make_config(ratio=0.4, batch_size=3, allocation=allocation)
-        tokens = tokens_to_distill(config, shape, plan, IDS)
+        with other_thresholds(min_training_tokens=200):
+            tokens = tokens_to_distill(config, shape, plan, IDS)
         assert (tokens > room) == (allocation == "search")
         written = max(tokens - room, 0)
         expected = tokens * (1 + (1 + back) * (1 - plan.achieved)) + 0.5 * written
@@ -250,19 +252,19 @@ def test_a_search_trains_longer(monkeypatch):
         assert passes_to_distill(config, plan, IDS, tokens) == pytest.approx(expected)
 
 
-def test_mixtures_are_not_trained(monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.schedule.MIN_TOKENS", 1)
-    assert slimgpt.prune(tiny_model("mixtral"), None, **OPTIONS).distillation == {}
+def test_mixtures_are_not_trained():
+    with other_thresholds(min_training_tokens=1):
+        assert slimgpt.prune(tiny_model("mixtral"), None, **OPTIONS).distillation == {}
     with pytest.raises(slimgpt.SlimGPTError, match="experts"):
         slimgpt.prune(tiny_model("mixtral"), None, distill=100, **OPTIONS)
 
 
-def test_one_window_cannot_be_trained_on_and_judged_by(monkeypatch):
+def test_one_window_cannot_be_trained_on_and_judged_by():
     one = {**OPTIONS, "calibration": IDS.reshape(1, -1)[:, :60]}
     with pytest.raises(slimgpt.SlimGPTError, match="raise --num-samples"):
         slimgpt.prune(tiny_model("llama"), None, distill=100, **one)
-    monkeypatch.setattr("slimgpt.distillation.schedule.MIN_TOKENS", 50)
-    assert slimgpt.prune(tiny_model("llama"), None, **one).distillation == {}
+    with other_thresholds(min_training_tokens=50):
+        assert slimgpt.prune(tiny_model("llama"), None, **one).distillation == {}
 
 
 def test_what_is_judged_is_what_is_saved():

@@ -14,7 +14,7 @@ from slimgpt.evaluation import evaluate_tasks
 from slimgpt.evaluation.commonsense import fetch_commonsense
 from tests.cli.test_command_line import run
 from tests.evaluation.conftest import ROWS
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 
 @pytest.fixture

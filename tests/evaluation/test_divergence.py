@@ -15,7 +15,7 @@ from slimgpt.errors import NumericalError, UsageError
 from slimgpt.evaluation import Perplexity, perplexity
 from slimgpt.evaluation import divergence as module
 from slimgpt.losses.chunked import token_divergence
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 
 def plain(model, base, ids, window, stride=None):

@@ -8,7 +8,7 @@ import torch
 from slimgpt.errors import ModelError, UsageError
 from slimgpt.evaluation import measure_speed, peak_memory, perplexity
 from slimgpt.models.source import locate
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 
 @pytest.fixture(scope="module")

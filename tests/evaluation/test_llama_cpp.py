@@ -16,7 +16,7 @@ from slimgpt.errors import ModelError, UsageError
 from slimgpt.evaluation import llama_cpp as module
 from slimgpt.evaluation import load_gguf, perplexity
 from slimgpt.evaluation.llama_cpp import choose_engine, engines_of
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 WINDOW, TOKENS = 48, 960
 

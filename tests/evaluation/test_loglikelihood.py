@@ -7,7 +7,7 @@ import torch
 
 from slimgpt.evaluation import loglikelihood as likelihood
 from slimgpt.evaluation.loglikelihood import log_likelihoods
-from tests.families import OWN, VOCABULARY, tiny_model
+from tests.models.families import OWN, VOCABULARY, tiny_model
 
 
 def one_by_one(model, requests, max_length):

@@ -10,7 +10,7 @@ import torch
 import slimgpt
 from slimgpt.errors import UsageError
 from slimgpt.evaluation import perplexity
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 
 def plain(model, ids, window, stride=None):

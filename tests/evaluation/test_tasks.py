@@ -32,8 +32,9 @@ from slimgpt.evaluation.tasks import (
     flips,
     stderr_of_mean,
 )
+from slimgpt.runtime.thresholds import other_thresholds
 from tests.cli.test_command_line import run
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 SPLIT = {name: "test" if name.startswith(("arc", "open")) else "validation" for name in COMMONSENSE}
 
@@ -64,7 +65,7 @@ def plain_harness(model, tokenizer, data_dir, limit):
         return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), split))
 
     manager = TaskManager(include_defaults=False, include_path=[ROOT / FOLDERS[name] for name in COMMONSENSE])
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     with mock.patch("datasets.load_dataset", load_dataset):
         return lm_eval.simple_evaluate(model=lm, tasks=list(COMMONSENSE), task_manager=manager)
 
@@ -186,9 +187,9 @@ def test_a_model_of_one_answer_is_said_to_be_one(tokenizer, many_rows):
     assert few.commonest == {}
 
 
-def test_the_command_line_says_that_a_model_has_one_answer(dense_folder, many_rows, monkeypatch):
-    monkeypatch.setattr("slimgpt.evaluation.tasks.DEGENERATE_SHARE", 0.5)
-    done = run("evaluate", dense_folder, "--tasks", "boolq", "--data-dir", many_rows, "--device", "cpu")
+def test_the_command_line_says_that_a_model_has_one_answer(dense_folder, many_rows):
+    with other_thresholds(degenerate_share=0.5):
+        done = run("evaluate", dense_folder, "--tasks", "boolq", "--data-dir", many_rows, "--device", "cpu")
     assert re.search(r"boolq: the model answers '(yes|no)' to \d+% of the questions", done.output)
 
 

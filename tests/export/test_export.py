@@ -23,7 +23,7 @@ from slimgpt.exporting.gguf import interleave, rope_factors
 from slimgpt.exporting.gguf_tokenizer import pre_tokenizer
 from slimgpt.exporting.nemotron import ffn_mult
 from slimgpt.exporting.source import open_folder
-from tests.families import CORE, tiny_model, windows
+from tests.models.families import CORE, tiny_model, windows
 
 IDS = windows(2, 32)  # 64 tokens: activation functions take whole vectors at any width, which keeps the last bit
 OPTIONS = {"ratio": 0.3, "device": "cpu", "calibration": windows()}

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 import slimgpt
-from slimgpt.io.tensors import ALIGNMENT, DTYPES, align, write_tensors
-from tests.families import tiny_model, windows
+from slimgpt.io.tensors import ALIGNMENT, TYPE_CODES, align, write_tensors
+from tests.models.families import tiny_model, windows
 
 
 @given(
-    sizes=st.lists(st.tuples(st.sampled_from(list(DTYPES)), st.lists(st.integers(0, 9), max_size=3)), max_size=8),
+    sizes=st.lists(st.tuples(st.sampled_from(list(TYPE_CODES)), st.lists(st.integers(0, 9), max_size=3)), max_size=8),
     names=st.lists(st.text(min_size=1, max_size=40), min_size=8, max_size=8, unique=True),
 )
 @settings(max_examples=80, deadline=None)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from slimgpt.losses.distillation import divergence, layer_distance, predicted, text_loss, text_loss_and_divergence
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 
 def pair(seed, tokens=5, vocabulary=11, scale=3.0):

@@ -15,7 +15,7 @@ from slimgpt.errors import ModelError
 from slimgpt.exporting.gguf import rope_factors
 from slimgpt.models.gguf_file import _from_factors
 from slimgpt.models.loading import load_config, locate
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 IDS = windows(2, 32)
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -17,7 +17,7 @@ from slimgpt.calibration.windows import CalibrationText, calibration_windows, ev
 from slimgpt.cli import app
 from slimgpt.config import make_config
 from slimgpt.models.loading import load
-from tests.families import CORE, tiny_model
+from tests.models.families import CORE, tiny_model
 
 OPTIONS = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu", "batch_size": 3}
 TRAINED = {**OPTIONS, "num_samples": 24, "distill": 400}

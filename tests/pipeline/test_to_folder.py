@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +28,9 @@ from slimgpt.pipeline import journal_sink
 from slimgpt.pipeline import to_folder as folders
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import MemoryRequirement, Placement, choose_placement, limit_gpu_memory
+from slimgpt.runtime.thresholds import other_thresholds
 from slimgpt.runtime.units import parse_bytes
-from tests.families import CORE, tiny_model, windows
+from tests.models.families import CORE, tiny_model, windows
 
 IDS = windows()
 OPTIONS = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu", "batch_size": 3}
@@ -91,11 +93,11 @@ def test_streamed_from_files_is_the_same_as_pruned_in_memory(family, dense, text
     assert not list(tmp_path.glob(".*"))
 
 
-def test_large_models_keep_a_shard_per_layer(dense, text_file, tmp_path, monkeypatch):
+def test_large_models_keep_a_shard_per_layer(dense, text_file, tmp_path):
     folder = str(dense("llama"))
     slimgpt.prune_folder(folder, tmp_path / "one", calibration=str(text_file), **OPTIONS)
-    monkeypatch.setattr("slimgpt.checkpoint.assemble_folder.SHARD_BYTES", 1000)
-    slimgpt.prune_folder(folder, tmp_path / "many", calibration=str(text_file), **OPTIONS)
+    with other_thresholds(shard_bytes=1000):
+        slimgpt.prune_folder(folder, tmp_path / "many", calibration=str(text_file), **OPTIONS)
     assert len(list((tmp_path / "many").glob("*.safetensors"))) == 5
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     one, many = weights_of(tmp_path / "one"), weights_of(tmp_path / "many")
@@ -294,9 +296,15 @@ def same_text(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.fixture
+def short_training() -> Iterator[None]:
+    """Steps of one window, each of which is saved."""
+    with other_thresholds(step_tokens=24, save_interval_s=0.0):
+        yield
+
+
+@pytest.mark.usefixtures("short_training")
 def test_killed_in_the_training_and_resumed_is_the_same_to_the_byte(wide, same_text, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.data.STEP_TOKENS", 24)
-    monkeypatch.setattr("slimgpt.distillation.trainer.SAVE_INTERVAL_S", 0.0)
     # More tokens than there are: the dense model writes the others, once.
     options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0, "distill": 192}
     plain = slimgpt.prune_folder(str(wide), tmp_path / "plain", **options)
@@ -375,8 +383,8 @@ def test_a_training_that_the_disk_has_no_room_for_is_not_kept(tmp_path, monkeypa
         assert (journal.training() is not None) == there
 
 
-def test_streamed_training_is_the_same_as_in_memory(wide, same_text, tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.distillation.data.STEP_TOKENS", 24)
+@pytest.mark.usefixtures("short_training")
+def test_streamed_training_is_the_same_as_in_memory(wide, same_text, tmp_path):
     options = {**OPTIONS, "calibration": str(same_text), "damping": 1.0}
     said = slimgpt.prune_folder(str(wide), tmp_path / "streamed", distill=120, **options).distillation
     model, tokenizer = slimgpt.load(str(wide))

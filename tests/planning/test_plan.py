@@ -35,7 +35,7 @@ def config(model_type: str = "llama", **changes):
 
 
 PLAIN = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "granite", "smollm3", "phi3")
-"""Families that this config fits; `tests/test_families.py` counts the parameters of others on models of their own."""
+"""Families that this config fits; `tests/models/test_families.py` counts the parameters of others on their own."""
 
 CONFIG = config()
 SHAPE = describe(CONFIG)

@@ -28,7 +28,7 @@ from slimgpt.planning import (
 )
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.planning.targets import CacheTarget, cache_bytes
-from tests.families import CORE, tiny_model, windows
+from tests.models.families import CORE, tiny_model, windows
 
 CONFIG = AutoConfig.for_model(
     "llama", hidden_size=96, num_hidden_layers=6, num_attention_heads=12, num_key_value_heads=4, intermediate_size=256,

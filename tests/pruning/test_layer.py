@@ -14,7 +14,7 @@ from slimgpt.models.slicing import unit_rows
 from slimgpt.pruning.layer import gram_for
 from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.memory import Placement, free_bytes
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 IDS = windows()
 

@@ -19,7 +19,7 @@ from slimgpt.pruning.in_place import prune_model
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.runtime.memory import Placement
 from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, SIMPSON, measure, split_windows
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 IDS = windows(12, 24)
 CONFIG = make_config(ratio=0.3, batch_size=5)

@@ -31,7 +31,7 @@ class Wheel:
 
     @property
     def folder(self) -> str:
-        """Where its content is kept in the cache."""
+        """Name of its folder in the cache."""
         return f"{self.package}-{self.version}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from slimgpt import assets
-from slimgpt.errors import CalibrationError, first_line
+from slimgpt.errors import CalibrationError, one_line
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def check_regular(path: Path) -> None:
         CalibrationError: a pipe, a device, a socket, a folder, or a link that leads nowhere.
     """
     if os.path.lexists(path) and not path.is_file():
-        what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no regular file"
-        raise CalibrationError(f"{path} is {what}; text is read from regular files only: copy it into one")
+        problem = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no regular file"
+        raise CalibrationError(f"{path} is {problem}; text is read from regular files only: copy it into one")
 
 
 def local_files(sources: Iterable[object]) -> list[Path]:
@@ -161,7 +161,7 @@ def read_file(path: Path) -> Iterator[Document]:
     except CalibrationError:
         raise
     except Exception as error:  # what a damaged file makes of gzip, zstd, JSON and Parquet has no common class
-        raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
+        raise CalibrationError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[object, str]]:
@@ -209,7 +209,7 @@ def _parsed(text: str, where: str) -> object:
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{where} is no JSON: {error.msg} at character {error.pos + 1}") from error
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{where} cannot be read as JSON: {first_line(error)}") from error
+        raise CalibrationError(f"{where} cannot be read as JSON: {one_line(error)}") from error
     return row
 
 
@@ -280,9 +280,9 @@ def _part(part: object, where: str) -> str:
 
 def alpaca_prompt(instruction: str, context: str = "") -> str:
     """A task in the form that Alpaca (Taori et al., 2023) made common, up to where the answer begins."""
-    given = ", paired with an input that provides further context" if context else ""
+    addition = ", paired with an input that provides further context" if context else ""
     parts = [
-        f"Below is an instruction that describes a task{given}. Write a response that appropriately completes the "
+        f"Below is an instruction that describes a task{addition}. Write a response that appropriately completes the "
         "request.",
         f"### Instruction:\n{instruction}",
         *([f"### Input:\n{context}"] if context else []),
@@ -309,7 +309,7 @@ def _read_hub(source: str) -> Iterator[Document]:
     except CalibrationError:
         raise
     except Exception as error:
-        reason = first_line(error)
+        reason = one_line(error)
         raise CalibrationError(f"'{source}' is no file or folder here, and not on the hub: {reason}") from error
 
 

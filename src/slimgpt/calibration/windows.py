@@ -13,13 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt.calibration.documents import Conversation, Document, Instruction, read_documents, shuffled
 from slimgpt.config import PruneConfig
-from slimgpt.errors import CalibrationError, first_line
+from slimgpt.errors import CalibrationError, UsageError, one_line
 from slimgpt.models.lookup import check_ids
+from slimgpt.runtime.time_limit import time_limit
 
 Read = TypeVar("Read")
 
 CHARACTERS = 16
 """Characters for a token, more than a text takes on average."""
+
+TEMPLATE_SECONDS = 10
+"""Seconds that a chat template may take for one conversation; milliseconds are usual."""
 
 ROOM = 64
 """Tokens at the end of a piece that is cut off which may differ from those of the whole text."""
@@ -213,14 +217,15 @@ def _where(conversation: list[dict[str, Any]]) -> str:
 def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answered: bool = False) -> str:
     """A document as text: chat messages through the tokenizer's template, an instruction followed by its answer.
 
-    A template is a program of the model's authors. It runs in a sandbox, which forbids it files and code, but sets no
-    time: one that never ends is to be stopped with Ctrl-C.
+    A template is a program of the model's authors. It runs in a sandbox, which forbids it files and code, and is
+    stopped after :data:`TEMPLATE_SECONDS`.
 
     Args:
         to_be_answered: end chat messages where the template lets the assistant begin.
 
     Raises:
         CalibrationError: messages, and a tokenizer without a template or with one that refuses them.
+        UsageError: the template does not end.
     """
     if isinstance(document, str):
         return document
@@ -228,10 +233,16 @@ def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answere
         return document.prompt + document.response
     check_template(tokenizer, document)
     try:
-        return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=to_be_answered))
+        with time_limit(TEMPLATE_SECONDS):
+            return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=to_be_answered))
+    except TimeoutError:
+        raise UsageError(
+            f"{_where(document)}: the tokenizer's chat template has not ended after {TEMPLATE_SECONDS} seconds; mend "
+            "the template, or give plain `text`"
+        ) from None
     except Exception as error:
         raise CalibrationError(
-            f"{_where(document)}: the tokenizer's chat template refuses the conversation: {first_line(error)}"
+            f"{_where(document)}: the tokenizer's chat template refuses the conversation: {one_line(error)}"
         ) from error
 
 

@@ -20,12 +20,13 @@ from slimgpt.checkpoint.saving import target_form, write_sidecars
 from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.errors import OutputError
 from slimgpt.io.folders import fsync_tree, replace_folder
-from slimgpt.io.shards import SHARD_BYTES, shard_name, write_index
+from slimgpt.io.shards import shard_name, write_index
 from slimgpt.io.tensors import write_tensors
 from slimgpt.models.build import architecture_of
 from slimgpt.models.slicing import State
 from slimgpt.models.stock_config import apply_sizes
 from slimgpt.pruning.report import PruneReport
+from slimgpt.runtime.thresholds import thresholds
 
 
 def assemble(
@@ -90,7 +91,7 @@ def _write_weights(work: Path, around: State, layers: list[Path], convert: Calla
     sizes = [file.stat().st_size for file in layers]
     around = convert(around)
     rest = sum(tensor.nbytes for tensor in around.values())
-    if sum(sizes) + rest <= SHARD_BYTES:
+    if sum(sizes) + rest <= thresholds().shard_bytes:
         tensors = {name: tensor for file in layers for name, tensor in convert(load_file(file)).items()}
         write_tensors({**around, **tensors}, work / "model.safetensors")
         return

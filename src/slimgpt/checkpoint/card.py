@@ -45,7 +45,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool, origin: 
         "",
         f"{plan.achieved:.2%} of the decoder layers' parameters of {_code(base)} were removed by "
         "[SlimGPT](https://arxiv.org/abs/2412.18110) structured pruning: whole attention heads and FFN channels. "
-        f"{_training(report)} The licence of the base model applies.",
+        f"{_training(report)} {_read_from(report)}The licence of the base model applies.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -113,11 +113,11 @@ def _code(name: str) -> str:
 
 def _training(report: PruneReport) -> str:
     """Whether and how the model was trained after pruning."""
-    said, texts = report.distillation, []
-    if said.get("kept"):
-        before, after = said["divergence"]["before"], said["divergence"]["after"]
+    info, texts = report.distillation, []
+    if info.get("kept"):
+        before, after = info["divergence"]["before"], info["divergence"]["after"]
         texts.append(
-            f"Its layers were then trained together on {said['tokens']:,} calibration tokens, towards what the dense "
+            f"Its layers were then trained together on {info['tokens']:,} calibration tokens, towards what the dense "
             f"model predicts and the text says: {before:.3f} nats per token away from the dense model before, "
             f"{after:.3f} after, on calibration text that was not trained on. The errors by layer below are those "
             "before."
@@ -139,6 +139,14 @@ def _training(report: PruneReport) -> str:
             "by layer below are those of pruning."
         )
     return " ".join(texts) or "It is not retrained."
+
+
+def _read_from(report: PruneReport) -> str:
+    """From what the base model's numbers were had, where it was quantised."""
+    read = report.quantization
+    if not read:
+        return ""
+    return f"The base model's files were quantised ({read['format']}) and read as {read['read_as']}. "
 
 
 def _sources(data: dict[str, Any]) -> str:

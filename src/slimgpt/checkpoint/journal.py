@@ -1,4 +1,4 @@
-"""What a run has finished, on disk, so that a killed one goes on where it stopped.
+"""Finished layers of a run on disk, so that a killed run goes on where it stopped.
 
 A run that will write ``OUT`` works in ``.OUT.unfinished`` beside it::
 
@@ -113,8 +113,8 @@ class Journal:
             write_text(report, json.dumps({**finished.report.to_json(), CHECKSUM: _checksum(draft)}))
             publish(draft, weights)
 
-    def write_distilled(self, states: Iterable[State], said: dict[str, Any]) -> None:
-        """Keep what training made of all layers, and what is said of it.
+    def write_distilled(self, states: Iterable[State], info: dict[str, Any]) -> None:
+        """Keep the trained layers, and the report's entry on the training.
 
         Raises:
             OutputError: the disk is full.
@@ -123,7 +123,7 @@ class Journal:
             self.distilled.mkdir(exist_ok=True)
             for index, state in enumerate(states):
                 self._write_state(self.distilled / self.files(index)[0].name, index, state)
-            write_text(self.folder / DISTILLATION_FILE, json.dumps(said))
+            write_text(self.folder / DISTILLATION_FILE, json.dumps(info))
 
     def text(self, make: Callable[[], GeneratedText]) -> GeneratedText:
         """The text that the dense model writes: what is kept of it, or what ``make`` makes, which is kept.
@@ -150,7 +150,7 @@ class Journal:
             self._write(self.folder / TRAINING_FILE, reached)
 
     def training(self) -> State | None:
-        """What an earlier run's training had reached.
+        """State of the training in the run being resumed.
 
         Raises:
             ResumeError: it is damaged.
@@ -164,7 +164,7 @@ class Journal:
             _write_tensors(tensors, file)
 
     def distillation_info(self) -> dict[str, Any] | None:
-        """What was said of the training, if it is finished."""
+        """The report's entry on the training, if it is finished."""
         file = self.folder / DISTILLATION_FILE
         with reading(file):
             return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -176,11 +176,7 @@ class Journal:
         return trained if trained.is_file() else layer
 
     def final_state(self, index: int) -> State:
-        """The weights of a layer as they are to be saved, by their names inside it.
-
-        Raises:
-            ResumeError: its file is damaged.
-        """
+        """The weights of a layer to be saved, by their names inside it; a damaged file is a :class:`ResumeError`."""
         with reading(file := self.weights(index)):
             return _tensors(file, len(f"{self.prefix}.{index}."))
 
@@ -208,7 +204,7 @@ class Journal:
         return self.layers / f"{index:05d}.safetensors", self.layers / f"{index:05d}.json"
 
     def close(self) -> bool:
-        """End without having finished the run: keep what is worth it; whether there was such."""
+        """Stop an unfinished run; returns whether a layer is finished, so that the journal was kept."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         worth = any(self.layers.glob("*.safetensors"))
         if not worth:
@@ -247,7 +243,7 @@ def reading(file: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ResumeError(f"{file} is damaged ({error}); start anew with --overwrite") from error
 
 
@@ -264,6 +260,7 @@ def open_unfinished(
 
     Raises:
         ResumeError: an unfinished run of another request, or one that was not asked for.
+        OutputError: the disk is full.
     """
     file = folder / JOURNAL_FILE
     if folder.exists() and not file.is_file():
@@ -277,13 +274,17 @@ def open_unfinished(
         discard()
     if not folder.exists():
         folder.mkdir(parents=True)
-        write_text(file, json.dumps(request, indent=1))
+        try:
+            write_text(file, json.dumps(request, indent=1))
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OutputError(f"writing {file} failed, nothing was left there: {error}; free some space") from error
     with reading(file):
         before = json.loads(file.read_text(encoding="utf-8"))
-    found = differences(before, request)
-    if found:
+    mismatches = differences(before, request)
+    if mismatches:
         raise ResumeError(
-            f"the unfinished run in {folder} is another one: {'; '.join(found)}. Give the same options again, or "
+            f"the unfinished run in {folder} is another one: {'; '.join(mismatches)}. Give the same options again, or "
             "--overwrite without --resume to start anew"
         )
 
@@ -318,7 +319,7 @@ def delete_unfinished(folder: Path) -> None:
 
 
 def unfinished_folder(output: Path) -> Path:
-    """Where a run that will write ``output`` keeps what it has finished."""
+    """Working folder of a run that will write ``output``."""
     return output.parent / f".{output.name}.unfinished"
 
 
@@ -337,7 +338,7 @@ def publish(draft: Path, file: Path) -> None:
 
 
 def differences(before: Any, now: Any, where: str = "") -> list[str]:
-    """What two requests differ in, in words."""
+    """Differences of two requests, in words."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
         return [text for key in keys for text in differences(before.get(key), now.get(key), f"{where}{key} ".lstrip())]

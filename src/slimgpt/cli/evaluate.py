@@ -157,9 +157,9 @@ def evaluate(
         figures += task_figures(scores)
     if lengths:
         with count_bar("questions") as on_start:
-            found = run_passkey(loaded, tokenizer, lengths, on_start=on_start)
-        values["passkey"] = found.to_json()
-        print_passkey(found)
+            retrieval = run_passkey(loaded, tokenizer, lengths, on_start=on_start)
+        values["passkey"] = retrieval.to_json()
+        print_passkey(retrieval)
     write_json(json_file, values)
     if update_card and folder is not None:
         add_to_card(folder, figures)
@@ -233,9 +233,9 @@ def print_scores(scores: TaskScores) -> None:
         )
 
 
-def print_passkey(found: Passkey) -> None:
+def print_passkey(retrieval: Passkey) -> None:
     """Shares by length and depth."""
     table = Table("tokens", "found", "by depth, beginning to end")
-    for length, share in found.found.items():
-        table.add_row(f"{length:,}", f"{share:.0%}", "  ".join(f"{s:.0%}" for s in found.by_depth[length]))
+    for length, share in retrieval.found.items():
+        table.add_row(f"{length:,}", f"{share:.0%}", "  ".join(f"{s:.0%}" for s in retrieval.by_depth[length]))
     out.print(table)

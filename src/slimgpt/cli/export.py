@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries
+from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
 
 if TYPE_CHECKING:
     from slimgpt.exporting.run import ExportReport
@@ -50,8 +49,7 @@ def export(
         report = run(
             slim, output, to, quantize=quantize, tokenizer_pre=tokenizer_pre, overwrite=overwrite, check=verify
         )
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(json_file, report.to_json())
     print_export(report)
 
 
@@ -74,15 +72,14 @@ def verify(
     silence_libraries()
     check_json(json_file, overwrite)
     with out.status("running both"):
-        found = run(exported, against, text=text, max_tokens=max_tokens, window=window)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.to_json(), indent=1) + "\n", encoding="utf-8")
-    print_verification(found)
-    found.check(exported)
+        result = run(exported, against, text=text, max_tokens=max_tokens, window=window)
+    write_json(json_file, result.to_json())
+    print_verification(result)
+    result.check(exported)
 
 
 def print_export(report: ExportReport) -> None:
-    """What was written, and the comparison."""
+    """Print the exported file or folder, and its comparison."""
     out.print(f"wrote {show(report.path)} ({report.bytes:,} bytes)", soft_wrap=True, highlight=False)
     for note in report.notes:
         out.print(f"[yellow]note:[/] {show(note)}", soft_wrap=True)
@@ -92,14 +89,14 @@ def print_export(report: ExportReport) -> None:
         out.print(f"not verified: {show(report.unverified)}", soft_wrap=True)
 
 
-def print_verification(found: Verification) -> None:
+def print_verification(result: Verification) -> None:
     """The comparison in a few lines."""
-    same, of = found.continuations
-    bits = "equal to the bit" if found.identical else f"at most {found.largest:.2g} apart"
-    template = {None: "none", True: "the same", False: "different"}[found.chat_template]
+    same, of = result.continuations
+    bits = "equal to the bit" if result.identical else f"at most {result.largest:.2g} apart"
+    template = {None: "none", True: "the same", False: "different"}[result.chat_template]
     out.print(
-        f"{found.engine}: perplexity {found.perplexity:.4f}, the slim folder {found.reference:.4f} "
-        f"({found.difference:+.4%}) over {found.tokens:,} tokens at window {found.window}; logits {bits}; "
+        f"{result.engine}: perplexity {result.perplexity:.4f}, the slim folder {result.reference:.4f} "
+        f"({result.difference:+.4%}) over {result.tokens:,} tokens at window {result.window}; logits {bits}; "
         f"{same} of {of} greedy continuations the same; chat template: {template}",
         soft_wrap=True,
         highlight=False,

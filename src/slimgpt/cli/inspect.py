@@ -23,19 +23,19 @@ def inspect(
     from slimgpt.checkpoint.inspecting import inspect as run
 
     silence_libraries()
-    found = run(model, trust_remote_code)
+    summary = run(model, trust_remote_code)
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        typer.echo(json.dumps(summary.to_json()))
         return
-    plan = (found.pruned or {}).get("plan")
-    base = (found.pruned or {}).get("base_model")
-    before = [layer["parameters_before"] for layer in found.pruned["layers"]] if found.pruned else None
-    table = Table(title=f"{found.model} ({found.model_type})", title_justify="left")
+    plan = (summary.pruned or {}).get("plan")
+    base = (summary.pruned or {}).get("base_model")
+    before = [layer["parameters_before"] for layer in summary.pruned["layers"]] if summary.pruned else None
+    table = Table(title=f"{summary.model} ({summary.model_type})", title_justify="left")
     for column in ("layer", "heads", "KV heads", "FFN channels", "parameters", *(["removed"] if before else [])):
         table.add_column(column, justify="right")
     from slimgpt.models.families.moe import ffn_text
 
-    for index, layer in enumerate(found.layers):
+    for index, layer in enumerate(summary.layers):
         row = [
             str(index),
             str(layer.sizes["num_attention_heads"]),
@@ -45,10 +45,12 @@ def inspect(
         ]
         table.add_row(*row, *([f"{1 - layer.parameters / before[index]:.1%}"] if before else []))
     out.print(table)
-    out.print(f"parameters     {found.parameters:,}, of which {found.layer_parameters:,} in the decoder layers")
-    if found.bytes is not None:
-        out.print(f"bytes on disk  {found.bytes:,}")
-    out.print(f"layers         {'all of the same widths' if found.uniform else 'of different widths'}")
+    out.print(f"parameters     {summary.parameters:,}, of which {summary.layer_parameters:,} in the decoder layers")
+    if summary.bytes is not None:
+        out.print(f"bytes on disk  {summary.bytes:,}")
+    if summary.quantization is not None:
+        out.print(f"quantised      {summary.quantization['format']}; read as {summary.quantization['read_as']}")
+    out.print(f"layers         {'all of the same widths' if summary.uniform else 'of different widths'}")
     if plan:
         out.print(
             f"pruned         {plan['achieved']:.2%} of the decoder layers of {base}, which had "

@@ -70,8 +70,8 @@ def setting_options(
 
 def _option(name: str, entry: Setting, hint: Any, default: Any) -> inspect.Parameter:
     """The option of one setting: text where it may be text, a switch for what is true or false."""
-    given = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    chosen = str if str in given else next(each for each in given if each is not type(None))
+    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    chosen = str if str in types else next(each for each in types if each is not type(None))
     default = None if entry.unset is not None else default
     flag = f"--{name.replace('_', '-')}"
     flags = [] if chosen is not bool else [f"{flag}/--no{flag[1:]}" if default is not False else flag]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries
+from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_file
 from slimgpt.cli.options import ModelArgument, TrustOption, setting_options
 from slimgpt.cli.prune import for_engines
 from slimgpt.config import PruneConfig
@@ -52,13 +52,13 @@ def plan(
     check_json(save, overwrite, "--save")
     names = for_engines(engines, settings)
     config = make_config(**settings)
-    found = forecast(model, config, dtype, names, trust_remote_code)
+    estimate = forecast(model, config, dtype, names, trust_remote_code)
     if save is not None:
-        save.write_text(to_toml(found.plan, found.model_type), encoding="utf-8")
+        write_file(save, to_toml(estimate.plan, estimate.model_type))
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        typer.echo(json.dumps(estimate.to_json()))
         return
-    _print(found)
+    _print(estimate)
     if save is not None:
         out.print(
             f"saved {show(save)}: `slimgpt prune {show(model)} OUT --plan {show(save)}` follows it",
@@ -67,14 +67,14 @@ def plan(
         )
 
 
-def _print(found: Estimate) -> None:
-    plan = found.plan
-    table = Table(title=f"{found.model} ({found.model_type})", title_justify="left")
+def _print(estimate: Estimate) -> None:
+    plan = estimate.plan
+    table = Table(title=f"{estimate.model} ({estimate.model_type})", title_justify="left")
     for column in ("layers", "heads", "KV heads", "FFN channels"):
         table.add_column(column, justify="right")
     from slimgpt.models.families.moe import ffn_text
 
-    for first, last, sizes in found.runs():
+    for first, last, sizes in estimate.runs():
         table.add_row(
             str(first) if first == last else f"{first}-{last}",
             str(sizes["num_attention_heads"]),
@@ -86,21 +86,23 @@ def _print(found: Estimate) -> None:
         f"parameters     {plan.parameters_before:,} -> {plan.parameters:,} ({plan.achieved:.2%} of the layers go)",
         soft_wrap=True,
     )
-    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.bytes.items())
+    sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in estimate.bytes.items())
     out.print(f"GB on disk     {sizes}", soft_wrap=True)
-    quants = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in found.gguf_bytes.items())
+    if estimate.quantization is not None:
+        out.print(f"quantised      {estimate.quantization['format']}; read as {estimate.quantization['read_as']}")
+    quants = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in estimate.gguf_bytes.items())
     out.print(f"GB as GGUF     about {quants}", soft_wrap=True)
     out.print(
-        f"KV cache       {found.kv_before:,} -> {found.kv_after:,} bytes per token (16 bits, full attention)\n"
-        f"FLOPs/token    {found.flops_before / 1e9:.2f} -> {found.flops_after / 1e9:.2f} billion\n"
-        f"pruning here   about {found.memory / 1e9:.1f} GB beside the mapped weights and {_duration(found.seconds)} on "
-        f"{found.device}, for {found.tokens:,} tokens",
+        f"KV cache       {estimate.kv_before:,} -> {estimate.kv_after:,} bytes per token (16 bits, full attention)\n"
+        f"FLOPs/token    {estimate.flops_before / 1e9:.2f} -> {estimate.flops_after / 1e9:.2f} billion\n"
+        f"pruning here   about {estimate.memory / 1e9:.1f} GB beside the mapped weights and "
+        f"{_duration(estimate.seconds)} on {estimate.device}, for {estimate.tokens:,} tokens",
         soft_wrap=True,
     )
     engines = Table(title="engines", title_justify="left")
     for column in ("engine", "runs", "how", "or ask for"):
         engines.add_column(column)
-    for verdict in found.verdicts:
+    for verdict in estimate.verdicts:
         engines.add_row(verdict.engine, "yes" if verdict.runs else "no", verdict.how, verdict.change)
     out.print(engines)
 

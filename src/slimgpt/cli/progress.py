@@ -66,20 +66,20 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Callbacks]:
 
             seconds.append(sum(report.seconds.values()))
             done, total = report.layer + 1, len(plan.layers)
-            said = (
+            state = (
                 f"layers, {tokens / max(seconds[-1], 1e-9):,.0f} tokens/s, {used_bytes(device) / 1e9:.2f} GB in use, "
                 f"{_left(seconds, total - done)}"
             )
             if progress and task is not None:
-                progress.update(task, completed=done, total=total, description=_describe(report), state=said)
+                progress.update(task, completed=done, total=total, description=_describe(report), state=state)
             else:
-                out.print(f"{_describe(report)}  {done}/{total} {said}", soft_wrap=True)
+                out.print(f"{_describe(report)}  {done}/{total} {state}", soft_wrap=True)
 
-        def on_step(done: int, total: int, said: str, every: int) -> None:
+        def on_step(done: int, total: int, state: str, every: int) -> None:
             if progress and task is not None:
-                progress.update(task, completed=done, total=total, description="step", state=said)
+                progress.update(task, completed=done, total=total, description="step", state=state)
             elif done % every == 0 or done == total:
-                out.print(f"{done}/{total} steps, {said}", soft_wrap=True)
+                out.print(f"{done}/{total} steps, {state}", soft_wrap=True)
 
         def on_measured(step: int, steps: int, took: float) -> None:
             measured.append(took)
@@ -88,12 +88,12 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Callbacks]:
 
         def on_distilled(step: int, steps: int, divergence: float, took: float) -> None:
             trained.append(took)
-            said = f"training towards the dense model, divergence {divergence:.3f} nats per token"
-            on_step(step + 1, steps, f"{said}, {_left(trained, steps - len(trained))}", 4)
+            state = f"training towards the dense model, divergence {divergence:.3f} nats per token"
+            on_step(step + 1, steps, f"{state}, {_left(trained, steps - len(trained))}", 4)
 
-        def on_rehearsed(what: str, step: int, steps: int, took: float) -> None:
-            prepare_seconds.setdefault(what, []).append(took)
-            on_step(step + 1, steps, f"{what}, {_left(prepare_seconds[what], steps - step - 1)}", max(steps // 4, 1))
+        def on_rehearsed(stage: str, step: int, steps: int, took: float) -> None:
+            prepare_seconds.setdefault(stage, []).append(took)
+            on_step(step + 1, steps, f"{stage}, {_left(prepare_seconds[stage], steps - step - 1)}", max(steps // 4, 1))
 
         yield Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
 

@@ -131,7 +131,7 @@ def for_engines(engines: str | None, settings: dict[str, Any]) -> list[str] | No
 
 
 def export_path(output: Path, to: str) -> Path:
-    """Where ``--export`` writes: beside OUT, with the format's name."""
+    """Path that ``--export`` writes to: beside OUT, with the format's name."""
     return output.with_name(f"{output.name}.gguf" if to == "gguf" else f"{output.name}-{to}")
 
 
@@ -194,13 +194,13 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
             "them. More calibration text helps",
             soft_wrap=True,
         )
-    if said := report.distillation:
+    if info := report.distillation:
         far, text = (
-            f"{said[name]['before']:.3f} -> {said[name]['after']:.3f}" for name in ("divergence", "cross_entropy")
+            f"{info[name]['before']:.3f} -> {info[name]['after']:.3f}" for name in ("divergence", "cross_entropy")
         )
         out.print(
-            f"trained on {said['tokens']:,} tokens in {said['seconds']:.0f} s: on held-out text, divergence from the "
-            f"dense model {far}, cross-entropy {text} nats per token" + ("" if said["kept"] else "; not kept"),
+            f"trained on {info['tokens']:,} tokens in {info['seconds']:.0f} s: on held-out text, divergence from the "
+            f"dense model {far}, cross-entropy {text} nats per token" + ("" if info["kept"] else "; not kept"),
             soft_wrap=True,
         )
     print_dense_comparison(report.divergence)

@@ -106,21 +106,21 @@ def recover(
     )
     with progress:
         reading = progress.add_task("checking the request and reading the data", total=None)
-        shown = {"teacher": None, "training": None}
+        tasks = {"teacher": None, "training": None}
 
         def begin(part: str, description: str) -> None:
             progress.update(reading, visible=False)
-            if shown[part] is None:
-                shown[part] = progress.add_task(description, total=None)  # type: ignore[assignment]
+            if tasks[part] is None:
+                tasks[part] = progress.add_task(description, total=None)  # type: ignore[assignment]
 
         def on_teacher(done: int, total: int) -> None:
             begin("teacher", "the dense model reads the data")
-            progress.update(shown["teacher"], completed=done, total=total)  # type: ignore[arg-type]
+            progress.update(tasks["teacher"], completed=done, total=total)  # type: ignore[arg-type]
 
         def on_step(step: Step) -> None:
             begin("training", "training")
             text = _losses(step)
-            progress.update(shown["training"], completed=step.step, total=step.steps, description=text)  # type: ignore[arg-type]
+            progress.update(tasks["training"], completed=step.step, total=step.steps, description=text)  # type: ignore[arg-type]
             if not out.is_terminal and (step.step % max(1, step.steps // LINES) == 0 or step.step == step.steps):
                 out.print(f"step {step.step}/{step.steps}: {text}", soft_wrap=True)
 
@@ -182,7 +182,7 @@ def _losses(step: Step) -> str:
 
 
 def _print(recovery: Recovery) -> None:
-    """What was won, and where it is."""
+    """Print the losses before and after, and the folder."""
     curve, seconds = recovery.curve, recovery.seconds
     if curve.held_out:
         first, best = curve.held_out[0][1], min(loss for _, loss in curve.held_out)

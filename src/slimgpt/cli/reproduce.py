@@ -57,9 +57,9 @@ def reproduce(
         )
         progress.update(task, completed=len(done.rows), total=len(done.rows), description="")
     head, body = cells(results)
-    shown = Table(*head, title=done.title)
+    table = Table(*head, title=done.title)
     for line in body:
-        shown.add_row(*line)
-    out.print(shown)
+        table.add_row(*line)
+    out.print(table)
     name = f"{done.name}-tiny" if done.tiny else done.name
     out.print(f"wrote {show(output / name)}.md and {show(output / name)}.json", soft_wrap=True, highlight=False)

@@ -48,7 +48,7 @@ def speed(
     batches = whole_numbers(batch, "--batch")
     names = [model] if against is None else [against, model]
     with bar("rounds") as (progress, task):
-        found = time_models(
+        timings = time_models(
             names,
             against,
             batches,
@@ -61,16 +61,16 @@ def speed(
             memory=memory,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
-    write_json(json_file, found.to_json())
-    print_timings(found)
+    write_json(json_file, timings.to_json())
+    print_timings(timings)
 
 
-def print_timings(found: Timings) -> None:
+def print_timings(timings: Timings) -> None:
     """A column per model and a table per batch size, then the ratios to the base."""
     from slimgpt.comparison.timing import METRIC_FORMATS, same_type
 
-    for batch in dict.fromkeys(row.batch for row in found.rows):
-        rows = [row for row in found.rows if row.batch == batch]
+    for batch in dict.fromkeys(row.batch for row in timings.rows):
+        rows = [row for row in timings.rows if row.batch == batch]
         table = Table(f"batch {batch}", title_justify="left")
         for row in rows:
             table.add_column(Path(row.model).name, justify="right", overflow="fold")
@@ -80,12 +80,12 @@ def print_timings(found: Timings) -> None:
             values = [getattr(row, name) for row in rows]
             table.add_row(figure.title, *("-" if v is None else format(v / figure.scale, figure.style) for v in values))
         out.print(table)
-    for (model, batch), ratio in found.ratios().items():
-        pair = [row for row in found.rows if row.batch == batch and row.model in (model, found.base)]
+    for (model, batch), ratio in timings.ratios().items():
+        pair = [row for row in timings.rows if row.batch == batch and row.model in (model, timings.base)]
         size = f"bytes x {ratio['bytes']:.3f}" if same_type(pair) else f"parameters x {ratio['parameters']:.3f}"
         peak = f", peak memory x {ratio['peak_memory']:.3f}" if "peak_memory" in ratio else ""
         out.print(
-            f"{Path(model).name} against {Path(str(found.base)).name}, batch {batch}: "
+            f"{Path(model).name} against {Path(str(timings.base)).name}, batch {batch}: "
             f"prefill x [bold]{ratio['prefill']:.2f}[/] (FLOPs promise {ratio['prefill_flops']:.2f}), "
             f"decode x [bold]{ratio['decode']:.2f}[/] (FLOPs promise {ratio['decode_flops']:.2f}), "
             f"{size}{peak}",

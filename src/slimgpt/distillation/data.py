@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.generate import GeneratedText, generate_text
-from slimgpt.distillation.schedule import MAX_SEQ_LEN, STEP_TOKENS, pruning_split, training_budget
+from slimgpt.distillation.schedule import MAX_SEQ_LEN, pruning_split, training_budget
 from slimgpt.layerwise.capture import LayerInputs, capture
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.passes import LayerPasses, LayerVariant
@@ -21,6 +21,7 @@ from slimgpt.models.build import decoder_layers
 from slimgpt.models.lookup import text_config
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import malloc_trim
+from slimgpt.runtime.thresholds import thresholds
 
 OnRehearsed = Callable[[str, int, int, float], None]
 """Called after every step of what comes before the training, with what is done, the step's number, the number of all
@@ -92,7 +93,7 @@ def build_distillation_data(
     rest = pieces[: len(calibration) * (windows.shape[1] // length)]
     held_out = pieces[len(rest) :]
     budget = training_budget(config)
-    pieces_per_step = max(STEP_TOKENS, tokens // budget.steps) // length
+    pieces_per_step = max(thresholds().step_tokens, tokens // budget.steps) // length
     batch, per_step = _equal_batches(pieces_per_step, min(config.batch_size, len(held_out)))
     held_out = held_out[: len(held_out) // batch * batch]
     # Pieces of one document are spread over the steps.

@@ -14,6 +14,7 @@ from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.lookup import layer_sizes, text_config
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.plan import Plan
+from slimgpt.runtime.thresholds import thresholds
 
 BACKWARD_COST = 4 / 3
 """Cost of a backward pass in forward passes: 1 for input gradients, 1/3 for weight gradients of the output matrices."""
@@ -28,7 +29,7 @@ class TrainingBudget(NamedTuple):
 
     Args:
         passes: so many forward passes of the dense layers over the calibration tokens the training may cost.
-        steps: about so many, of at least ``STEP_TOKENS`` tokens.
+        steps: about so many, of at least ``step_tokens`` of :class:`~slimgpt.runtime.thresholds.Thresholds`.
         other_matrices_lr: learning rate of the non-output matrices relative to the output matrices; 0 freezes them.
     """
 
@@ -46,20 +47,12 @@ DEFAULT_BUDGET, SEARCH_BUDGET = TrainingBudget(1.4, 64, 0.0), TrainingBudget(11.
 """By default, and with ``--allocation search``."""
 
 
-MIN_TOKENS = 32768
-"""So many calibration tokens there must be for a training that nobody asked for."""
-
-
 HELD_OUT_TOKENS = 2048
 """So many tokens are neither repaired nor trained on: the training is kept only if its losses fell there."""
 
 
 MAX_SEQ_LEN = 256
 """Longer windows are cut."""
-
-
-STEP_TOKENS = 512
-"""A step has at least so many tokens."""
 
 
 def passes_to_distill(config: PruneConfig, plan: Plan, windows: Tensor, tokens: int) -> float:
@@ -80,7 +73,7 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     if config.distill == 0:
         return 0
     if config.distill == "auto":
-        if not measurable(shape) or windows.numel() < MIN_TOKENS or len(windows) == 1:
+        if not measurable(shape) or windows.numel() < thresholds().min_training_tokens or len(windows) == 1:
             return 0
         budget, available = training_budget(config), trainable_tokens(windows)
         passes, cost_per_token = budget.passes * windows.numel(), budget.cost_per_token(plan)

@@ -32,10 +32,10 @@ from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import DEVICE, malloc_trim, used_bytes
+from slimgpt.runtime.thresholds import thresholds
 
-MAX_LR, WARMUP = 2.6e-3, 0.1
-"""How far a step moves a matrix at most, as a share of its root mean square and for a divergence of one nat, and the
-share of steps until then. A divergence is like the square of a distance, so its root is what steps are scaled by."""
+WARMUP = 0.1
+"""Share of the steps in which the learning rate rises to its maximum."""
 
 BETAS = (0.9, 0.95)
 """Adam's memory of the mean and of the square of the gradient."""
@@ -43,9 +43,6 @@ BETAS = (0.9, 0.95)
 TEXT_WEIGHT = 1.0
 """Weight of the cross-entropy on the text relative to the KL. It is scaled by min(1, sqrt(KL at start)): cross-entropy
 is larger than KL and would dominate. 0 for generated text, which comes first."""
-
-SAVE_INTERVAL_S = 600.0
-"""Seconds between two saved states of a training."""
 
 OnReached = Callable[[State], None]
 """Called from time to time with what a killed training goes on from; see :class:`Distillation`."""
@@ -112,8 +109,9 @@ class Distillation:
         steps, held_out = self.data.steps, range(self.data.held_out)
         with on_device(self.model, self.run.device, self.run.dtype):
             before, curve = self._resume() if self.resume_state else (self.evaluate(held_out), [])
+            # A divergence is like the square of a distance, so steps are scaled by its root.
             lr_scale = math.sqrt(min(max(before.kl, 0.0), 1.0))
-            max_lr, text_weight = MAX_LR * lr_scale, TEXT_WEIGHT * lr_scale
+            max_lr, text_weight = thresholds().max_lr * lr_scale, TEXT_WEIGHT * lr_scale
             for number, batches in list(enumerate(steps))[self.trained :]:
                 began = time.perf_counter()
                 step_text_weight = text_weight if batches[0] >= self.data.held_out + self.data.generated else 0.0
@@ -126,7 +124,8 @@ class Distillation:
                 malloc_trim()
                 if on_distilled:
                     on_distilled(number, len(steps), losses.kl, time.perf_counter() - began)
-                if on_reached and time.perf_counter() - saved > SAVE_INTERVAL_S and number + 1 < len(steps):
+                due = time.perf_counter() - saved > thresholds().save_interval_s and number + 1 < len(steps)
+                if on_reached and due:
                     on_reached(self._state(before, curve))
                     saved = time.perf_counter()
             self._round_to_stored_dtype()

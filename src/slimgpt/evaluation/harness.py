@@ -18,11 +18,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt.errors import UsageError, first_line
+from slimgpt.errors import UsageError, one_line
 from slimgpt.evaluation.loglikelihood import log_likelihoods
 from slimgpt.evaluation.task_rows import read_rows
 
-OnStart = Callable[[int], Callable[[int], None]]
+OnTasksStart = Callable[[int], Callable[[int], None]]
 
 FOLDERS = {
     "boolq": "super_glue/boolq",
@@ -45,7 +45,7 @@ ROW_BY_ROW = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_chall
 class Scorer(HFLM):
     """The harness's own model class, except that the context of a question goes through the model once."""
 
-    on_start: OnStart | None = None
+    on_start: OnTasksStart | None = None
     if TYPE_CHECKING:  # the harness registers its class with a decorator that hides them
         model: PreTrainedModel
         max_length: int
@@ -68,9 +68,9 @@ def run_harness(
     limit: int | None = None,
     num_fewshot: int | None = None,
     data_dir: Path | None = None,
-    on_start: OnStart | None = None,
+    on_start: OnTasksStart | None = None,
 ) -> dict[str, Any]:
-    """What ``lm_eval.simple_evaluate`` gives for tasks by name, groups and tags among them.
+    """Results of ``lm_eval.simple_evaluate`` for tasks, groups and tags by name.
 
     Args:
         data_dir: rows come from files below it; everything else of a task stays the harness's.
@@ -139,7 +139,7 @@ def _build(manager: TaskManager, task: str, data_dir: Path | None) -> list[Any]:
     except Exception as error:
         if data_dir is None:
             raise
-        reason = first_line(error)
+        reason = one_line(error)
         raise UsageError(
             f"the rows of task '{task}' in {data_dir} do not have the fields that they have on the hub: {reason}"
         ) from error
@@ -166,7 +166,7 @@ def _rows_from(data_dir: Path | None, num_fewshot: int | None, limit: int | None
         try:
             original(task, dataset_kwargs, **rest)
         except Exception as error:
-            reason = first_line(error)
+            reason = one_line(error)
             raise UsageError(
                 f"cannot fetch the rows of task '{config.task}' from the hub ({reason}); give them with --data-dir"
             ) from error

@@ -6,12 +6,8 @@ of its own, with widths that differ by layer, and computes as it does for users,
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import ModelError, UsageError
+from slimgpt.models.llama_cpp import LlamaCpp, installed
 
 ENGINES = ("auto", "transformers", "llama.cpp")
 """What runs a model. ``auto`` is llama.cpp for a GGUF file where llama-cpp-python is installed, else transformers."""
@@ -43,9 +40,9 @@ def choose_engine(name: str, engine: str, needs_transformers: Sequence[str] = ()
     """
     if engine not in ENGINES:
         raise UsageError(f"engine '{engine}' is unknown; choose {', '.join(ENGINES)}")
-    gguf, installed = Path(name).suffix == ".gguf", importlib.util.find_spec("llama_cpp") is not None
+    gguf = Path(name).suffix == ".gguf"
     if engine != "llama.cpp":
-        return "llama.cpp" if engine == "auto" and gguf and installed and not needs_transformers else "transformers"
+        return "llama.cpp" if engine == "auto" and gguf and installed() and not needs_transformers else "transformers"
     if not gguf:
         raise UsageError(
             f"llama.cpp runs .gguf files, and {name} is none; make one with `slimgpt export SLIM OUT.gguf --to gguf`"
@@ -55,7 +52,7 @@ def choose_engine(name: str, engine: str, needs_transformers: Sequence[str] = ()
             f"{', '.join(needs_transformers)}: not with llama.cpp, which takes texts on the CPU in the file's own "
             "numbers; leave that out, or take --engine transformers"
         )
-    if not installed:
+    if not installed():
         raise UsageError("llama.cpp needs its Python binding: pip install llama-cpp-python")
     return engine
 
@@ -109,11 +106,9 @@ class _LlamaCppModel(nn.Module):
     def __init__(self, file: Path):
         super().__init__()
         self.file = file
-        self.context = FIRST_CONTEXT
-        self.llama = self._open()
-        self.close = weakref.finalize(self, self.llama.close)  # before modules that it needs are gone
-        self.engine = f"llama-cpp-python {version('llama-cpp-python')}"
-        metadata = self.llama.metadata
+        self.opened = self._open(FIRST_CONTEXT)
+        self.engine = self.opened.engine
+        metadata = self.opened.metadata
         self.device, self.dtype = torch.device("cpu"), _stored_type(metadata)
         architecture = str(metadata.get("general.architecture", ""))
         longest = metadata.get(f"{architecture}.context_length")
@@ -127,37 +122,21 @@ class _LlamaCppModel(nn.Module):
         for name, value in fields.items():
             setattr(self.config, name, value)
 
-    def _open(self) -> Any:
-        llama_cpp = importlib.import_module("llama_cpp")
-        threads = torch.get_num_threads()
-        try:
-            return llama_cpp.Llama(
-                str(self.file),
-                n_ctx=self.context,
-                n_batch=self.context,
-                n_threads=threads,
-                n_threads_batch=threads,
-                n_gpu_layers=0,
-                logits_all=True,
-                verbose=False,
-            )
-        except ValueError as error:
-            raise ModelError(f"llama.cpp does not read {self.file}: {error}") from error
+    @property
+    def llama(self) -> Any:
+        """The binding's own object."""
+        return self.opened.llama
+
+    def _open(self, context: int) -> LlamaCpp:
+        return LlamaCpp(self.file, context, torch.get_num_threads())
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
         """Logits ``(batch, window, vocabulary)`` of windows that know nothing of each other, in float32."""
         assert not use_cache
-        if input_ids.shape[1] > self.context:
-            self.context = input_ids.shape[1]
-            self.close()
-            self.llama = self._open()
-            self.close = weakref.finalize(self, self.llama.close)
-        rows = []
-        for ids in input_ids.tolist():
-            self.llama.reset()
-            self.llama.eval(ids)
-            rows.append(torch.from_numpy(self.llama.scores[: len(ids)].copy()))
-        return SimpleNamespace(logits=torch.stack(rows))
+        if input_ids.shape[1] > self.opened.context:
+            self.opened.close()
+            self.opened = self._open(input_ids.shape[1])
+        return SimpleNamespace(logits=torch.stack([self.opened.logits(ids) for ids in input_ids.tolist()]))
 
 
 class _LlamaCppTokenizer:

@@ -21,7 +21,7 @@ DEPTHS = 5
 
 @dataclass(frozen=True)
 class Passkey:
-    """How often a number hidden in a long text was given back.
+    """Shares of numbers hidden in long texts that the model gives back.
 
     Args:
         found: by length of the text in tokens, the share of numbers that greedy decoding gives back whole.
@@ -39,7 +39,7 @@ class Passkey:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """What :meth:`to_json` gave, also if it has been in a file."""
+        """Read the values of :meth:`to_json`, also from a JSON file."""
         by_length = {key: {int(n): value for n, value in values[key].items()} for key in ("found", "by_depth")}
         return cls(**{**values, **by_length})
 

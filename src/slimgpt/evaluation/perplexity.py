@@ -61,7 +61,7 @@ class Perplexity:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """What :meth:`to_json` gave, also if it has been in a file."""
+        """Read the values of :meth:`to_json`, also from a JSON file."""
         by_position = values["by_position"]
         if by_position is not None:
             by_position = {int(first): value for first, value in by_position.items()}

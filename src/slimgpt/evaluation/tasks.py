@@ -14,6 +14,7 @@ from typing import Any, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import UsageError
+from slimgpt.runtime.thresholds import thresholds
 
 COMMONSENSE = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 ALIASES = {"commonsense": COMMONSENSE}
@@ -21,9 +22,6 @@ ALIASES = {"commonsense": COMMONSENSE}
 
 MEAN_METRICS = ("acc_norm", "acc")
 """A task's score in means is the first of these that it has."""
-
-DEGENERATE_SHARE = 0.9
-"""Default share of questions with the same answer from which a score counts as degenerate."""
 
 MIN_QUESTIONS = 20
 """Fewer questions may have the same answer by chance."""
@@ -71,15 +69,21 @@ class TaskScores:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """What :meth:`with_answers` gave, also if it has been in a file."""
+        """Read the values of :meth:`with_answers`, also from a JSON file."""
         commonest = {name: (option, share) for name, (option, share) in values["commonest"].items()}
         return cls(**{**values, "commonest": commonest})
 
     def degenerate_tasks(self, min_share: float | None = None) -> dict[str, str]:
-        """Tasks with one option preferred for at least ``min_share`` of the questions, by default
-        :data:`DEGENERATE_SHARE`: the option and its share in words. Their scores mostly reflect how often it is
-        right."""
-        limit = DEGENERATE_SHARE if min_share is None else min_share
+        """Tasks whose score mostly reflects how often the model's preferred option is right.
+
+        Args:
+            min_share: share of the questions for which one option is preferred; by default ``degenerate_share`` of
+                :class:`~slimgpt.runtime.thresholds.Thresholds`.
+
+        Returns:
+            By task the option and its share in words.
+        """
+        limit = thresholds().degenerate_share if min_share is None else min_share
         return {
             name: f"'{option}' to {share:.0%}" for name, (option, share) in self.commonest.items() if share >= limit
         }
@@ -234,8 +238,10 @@ def stderr_of_mean(scores: Sequence[dict[str, float]]) -> float | None:
 
 
 def answers(result: TaskScores) -> Answers:
-    """What is behind a mean: ``acc_norm`` where a task has it, else ``acc``, of every question of the tasks asked for;
-    none where a task has no questions of its own, as a group has."""
+    """Question scores behind a mean: ``acc_norm`` where a task has it, else ``acc``, of every question of the tasks.
+
+    Empty where a task has no questions of its own, as a group has.
+    """
     rows = {name: result.samples.get(name, []) for name in result.protocol["tasks"]}
     return {
         name: {row["doc_id"]: float(row[metric]) for row in rows[name] if (metric := metric_of(result.scores[name]))}
@@ -244,7 +250,7 @@ def answers(result: TaskScores) -> Answers:
 
 
 def difference(base: Answers, other: Answers) -> tuple[float, float] | None:
-    """How much the mean of another model is above the base's, and the standard error of that.
+    """Difference of another model's mean from the base's, and its standard error.
 
     Both answered the same questions, so the error is of the differences question by question, smaller than what the
     errors of two means suggest. ``None`` where a task has fewer than two, or the questions are others.

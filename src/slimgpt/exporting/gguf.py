@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import shutil
 import subprocess
 from difflib import get_close_matches
@@ -20,8 +19,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from slimgpt.errors import ExportError, PlanError
 from slimgpt.exporting.gguf_tokenizer import add_tokenizer
 from slimgpt.exporting.source import ExportSource
+from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, is_uniform
+from slimgpt.models.llama_cpp import installed
 from slimgpt.models.lookup import head_dim
-from slimgpt.planning.engines import gguf_architecture, is_uniform
+from slimgpt.planning.engines import gguf_architecture
 
 OWN_TYPES = ("F32", "F16", "BF16", "Q8_0")
 """What gguf-py writes by itself; anything else goes through llama.cpp's quantiser."""
@@ -84,7 +85,7 @@ def write(exported: ExportSource, file: Path, quantize: str, pre: str | None = N
         _quantize(full, file, quantize)
     finally:
         full.unlink(missing_ok=True)
-    if any(layer["intermediate_size"] % 256 for layer in exported.sizes):
+    if any(layer[CHANNELS] % 256 for layer in exported.sizes):
         notes.append("rows that are no multiple of 256 numbers took a larger type; --round-to 256 avoids it")
     return notes
 
@@ -143,9 +144,9 @@ def _metadata(writer: GGUFWriter, exported: ExportSource, architecture: str, qua
     writer.add_block_count(config.num_hidden_layers)
     one = is_uniform(sizes) and architecture in ("llama", "qwen3")
     for field, add in (
-        ("num_attention_heads", writer.add_head_count),
-        ("num_key_value_heads", writer.add_head_count_kv),
-        ("intermediate_size", writer.add_feed_forward_length),
+        (HEADS, writer.add_head_count),
+        (KV_HEADS, writer.add_head_count_kv),
+        (CHANNELS, writer.add_feed_forward_length),
     ):
         add(sizes[0][field] if one else [layer[field] for layer in sizes])
     d = head_dim(config)
@@ -204,28 +205,28 @@ def interleave(tensor: Tensor, heads: int) -> Tensor:
 
 def _tensors(exported: ExportSource, architecture: str) -> list[tuple[str, _Read]]:
     """Every tensor's name in the file, and how to get it."""
-    found: list[tuple[str, _Read]] = []
+    tensors: list[tuple[str, _Read]] = []
     rotated = architecture in ("llama", "deci")
     if (factors := rope_factors(exported.config)) is not None:
-        found.append(("rope_freqs.weight", _Given(factors)))
+        tensors.append(("rope_freqs.weight", _Given(factors)))
     start = f"{exported.architecture.layers}."
     for name in exported.names:
         module, _, leaf = name.rpartition(".")
         if not name.startswith(start):
-            found.append((f"{_AROUND[module]}.{leaf}", _Read(exported, [name])))
+            tensors.append((f"{_AROUND[module]}.{leaf}", _Read(exported, [name])))
             continue
         index, _, inner = module[len(start) :].partition(".")
         if architecture == "openelm" and inner in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             if inner == "self_attn.q_proj":
                 parts = [name.replace("q_proj", f"{p}_proj") for p in "qkv"]
-                found.append((f"blk.{index}.attn_qkv.{leaf}", _Read(exported, parts)))
+                tensors.append((f"blk.{index}.attn_qkv.{leaf}", _Read(exported, parts)))
             continue
         heads = None
         if rotated and inner in ("self_attn.q_proj", "self_attn.k_proj"):
-            field = "num_attention_heads" if inner.endswith("q_proj") else "num_key_value_heads"
+            field = HEADS if inner.endswith("q_proj") else KV_HEADS
             heads = exported.sizes[int(index)][field]
-        found.append((f"blk.{index}.{_NAMES[inner]}.{leaf}", _Read(exported, [name], heads)))
-    return found
+        tensors.append((f"blk.{index}.{_NAMES[inner]}.{leaf}", _Read(exported, [name], heads)))
+    return tensors
 
 
 def rope_factors(config: Any) -> Tensor | None:
@@ -241,7 +242,7 @@ def rope_factors(config: Any) -> Tensor | None:
 
 def _llama_types() -> dict[str, int]:
     """The types that llama-cpp-python's quantiser knows; empty where it is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
+    if not installed():
         return {}
     import llama_cpp  # pyright: ignore[reportMissingImports]
 

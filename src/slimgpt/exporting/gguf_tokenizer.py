@@ -145,7 +145,7 @@ def _adds_space(inner: dict[str, Any]) -> bool:
 
 
 def _scores(vocab: dict[str, int], merges: list[str]) -> dict[str, float]:
-    """What llama.cpp's SentencePiece merging goes by: earlier merges first."""
+    """Token scores for llama.cpp's SentencePiece merging: earlier merges first."""
     scores = dict.fromkeys(vocab, 0.0)
     for rank, merge in enumerate(merges):
         left, _, right = merge.partition(" ")

@@ -6,16 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from slimgpt.checkpoint.config_file import write_config
 from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.errors import ExportError
 from slimgpt.exporting.source import ExportSource
 from slimgpt.io.shards import write_shards
+from slimgpt.models.architecture import is_uniform
 from slimgpt.models.build import stock_class
+from slimgpt.models.config_files import GENERATION_FILE, read_generation_config
 from slimgpt.models.stock_config import stock_config
-from slimgpt.planning.engines import is_uniform
+from slimgpt.runtime.thresholds import thresholds
 
 
 def write_stock_folder(
@@ -49,14 +51,13 @@ def write_weights(
         for index in range(len(exported.sizes)):
             yield {f"{start}{index}.{name}": tensor for name, tensor in take(index).items()}
 
-    write_shards(folder, groups())
+    write_shards(folder, groups(), thresholds().shard_bytes)
 
 
 def write_rest(exported: ExportSource, folder: Path) -> None:
     """Tokenizer, generation settings and side files."""
     exported.tokenizer().save_pretrained(folder)
-    if (exported.folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(exported.folder).to_json_file(folder / "generation_config.json")
+    read_generation_config(exported.folder).to_json_file(folder / GENERATION_FILE)
     copy_side_files(exported.folder, folder)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from slimgpt.errors import ExportError
 from slimgpt.exporting.hf_folder import write_rest, write_weights
 from slimgpt.exporting.source import ExportSource
+from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.lookup import head_dim
 from slimgpt.planning.engines import NEMOTRON_STEP, nemotron_problem
 
@@ -29,14 +30,14 @@ def write_nemotron(exported: ExportSource, folder: Path) -> list[str]:
     for field in ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "rope_parameters"):
         config.pop(field, None)
     rope = dict(exported.config.rope_parameters or {})
-    heads, kv = (exported.sizes[0][field] for field in ("num_attention_heads", "num_key_value_heads"))
+    heads, kv = (exported.sizes[0][field] for field in (HEADS, KV_HEADS))
     kind = rope.pop("rope_type", "default")
     config |= {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
-        "num_attention_heads": heads,
-        "num_key_value_heads": None,
-        "intermediate_size": None,
+        HEADS: heads,
+        KV_HEADS: None,
+        CHANNELS: None,
         "head_dim": head_dim(exported.config),
         "dtype": str(exported.config.dtype or "float32").removeprefix("torch."),
         "rope_theta": rope.pop("rope_theta", 10000.0),
@@ -45,7 +46,7 @@ def write_nemotron(exported: ExportSource, folder: Path) -> list[str]:
             {
                 "attention": {"n_heads_in_group": heads // kv, "no_op": False, "replace_with_linear": False},
                 "ffn": {
-                    "ffn_mult": ffn_mult(layer["intermediate_size"], exported.config.hidden_size),
+                    "ffn_mult": ffn_mult(layer[CHANNELS], exported.config.hidden_size),
                     "no_op": False,
                     "replace_with_linear": False,
                 },

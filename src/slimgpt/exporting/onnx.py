@@ -17,7 +17,7 @@ PACKAGES = {
 
 
 def check(to: str) -> Callable[[ExportSource], None]:
-    """What refuses a model that optimum cannot take, before any work."""
+    """Check that refuses a model that optimum cannot take, before any work."""
 
     def refuse(exported: ExportSource) -> None:
         check_uniform(exported)
@@ -29,7 +29,7 @@ def check(to: str) -> Callable[[ExportSource], None]:
 
 
 def write(to: str) -> Callable[[ExportSource, Path], list[str]]:
-    """What hands the model, as a stock class, to optimum."""
+    """Writer that hands the model, as a stock class, to optimum."""
 
     def convert(exported: ExportSource, folder: Path) -> list[str]:
         from importlib import import_module

@@ -15,7 +15,7 @@ from torch import Tensor
 from slimgpt.errors import ExportError
 from slimgpt.exporting.hf_folder import write_stock_folder
 from slimgpt.exporting.source import ExportSource
-from slimgpt.models.architecture import Sizes
+from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes
 from slimgpt.models.families.moe import Experts
 from slimgpt.models.lookup import text_config, with_sizes
 from slimgpt.models.stock_config import stock_config
@@ -23,12 +23,12 @@ from slimgpt.models.stock_config import stock_config
 
 def padded_sizes(sizes: list[dict[str, int]]) -> dict[str, int]:
     """The widths of the widest layer: as many KV heads as any layer has, and as many query heads on each of them."""
-    kv = max(layer["num_key_value_heads"] for layer in sizes)
-    group = max(layer["num_attention_heads"] // layer["num_key_value_heads"] for layer in sizes)
+    kv = max(layer[KV_HEADS] for layer in sizes)
+    group = max(layer[HEADS] // layer[KV_HEADS] for layer in sizes)
     return {
-        "num_attention_heads": kv * group,
-        "num_key_value_heads": kv,
-        "intermediate_size": max(layer["intermediate_size"] for layer in sizes),
+        HEADS: kv * group,
+        KV_HEADS: kv,
+        CHANNELS: max(layer[CHANNELS] for layer in sizes),
     }
 
 
@@ -75,8 +75,8 @@ def write(exported: ExportSource, folder: Path) -> list[str]:
                 if (name := f"{module}.{leaf}") in state:
                     state[name] = _pad_rows(state[name], fields, sizes, target)
         for module, field in columns.items():
-            name = f"{module}.weight"
-            state[name] = _pad(state[name].T, field, sizes, target).T.contiguous()
+            if (name := f"{module}.weight") in state:  # a layer without attention lacks its output matrix
+                state[name] = _pad(state[name].T, field, sizes, target).T.contiguous()
         return state
 
     write_stock_folder(exported, folder, config, layer)
@@ -93,10 +93,10 @@ def _pad_rows(tensor: Tensor, fields: tuple[str, ...], sizes: Sizes, target: Siz
 
 def _pad(rows: Tensor, field: str, sizes: Sizes, target: Sizes) -> Tensor:
     """Rows of one projection padded with zeros; query heads stay on the KV head that they read."""
-    if field != "num_attention_heads":
+    if field != HEADS:
         d = len(rows) // sizes[field]
         return torch.cat([rows, rows.new_zeros((target[field] - sizes[field]) * d, *rows.shape[1:])])
-    kv, new_kv = sizes["num_key_value_heads"], target["num_key_value_heads"]
+    kv, new_kv = sizes[KV_HEADS], target[KV_HEADS]
     group, new_group = sizes[field] // kv, target[field] // new_kv
     d = len(rows) // sizes[field]
     wide = rows.new_zeros(new_kv, new_group, d, *rows.shape[1:])
@@ -105,4 +105,4 @@ def _pad(rows: Tensor, field: str, sizes: Sizes, target: Sizes) -> Tensor:
 
 
 def _count(sizes: list[dict[str, int]]) -> int:
-    return sum(layer["num_attention_heads"] * 64 + layer["intermediate_size"] for layer in sizes)
+    return sum(layer[HEADS] * 64 + layer[CHANNELS] for layer in sizes)

@@ -20,9 +20,9 @@ from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, padded
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
 from slimgpt.io.folders import check_output, new_folder, output_lock
-from slimgpt.models.architecture import Sizes
+from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config
-from slimgpt.planning.engines import gguf_architecture, is_uniform, nemotron_problem
+from slimgpt.planning.engines import gguf_architecture, nemotron_problem
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ FORMATS: dict[str, Format] = {
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written and how it compares with the slim model.
+    """Result of an export: the file or folder, and its comparison with the slim model.
 
     Args:
         path: the folder or file.
@@ -180,17 +180,17 @@ def record(report: ExportReport, slim: Path) -> None:
     lines = [line for line in text.rstrip().splitlines() if not line.startswith(start)]
     if EXPORTS not in lines:
         lines += ["", EXPORTS, ""]
-    found = report.verification
-    if found is None:
-        said = f"not verified: {report.unverified}"
+    result = report.verification
+    if result is None:
+        verdict = f"not verified: {report.unverified}"
     else:
-        bits = "equal to the bit" if found.identical else f"at most {found.largest:.2g} apart"
-        said = (
-            f"{found.engine}: perplexity {found.perplexity:.4f} against {found.reference:.4f} of this folder on "
-            f"{found.tokens:,} tokens, logits {bits}, {found.continuations[0]} of {found.continuations[1]} greedy "
+        bits = "equal to the bit" if result.identical else f"at most {result.largest:.2g} apart"
+        verdict = (
+            f"{result.engine}: perplexity {result.perplexity:.4f} against {result.reference:.4f} of this folder on "
+            f"{result.tokens:,} tokens, logits {bits}, {result.continuations[0]} of {result.continuations[1]} greedy "
             "continuations the same"
         )
-    write_text(card, "\n".join([*lines, f"{start}, {report.bytes:,} bytes): {said}", ""]))
+    write_text(card, "\n".join([*lines, f"{start}, {report.bytes:,} bytes): {verdict}", ""]))
     if report.path.is_dir():
         shutil.copyfile(card, report.path / "README.md")
 

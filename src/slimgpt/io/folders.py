@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from slimgpt.errors import OutputError
+from slimgpt.errors import DISK_FULL, OutputError
 
 WORKING_NAME = ".{}.unfinished"
 """The longest name that is made from the output's."""
@@ -131,8 +130,8 @@ def _check_replaceable(path: Path, overwrite: bool, kind: FolderKind, inputs: It
         return
     for source in inputs:
         if source.resolve().is_relative_to(path.resolve()):
-            what = "holds the model that is read" if source.is_dir() else f"holds {source.name}, which is read"
-            raise OutputError(f"{path} {what}; give another folder for the result")
+            problem = "holds the model that is read" if source.is_dir() else f"holds {source.name}, which is read"
+            raise OutputError(f"{path} {problem}; give another folder for the result")
     if not overwrite:
         raise OutputError(f"{path} exists; give another folder, or pass --overwrite to replace it")
     if not _is_of_kind(path, kind):
@@ -241,7 +240,7 @@ def _output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
         if full or isinstance(error, SafetensorError):
             raise OutputError(f"writing {path} failed, nothing was left there: {error}") from error
         raise

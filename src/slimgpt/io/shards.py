@@ -11,10 +11,8 @@ from torch import Tensor
 from slimgpt.io.tensors import write_tensors
 from slimgpt.io.weight_files import INDEX_FILE
 
-SHARD_BYTES = 5 * 10**9
 
-
-def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int = SHARD_BYTES) -> None:
+def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int) -> None:
     """Write groups of tensors, each of which stays together; a file is closed before it would pass ``limit`` bytes."""
     drafts: list[Path] = []
     names: list[list[str]] = []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 ALIGNMENT = 64
 """Bytes; the widest vectors of today's processors."""
 
-DTYPES = {
+TYPE_CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -52,7 +52,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.nbytes
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {"dtype": TYPE_CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)

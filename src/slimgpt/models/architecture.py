@@ -9,7 +9,7 @@ tied axis of length ``len``. It gives the query rows of a KV head, key and value
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,7 @@ class Architecture:
             size were heads times head size.
         relabel: see :class:`Relabel`.
         refused: why something cannot be removed, by the name of what it is: ``heads``.
+        varying: config fields that differ by layer in the dense model already, in its ``per_layer_config``; they stay.
     """
 
     structures: tuple[Structure, ...]
@@ -134,6 +135,7 @@ class Architecture:
     resized: bool = False
     relabel: Relabel | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    varying: frozenset[str] = frozenset()
 
     def find(self, unit: str) -> Structure | None:
         """The structure that is removed by this unit, if there is one."""
@@ -146,16 +148,16 @@ class Architecture:
     def rows(self) -> dict[str, tuple[str, ...]]:
         """For every input module, the sizes that its output rows are proportional to, in order (within a block)."""
         queries = self.find("query")
-        found: dict[str, tuple[str, ...]] = {}
+        fields: dict[str, tuple[str, ...]] = {}
         for structure in self.structures:
             for item in structure.inputs:
                 if isinstance(item, Fused):
-                    found[item.module] = item.parts
+                    fields[item.module] = item.parts
                 elif structure.name != "heads":
-                    found[item] = (structure.sizes[0],)
+                    fields[item] = (structure.sizes[0],)
                 else:
-                    found[item] = (HEADS,) if queries is None or item in queries.inputs else (KV_HEADS,)
-        return found
+                    fields[item] = (HEADS,) if queries is None or item in queries.inputs else (KV_HEADS,)
+        return fields
 
     def columns(self) -> dict[str, str]:
         """For every output module, the size that its input columns are proportional to."""
@@ -182,5 +184,11 @@ class Architecture:
         return {self.fields.get(name, name): value for name, value in sizes.items()}
 
 
-Entry = Architecture | Callable[[Any], Architecture]
-"""What a table of families holds: a description, or a function of the config where flags of it change the layout."""
+Entry = Architecture | Callable[[Any], "Architecture | str"]
+"""What a table of families holds: a description, or a function of the config where flags of it change the layout; it
+may give the reason why a model with such flags is refused."""
+
+
+def is_uniform(layers: Sequence[Sizes]) -> bool:
+    """Whether all layers have the same widths."""
+    return all(layer == layers[0] for layer in layers)

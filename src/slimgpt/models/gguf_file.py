@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from slimgpt.errors import ModelError, first_line
+from slimgpt.errors import ModelError, one_line
 from slimgpt.models.lookup import head_dim, text_config
 
 INSTEAD = "give the folder of the model that the file was made from"
@@ -110,7 +110,7 @@ def _header(file: Path) -> Header:
         return _read_header(file, state.st_size, state.st_mtime_ns)
     except Exception as error:  # NumPy, mmap and gguf-py each fail in their own way on a damaged file
         raise ModelError(
-            f"{file} cannot be read as GGUF: {first_line(error)}; is the file whole? Fetch it again"
+            f"{file} cannot be read as GGUF: {one_line(error)}; is the file whole? Fetch it again"
         ) from error
 
 
@@ -181,9 +181,9 @@ def _from_keys(file: Path, header: Header, text: PreTrainedConfig) -> dict[str, 
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     original = int(keys.get("original_context_length") or text.max_position_embeddings)
-    found = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     betas = {name: float(keys[f"yarn_{name}"]) for name in ("beta_fast", "beta_slow") if f"yarn_{name}" in keys}
-    return {**found, **betas}
+    return {**scaling, **betas}
 
 
 def _from_factors(file: Path, factors: Tensor, text: PreTrainedConfig) -> dict[str, Any]:
@@ -205,17 +205,17 @@ def _from_factors(file: Path, factors: Tensor, text: PreTrainedConfig) -> dict[s
         if not 0 < low < high or original < 1:
             continue
         tried = copy.deepcopy(text)
-        found = {
+        scaling = {
             "rope_type": "llama3",
             "factor": factor,
             "low_freq_factor": low,
             "high_freq_factor": high,
             "original_max_position_embeddings": original,
         }
-        tried.rope_parameters = {**rope, **found}
+        tried.rope_parameters = {**rope, **scaling}
         computed, _ = ROPE_INIT_FUNCTIONS["llama3"](tried, "cpu")
         if torch.allclose(computed.double(), frequencies / factors, TOLERANCE, 0):
-            return found
+            return scaling
     raise ModelError(
         f"{file}: rope_freqs.weight divides the rotary frequencies by {float(factors.min()):g} to "
         f"{float(factors.max()):g}, and not as llama3's scaling does, the only one that is read; {INSTEAD}"

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from slimgpt.errors import UsageError
 from slimgpt.models.architecture import Architecture, Sizes
-from slimgpt.models.families import ARCHITECTURES, LLAMA, MULTIMODAL, PARTS
+from slimgpt.models.families import ARCHITECTURES, LLAMA, MULTIMODAL, PARTS, REFUSED
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -18,26 +18,26 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
-def check_context(config: PreTrainedConfig, what: str, tokens: int) -> None:
+def check_context(config: PreTrainedConfig, subject: str, tokens: int) -> None:
     """Refuse more tokens than the model has positions for.
 
     Args:
-        what: what has so many tokens, as the message begins.
+        subject: noun phrase for what has so many tokens; the message begins with it.
 
     Raises:
         UsageError: they are too many.
     """
     longest = getattr(text_config(config), "max_position_embeddings", None)
     if longest is not None and tokens > longest:
-        raise UsageError(f"{what} of {tokens:,} tokens: that is longer than the model's context of {longest:,}")
+        raise UsageError(f"{subject} of {tokens:,} tokens: that is longer than the model's context of {longest:,}")
 
 
-def check_ids(ids: Tensor, vocabulary: int, what: str) -> None:
+def check_ids(ids: Tensor, vocabulary: int, subject: str) -> None:
     """Refuse token ids that have no row in the embedding.
 
     Args:
         vocabulary: the rows of the embedding.
-        what: whose ids they are, as the message begins.
+        subject: noun phrase for what has these ids; the message begins with it.
 
     Raises:
         UsageError: one is negative or too large.
@@ -45,21 +45,41 @@ def check_ids(ids: Tensor, vocabulary: int, what: str) -> None:
     outside = ids[(ids < 0) | (ids >= vocabulary)]
     if outside.numel():
         raise UsageError(
-            f"{what}: token id {int(outside[0])} is outside the model's vocabulary of {vocabulary:,} tokens. Give the "
-            "tokenizer that belongs to the model, or, if tokens were added to it, call "
+            f"{subject}: token id {int(outside[0])} is outside the model's vocabulary of {vocabulary:,} tokens. Give "
+            "the tokenizer that belongs to the model, or, if tokens were added to it, call "
             "model.resize_token_embeddings(len(tokenizer)) and save the model again"
         )
 
 
 def lookup(config: PreTrainedConfig) -> Architecture | None:
     """The description of a config's family, unchecked; ``None`` if the table has none."""
+    architecture, text = _described(config), text_config(config)
+    if not isinstance(architecture, Architecture) or text is config:
+        return architecture if isinstance(architecture, Architecture) else None
+    prefix = MULTIMODAL.get(config.model_type)
+    layers = f"{prefix}.{architecture.layers.removeprefix('model.')}"
+    return replace(architecture, layers=layers, relabel=None) if prefix else None
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why a model of this config is refused, if somebody has looked at its family; else ``None``."""
+    reason = _described(config)
+    if isinstance(reason, str):
+        return reason
+    return REFUSED.get(config.model_type, REFUSED.get(text_config(config).model_type) if reason is None else None)
+
+
+def _described(config: PreTrainedConfig) -> Architecture | str | None:
     text = text_config(config)
     entry = ARCHITECTURES.get(text.model_type, PARTS.get(text.model_type))
-    found = entry(text) if callable(entry) else entry
-    if found is None or text is config:
-        return found
-    prefix = MULTIMODAL.get(config.model_type)
-    return replace(found, layers=f"{prefix}.{found.layers.removeprefix('model.')}", relabel=None) if prefix else None
+    return entry(text) if callable(entry) else entry
+
+
+def is_slim(config: PreTrainedConfig) -> bool:
+    """Whether layers have widths of their own, beyond what differs by layer in the family's dense models."""
+    text, architecture = text_config(config), lookup(config)
+    differing = text.per_layer_attributes or set()
+    return bool(differing - (architecture.varying if architecture is not None else set()))
 
 
 def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
@@ -68,15 +88,15 @@ def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
         layers = model.get_submodule(architecture.layers)
     except AttributeError:
         return architecture.layers
-    names = [{**dict(layer.named_modules()), **dict(layer.named_parameters())} for layer in layers.children()]
+    layers_modules = [{**dict(layer.named_modules()), **dict(layer.named_parameters())} for layer in layers.children()]
     for structure in architecture.structures:
         # Dense layers and layers of experts stand in for each other: a model need not have both.
         alternatives = [other.output for other in architecture.structures if other.unit == structure.unit]
-        if not any(output in there for there in names for output in alternatives):
+        if not any(output in modules for modules in layers_modules for output in alternatives):
             return f"{architecture.layers}.*.{structure.output}"
-        for index, there in enumerate(names):
-            for module in structure.modules if structure.output in there else ():
-                if module not in there:
+        for index, modules in enumerate(layers_modules):
+            for module in structure.modules if structure.output in modules else ():
+                if module not in modules:
                     return f"{architecture.layers}.{index}.{module}"
     return None
 
@@ -110,4 +130,6 @@ def size_fields(config: PreTrainedConfig, sizes: Sizes) -> dict[str, int]:
     """The config fields that say these widths, ``head_dim`` among them where the family takes it."""
     architecture = lookup(config) or LLAMA
     values = {config.attribute_map.get(name, name): value for name, value in architecture.write(sizes).items()}
+    if architecture.varying:
+        return {name: value for name, value in values.items() if name not in architecture.varying}
     return values if architecture.resized else {**values, "head_dim": head_dim(config)}

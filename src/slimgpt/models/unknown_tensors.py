@@ -39,9 +39,9 @@ def refuse_unknown(where: str, unknown: list[str]) -> None:
 
 def unknown_text(unknown: list[str]) -> str:
     """What is wrong with files that hold such tensors, and how to mend it."""
-    what = "a tensor" if len(unknown) == 1 else f"{len(unknown)} tensors"
+    tensors = "a tensor" if len(unknown) == 1 else f"{len(unknown)} tensors"
     return (
-        f"holds {what} that the model of its config does not have, the first is {unknown[0]}; without them it is "
+        f"holds {tensors} that the model of its config does not have, the first is {unknown[0]}; without them it is "
         "another model. Give the config.json that belongs to the files (num_hidden_layers, attention_bias, "
         "architectures), or remove the tensors from the files if they are not wanted"
     )

@@ -67,7 +67,7 @@ class DemoResult:
                 "window": WINDOW,
                 "tokens": EVALUATION_TOKENS,
                 "speed": "256 prompt tokens, 32 new tokens, batch 1, median of 5 rounds taken in turn",
-                "peak_memory": "a fresh process that loads the folder with plain transformers and generates 16 tokens",
+                "peak_memory": "a fresh process that loads the folder and generates 16 tokens",
             },
             "versions": self.report.versions,
         }
@@ -128,7 +128,7 @@ def run_demo(
     dense, _ = load(str(dense_folder))  # `model` itself is the slim one by now
     speeds = measure_speed([dense, slim])
     del model, slim, dense  # the fresh processes need the memory
-    say("loading both folders with plain transformers in fresh processes")
+    say("loading both folders in fresh processes")
     memory = [peak_memory(locate(str(path))) for path in (dense_folder, folder)]
     sides = [
         Side(parameters, weight_bytes(path), quality[0], speed.prefill, speed.decode, peak, quality[1])

@@ -1,4 +1,4 @@
-"""What pruning a model would give and cost, from its config alone."""
+"""Estimate of the result and cost of pruning a model, from its config alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from slimgpt.calibration.windows import evaluation_tokens
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.schedule import BACKWARD_COST, passes_to_distill, tokens_to_distill
+from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.build import empty_model
 from slimgpt.models.loading import load_config
 from slimgpt.models.lookup import text_config
@@ -41,6 +42,7 @@ class Estimate:
         flops_before: per generated token, the attention over the context left out.
         memory: bytes that pruning needs beside the mapped weights, about.
         seconds: that pruning takes on this machine, about.
+        quantization: how the model's files are quantised, and what they are read as; ``None`` if they are not.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Estimate:
     tokens: int
     device: str
     verdicts: tuple[EngineSupport, ...]
+    quantization: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -135,11 +138,12 @@ def forecast(
     shape = describe(model_config, empty)
     stored = stored_dtype(source, model_config, dtype)
     plan = plan_for(model_config, config, shape, stored)
+    quantization = source.quantization
     dense = [layer.sizes for layer in shape.layers]
     tokens = torch.empty(config.num_samples, config.seq_len, device="meta")
     need = memory_need(empty, tokens, plan, config, stored, copied=target.type != "cpu")
     flops = all_flops(model_config, config, shape, plan, tokens)
-    caches = [[sizes["num_key_value_heads"] for sizes in layers] for layers in (dense, plan.layers)]
+    caches = [[sizes[KV_HEADS] for sizes in layers] for layers in (dense, plan.layers)]
     return Estimate(
         model=source.name,
         model_type=model_config.model_type,
@@ -155,4 +159,5 @@ def forecast(
         tokens=tokens.numel(),
         device=target.type,
         verdicts=tuple(engine_support(model_config, plan.layers, engines)),
+        quantization=None if quantization is None else quantization.to_json(stored),
     )

@@ -84,17 +84,17 @@ def prune(
     """
     config = make_config(ratio=ratio, **settings)
     budget = parse_bytes(memory) if memory else None
-    target, wanted = as_device(device), as_dtype(dtype)
+    target, weight_dtype = as_device(device), as_dtype(dtype)
     untie_as_held(model)
     shape = describe(model.config, model)
-    kept_dtype = wanted if isinstance(wanted, torch.dtype) else next(model.parameters()).dtype
+    kept_dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else next(model.parameters()).dtype
     widths = plan_for(model.config, config, shape, kept_dtype)
     vocab_size = text_config(model.config).vocab_size
     text = calibration_windows(calibration, tokenizer, config, vocab_size)
-    if isinstance(wanted, torch.dtype):
+    if isinstance(weight_dtype, torch.dtype):
         for parameter in model.parameters():  # not `model.to`: it would round rotary frequencies and other tables
-            parameter.data = parameter.data.to(wanted)
-        model.config.dtype = wanted
+            parameter.data = parameter.data.to(weight_dtype)
+        model.config.dtype = weight_dtype
     name = str(model.config.name_or_path or type(model).__name__)
     stored = next(model.parameters()).dtype
     forward = choose_forward_dtype(config.forward_dtype, stored, target)
@@ -111,6 +111,7 @@ def prune(
         dtype=forward,
         copied=forward is not None or next(model.parameters()).device != target,
         distill_tokens=tokens_to_distill(config, shape, widths, text.windows),
+        quantization=getattr(model, "dequantized_from", {}),  # as `load` left it
         evaluation=evaluation_texts(text, tokenizer, vocab_size) if config.evaluate else {},
     )
     return run_in_memory(model, job, Callbacks(on_layer, on_measured, on_distilled, on_rehearsed), budget)

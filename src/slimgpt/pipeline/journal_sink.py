@@ -51,9 +51,9 @@ class JournalSink:
 
     def measured_plan(self, measure: Callable[[], MeasuredPlan]) -> MeasuredPlan:
         """Rank 0 measures, or reads what an earlier run measured, and the others follow."""
-        given = self.request.plan
-        names = list(given.layers[0])
-        widths = torch.empty(len(given.layers), len(names), dtype=torch.long)
+        schedule = self.request.plan
+        names = list(schedule.layers[0])
+        widths = torch.empty(len(schedule.layers), len(names), dtype=torch.long)
         allocation: dict[str, Any] = {}
         file = self.journal.folder / PLAN_FILE
         if self.ranks.main:
@@ -66,7 +66,7 @@ class JournalSink:
                 widths = torch.tensor([[layer[name] for name in names] for layer in values["layers"]])
         rows = self.ranks.broadcast(widths.to(self.request.device)).tolist()
         layers = [dict(zip(names, row)) for row in rows]
-        return plan_of_widths(self.request.shape, layers, given.head_unit, ratio=given.ratio), allocation
+        return plan_of_widths(self.request.shape, layers, schedule.head_unit, ratio=schedule.ratio), allocation
 
     def generated_text(self, generate: Callable[[], GeneratedText]) -> GeneratedText:
         return self.journal.text(generate)

@@ -21,7 +21,7 @@ from slimgpt.io.folders import check_output
 from slimgpt.models.loading import load_config, load_tokenizer
 from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
-from slimgpt.models.source import Source, check_files, locate
+from slimgpt.models.source import Source, check_files, fetched, locate
 from slimgpt.models.streaming import stored_dtype
 from slimgpt.pipeline.stages import PruneJob
 from slimgpt.planning.plan import Plan
@@ -86,14 +86,15 @@ def prepare(
     # Only rank 0 writes; an output that a killed run had finished is looked at by `finished_before`.
     writes = rank_of_environment() == 0
     path = Path(output).expanduser().absolute()
-    there = resume and (path / REPORT_FILE).is_file()
+    finished = resume and (path / REPORT_FILE).is_file()
     source = locate(model)
     if writes:
         inputs = [*source.folders, *local_files([calibration, config.plan])]
-        check_output(path, overwrite or there, inputs=inputs)
-    model_config = load_config(source, trust_remote_code)
-    shape = describe(model_config)
-    plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
+        check_output(path, overwrite or finished, inputs=inputs)
+    model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
+    if source.folder is None:  # from the hub: what its files hold is known once they are here
+        source = fetched(source)
+        model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
     prepared = PruneRequest(
         source=source,
         output=path,
@@ -111,7 +112,7 @@ def prepare(
         resume=resume,
         budget=budget,
     )
-    if writes and not there:
+    if writes and not finished:
         check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDECAR_BYTES)
     check_files(source)
     prepared.tokenizer = load_tokenizer(source, trust_remote_code)
@@ -125,9 +126,18 @@ def prepare(
     return prepared
 
 
+def _planned(source: Source, config: PruneConfig, dtype: str, trust_remote_code: bool) -> tuple[Any, ModelShape, Plan]:
+    """The model's config, its shape, and the widths it is to get."""
+    model_config = load_config(source, trust_remote_code)
+    if (quantization := source.quantization) is not None:
+        quantization.check_library(source.name)
+    shape = describe(model_config)
+    return model_config, shape, plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
+
+
 def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
-    """What the stages work on; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
-    stored = request.stored
+    """Input of the stages; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
+    stored, quantization = request.stored, request.source.quantization
     fastest = forward_dtype(request.config.forward_dtype, stored, request.device) or stored
     types = list(DTYPES.values())
     agreed = types[ranks.agree(types.index(fastest))]
@@ -145,4 +155,5 @@ def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
         copied=dtype is not None or request.device.type != "cpu",
         distill_tokens=tokens,
         evaluation=request.evaluation,
+        quantization={} if quantization is None else quantization.to_json(stored),
     )

@@ -46,7 +46,7 @@ class LayerSource(Protocol):
 
     @property
     def model(self) -> PreTrainedModel:
-        """What is around the layers."""
+        """Embeddings, final norm and LM head; its layers may have no storage."""
         ...
 
     def __call__(self, index: int) -> nn.Module:
@@ -59,7 +59,7 @@ class LayerSource(Protocol):
 
 
 class LayerSink(Protocol):
-    """Where pruned layers go, and what an earlier run has left there."""
+    """Destination of pruned layers, with the results of the run being resumed."""
 
     @property
     def replaces_source(self) -> bool:
@@ -72,11 +72,11 @@ class LayerSink(Protocol):
         ...
 
     def measured_plan(self, measure: Callable[[], MeasuredPlan]) -> MeasuredPlan:
-        """What ``measure`` gives, or an earlier run's; the same in all processes."""
+        """The result of ``measure``, or of the run being resumed; the same in all processes."""
         ...
 
     def generated_text(self, generate: Callable[[], GeneratedText]) -> GeneratedText:
-        """What ``generate`` gives, or an earlier run's."""
+        """The result of ``generate``, or of the run being resumed."""
         ...
 
     def finished_layer(self, index: int) -> PrunedLayer | None:
@@ -92,7 +92,7 @@ class LayerSink(Protocol):
         ...
 
     def finished_training(self) -> dict[str, Any] | None:
-        """What a report says of the training, if an earlier run has finished it."""
+        """The report's entry on the training, if the run being resumed has finished it."""
         ...
 
     def slim_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
@@ -100,7 +100,7 @@ class LayerSink(Protocol):
         ...
 
     def training_state(self) -> State | None:
-        """What an earlier run's training had reached."""
+        """State of the training in the run being resumed."""
         ...
 
     def write_training_state(self, state: State) -> None:
@@ -122,7 +122,7 @@ class LayerSink(Protocol):
 
 @dataclass(frozen=True)
 class PruneJob:
-    """What the stages work on.
+    """Input of the stages.
 
     Args:
         name: of the dense model, for the report.
@@ -135,6 +135,7 @@ class PruneJob:
         distill_tokens: on how many tokens the pruned model is trained; 0: not at all.
         evaluation: the texts that the result is compared with the dense model on; none if it is not.
         request: a digest of everything that decides the result, for a run that can be resumed.
+        quantization: how the dense model's files were quantised, for the report; empty if they were not.
     """
 
     name: str
@@ -150,6 +151,7 @@ class PruneJob:
     distill_tokens: int
     evaluation: Mapping[str, EvaluationText] = field(default_factory=dict)
     request: str = ""
+    quantization: dict[str, str] = field(default_factory=dict)
 
 
 def run_stages(
@@ -226,6 +228,7 @@ def run_stages(
         allocation=allocation,
         distillation=distillation,
         divergence=divergence,
+        quantization=job.quantization,
     )
     if ranks.main:
         sink.finish(report)

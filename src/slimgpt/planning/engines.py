@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
-from slimgpt.models.architecture import Sizes
+from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes, is_uniform
 from slimgpt.models.lookup import head_dim, text_config
 from slimgpt.models.stock_config import stock_config
 
@@ -57,11 +57,6 @@ def engine_support(
         if name not in ENGINES:
             raise PlanError(f"engine '{name}' is unknown; choose {', '.join(ENGINES)}")
     return [ENGINES[name](config, layers) for name in names]
-
-
-def is_uniform(layers: Sequence[Sizes]) -> bool:
-    """Whether all layers have the same widths."""
-    return all(layer == layers[0] for layer in layers)
 
 
 def gguf_architecture(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str:
@@ -114,10 +109,10 @@ def nemotron_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str |
         return f"nemotron-nas is a Llama; this is '{config.model_type}'"
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         return "nemotron-nas has no biases"
-    heads = {(layer["num_attention_heads"], layer["num_key_value_heads"]) for layer in layers}
+    heads = {(layer[HEADS], layer[KV_HEADS]) for layer in layers}
     if len(heads) > 1 or next(iter(heads))[0] * head_dim(config) != config.hidden_size:
         return "nemotron-nas needs all heads of the dense model in every layer; prune the FFN alone"
-    odd = [layer["intermediate_size"] for layer in layers if layer["intermediate_size"] % NEMOTRON_STEP]
+    odd = [layer[CHANNELS] for layer in layers if layer[CHANNELS] % NEMOTRON_STEP]
     if odd:
         return (
             f"FFN widths must be multiples of {NEMOTRON_STEP} ({odd[0]} is not); prune with --round-to {NEMOTRON_STEP}"
@@ -140,9 +135,9 @@ def _hf(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
 def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
     if is_uniform(layers):
         stock = stock_config(config, layers[0])
-        width = layers[0]["intermediate_size"]
+        width = layers[0][CHANNELS]
         change = "" if width % 64 == 0 else f"full speed: --round-to 64 (the FFN has {width} channels)"
-        ordinary = layers[0]["num_attention_heads"] * head_dim(config) == text_config(config).hidden_size
+        ordinary = layers[0][HEADS] * head_dim(config) == text_config(config).hidden_size
         if stock is not None and (stock.model_type in VLLM_NATIVE or ordinary):
             return EngineSupport("vllm", True, "its own class", change)
         return EngineSupport("vllm", True, "Transformers backend (--model-impl transformers)", change)
@@ -157,7 +152,7 @@ def _llama_cpp(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSuppo
         arch = gguf_architecture(config, layers)
     except PlanError as error:
         return EngineSupport("llama.cpp", False, str(error).split(";")[0], str(error).partition(";")[2].strip())
-    odd = any(layer["intermediate_size"] % 256 for layer in layers)
+    odd = any(layer[CHANNELS] % 256 for layer in layers)
     change = "smaller K-quants: --round-to 256 (other rows fall back to larger types)" if odd else ""
     return EngineSupport("llama.cpp", True, f"export --to gguf (architecture {arch})", change)
 

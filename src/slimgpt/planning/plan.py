@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from slimgpt.errors import PlanError
-from slimgpt.models.architecture import HEADS, KV_HEADS
+from slimgpt.models.architecture import HEADS, KV_HEADS, is_uniform
 from slimgpt.models.parameter_counts import LayerShape, ModelShape
 from slimgpt.planning.ffn import check_experts
 
@@ -42,7 +42,7 @@ class Plan:
     @property
     def uniform(self) -> bool:
         """Whether all layers have the same widths."""
-        return all(layer == self.layers[0] for layer in self.layers)
+        return is_uniform(self.layers)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""

@@ -11,7 +11,7 @@ from slimgpt.errors import PlanError
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.planning.plan import Plan, plan_of_widths
 
-KEYS = ("model_type", "head_unit", "parameters", "parameters_before", "layers")
+PLAN_KEYS = ("model_type", "head_unit", "parameters", "parameters_before", "layers")
 
 
 def to_toml(plan: Plan, model_type: str) -> str:
@@ -41,9 +41,9 @@ def read_plan(file: str | Path, config: PreTrainedConfig, shape: ModelShape | No
         values = tomllib.loads(Path(file).expanduser().read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise PlanError(f"cannot read the plan {file}: {error}") from error
-    unknown = [key for key in values if key not in KEYS]
+    unknown = [key for key in values if key not in PLAN_KEYS]
     if unknown:
-        raise PlanError(f"{file}: unknown key '{unknown[0]}'; known are {', '.join(KEYS)}")
+        raise PlanError(f"{file}: unknown key '{unknown[0]}'; known are {', '.join(PLAN_KEYS)}")
     missing = [key for key in ("head_unit", "layers") if key not in values]
     if missing:
         raise PlanError(f"{file} lacks the key '{missing[0]}'")

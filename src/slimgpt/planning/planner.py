@@ -96,7 +96,7 @@ def make_plan(
     if not isinstance(schedule, Sequence) or isinstance(schedule, str):
         # Layers of different size (a model pruned before) would shift the mean: scale it back.
         wanted = (DEFAULT_RATIO if ratio is None else ratio) * total
-        ratios = [r * wanted / target for r in ratios]
+        ratios = _over_ffns(shape, [r * wanted / target for r in ratios], wanted)
         target = wanted
     if head_unit == "auto":
         head_unit = _natural_unit(shape)
@@ -132,7 +132,7 @@ def _trim(
     def parameters() -> int:
         return shape.parameters - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
 
-    everything = range(len(layers))
+    everything = [index for index, layer in enumerate(shape.layers) if layer.has_ffn]
     steps_of = [step_of(layer, round_to) for layer in shape.layers]
     while (over := parameters() - limit) > 0:
         widest = max(everything, key=lambda i: (layers[i][CHANNELS], i))
@@ -163,7 +163,7 @@ def _finish(config: PreTrainedConfig, shape: ModelShape, kv_heads: list[int], ro
     layers = []
     for layer, heads in zip(shape.layers, kv_heads):
         step = step_of(layer, round_to)
-        width = layer.sizes[CHANNELS] // step * step
+        width = layer.sizes[CHANNELS] // step * step if layer.has_ffn else layer.sizes[CHANNELS]
         layers.append(with_heads(layer, "kv", heads, tied_to(layer, {CHANNELS: width})))
     if all(sizes == layer.sizes for layer, sizes in zip(shape.layers, layers)):
         raise PlanError("the KV cache of the model as it is fits already; there is nothing to remove")
@@ -178,16 +178,16 @@ def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cac
     Raises:
         PlanError: with the reason.
     """
-    wanted = "kv" if cache is not None else head_unit
-    if wanted == "auto" or any(wanted in layer.unit_parameters for layer in shape.layers):
+    unit = "kv" if cache is not None else head_unit
+    if unit == "auto" or any(unit in layer.unit_parameters for layer in shape.layers):
         return
     architecture = lookup(config)
-    there = sorted({unit for layer in shape.layers for unit in layer.unit_parameters if unit in ("kv", "query")})
+    units = sorted({name for layer in shape.layers for name in layer.unit_parameters if name in ("kv", "query")})
     reason = architecture.refused.get("heads") if architecture is not None else None
     if reason is not None:
         raise PlanError(f"heads of '{config.model_type}' cannot be removed: {reason}")
     raise PlanError(
-        f"heads of '{config.model_type}' cannot be removed by '{wanted}'; choose {', '.join(there) or 'no head unit'}"
+        f"heads of '{config.model_type}' cannot be removed by '{unit}'; choose {', '.join(units) or 'no head unit'}"
     )
 
 
@@ -203,6 +203,22 @@ def _natural_unit(shape: ModelShape) -> str:
 def _removable(layer: LayerShape, head_unit: str) -> int:
     """How many units of heads a layer has; 1, which stays, where it has none that can go."""
     return head_units(layer.sizes, head_unit) if head_unit in layer.unit_parameters else 1
+
+
+def _over_ffns(shape: ModelShape, ratios: list[float], wanted: float) -> list[float]:
+    """The ratios once FFNs make up for what layers without one (of a hybrid) cannot lose.
+
+    Args:
+        wanted: parameters that all layers are to lose.
+    """
+    layers = list(zip(shape.layers, ratios))
+    if all(layer.has_ffn for layer in shape.layers):
+        return ratios
+    heads = [ratio * layer.parameters if layer.unit_parameters else 0.0 for layer, ratio in layers]
+    fixed = sum(lost for (layer, _), lost in zip(layers, heads) if not layer.has_ffn)
+    rest = sum(ratio * layer.parameters for layer, ratio in layers if layer.has_ffn)
+    scale = (wanted - fixed) / rest if rest else 1.0
+    return [ratio * scale if layer.has_ffn else lost / layer.parameters for (layer, ratio), lost in zip(layers, heads)]
 
 
 def _per_layer(
@@ -222,11 +238,11 @@ def _per_layer(
         target = r * layer.parameters
         units, size = _removable(layer, head_unit), layer.sizes[CHANNELS]
         per_head = layer.unit_parameters.get(head_unit, 1)
-        if size < round_to:
+        if layer.has_ffn and size < round_to:
             raise PlanError(f"layer {i} has {size} FFN channels, fewer than --round-to {round_to} (--for may set it)")
         most = layer.removed_from_ffn({**layer.sizes, **least_ffn(layer, round_to, whole_experts)})
         largest = (units - 1) * per_head + most
-        if target > largest + TOLERANCE * layer.parameters:
+        if layer.has_ffn and target > largest + TOLERANCE * layer.parameters:
             left = "" if head_unit not in layer.unit_parameters else f"1 of {units} head units and "
             least = step_of(layer, round_to)
             raise PlanError(
@@ -261,7 +277,9 @@ def _uniform(
     """The best pair of widths for all layers: within the tolerance the most balanced one, else the nearest."""
     first = shape.layers[0]
     if any(layer.sizes != first.sizes for layer in shape.layers):
-        raise PlanError("the layers of this model differ in width already; prune the dense model with --uniform")
+        raise PlanError(
+            "the layers of this model differ in width or in kind; --uniform is for a dense model of equal layers"
+        )
     units, size = _removable(first, head_unit), first.sizes[CHANNELS]
     if size < round_to:
         raise PlanError(f"the FFN has {size} channels, fewer than --round-to {round_to} (--for may set it)")

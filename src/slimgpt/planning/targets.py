@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
+from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.lookup import head_dim, text_config
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.runtime.units import CacheTarget, parse_cache
@@ -55,7 +56,7 @@ def kv_heads_for(config: PreTrainedConfig, shape: ModelShape, target: CacheTarge
     """
     if getattr(config, "kv_lora_rank", None):
         raise PlanError(f"'{config.model_type}' keeps one latent vector for all heads: removing heads leaves its cache")
-    heads = [layer.sizes["num_key_value_heads"] for layer in shape.layers]
+    heads = [layer.sizes[KV_HEADS] for layer in shape.layers]
     dense = list(heads)
     if cache_bytes(config, heads, target.context) <= target.bytes:
         return heads

@@ -206,12 +206,12 @@ class LayerPruner:
             return self.channels(keep)
         return lambda W, H: (self.criterion.heads(W, H, units, keep, groups, self.generator), units)
 
-    def solve(self, what: str, stored: Tensor, gram: Gram, choose: SelectUnits) -> tuple[Tensor, Tensor]:
+    def solve(self, matrix: str, stored: Tensor, gram: Gram, choose: SelectUnits) -> tuple[Tensor, Tensor]:
         """The kept units and the repaired matrix ``(out, columns)`` in the stored type.
 
         Afterwards ``solved`` holds the relative error, and the mean energy of the dense output.
         """
-        location = f"layer {self.index}, {what}"
+        location = f"layer {self.index}, {matrix}"
         n = stored.shape[1]
         dtype = solver_dtype(n, stored.device)
         malloc_trim()

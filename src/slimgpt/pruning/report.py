@@ -117,6 +117,7 @@ class PruneReport:
             calibration and ``bundled``; a text lacks where there was none, and its figures where they are NaN. Empty if
             it was not measured.
         recovery: every training run after pruning: settings, data, losses by step.
+        quantization: how the base model was quantised and what it was read as; empty if it was not.
     """
 
     base_model: str
@@ -135,6 +136,7 @@ class PruneReport:
     distillation: dict[str, Any] = field(default_factory=dict)
     divergence: dict[str, Any] = field(default_factory=dict)
     recovery: tuple[dict[str, Any], ...] = ()
+    quantization: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from slimgpt import assets
 from slimgpt.calibration.evaluation_text import BUNDLED, FOR_PEOPLE
-from slimgpt.errors import SlimGPTError, first_line
+from slimgpt.errors import SlimGPTError, one_line
 from slimgpt.evaluation.card_figures import text_figures
 from slimgpt.evaluation.perplexity import perplexity
 from slimgpt.models.loading import load_config, load_model
@@ -34,7 +34,7 @@ def figures_after_training(request: RecoverRequest, model: PreTrainedModel) -> d
                 raise
             result = perplexity(*arguments)  # the base is another model by now
     except SlimGPTError as error:
-        warnings.warn(f"the recovered model is not measured on the bundled text: {first_line(error)}", stacklevel=2)
+        warnings.warn(f"the recovered model is not measured on the bundled text: {one_line(error)}", stacklevel=2)
         return {}
     return {"results": [text_figures(FOR_PEOPLE[BUNDLED], result)]}
 

@@ -25,8 +25,9 @@ from slimgpt.recovery.figures import figures_after_training
 from slimgpt.recovery.loss_curve import Curve, write_curve
 from slimgpt.recovery.resume import Workspace
 from slimgpt.recovery.teacher_cache import TeacherCache
-from slimgpt.recovery.train_state import STATE, load_weights, states
+from slimgpt.recovery.train_state import load_progress, load_weights, states
 from slimgpt.recovery.trainer import (
+    SEEDS_OF_NUMPY,
     OnStep,
     RecoveryTrainer,
     make_trainable,
@@ -48,7 +49,7 @@ class Recovery:
     Args:
         folder: the recovered model.
         settings: the :class:`RecoverConfig`, with the learning rate that was used, and the sources of data.
-        data: sources, numbers of examples and predicted tokens, SHA-256 of ids and labels.
+        data: sources, numbers of examples, predicted tokens and rows left out, SHA-256 of ids and labels.
         curve: losses by step.
         seconds: wall time of the ``teacher`` and of ``training``, over all resumed parts.
         execution: device, processes, type of the products, the teacher.
@@ -154,7 +155,7 @@ def _run(
     dtype = request.dtype if request.dtype != "auto" or config.adapters else "float32"
     model = load_model(request.source, request.model_config, dtype, request.device, request.trust_remote_code)
     stored = stored_dtype(request.source, request.model_config, "auto")
-    set_seed(config.seed)  # adapters begin with random numbers
+    set_seed(config.seed % SEEDS_OF_NUMPY)  # adapters begin with random numbers
     trained = make_trainable(model, config)
     pad_id: Any = request.tokenizer.pad_token_id or 0
     trainer = RecoveryTrainer(
@@ -194,7 +195,7 @@ def _train(trainer: RecoveryTrainer) -> Curve:
     saved = states(trainer.folder)
     finished = False
     if saved:
-        before = trainer.state.load_from_json(str(saved[-1] / STATE))
+        before = load_progress(saved[-1])
         stopped = should_stop_early(before.log_history, trainer.config.patience)
         finished = stopped or before.global_step >= trainer.args.max_steps
         if finished:
@@ -264,6 +265,7 @@ def _describe_data(request: RecoverRequest) -> dict[str, Any]:
         "held_out": len(request.data.held_out),
         "predicted_tokens": sum(example.predicted for example in request.data.training),
         "steps": total_steps(request.config, len(request.data.training)),
+        "rows_left_out": {"without_answer": request.data.without_answer, "refused": request.data.refused},
         "sha256": request.data.digest(),
     }
 

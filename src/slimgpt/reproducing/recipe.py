@@ -100,7 +100,7 @@ class Recipe:
     tiny: bool = False
 
 
-KEYS = ("title", "note", "model", "dtype", "prune", "recover", "evaluation", "rows", "tiny")
+RECIPE_KEYS = ("title", "note", "model", "dtype", "prune", "recover", "evaluation", "rows", "tiny")
 ROW_KEYS = ("name", "model", "prune", "recover", "paper")
 
 
@@ -119,7 +119,7 @@ def read_recipe(file: Path, model: str | None = None, tiny: bool = False) -> Rec
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the recipe {file}: {error}") from error
-    _known(file, values, KEYS)
+    _known(file, values, RECIPE_KEYS)
     for key in ("title", "model", "rows"):
         if key not in values:
             raise UsageError(f"{file} lacks the key '{key}'")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from slimgpt.errors import OutputError
 from slimgpt.runtime.memory import DEVICE, FILE
 
 
@@ -30,10 +32,10 @@ class ActivationStore:
         if self.place == DEVICE:
             self._tensors[number] = tensor.to(self.device)
             return
-        there = self._tensors.get(number)
-        if there is None or there.shape != tensor.shape or there.dtype != tensor.dtype:
-            there = self.make(number, tensor.shape, tensor.dtype)
-        there.copy_(tensor)
+        kept = self._tensors.get(number)
+        if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+            kept = self.make(number, tensor.shape, tensor.dtype)
+        kept.copy_(tensor)
 
     def make(self, number: int, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for a tensor that is to be filled in, where it will be kept."""
@@ -58,25 +60,52 @@ class ActivationStore:
 
     def rows(self, number: int, index: Tensor) -> Tensor:
         """Some rows of a tensor, on the device."""
-        there = self._tensors[number]
-        return there[index.to(there.device)].to(self.device, non_blocking=True)
+        kept = self._tensors[number]
+        return kept[index.to(kept.device)].to(self.device, non_blocking=True)
 
     def add_rows(self, number: int, index: Tensor, values: Tensor) -> None:
         """Add to some rows of a tensor, each of them named once."""
-        there = self._tensors[number]
-        there.index_add_(0, index.to(there.device), values.to(there))
+        kept = self._tensors[number]
+        kept.index_add_(0, index.to(kept.device), values.to(kept))
 
     def stored(self) -> dict[int, Tensor]:
         """All tensors by number, where they are kept."""
         return dict(self._tensors)
 
     def length(self, number: int) -> int:
-        """How many rows a tensor has."""
+        """Number of rows of a tensor."""
         return len(self._tensors[number])
 
 
 def mapped(file: Path, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros whose memory is a file; the system writes it out where memory is short."""
+    """A tensor of zeros whose memory is a file; the system writes it out where memory is short.
+
+    Raises:
+        OutputError: the disk has no room for it.
+    """
     size = torch.Size(shape).numel()
     file.unlink(missing_ok=True)
+    reserve(file, size * dtype.itemsize)
     return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+
+
+def reserve(file: Path, size: int) -> None:
+    """Take room on the disk for a file: made of zeros, or left as it is as far as it goes.
+
+    A file that is mapped before it has room ends the process with a signal where the disk runs full.
+
+    Raises:
+        OutputError: the disk has less room, or files may not be so large.
+    """
+    try:
+        with file.open("ab") as handle:
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(handle.fileno(), 0, size)
+            else:
+                handle.truncate(size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise OutputError(
+            f"{file.parent} has no room for {size:,} bytes of what is kept between two passes ({error.strerror}); free "
+            "some space, or raise --memory, then give the same command with --resume"
+        ) from error

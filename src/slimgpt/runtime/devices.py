@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from slimgpt.errors import UsageError, first_line
+from slimgpt.errors import UsageError, one_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -37,11 +37,11 @@ def as_device(name: str) -> torch.device:
             raise UsageError(f"device '{name}' cannot be used here; choose auto, cpu, cuda, cuda:1 or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device '{name}' cannot be used here: {first_line(error)}") from error
+        raise UsageError(f"device '{name}' cannot be used here: {one_line(error)}") from error
     return device
 
 
-def forward_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> torch.dtype | None:
+def forward_dtype(setting: str, stored: torch.dtype, device: torch.device) -> torch.dtype | None:
     """The type in which layers are run over calibration tokens; ``None`` leaves them as they are stored.
 
     ``auto`` leaves them too, except for 16-bit weights on a CPU: there a short timing decides between bfloat16 and
@@ -50,22 +50,29 @@ def forward_dtype(wanted: str, stored: torch.dtype, device: torch.device) -> tor
     Raises:
         UsageError: an unknown name.
     """
-    named = as_dtype(wanted)
+    named = as_dtype(setting)
     if isinstance(named, torch.dtype):
         return None if named == stored else named
     if device.type != "cpu" or stored not in (torch.bfloat16, torch.float16):
         return None
-    fastest = min((torch.bfloat16, torch.float32), key=_matmul_seconds)
+    fastest = min((torch.bfloat16, torch.float32), key=_cpu_seconds)
     return None if fastest == stored else fastest
 
 
 @cache
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    """The best of a few matrix products on the CPU."""
-    a, b = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+def _cpu_seconds(dtype: torch.dtype) -> float:
+    return matmul_seconds(512, 1024, torch.device("cpu"), dtype, repeats=4)
+
+
+def matmul_seconds(rows: int, size: int, device: torch.device, dtype: torch.dtype, repeats: int = 3) -> float:
+    """Seconds of the fastest of a few products ``(rows, size) x (size, size)``."""
+    a = torch.ones(rows, size, device=device, dtype=dtype)
+    b = torch.ones(size, size, device=device, dtype=dtype)
     seconds = []
-    for _ in range(4):
+    for _ in range(repeats):
         start = time.perf_counter()
         torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
     return min(seconds)

@@ -93,7 +93,7 @@ def rank_of_environment() -> int:
 
 
 def local_world_size() -> int:
-    """How many processes ``torchrun`` started on this machine."""
+    """Number of processes that ``torchrun`` started on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 

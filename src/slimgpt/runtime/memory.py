@@ -1,4 +1,4 @@
-"""Where what is kept between two steps lives: on the device, in host memory, in a file, or nowhere."""
+"""Placement of cached activations: device, pinned host memory, a memory-mapped file, or recomputed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ USABLE_FRACTION = 0.85
 
 
 def anonymous_rss() -> int:
-    """Memory of this process that no file stands behind; where the system does not tell, all that is resident."""
+    """Anonymous (not file-backed) resident memory of this process in bytes; all resident memory where the system
+    does not tell them apart."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
@@ -73,7 +74,7 @@ def malloc_trim() -> None:
 
 @dataclass(frozen=True)
 class MemoryRequirement:
-    """What a run needs on its device, in bytes.
+    """Memory that a run needs on its device, in bytes.
 
     Args:
         layer: the weights of the largest layer, dense and narrow, and its batch while it runs.
@@ -93,7 +94,7 @@ class MemoryRequirement:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where each kind of activation is kept, and whether the Gram matrix lives in a file.
+    """Memory that each kind of activation is kept in, and whether the Gram matrix is memory-mapped.
 
     Args:
         budget: bytes of memory that may be used on the device.

@@ -19,7 +19,7 @@ _KEY = "setting"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a setting besides its name, type and default.
+    """Metadata of a setting besides its name, type and default.
 
     Args:
         help: one sentence or two for the command line and the documentation.

@@ -29,17 +29,17 @@ def parse_count(text: str | int) -> int:
     return _parse(text, r"([kmbt]?)", "number of parameters", "1.0B, 350M or 1000000")
 
 
-def parse_size(text: str | int, what: str = "size in bytes", examples: str = "800MB, 1.5GiB or 1000000") -> int:
+def parse_size(text: str | int, subject: str = "size in bytes", examples: str = "800MB, 1.5GiB or 1000000") -> int:
     """Bytes from ``800MB``, ``1.5GiB`` or a plain number.
 
     Args:
-        what: what the error calls it.
-        examples: what the error gives as right.
+        subject: noun the error calls it by.
+        examples: valid values for the error.
 
     Raises:
         UsageError: anything else, or less than one byte.
     """
-    return _parse(text, r"([kmgt]i?)?b?", what, examples)
+    return _parse(text, r"([kmgt]i?)?b?", subject, examples)
 
 
 def parse_bytes(text: str) -> int:
@@ -64,9 +64,9 @@ def parse_cache(text: str) -> CacheTarget:
     return CacheTarget(parse_size(size), int(float(match[1]) * (1024 if match[2] else 1)))
 
 
-def _parse(text: str | int, suffix: str, what: str, examples: str) -> int:
+def _parse(text: str | int, suffix: str, subject: str, examples: str) -> int:
     match = re.fullmatch(rf"\s*{_NUMBER}\s*{suffix}\s*", str(text).lower())
     value = float(match[1].replace("_", "")) * _UNITS[match[2] or ""] if match else 0.0
     if value < 1:
-        raise UsageError(f"'{text}' is no {what}; give for example {examples}")
+        raise UsageError(f"'{text}' is no {subject}; give for example {examples}")
     return int(value)

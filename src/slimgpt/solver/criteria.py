@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from slimgpt.solver.obs import constant_group_sizes, select_channels, select_heads
+from slimgpt.solver.top_k import top_per_group
 
 
 class SelectHeads(Protocol):
@@ -70,9 +71,7 @@ def _top_heads(
 ) -> Tensor:
     """The heads with the highest sums of column scores, the same number from every group."""
     scores = score(W, H, generator).view(groups, units // groups, -1).sum(-1)  # (groups, heads per group)
-    best = scores.topk(keep // groups, dim=1).indices
-    first = torch.arange(groups, device=best.device).unsqueeze(1) * (units // groups)
-    return (best + first).flatten().sort().values.cpu()
+    return top_per_group(scores, keep // groups)
 
 
 def _top_channels(score: Score, W: Tensor, H: Tensor, keep: int, generator: torch.Generator) -> Tensor:

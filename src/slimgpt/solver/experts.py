@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from slimgpt.solver.hessian import damp
+from slimgpt.solver.top_k import top_per_group
 
 CHUNK = 2048
 """Tokens whose outputs of every expert are held at once."""
@@ -139,9 +140,7 @@ def select_experts(scores: Tensor, keep: int, groups: int = 1) -> Tensor:
     experts = len(scores)
     if experts % groups or keep % groups or not 0 < keep <= experts:
         raise ValueError(f"cannot keep {keep} of {experts} experts in {groups} groups")
-    best = scores.view(groups, -1).topk(keep // groups, dim=1).indices
-    first = torch.arange(groups, device=best.device).unsqueeze(1) * (experts // groups)
-    return (best + first).flatten().sort().values.cpu()
+    return top_per_group(scores.view(groups, -1), keep // groups)
 
 
 def contributions(

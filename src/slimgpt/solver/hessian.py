@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 512
-"""Columns that are multiplied together; what lies below the diagonal by whole blocks is left out."""
+"""Default number of columns that are multiplied together; blocks below the diagonal are left out."""
 
 
 class Gram:
@@ -22,6 +22,7 @@ class Gram:
         dtype: accumulation type. In fp64 the order of many batches, and their division among processes, changes
             next to nothing.
         storage: zeros ``(size, size)`` to sum up in, such as a memory-mapped file; made if not given.
+        block: columns that are multiplied together.
 
     Attributes:
         sum: ``(size, size)``; below the diagonal blocks it is not filled in until :meth:`mean`.
@@ -34,9 +35,11 @@ class Gram:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         storage: Tensor | None = None,
+        *,
+        block: int = BLOCK,
     ):
         self.sum = torch.zeros(size, size, device=device, dtype=dtype) if storage is None else storage
-        self.count = 0
+        self.count, self.block = 0, block
 
     def add(self, x: Tensor) -> None:
         """Add every row of ``x``, shape ``(..., size)``."""
@@ -44,9 +47,9 @@ class Gram:
         half = x.dtype in (torch.bfloat16, torch.float16)
         if half and not x.is_cuda:
             x, half = x.float(), False
-        for start in range(0, self.sum.shape[0], BLOCK):
-            left, right = x[:, start : start + BLOCK].T, x[:, start:]
-            target = self.sum[start : start + BLOCK, start:]
+        for start in range(0, self.sum.shape[0], self.block):
+            left, right = x[:, start : start + self.block].T, x[:, start:]
+            target = self.sum[start : start + self.block, start:]
             if x.dtype == target.dtype:
                 target.addmm_(left, right)
             elif half:
@@ -73,8 +76,8 @@ class Gram:
         H, self.sum = self.sum.div_(self.count), torch.zeros_like(self.sum[:0])
         self.count = 0
         size = H.shape[0]
-        for start in range(0, size, BLOCK):  # what is above the diagonal blocks goes below them
-            stop = min(start + BLOCK, size)
+        for start in range(0, size, self.block):  # what is above the diagonal blocks goes below them
+            stop = min(start + self.block, size)
             block = H[start:stop, start:stop].triu()  # not every processor's products are symmetric to the last bit
             H[start:stop, start:stop] = block + block.triu(1).T
             H[stop:, start:stop] = H[start:stop, stop:].T

@@ -18,15 +18,15 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 def found_in(model: nn.Module) -> str:
     """The layers of a model as a tree of module names, types and weight shapes; layers of one kind are shown once."""
-    there = layers_of(model)
-    if there is None:
+    named_layers = layers_of(model)
+    if named_layers is None:
         return f"{type(model).__name__} has no list of layers"
-    name, layers = there
-    shown: dict[tuple[str, ...], list[int]] = {}
+    name, layers = named_layers
+    indices_by_lines: dict[tuple[str, ...], list[int]] = {}
     for index, layer in enumerate(layers):
-        shown.setdefault(tuple(_lines(layer)), []).append(index)
+        indices_by_lines.setdefault(tuple(_lines(layer)), []).append(index)
     text = []
-    for lines, indices in shown.items():
+    for lines, indices in indices_by_lines.items():
         which = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}..{indices[-1]} ({len(indices)} layers)"
         text += [f"{name}.{which}: {type(layers[indices[0]]).__name__}", *lines]
     return "\n".join(text)

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 import slimgpt
 from slimgpt.models.build import stock_class
 from slimgpt.models.lookup import lookup, text_config
-from tests.families import COMMON, windows
+from tests.models.families import COMMON, windows
 
 IDS = windows(2, 24, seed=7)
 TEXT = {key: value for key, value in COMMON.items() if value is not None and key != "attn_implementation"}

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import slimgpt
-from tests.families import tiny_model, windows
+from tests.models.families import tiny_model, windows
 
 IDS = windows(2, 16)
 WIDE = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
