@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slimgpt.evaluation.samples import OPENINGS, QUESTIONS, write_samples
-from tests.families import tiny_model
+from tests.models.families import tiny_model
 
 TEMPLATE = "{% for m in messages %}Q {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}A{% endif %}"
 
