@@ -10,6 +10,8 @@ def main() -> None:
     """Entry point of the ``slimgpt`` command: Ctrl-C ends it quietly while the imports below go on, too."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)  # until a command begins, which has files to clear away
+    # Bars of libraries beside ours; those of downloads from the hub are not meant by it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from slimgpt.cli import main as run
 
     run()

@@ -11,6 +11,9 @@ from slimgpt.errors import UsageError
 from slimgpt.runtime.settings import documents_settings, run_checks, setting
 from slimgpt.runtime.units import CacheTarget, parse_cache, parse_count, parse_size
 
+METHODS = ("slimgpt", "paper", "paper-no-gcd", "paper-no-dgs", "magnitude", "wanda", "random")
+"""The keys of :data:`slimgpt.solver.CRITERIA`, which imports torch."""
+
 ALLOCATIONS = ("auto", "schedule", "sensitivity", "search")
 SEEDS = 2**63
 """Seeds are below it: a seed is a 64-bit number with a sign."""
@@ -26,6 +29,14 @@ def check_at_least_one(name: str, value: int) -> None:
     """Refuse a count below one."""
     if value < 1:
         raise UsageError(f"{name} is {value}; it must be at least 1")
+
+
+def check_ratio(name: str, value: float | None) -> None:
+    """Refuse what is no share above 0 and below 1."""
+    if value is None or 0 < value < 1:
+        return
+    hint = f"; did you mean {value / 100:g}?" if 1 <= value < 100 else ""
+    raise UsageError(f"{name} {value:g} is outside (0, 1): it is the share of the decoder layers to remove{hint}")
 
 
 def check_damping(name: str, value: float) -> None:
@@ -85,12 +96,15 @@ class PruneConfig:
         None,
         "Share of the decoder layers' parameters to remove.",
         detail="In (0, 1), or the mean of a listed schedule.",
+        check=check_ratio,
         unset="0.2",
         commands=BOTH,
     )
     schedule: str | tuple[float, ...] | None = setting(
         None,
-        "log_increase, linear_increase, uniform, log_decrease, linear_decrease, or a ratio per layer: a,b,c.",
+        "By rule: log_increase, uniform, ..., or a ratio per layer: a,b,c.",
+        detail="The rules: log_increase (the paper's Incremental Pruning Ratio), linear_increase, uniform, "
+        "log_decrease, linear_decrease.",
         unset="log_increase",
         commands=BOTH,
     )
@@ -100,14 +114,15 @@ class PruneConfig:
     repair: bool | None = setting(None, "Solve for the weights that stay.", unset="as the method")
     head_unit: str = setting(
         "auto",
-        "kv: KV heads with their query heads; query: query heads, equally many per KV head.",
-        detail="auto: whole KV heads for the paper's methods, else query heads where several share a KV head.",
+        "auto, kv (KV heads with their query heads) or query.",
+        detail="query: query heads, equally many per KV head. auto: whole KV heads for the paper's methods, else "
+        "query heads where several share a KV head.",
         commands=BOTH,
     )
     num_samples: int = setting(128, "Calibration windows.", check=check_at_least_one, commands=BOTH)
     seq_len: int = setting(2048, "Tokens per window.", check=check_at_least_one, commands=BOTH)
     batch_size: int = setting(4, "Windows that go through a layer together.", check=check_at_least_one)
-    damping: float = setting(0.01, "Share of the mean diagonal added to the Hessian's diagonal.", check=check_damping)
+    damping: float = setting(0.01, "Share of its mean added to the Hessian's diagonal.", check=check_damping)
     seed: int = setting(
         0,
         "For the choice of text.",
@@ -117,38 +132,38 @@ class PruneConfig:
     round_to: int = setting(
         1, "FFN widths become multiples of it.", unset="1, or as --for asks", check=check_at_least_one, commands=BOTH
     )
-    uniform: bool = setting(False, "The same widths in all layers: loads as a stock class.", commands=BOTH)
+    uniform: bool = setting(False, "Equal layers: the result loads as a stock class.", commands=BOTH)
     forward_dtype: str = setting(
         "auto",
-        "Type of the passes over calibration tokens: auto (as stored; on a CPU the faster one), float32, float16, "
-        "bfloat16.",
-        detail="Weights are scored, repaired and saved in their own type whatever it is.",
+        "Of passes over the text: auto, float32, float16, bfloat16.",
+        detail="auto: as stored; on a CPU the faster one. Weights are scored, repaired and saved in their own type "
+        "whatever it is.",
     )
     params: str | int | None = setting(
         None,
-        "Parameters that the whole model may have, such as 1.0B; in place of a ratio.",
-        detail="Never exceeded.",
+        "In place of a ratio: parameters of the result, such as 1.0B.",
+        detail="Of the whole model. Never exceeded.",
         commands=BOTH,
     )
     bytes: str | int | None = setting(
         None,
-        "Bytes that its weights may take on disk, such as 800MB; in place of a ratio.",
+        "In place of a ratio: bytes of its weights, such as 800MB.",
         detail="Never exceeded.",
         commands=BOTH,
     )
     kv_cache: str | None = setting(
         None,
-        "What its KV cache may take at a context, such as 1GB@32k.",
+        "Limit of its KV cache at a context, such as 1GB@32k.",
         detail="Whole KV heads go until it fits.",
         commands=BOTH,
     )
     allocation: str = setting(
         "auto",
-        "schedule: as the schedule says; sensitivity: where it costs least, measured on a trial run; search: measured "
-        "at more points, then trained eight times as long; auto: sensitivity for the method slimgpt if the text is "
-        "enough.",
-        detail="A search compares with the schedule's plan, and its training moves all matrices, mostly on text that "
-        "the dense model writes. With a schedule, a plan or equal widths, auto is schedule.",
+        "Which layers lose how much: auto, schedule, sensitivity, search.",
+        detail="schedule: as the schedule says; sensitivity: where it costs least, measured on a trial run; search: "
+        "measured at more points, then trained eight times as long; auto: sensitivity for the method slimgpt if the "
+        "text is enough. A search compares with the schedule's plan, and its training moves all matrices, mostly on "
+        "text that the dense model writes. With a schedule, a plan or equal widths, auto is schedule.",
         check=check_allocation,
     )
     plan: str | None = setting(
@@ -156,26 +171,28 @@ class PruneConfig:
     )
     whole_experts: float = setting(
         0.0,
-        "Mixtures: the share of what experts lose that is taken as whole experts, from 0 to 1.",
-        detail="The rest is channels inside the experts that stay.",
+        "Mixtures: share of the loss taken as whole experts, 0 to 1.",
+        detail="The share of what experts lose. The rest is channels inside the experts that stay.",
         check=check_share,
         commands=BOTH,
     )
     distill: str | int = setting(
         "auto",
-        "Train output matrices and norms together on so many calibration tokens afterwards, towards what the dense "
-        "model predicts and the text says, or off; auto: as many as cost 1.4 forward passes (11.5 in a search) over "
-        "all, for the method slimgpt if the text is enough. If the text has fewer, the dense model generates the rest.",
-        detail="With auto, not at all for the other methods, without repair, and for mixtures of experts.",
+        "Tokens of the short training after pruning: auto, off or a number.",
+        detail="Output matrices and norms are trained together on so many calibration tokens, towards what the dense "
+        "model predicts and the text says. auto: as many as cost 1.4 forward passes (11.5 in a search) over all, for "
+        "the method slimgpt if the text is enough. If the text has fewer, the dense model generates the rest. With "
+        "auto, not at all for the other methods, without repair, and for mixtures of experts.",
         metavar="TOKENS",
         check=check_distill,
     )
 
     evaluate: bool = setting(
         True,
-        "Measure at the end how far the predictions are from the dense model's.",
-        detail="KL divergence, same most likely token and perplexity before and after, on text held out of the "
-        "calibration and on a bundled one: two passes over some thousand tokens.",
+        "Measure what was lost when it is done.",
+        detail="How far the predictions are from the dense model's: KL divergence, same most likely token and "
+        "perplexity before and after, on text held out of the calibration and on a bundled one: two passes over some "
+        "thousand tokens.",
     )
 
     def __post_init__(self) -> None:
@@ -289,14 +306,12 @@ def make_config(**settings: Any) -> PruneConfig:
     Raises:
         UsageError: a value outside its range or an unknown method.
     """
-    from slimgpt.solver import CRITERIA  # imports torch, which `--help` does without
-
     schedule = settings.get("schedule")
     if isinstance(schedule, str):
         settings["schedule"] = parse_schedule(schedule)
     elif schedule is not None:
         settings["schedule"] = tuple(schedule)
     config = PruneConfig(**settings)
-    if config.method not in CRITERIA:
-        raise UsageError(f"method '{config.method}' is unknown; choose {', '.join(CRITERIA)}")
+    if config.method not in METHODS:
+        raise UsageError(f"method '{config.method}' is unknown; choose {', '.join(METHODS)}")
     return config

@@ -377,7 +377,7 @@ def test_ctrl_c_leaves_no_folder_that_looks_finished(tmp_path, tokenizer, text_f
 
     with subprocess.Popen(command, preexec_fn=heed, stdout=pipe, stderr=pipe, text=True) as process:
         for line in process.stdout:
-            if line.startswith("layer 0"):
+            if line.startswith("pruning  layer "):
                 process.send_signal(signal.SIGINT)
                 break
         _, stderr = process.communicate(timeout=120)

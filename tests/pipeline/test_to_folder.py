@@ -559,7 +559,7 @@ def test_a_process_that_dies_ends_all_and_the_run_resumes_with_another_number(wi
     words = torchrun(2, command(wide, tmp_path / "slim", text_file))
     with start(words, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") as process:
         for line in process.stdout:
-            if line.startswith("layer 1:"):
+            if line.startswith("pruning  layer 2/"):
                 break
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         if not children.exists():

@@ -1,18 +1,22 @@
-"""Shared parts of all commands: the app, consoles, error handling, options and progress."""
+"""Shared parts of all commands: the app, consoles, error handling and the options that every command has."""
 
 from __future__ import annotations
 
+import copy
+import difflib
 import functools
 import gc
+import inspect
 import json
 import os
 import signal
 import sys
+import tomllib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
 from rich.console import Console
@@ -32,8 +36,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 out = Console()
 err = Console(stderr=True)
@@ -48,9 +52,10 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     """Turn our errors into one clear message and exit code 2 (1 for a comparison that failed), and Ctrl-C into 130."""
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*args: Any, quiet: bool = False, **kwargs: Any) -> None:
+        kwargs.pop("config_file", None)  # its callback has taken the values
         first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process speaks for all
-        out.quiet = not first
+        out.quiet = quiet or not first
         try:
             command(*args, **kwargs)
         except SlimGPTError as error:
@@ -67,7 +72,89 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             say_disk_full(error)
             raise typer.Exit(2) from None
 
+    own, common = (inspect.signature(each, eval_str=True).parameters.values() for each in (command, _common_options))
+    set_parameters(wrapped, [with_option(parameter, **_switch(parameter)) for parameter in (*own, *common)])
+    wrapped.__doc__ = unwrap(command.__doc__)
     return wrapped
+
+
+def unwrap(text: str | None) -> str:
+    """A docstring with every paragraph on one line: help breaks lines where the terminal ends."""
+    paragraphs = inspect.cleandoc(text or "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+
+
+def set_parameters(command: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> None:
+    """Give a function another list of parameters, as typer reads them."""
+    signature = inspect.signature(command).replace(parameters=parameters)
+    command.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def with_option(parameter: inspect.Parameter, **changes: Any) -> inspect.Parameter:
+    """A parameter whose option or argument is presented in another way; the original may belong to several commands."""
+    hint, *metadata = get_args(parameter.annotation) if get_origin(parameter.annotation) is Annotated else (None,)
+    if not metadata or not changes:
+        return parameter
+    info = copy.copy(metadata[0])
+    for name, value in changes.items():
+        setattr(info, name, value)
+    return parameter.replace(annotation=Annotated[hint, info])
+
+
+def _switch(parameter: inspect.Parameter) -> dict[str, str]:
+    """Nothing stands beside a switch in place of a value."""
+    hint = get_args(parameter.annotation)[:1]
+    return {"metavar": " "} if hint and hint[0] in (bool, bool | None) else {}
+
+
+def _read_config_file(context: typer.Context, file: Path | None) -> Path | None:
+    """Take the values of a TOML file as the defaults of a command's options."""
+    if file is None or context.resilient_parsing:
+        return file
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"{file} is no TOML file that can be read: {error}") from None
+    options = {
+        name.removeprefix("--").replace("-", "_"): parameter
+        for parameter in context.command.params
+        if parameter.param_type_name == "option"
+        for name in parameter.opts
+        if name.startswith("--")
+    }
+    defaults = {}
+    for key, value in values.items():
+        name = key.replace("-", "_")
+        if name not in options or name in ("help", "config"):
+            near = difflib.get_close_matches(name, options, 1)
+            hint = f"did you mean {near[0].replace('_', '-')}?" if near else f"see {context.command_path} --help"
+            raise typer.BadParameter(f"{file} names {key}, which is no option of {context.command_path}; {hint}")
+        if isinstance(value, dict):
+            raise typer.BadParameter(f"{file} has a table [{key}]; write options as lines such as ratio = 0.2")
+        repeated = getattr(options[name], "multiple", False)
+        if isinstance(value, list) and not repeated:
+            value = ",".join(map(str, value))
+        defaults[options[name].name] = [value] if repeated and not isinstance(value, list) else value
+    context.default_map = {**(context.default_map or {}), **defaults}
+    return file
+
+
+def _common_options(
+    *,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    config_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            callback=_read_config_file,
+            is_eager=True,
+            help="Options as lines of TOML, such as ratio = 0.2.",
+        ),
+    ] = None,
+) -> None:
+    """The options of every command."""
 
 
 def say_disk_full(error: OSError) -> None:
@@ -132,10 +219,13 @@ def silence_libraries() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    from huggingface_hub.utils import enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     warnings.simplefilter("ignore", FutureWarning)  # of one library about another
     hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # those of downloads, too, which are worth seeing
+    if err.is_terminal and not out.quiet:
+        enable_progress_bars()

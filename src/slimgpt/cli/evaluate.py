@@ -128,7 +128,7 @@ def evaluate(
         check_context(loaded.config, "a text", length)
     values: dict[str, Any] = {"model": model}
     if content is not None:
-        with bar("windows") as (progress, task):
+        with bar("perplexity") as step:
             result = run(
                 loaded,
                 tokenizer,
@@ -139,7 +139,7 @@ def evaluate(
                 batch_size=batch_size,
                 by_position=by_position,
                 bos=bos,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
+                progress=step,
                 against=base,
             )
         del base
@@ -150,13 +150,13 @@ def evaluate(
         if result.divergence is not None:
             print_divergence(result.divergence, result)
     if names:
-        with count_bar("answers") as on_start:
+        with count_bar("tasks") as on_start:
             scores = evaluate_tasks(loaded, tokenizer, names, limit, num_fewshot, data_dir, on_start)
         values["tasks"] = scores.to_json()
         print_scores(scores)
         figures += task_figures(scores)
     if lengths:
-        with count_bar("questions") as on_start:
+        with count_bar("pass key") as on_start:
             retrieval = run_passkey(loaded, tokenizer, lengths, on_start=on_start)
         values["passkey"] = retrieval.to_json()
         print_passkey(retrieval)

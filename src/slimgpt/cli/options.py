@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from slimgpt.cli.console import set_parameters, with_option
 from slimgpt.runtime.settings import Setting, interleave, settings_of
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     Calls = tuple[OnLayer, OnMeasured, OnDistilled, OnRehearsed]
 
 
-ModelArgument = Annotated[str, typer.Argument(help="A hub id, a local folder, a .gguf file, or 'demo'.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, a .gguf file, or 'demo'.")
+]
 
 
 TrustOption = Annotated[
@@ -61,9 +64,31 @@ def setting_options(
             if command in entry.commands
         }
         parameters = interleave(own, options, before)
-        function.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportFunctionMemberAccess]
-        function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        set_parameters(function, parameters)
         return function
+
+    return decorate
+
+
+def help_panels(panels: Mapping[str, str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Show the options of a command in panels.
+
+    Args:
+        panels: the names of parameters of each, in order and with spaces between them; what no panel names stays in
+            the first one.
+    """
+    places = {name: panel for panel, names in panels.items() for name in names.split()}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        parameters = dict(inspect.signature(command, eval_str=True).parameters)
+        chosen = [with_option(parameters.pop(name), rich_help_panel=panel) for name, panel in places.items()]
+        kept = (
+            [p for p in parameters.values() if p.default is p.empty],
+            [p for p in parameters.values() if p.default is not p.empty],
+        )
+        keyword_only = [p.replace(kind=p.KEYWORD_ONLY) for p in (*chosen, *kept[1])]
+        set_parameters(command, [*kept[0], *keyword_only])
+        return command
 
     return decorate
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_file
 from slimgpt.cli.options import ModelArgument, TrustOption, setting_options
+from slimgpt.cli.progress import duration
 from slimgpt.cli.prune import for_engines
 from slimgpt.config import PruneConfig
 
@@ -96,7 +97,7 @@ def _print(estimate: Estimate) -> None:
         f"KV cache       {estimate.kv_before:,} -> {estimate.kv_after:,} bytes per token (16 bits, full attention)\n"
         f"FLOPs/token    {estimate.flops_before / 1e9:.2f} -> {estimate.flops_after / 1e9:.2f} billion\n"
         f"pruning here   about {estimate.memory / 1e9:.1f} GB beside the mapped weights and "
-        f"{_duration(estimate.seconds)} on {estimate.device}, for {estimate.tokens:,} tokens",
+        f"{duration(estimate.seconds)} on {estimate.device}, for {estimate.tokens:,} tokens",
         soft_wrap=True,
     )
     engines = Table(title="engines", title_justify="left")
@@ -105,7 +106,3 @@ def _print(estimate: Estimate) -> None:
     for verdict in estimate.verdicts:
         engines.add_row(verdict.engine, "yes" if verdict.runs else "no", verdict.how, verdict.change)
     out.print(engines)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

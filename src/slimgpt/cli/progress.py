@@ -1,13 +1,15 @@
-"""Progress on a terminal, or as lines."""
+"""Progress on a terminal, or as lines: phase, count and time left first, so that 80 columns are enough."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
 
 from slimgpt.cli.console import out
 
@@ -18,89 +20,152 @@ if TYPE_CHECKING:
     from slimgpt.planning.plan import Plan
     from slimgpt.pruning.report import LayerReport
 
+LINES = 20
+"""Lines that a phase prints about its steps where the output is no terminal, about."""
+
+WIDE = 110
+"""Columns from which on a bar has room for more than count and time."""
+
+
+class TimeColumn(ProgressColumn):
+    """The time left, and of a finished phase the time it took."""
+
+    def render(self, task: Task) -> Text:
+        """``ETA 0:45`` or ``in 1:02``."""
+        if task.finished:
+            return Text(f"in {duration(task.finished_time or 0)}")
+        left = task.fields.get("left", task.time_remaining)
+        return Text("ETA -:--" if left is None else f"ETA {duration(left)}")
+
+
+class Phases:
+    """The phases of a command, one bar each on a terminal, and some lines each elsewhere."""
+
+    def __init__(self) -> None:
+        self.wide = out.width >= WIDE
+        self.terminal = out.is_terminal
+        self.progress = Progress(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[count]}", justify="right", table_column=Column(no_wrap=True)),
+            TimeColumn(table_column=Column(no_wrap=True, min_width=len("ETA 00:00"))),
+            BarColumn(bar_width=None if self.wide else 20),
+            TextColumn("{task.fields[state]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            console=out,
+            expand=self.wide,
+            disable=not self.terminal,
+        )
+        self.tasks: dict[str, TaskID] = {}
+        self.started: dict[str, float] = {}
+
+    def step(
+        self, phase: str, done: int, total: int | None, *, left: float | None = None, state: str = "", unit: str = ""
+    ) -> None:
+        """Show a phase at a step.
+
+        Args:
+            phase: its name; a name that is new begins a phase.
+            total: ``None`` as long as it is not known.
+            left: seconds that are left; estimated from the steps so far if not given.
+            state: what else is known; the first words of it where columns are few.
+            unit: what is counted.
+        """
+        start = self.started.setdefault(phase, time.perf_counter())
+        count = f"{unit} {done}/{'?' if total is None else total}".strip()
+        if not self.terminal:
+            if total is not None and (done == total or done % max(1, total // LINES) == 0) and done:
+                rest = (time.perf_counter() - start) / done * (total - done) if left is None else left
+                time_text = f"in {duration(time.perf_counter() - start)}" if done == total else f"ETA {duration(rest)}"
+                out.print("  ".join(filter(None, (phase, count, time_text, state))), soft_wrap=True, highlight=False)
+            return
+        if phase not in self.tasks:
+            self.tasks[phase] = self.progress.add_task(phase, total=total, count=count, state="")
+        fields: dict[str, Any] = {"count": count, "state": state}
+        if left is not None:
+            fields["left"] = left
+        self.progress.update(self.tasks[phase], completed=done, total=total, **fields)
+
 
 @contextmanager
-def bar(unit: str) -> Iterator[tuple[Progress, Any]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(f"{unit} in"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"), console=out) as progress:
-        yield progress, progress.add_task("", total=None)
+def phases() -> Iterator[Phases]:
+    """The phases of a command while it runs."""
+    shown = Phases()
+    with shown.progress:
+        yield shown
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``0:45`` or ``1:02:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 @contextmanager
-def count_bar(unit: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
+def bar(phase: str) -> Iterator[Callable[[int, int], None]]:
+    """A command of a single phase: what is called with steps done and steps in all."""
+    with phases() as shown:
+        yield lambda done, total: shown.step(phase, done, total)
+
+
+@contextmanager
+def count_bar(phase: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
     """A bar for work whose amount is known only once it starts."""
-    with bar(unit) as (progress, task):
+    with phases() as shown:
 
         def on_start(total: int) -> Callable[[int], None]:
-            progress.update(task, total=total)
-            return lambda done: progress.advance(task, done)
+            count = 0
+            shown.step(phase, 0, total)
+
+            def advance(done: int) -> None:
+                nonlocal count
+                count += done
+                shown.step(phase, count, total)
+
+            return advance
 
         yield on_start
 
 
 @contextmanager
 def layer_progress(tokens: int, device: torch.device) -> Iterator[Callbacks]:
-    """Progress of a run: a bar on a terminal, lines otherwise; yields the callbacks.
+    """Progress of a pruning run; yields the callbacks.
 
     The time left is that of the layers seen so far times those to come. Layers that a resumed run finds finished
     count with what they took when they were pruned, so the figure is right from the first of them on.
     """
     from slimgpt.pipeline.callbacks import Callbacks
 
-    seconds: list[float] = []
-    measured: list[float] = []
-    trained: list[float] = []
-    prepare_seconds: dict[str, list[float]] = {}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=out) if out.is_terminal else nullcontext() as progress:
-        task = progress.add_task("", total=None, state="") if progress else None
+    seconds: dict[str, list[float]] = {}
+
+    def left(phase: str, took: float, to_come: int) -> float:
+        """The time that what is to come will take if it takes what the others took."""
+        each = seconds.setdefault(phase, [])
+        each.append(took)
+        return sum(each) / len(each) * to_come
+
+    with phases() as shown:
 
         def on_layer(report: LayerReport, plan: Plan) -> None:
             from slimgpt.runtime.memory import used_bytes
 
-            seconds.append(sum(report.seconds.values()))
-            done, total = report.layer + 1, len(plan.layers)
-            state = (
-                f"layers, {tokens / max(seconds[-1], 1e-9):,.0f} tokens/s, {used_bytes(device) / 1e9:.2f} GB in use, "
-                f"{_left(seconds, total - done)}"
-            )
-            if progress and task is not None:
-                progress.update(task, completed=done, total=total, description=_describe(report), state=state)
-            else:
-                out.print(f"{_describe(report)}  {done}/{total} {state}", soft_wrap=True)
-
-        def on_step(done: int, total: int, state: str, every: int) -> None:
-            if progress and task is not None:
-                progress.update(task, completed=done, total=total, description="step", state=state)
-            elif done % every == 0 or done == total:
-                out.print(f"{done}/{total} steps, {state}", soft_wrap=True)
+            took, done, total = sum(report.seconds.values()), report.layer + 1, len(plan.layers)
+            rest = left("pruning", took, total - done)
+            state = f"{used_bytes(device) / 1e9:.2f} GB in use"
+            if shown.wide or not shown.terminal:
+                state = f"{tokens / max(took, 1e-9):,.0f} tokens/s  {state}  {_describe(report)}"
+            shown.step("pruning", done, total, left=rest, state=state, unit="layer")
 
         def on_measured(step: int, steps: int, took: float) -> None:
-            measured.append(took)
-            left = _left(measured, steps - len(measured))
-            on_step(step + 1, steps, f"measuring what each layer's widths cost, {left}", 10)
+            shown.step("measuring", step + 1, steps, left=left("measuring", took, steps - step - 1))
 
         def on_distilled(step: int, steps: int, divergence: float, took: float) -> None:
-            trained.append(took)
-            state = f"training towards the dense model, divergence {divergence:.3f} nats per token"
-            on_step(step + 1, steps, f"{state}, {_left(trained, steps - len(trained))}", 4)
+            state = f"KL {divergence:.3f} nats"
+            shown.step("training", step + 1, steps, left=left("training", took, steps - step - 1), state=state)
 
         def on_rehearsed(stage: str, step: int, steps: int, took: float) -> None:
-            prepare_seconds.setdefault(stage, []).append(took)
-            on_step(step + 1, steps, f"{stage}, {_left(prepare_seconds[stage], steps - step - 1)}", max(steps // 4, 1))
+            shown.step(stage, step + 1, steps, left=left(stage, took, steps - step - 1))
 
         yield Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
-
-
-def _left(seconds: list[float], to_come: int) -> str:
-    """The time that what is to come will take if it takes what the others took."""
-    return f"about {timedelta(seconds=round(sum(seconds) / len(seconds) * to_come))} left"
 
 
 def _describe(report: LayerReport) -> str:
@@ -108,6 +173,6 @@ def _describe(report: LayerReport) -> str:
 
     s = report.sizes
     return (
-        f"layer {report.layer}: {s['num_attention_heads']}/{s['num_key_value_heads']} heads, "
-        f"{ffn_text(s)} channels, error {report.percent('heads', 1)} / {report.percent('channels', 1)}"
+        f"{s['num_attention_heads']}/{s['num_key_value_heads']} heads, {ffn_text(s)} channels, "
+        f"error {report.percent('heads', 1)} / {report.percent('channels', 1)}"
     )

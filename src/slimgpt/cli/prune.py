@@ -11,21 +11,46 @@ from rich.table import Table
 
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.divergence import print_dense_comparison, print_next
-from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, setting_options
-from slimgpt.cli.progress import layer_progress
-from slimgpt.config import PruneConfig
+from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, help_panels, setting_options
+from slimgpt.cli.progress import duration, layer_progress
+from slimgpt.config import PruneConfig, make_config
 from slimgpt.errors import OutputError
 
 if TYPE_CHECKING:
+    from slimgpt.pipeline.prepare import PruneRequest
     from slimgpt.planning.plan import Plan
     from slimgpt.pruning.report import PruneReport
     from slimgpt.runtime.memory import Placement
 
+EXAMPLES = """Examples:
+
+slimgpt prune HuggingFaceTB/SmolLM2-1.7B slim --ratio 0.25
+
+slimgpt prune MODEL slim --for vllm --params 6B --calibration my.jsonl
+
+slimgpt prune MODEL slim --method paper --ratio 0.2
+
+Several GPUs: torchrun --nproc-per-node 8 -m slimgpt prune MODEL slim
+"""
+
+LONG = 600
+"""Seconds from which on a run is worth shortening."""
+
 WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed twice"}
 
 
-@app.command()
+@app.command(epilog=EXAMPLES)
 @handle_errors
+@help_panels(
+    {
+        "Target": "ratio params bytes kv_cache plan engines uniform round_to",
+        "Calibration": "calibration num_samples seq_len seed",
+        "Method": "method allocation schedule head_unit whole_experts repair damping",
+        "Training": "distill",
+        "Resources": "device dtype forward_dtype batch_size memory",
+        "Output": "export_to evaluate resume overwrite dry_run verbose",
+    }
+)
 @setting_options(
     PruneConfig,
     "prune",
@@ -56,25 +81,25 @@ def prune(
     dtype: DtypeOption = "auto",
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory to use, such as 8GB: of the GPU, or of this process.", show_default="what is free"),
+        typer.Option(help="Of the GPU or this process, such as 8GB.", show_default="what is free"),
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a killed run of the same command stopped.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
     trust_remote_code: TrustOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, plan, estimate; write nothing.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show a row for every layer.")] = False,
     **settings: Any,
 ) -> None:
     """Prune MODEL and save the smaller model as the folder OUT."""
-    from slimgpt.config import make_config
+    for_engines(engines, settings)
+    config = make_config(**settings)  # before torch is imported: what is wrong in it is said at once
     from slimgpt.io.weight_files import weight_bytes
+    from slimgpt.pipeline.estimate import run_seconds
     from slimgpt.pipeline.prepare import prepare
     from slimgpt.pipeline.to_folder import run_to_folder
     from slimgpt.runtime.distributed import rank_of_environment
 
     silence_libraries()
-    for_engines(engines, settings)
-    config = make_config(**settings)
     with out.status("checking the request and reading the text"):
         prepared = prepare(
             model,
@@ -103,11 +128,15 @@ def prune(
             "columns: the repair fits them and not the text behind them; raise --num-samples or --seq-len",
             soft_wrap=True,
         )
+    estimated = run_seconds(prepared)
+    _print_estimate(prepared, estimated)
+    if dry_run:
+        return
     with layer_progress(prepared.windows.numel(), prepared.device) as callbacks:
         report = run_to_folder(prepared, replace(callbacks, start=_print_start))
     if rank_of_environment() != 0:  # the first process writes the folder, and may still be at it
         return
-    _print_report(report, weight_bytes(prepared.output), prepared.output)
+    _print_report(report, weight_bytes(prepared.output), prepared.output, verbose=verbose, estimated=estimated)
     if export_to is not None:
         from slimgpt.cli.export import print_export
         from slimgpt.exporting.run import export
@@ -120,13 +149,16 @@ def prune(
 
 def for_engines(engines: str | None, settings: dict[str, Any]) -> list[str] | None:
     """The names of engines; the step of FFN widths and equal layers become what they ask for where nothing is said."""
-    from slimgpt.planning.engines import constraints_for
-
     names = [name.strip() for name in engines.split(",")] if engines else None
-    profile = constraints_for(names or [])
+    if names is not None:
+        from slimgpt.planning.engines import constraints_for  # imports transformers
+
+        profile = constraints_for(names)
+        settings["uniform"] = settings["uniform"] or profile.uniform
+        if settings["round_to"] is None:
+            settings["round_to"] = profile.round_to
     if settings["round_to"] is None:
-        settings["round_to"] = profile.round_to
-    settings["uniform"] = settings["uniform"] or profile.uniform
+        settings["round_to"] = 1
     return names
 
 
@@ -144,6 +176,21 @@ def _print_start(placement: Placement, finished: int) -> None:
         where += "; Gram matrices: in a file"
     if where:
         out.print(f"memory budget {placement.budget / 1e9:.2f} GB: {where.removeprefix('; ')}", soft_wrap=True)
+
+
+def _print_estimate(request: PruneRequest, seconds: float) -> None:
+    """How long it will take, and how long with a quarter of the text where that is long."""
+    from slimgpt.pipeline.estimate import run_seconds
+
+    windows = len(request.windows)
+    about = f"about {duration(seconds)}" if seconds >= 1 else "less than a second"
+    fewer = f"; --num-samples {windows // 4} takes about {duration(run_seconds(request, windows // 4))}"
+    out.print(
+        f"{about} on this {'CPU' if request.device.type == 'cpu' else 'GPU'} for {windows} x "
+        f"{request.windows.shape[1]} tokens{fewer if seconds > LONG and windows >= 8 else ''}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _print_plan(plan: Plan, config: PruneConfig) -> None:
@@ -166,8 +213,7 @@ def _print_plan(plan: Plan, config: PruneConfig) -> None:
         out.print(f"[yellow]note:[/] {why}", soft_wrap=True)
 
 
-def _print_report(report: PruneReport, size: int, folder: Path) -> None:
-    plan = report.plan
+def _print_layers(report: PruneReport) -> None:
     table = Table(title=f"{report.base_model}, method {report.settings.method}", title_justify="left")
     for column in ("layer", "heads", "KV heads", "FFN channels", "removed", "error attention", "error FFN", "seconds"):
         table.add_column(column, justify="right", min_width=max(map(len, column.split())))  # 80 columns are enough
@@ -186,6 +232,12 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
             f"{sum(layer.seconds.values()):.1f}",
         )
     out.print(table)
+
+
+def _print_report(report: PruneReport, size: int, folder: Path, *, verbose: bool, estimated: float) -> None:
+    plan = report.plan
+    if verbose:
+        _print_layers(report)
     starved = [(layer.layer, e) for layer in report.layers if layer.experts for e in layer.experts.fallback]
     if starved:
         out.print(
@@ -203,11 +255,12 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
             f"dense model {far}, cross-entropy {text} nats per token" + ("" if info["kept"] else "; not kept"),
             soft_wrap=True,
         )
-    print_dense_comparison(report.divergence)
     out.print(
-        f"removed {plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%}) in {report.seconds:.1f} s\n"
+        f"removed {plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%}) in "
+        f"{duration(report.seconds)} (estimated: {duration(estimated)})\n"
         f"{plan.parameters_before:,} -> {plan.parameters:,} parameters, {size:,} bytes of weights\n"
         f"saved {show(folder)} (report: slimgpt.json, plot: widths.png, card: README.md)",
         soft_wrap=True,
         highlight=False,
     )
+    print_dense_comparison(report.divergence)

@@ -7,22 +7,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
-from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption
+from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption, help_panels
+from slimgpt.cli.progress import phases
 from slimgpt.errors import UsageError
 
 if TYPE_CHECKING:
     from slimgpt.recovery.run import Recovery
     from slimgpt.recovery.trainer import Step
 
-LINES = 50
-"""Lines that a run prints about its steps where the output is no terminal, about."""
+EXAMPLES = """Examples:
+
+slimgpt recover slim slim-lora --data alpaca.jsonl
+
+slimgpt recover slim slim-taught --data my.txt --method distill --teacher MODEL
+
+Several GPUs: torchrun --nproc-per-node 8 -m slimgpt recover slim OUT --data my.txt
+"""
 
 
-@app.command()
+@app.command(epilog=EXAMPLES)
 @handle_errors
+@help_panels(
+    {
+        "Data": "data shares pack max_length held_out seed",
+        "Method": "method teacher rank alpha dropout train_embeddings",
+        "Training": "epochs max_steps learning_rate schedule warmup weight_decay batch_size patience evaluations",
+        "Distillation": "distill_weight text_weight top_k layer_weight layers",
+        "Resources": "device dtype bf16 micro_batch gradient_checkpointing",
+        "Output": "resume overwrite",
+    }
+)
 def recover(
     slim: Annotated[Path, typer.Argument(metavar="SLIM", help="The folder that `slimgpt prune` wrote.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
@@ -30,99 +46,81 @@ def recover(
         list[str],
         typer.Option(
             metavar="SOURCE",
-            help="A .txt, .jsonl, .json or .parquet file, a folder, a datasets id, or 'demo'; more than once for "
-            "several. Plain text is packed; of instructions and chats the answers are learned.",
+            help="A .txt, .jsonl, .json or .parquet file, a folder, a datasets id, or 'demo'; may be repeated.",
         ),
     ],
     method: Annotated[
         str,
-        typer.Option(help="lora (adapters, merged), full (the weights), distill (the dense model teaches)."),
+        typer.Option(help="lora, full (all weights) or distill (from a teacher)."),
     ] = "lora",
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    max_steps: Annotated[int | None, typer.Option(help="End after so many updates.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
     shares: Annotated[
         str | None,
-        typer.Option(help="Examples from each source then, in proportion: 4,1.", show_default="the same from each"),
+        typer.Option(help="With --max-steps: proportions of the sources, such as 4,1.", show_default="equal"),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="At its highest.", show_default="1e-4 for adapters, 5e-4 for weights")
+        float | None, typer.Option(help="Peak learning rate.", show_default="1e-4 for lora, else 5e-4")
     ] = None,
-    schedule: Annotated[str, typer.Option(help="How it falls: cosine, linear, constant.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps over which it rises.")] = 0.05,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Examples per update, over all devices.")] = 64,
-    micro_batch: Annotated[int, typer.Option(help="Examples at a time on a device.")] = 4,
+    schedule: Annotated[str, typer.Option(help="Learning rate schedule: cosine, linear or constant.")] = "cosine",
+    warmup: Annotated[float, typer.Option(help="Warm-up, as a share of the steps.")] = 0.05,
+    max_length: Annotated[int, typer.Option(help="Tokens of an example at most.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Examples per step, over all devices.")] = 64,
+    micro_batch: Annotated[int, typer.Option(help="Examples per device and forward pass.")] = 4,
     rank: Annotated[
-        int | None, typer.Option(help="Of the adapters; with distill: train adapters.", show_default="8 with lora")
+        int | None, typer.Option(help="LoRA rank; with distill: train adapters.", show_default="8 with lora")
     ] = None,
-    alpha: Annotated[float | None, typer.Option(help="Scale of the adapters.", show_default="twice the rank")] = None,
-    dropout: Annotated[float, typer.Option(help="On the way into the adapters.")] = 0.0,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.", show_default="twice the rank")] = None,
+    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
     train_embeddings: Annotated[
-        bool, typer.Option("--train-embeddings", help="full, distill: train the embeddings too.")
+        bool, typer.Option("--train-embeddings", help="Train the embeddings too (full, distill).")
     ] = False,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.0,
-    pack: Annotated[bool, typer.Option("--pack", help="Pack instructions and chats like plain text.")] = False,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0,
+    pack: Annotated[bool, typer.Option("--pack", help="Pack instructions and chats, too.")] = False,
     teacher: Annotated[
-        str | None, typer.Option(help="distill: the dense model.", show_default="the one SLIM was made from")
+        str | None, typer.Option(help="The dense model (distill).", show_default="SLIM's base model")
     ] = None,
-    distill_weight: Annotated[float, typer.Option(help="distill: weight of the divergence from the teacher.")] = 1.0,
-    text_weight: Annotated[float, typer.Option(help="distill: weight of the text's own cross-entropy.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="distill: the teacher's most likely tokens to keep.")] = 64,
-    layer_weight: Annotated[float, typer.Option(help="distill: weight of the distance of layer outputs.")] = 0.0,
-    layers: Annotated[int, typer.Option(help="distill: layer outputs to compare.")] = 4,
-    held_out: Annotated[int, typer.Option(help="Examples to measure on rather than learn; 0: none.")] = 32,
-    evaluations: Annotated[int, typer.Option(help="How often to measure and to keep the state, in all.")] = 10,
-    patience: Annotated[int, typer.Option(help="Stop after so many measurements without a lower loss; 0: never.")] = 3,
-    seed: Annotated[int, typer.Option(help="For the order of the data and the adapters.")] = 0,
+    distill_weight: Annotated[float, typer.Option(help="Weight of the KL divergence from the teacher.")] = 1.0,
+    text_weight: Annotated[float, typer.Option(help="Weight of the cross-entropy of the text.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Most likely tokens of the teacher that are kept.")] = 64,
+    layer_weight: Annotated[float, typer.Option(help="Weight of the distance of layer outputs.")] = 0.0,
+    layers: Annotated[int, typer.Option(help="Layer outputs that are compared.")] = 4,
+    held_out: Annotated[int, typer.Option(help="Examples held out for evaluation; 0: none.")] = 32,
+    evaluations: Annotated[int, typer.Option(help="Evaluations, each with a checkpoint.")] = 10,
+    patience: Annotated[int, typer.Option(help="Early stopping after so many evaluations; 0: none.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of data order and adapters.")] = 0,
     bf16: Annotated[
-        bool | None, typer.Option("--bf16/--no-bf16", help="Multiply in bfloat16.", show_default="where it is faster")
+        bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 autocast.", show_default="where it is faster")
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice rather than keep them.")
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a killed run of the same command stopped.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Train SLIM to win back what pruning lost, and save the result as the folder OUT.
 
-    Several GPUs: `torchrun --nproc-per-node 8 -m slimgpt recover ...`.
+    Plain text is packed; of instructions and chats the answers are learned.
     """
     from slimgpt.recovery.run import recover as run
 
     silence_libraries()
-    progress = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=out,
-    )
-    with progress:
-        reading = progress.add_task("checking the request and reading the data", total=None)
-        tasks = {"teacher": None, "training": None}
+    with phases() as shown:
+        shown.step("reading", 0, None)
 
-        def begin(part: str, description: str) -> None:
-            progress.update(reading, visible=False)
-            if tasks[part] is None:
-                tasks[part] = progress.add_task(description, total=None)  # type: ignore[assignment]
+        def begin() -> None:
+            shown.step("reading", 1, 1)
 
         def on_teacher(done: int, total: int) -> None:
-            begin("teacher", "the dense model reads the data")
-            progress.update(tasks["teacher"], completed=done, total=total)  # type: ignore[arg-type]
+            begin()
+            shown.step("teacher", done, total)
 
         def on_step(step: Step) -> None:
-            begin("training", "training")
-            text = _losses(step)
-            progress.update(tasks["training"], completed=step.step, total=step.steps, description=text)  # type: ignore[arg-type]
-            if not out.is_terminal and (step.step % max(1, step.steps // LINES) == 0 or step.step == step.steps):
-                out.print(f"step {step.step}/{step.steps}: {text}", soft_wrap=True)
+            begin()
+            shown.step("training", step.step, step.steps, state=_losses(step), unit="step")
 
         recovery = run(
             slim,
@@ -175,8 +173,7 @@ def _numbers(text: str | None) -> list[float] | None:
 
 
 def _losses(step: Step) -> str:
-    parts = ["training"]
-    parts += [f"loss {step.loss:.3f}"] if step.loss is not None else []
+    parts = [f"loss {step.loss:.3f}"] if step.loss is not None else []
     parts += [f"held out {step.held_out:.3f}"] if step.held_out is not None else []
     return ", ".join(parts)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.options import DeviceOption
-from slimgpt.cli.progress import bar
+from slimgpt.cli.progress import phases
 
 DEFAULT_OUT = Path("slimgpt-reproduced")
 
@@ -37,10 +37,10 @@ def reproduce(
     from slimgpt.reproducing.table import cells
 
     silence_libraries()
-    with bar("rows") as (progress, task):
+    with phases() as shown:
 
         def on_row(number: int, total: int, text: str) -> None:
-            progress.update(task, completed=number, total=total, description=text)
+            shown.step("rows", number, total, state=text)
             if not out.is_terminal:
                 out.print(f"{number + 1}/{total} {text}", soft_wrap=True, highlight=False)
 
@@ -55,7 +55,7 @@ def reproduce(
             overwrite=overwrite,
             on_row=on_row,
         )
-        progress.update(task, completed=len(done.rows), total=len(done.rows), description="")
+        shown.step("rows", len(done.rows), len(done.rows))
     head, body = cells(results)
     table = Table(*head, title=done.title)
     for line in body:

@@ -47,7 +47,7 @@ def speed(
     check_json(json_file, overwrite)
     batches = whole_numbers(batch, "--batch")
     names = [model] if against is None else [against, model]
-    with bar("rounds") as (progress, task):
+    with bar("timing") as step:
         timings = time_models(
             names,
             against,
@@ -59,7 +59,7 @@ def speed(
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             memory=memory,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            progress=step,
         )
     write_json(json_file, timings.to_json())
     print_timings(timings)

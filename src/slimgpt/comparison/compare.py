@@ -73,7 +73,7 @@ def compare(
         timings = None
         if config.batches:
             say("timing all models in turn")
-            with measurer.progress_bar("rounds") as on_start:
+            with measurer.progress_bar("timing") as on_start:
                 step = on_start(len(config.batches) * (config.rounds + 1)) if on_start else None
                 timings = time_models(
                     names,

@@ -199,7 +199,7 @@ class _ModelMeasurer:
         max_tokens = self.common.config.max_tokens
 
         def measure() -> dict[str, Any]:
-            with self.common.progress_bar(f"windows of {window}, {Path(text.name).name}") as on_start:
+            with self.common.progress_bar(f"{Path(text.name).name}, window {window}") as on_start:
                 step: list[Any] = []
 
                 def progress(done: int, total: int) -> None:
@@ -239,7 +239,7 @@ class _ModelMeasurer:
         config, data_dir = self.common.config, self.common.data_dir
 
         def measure() -> dict[str, Any]:
-            with self.common.progress_bar("answers") as on_start:
+            with self.common.progress_bar("tasks") as on_start:
                 scores = evaluate_tasks(
                     *self.loaded, config.tasks, config.limit, config.num_fewshot, data_dir, on_start
                 )
@@ -254,7 +254,7 @@ class _ModelMeasurer:
         lengths = self.common.config.passkey
 
         def measure() -> dict[str, Any]:
-            with self.common.progress_bar("questions") as on_start:
+            with self.common.progress_bar("pass key") as on_start:
                 return passkey(*self.loaded, lengths, on_start=on_start).to_json()
 
         return Passkey.from_json(self.cache.get_or_measure(["passkey", lengths], measure))
@@ -263,7 +263,7 @@ class _ModelMeasurer:
         count = self.common.config.samples
 
         def measure() -> list[dict[str, Any]]:
-            with self.common.progress_bar("texts to read") as on_start:
+            with self.common.progress_bar("samples") as on_start:
                 written = write_samples(*self.loaded, count, progress=on_start(count) if on_start else None)
             return [sample.to_json() for sample in written]
 

@@ -103,7 +103,7 @@ def build_distillation_data(
     layers = decoder_layers(model)
     text = GeneratedText(rest[:0], Tensor())
     if generated:
-        on_token = partial(on_rehearsed, "the dense model writes text") if on_rehearsed else None
+        on_token = partial(on_rehearsed, "generating") if on_rehearsed else None
         text = load_or_generate(
             lambda: generate_text(
                 model, load_layer, calibration, generated, length, config.seed, run, on_token=on_token
@@ -128,7 +128,7 @@ def build_distillation_data(
     for index in passes.forward([dense_hidden]):
         malloc_trim()
         if on_rehearsed:
-            on_rehearsed("the dense model reads it", index, len(layers), time.perf_counter() - start)
+            on_rehearsed("teacher", index, len(layers), time.perf_counter() - start)
         start = time.perf_counter()
     return DistillationData(
         ids=chosen.split(batch),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.runtime.devices import as_device, as_dtype
 from slimgpt.sensitivity.allocate import quadrature, uses_sensitivity
 from slimgpt.sensitivity.measure import num_gradient_nodes, split_windows
+
+if TYPE_CHECKING:
+    from slimgpt.pipeline.prepare import PruneRequest
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,17 @@ def all_flops(
         # Two texts through the dense and the pruned layers, each with its head.
         flops["forward"] += 4 * evaluation_tokens(windows.numel()) * (each + head)
     return flops
+
+
+def run_seconds(request: PruneRequest, num_samples: int | None = None) -> float:
+    """About how long a run takes on its device, without loading and saving.
+
+    Args:
+        num_samples: calibration windows in place of the request's.
+    """
+    tokens = torch.empty(num_samples or len(request.windows), request.windows.shape[1], device="meta")
+    flops = all_flops(request.model_config, request.config, request.shape, request.plan, tokens)
+    return pruning_seconds(flops, request.device, request.stored)
 
 
 def forecast(

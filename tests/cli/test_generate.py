@@ -1,0 +1,85 @@
+"""`generate` and `chat` beside a loop over the model's own most likely tokens."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import slimgpt
+from slimgpt.cli import app
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def run(*words, **options):
+    return CliRunner().invoke(app, [str(word) for word in words], **options)
+
+
+def expected(folder, text, count):
+    """The most likely tokens after a text, one by one and without a cache."""
+    model, tokenizer = slimgpt.load(str(folder))
+    ids = tokenizer(text)["input_ids"]
+    start = len(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.fixture
+def chat_folder(dense_folder, tokenizer, tmp_path):
+    """The tiny model with a chat template."""
+    folder = tmp_path / "chat"
+    slimgpt.load(str(dense_folder))[0].save_pretrained(folder)
+    with_template = copy.deepcopy(tokenizer)
+    with_template.chat_template = TEMPLATE
+    with_template.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+def test_generate_goes_on_from_the_prompt(options, dense_folder):
+    result = run("generate", dense_folder, "The river runs", "--max-new-tokens", 8, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == expected(dense_folder, "The river runs", 8).strip()
+
+
+def test_generate_reads_standard_input(dense_folder):
+    result = run("generate", dense_folder, "-", "--max-new-tokens", 8, input="The river runs")
+    assert result.stdout.strip() == expected(dense_folder, "The river runs", 8).strip()
+    assert run("generate", dense_folder, "-", input=" \n").exit_code == 2
+
+
+def test_sampling_is_seeded(dense_folder):
+    words = ["generate", dense_folder, "The mill", "--temperature", 1.5, "--max-new-tokens", 12, "--seed"]
+    first, again, other = (run(*words, seed).stdout for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_the_template_is_used_unless_the_prompt_is_raw(chat_folder):
+    asked = run("generate", chat_folder, "The mill", "--max-new-tokens", 6).stdout
+    assert asked.strip() == expected(chat_folder, "user: The mill\n", 6).strip()
+    raw = run("generate", chat_folder, "The mill", "--raw", "--max-new-tokens", 6).stdout
+    assert raw.strip() == expected(chat_folder, "The mill", 6).strip()
+
+
+def test_a_chat_remembers_what_was_said(chat_folder):
+    result = run(
+        "chat", chat_folder, "--max-new-tokens", 5, "--system", "Be short.", input="The river\nThe sea\n\nThe mill\n"
+    )
+    assert result.exit_code == 0, result.output
+    first = expected(chat_folder, "system: Be short.\nuser: The river\n", 5)
+    history = f"system: Be short.\nuser: The river\nassistant: {first.strip()}\nuser: The sea\n"
+    second = expected(chat_folder, history, 5)
+    assert result.stdout.split() == f"{first}\n{second}".split()
+
+
+def test_a_chat_needs_a_template(dense_folder):
+    result = run("chat", dense_folder, input="Hello\n")
+    assert result.exit_code == 2
+    assert "has no chat template; use slimgpt generate" in " ".join(result.stderr.split())
