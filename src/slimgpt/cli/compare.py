@@ -11,7 +11,7 @@ from rich.table import Table
 
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.evaluate import DataOption, FewshotOption, LimitOption, PasskeyOption, TasksHelp, whole_numbers
-from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
+from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption
 from slimgpt.cli.progress import count_bar
 from slimgpt.cli.speed import BatchOption, NewOption, PromptOption, RoundsOption
 
@@ -25,7 +25,9 @@ STYLES = {"good": "green", "bad": "red", "": "dim"}
 @app.command()
 @handle_errors
 def compare(
-    base: ModelArgument,
+    base: Annotated[
+        str, typer.Argument(metavar="BASE", help="The dense model: a hub id, a local folder, a .gguf file, or 'demo'.")
+    ],
     slim: Annotated[list[str], typer.Argument(metavar="SLIM...", help="One or more models to set beside it.")],
     output: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.")] = Path(
         "slimgpt-compare"
