@@ -18,10 +18,10 @@ from slimgpt.runtime.settings import settings_of
 HERE = Path(__file__).resolve().parent / "reference"
 HEAD = """# Commands
 
-Written by `docs/make_reference.py` from the command line itself. Every command also has `--help` (`-h`), `--quiet` (`-q`,
-errors only) and `--config FILE`: options as lines of TOML, such as `ratio = 0.2`; what is typed wins. Everything is checked
-before any weight is read; a request that cannot be met ends with one line and exit code 2, a comparison that fails with 1, an
-interrupted run with 130.
+Written by `docs/make_reference.py` from the command line itself. Every command also has `--help` (`-h`), `--quiet`
+(`-q`, errors only) and `--config FILE`: options as lines of TOML, such as `ratio = 0.2`; what is typed wins. Everything
+is checked before any weight is read; a request that cannot be met ends with one line and exit code 2, a comparison that
+fails with 1, an interrupted run with 130.
 """
 COMMON = ("quiet", "config_file", "help")
 

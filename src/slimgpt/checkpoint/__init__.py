@@ -2,14 +2,12 @@
 
 from slimgpt.checkpoint.assemble_folder import assemble
 from slimgpt.checkpoint.inspecting import Inspection, inspect, read_report
-from slimgpt.checkpoint.plot import plot_widths
 from slimgpt.checkpoint.saving import save
 
 __all__ = [
     "Inspection",
     "assemble",
     "inspect",
-    "plot_widths",
     "read_report",
     "save",
 ]

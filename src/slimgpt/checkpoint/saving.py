@@ -15,7 +15,6 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from slimgpt.checkpoint.card import model_card
 from slimgpt.checkpoint.config_file import write_config
-from slimgpt.checkpoint.plot import plot_widths
 from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.io.folders import new_folder
 from slimgpt.io.shards import write_shards
@@ -26,6 +25,7 @@ from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.stock_config import stock_config
 from slimgpt.models.ties import untie_as_held
+from slimgpt.pruning.plot import plot_widths
 from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.thresholds import thresholds
 

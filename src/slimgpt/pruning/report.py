@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from html import escape
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from slimgpt.calibration.documents import hub_dataset
+from slimgpt.calibration.evaluation_text import FOR_PEOPLE
 from slimgpt.calibration.windows import digest
 from slimgpt.config import PruneConfig
 from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
+from slimgpt.pruning.plot import widths_figure
 from slimgpt.runtime.memory import Placement
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def mask_of(kept: Sequence[int], units: int) -> str:
@@ -93,7 +99,7 @@ class LayerReport:
         return cls(**{**values, "experts": None if experts is None else ExpertsReport(**experts)})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruneReport:
     """A whole run, enough to repeat it; what ``slimgpt.json`` holds.
 
@@ -137,6 +143,53 @@ class PruneReport:
     divergence: dict[str, Any] = field(default_factory=dict)
     recovery: tuple[dict[str, Any], ...] = ()
     quantization: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        name = type(self).__name__
+        return f"<{name} of {self.base_model}: {self.plan.achieved:.2%} of the decoder layers removed>"
+
+    def summary(self) -> str:
+        """What was done and what was lost, a line each."""
+        rows = self._facts()
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+    def _repr_html_(self) -> str:
+        """The summary as a table, for notebooks."""
+        rows = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self._facts())
+        return f"<table>{''.join(rows)}</table>"
+
+    def plot(self) -> Figure:
+        """Heads and FFN channels of every layer before and after, as a matplotlib figure."""
+        return widths_figure(self.dense_sizes, self.plan.layers)
+
+    def _facts(self) -> list[tuple[str, str]]:
+        plan, data = self.plan, self.calibration
+        facts = [
+            ("base model", f"{self.base_model} ({self.model_type})"),
+            ("method", self.settings.method),
+            ("removed", f"{plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%})"),
+            ("parameters", f"{plan.parameters_before:,} -> {plan.parameters:,}"),
+            ("calibration", f"{data['num_samples']} x {data['seq_len']} tokens of {data['source']}"),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        if info := self.distillation:
+            far = info["divergence"]
+            facts.append(
+                ("training", f"{info['tokens']:,} tokens, KL {far['before']:.3f} -> {far['after']:.3f} nats per token")
+            )
+        for name, text in FOR_PEOPLE.items():
+            values = self.divergence.get(name, {})
+            if "kl" in values:
+                perplexity = values["perplexity"]
+                facts.append(
+                    (
+                        f"on {text}",
+                        f"KL {values['kl']['mean']:.3f} ± {values['kl']['stderr']:.3f} nats per token, same top token "
+                        f"{values['same_top']:.1%}, perplexity {perplexity['before']:.2f} -> {perplexity['after']:.2f}",
+                    )
+                )
+        return facts
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""

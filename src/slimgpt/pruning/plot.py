@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slimgpt.models.architecture import Sizes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 DENSE, HEADS, CHANNELS = "#d0d5dd", "#b54708", "#175cd3"
 
 
 def plot_widths(dense: Sequence[Sizes], slim: Sequence[Sizes], file: Path) -> None:
-    """Draw query heads and FFN channels per layer, before (grey) and after, as a PNG or SVG by the file's suffix."""
+    """Save :func:`widths_figure` as a PNG or SVG, by the file's suffix."""
+    widths_figure(dense, slim).savefig(file, dpi=120)
+
+
+def widths_figure(dense: Sequence[Sizes], slim: Sequence[Sizes]) -> Figure:
+    """Query heads and FFN channels per layer, before (grey) and after."""
     from matplotlib.figure import Figure  # takes a while to import, and most commands draw nothing
 
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -29,4 +38,4 @@ def plot_widths(dense: Sequence[Sizes], slim: Sequence[Sizes], file: Path) -> No
     lower.set_xlabel("layer")
     lower.set_xlim(-0.6, len(slim) - 0.4)
     figure.suptitle("Width of every decoder layer")
-    figure.savefig(file, dpi=120)
+    return figure

@@ -1,0 +1,84 @@
+"""Every script in `examples` runs, in a process of its own as a user would start it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.models.families import tiny_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tokenizer) -> Path:
+    """Tiny models with contexts that are long enough for the examples."""
+    root = tmp_path_factory.mktemp("examples")
+    mixture = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+    for name, family, sizes in (("dense", "llama", {}), ("mixture", "qwen3_moe", mixture)):
+        tiny_model(family, max_position_embeddings=512, **sizes).save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def long_text(tmp_path_factory, text_file) -> Path:
+    file = tmp_path_factory.mktemp("long") / "text.txt"
+    lines = text_file.read_text(encoding="utf-8").splitlines()
+    file.write_text("\n".join(" ".join(lines[i::7]) for i in range(7)) * 6, encoding="utf-8")
+    return file
+
+
+def run(name: str, *words: object) -> str:
+    script = [sys.executable, str(ROOT / "examples" / name), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.network
+def test_prune_and_generate(folders, tmp_path):
+    assert "removed" in run("prune_and_generate.py", folders / "dense", tmp_path / "slim")
+    assert (tmp_path / "slim/model.safetensors").is_file()
+
+
+def test_own_text(folders, long_text, text_file, tmp_path):
+    assert "nats per token" in run("own_text.py", folders / "dense", tmp_path / "slim", long_text, text_file)
+
+
+def test_equal_layers(folders, long_text, tmp_path):
+    text = run("equal_layers_for_vllm.py", folders / "dense", tmp_path / "slim", long_text)
+    assert "vllm serve" in text
+    assert not (tmp_path / "slim/modeling_slim.py").exists()
+
+
+def test_mixture(folders, long_text, tmp_path):
+    assert "layer 0: experts" in run("mixture_of_experts.py", folders / "mixture", tmp_path / "slim", long_text)
+
+
+@pytest.mark.slow
+def test_training(folders, long_text, tmp_path):
+    slim = tmp_path / "slim"
+    run("own_text.py", folders / "dense", slim, long_text, long_text)
+    assert "slim" in run("train_afterwards.py", folders / "dense", slim, tmp_path / "better", long_text)
+
+
+def test_no_example_is_long_or_forgotten():
+    named = (ROOT / "tests/test_examples.py").read_text(encoding="utf-8")
+    assert all(f'"{name}"' in named for name in SCRIPTS)
+    assert all(10 <= len((ROOT / "examples" / name).read_text().splitlines()) <= 30 for name in SCRIPTS)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_workflows_and_templates_are_yaml(file):
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    assert values["name"]
+    for job in values.get("jobs", {}).values():
+        assert job["steps"]
