@@ -163,10 +163,11 @@ class PruneConfig:
     )
     distill: str | int = setting(
         "auto",
-        "Train output matrices and norms together on so many calibration tokens afterwards, towards what the dense "
-        "model predicts and the text says, or off; auto: as many as cost 1.4 forward passes (11.5 in a search) over "
-        "all, for the method slimgpt if the text is enough. If the text has fewer, the dense model generates the rest.",
-        detail="With auto, not at all for the other methods, without repair, and for mixtures of experts.",
+        "Train output matrices, norms and routers together on so many calibration tokens afterwards, towards what the "
+        "dense model predicts and the text says, or off; auto: as many as cost 1.4 forward passes (11.5 in a search) "
+        "over all, for the method slimgpt if the text is enough. If the text has fewer, the dense model generates the "
+        "rest.",
+        detail="With auto, not at all for the other methods and without repair.",
         metavar="TOKENS",
         check=check_distill,
     )
