@@ -95,7 +95,9 @@ class PruneConfig:
         commands=BOTH,
     )
     method: str = setting(
-        "slimgpt", "slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda or random.", commands=BOTH
+        "slimgpt",
+        "slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda, random, or reap: whole experts of mixtures.",
+        commands=BOTH,
     )
     repair: bool | None = setting(None, "Solve for the weights that stay.", unset="as the method")
     head_unit: str = setting(
@@ -157,7 +159,7 @@ class PruneConfig:
     whole_experts: float = setting(
         0.0,
         "Mixtures: the share of what experts lose that is taken as whole experts, from 0 to 1.",
-        detail="The rest is channels inside the experts that stay.",
+        detail="The rest is channels inside the experts that stay. With the method reap: 1.",
         check=check_share,
         commands=BOTH,
     )
@@ -185,6 +187,7 @@ class PruneConfig:
         check_one_size(self)
         check_plan_file(self)
         object.__setattr__(self, "allocation", allocation_of(self))
+        object.__setattr__(self, "whole_experts", whole_experts_of(self))
         check_measured_allocation(self)
         object.__setattr__(self, "distill", distill_of(self))
 
@@ -258,6 +261,11 @@ def check_measured_allocation(config: PruneConfig) -> None:
         raise UsageError(
             f"allocation '{config.allocation}' spends a size, and kv_cache alone names none; add ratio, params or bytes"
         )
+
+
+def whole_experts_of(config: PruneConfig) -> float:
+    """The share of whole experts; REAP knows nothing else to remove."""
+    return 1.0 if config.method == "reap" and config.plan is None else config.whole_experts
 
 
 def distill_of(config: PruneConfig) -> str | int:
