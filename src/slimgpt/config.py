@@ -11,7 +11,7 @@ from slimgpt.errors import UsageError
 from slimgpt.runtime.settings import documents_settings, run_checks, setting
 from slimgpt.runtime.units import CacheTarget, parse_cache, parse_count, parse_size
 
-METHODS = ("slimgpt", "paper", "paper-no-gcd", "paper-no-dgs", "magnitude", "wanda", "random")
+METHODS = ("slimgpt", "paper", "paper-no-gcd", "paper-no-dgs", "magnitude", "wanda", "random", "reap")
 """The keys of :data:`slimgpt.solver.CRITERIA`, which imports torch."""
 
 ALLOCATIONS = ("auto", "schedule", "sensitivity", "search")
@@ -109,7 +109,9 @@ class PruneConfig:
         commands=BOTH,
     )
     method: str = setting(
-        "slimgpt", "slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda or random.", commands=BOTH
+        "slimgpt",
+        "slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda, random, or reap: whole experts of mixtures.",
+        commands=BOTH,
     )
     repair: bool | None = setting(None, "Solve for the weights that stay.", unset="as the method")
     head_unit: str = setting(
@@ -172,17 +174,18 @@ class PruneConfig:
     whole_experts: float = setting(
         0.0,
         "Mixtures: share of the loss taken as whole experts, 0 to 1.",
-        detail="The share of what experts lose. The rest is channels inside the experts that stay.",
+        detail="The share of what experts lose. The rest is channels inside the experts that stay. With the method "
+        "reap: 1.",
         check=check_share,
         commands=BOTH,
     )
     distill: str | int = setting(
         "auto",
         "Tokens of the short training after pruning: auto, off or a number.",
-        detail="Output matrices and norms are trained together on so many calibration tokens, towards what the dense "
-        "model predicts and the text says. auto: as many as cost 1.4 forward passes (11.5 in a search) over all, for "
-        "the method slimgpt if the text is enough. If the text has fewer, the dense model generates the rest. With "
-        "auto, not at all for the other methods, without repair, and for mixtures of experts.",
+        detail="Output matrices, norms and routers are trained together on so many calibration tokens, towards what "
+        "the dense model predicts and the text says. auto: as many as cost 1.4 forward passes (11.5 in a search) over "
+        "all, for the method slimgpt if the text is enough. If the text has fewer, the dense model generates the rest. "
+        "With auto, not at all for the other methods and without repair.",
         metavar="TOKENS",
         check=check_distill,
     )
@@ -201,6 +204,7 @@ class PruneConfig:
         check_one_size(self)
         check_plan_file(self)
         object.__setattr__(self, "allocation", allocation_of(self))
+        object.__setattr__(self, "whole_experts", whole_experts_of(self))
         check_measured_allocation(self)
         object.__setattr__(self, "distill", distill_of(self))
 
@@ -274,6 +278,11 @@ def check_measured_allocation(config: PruneConfig) -> None:
         raise UsageError(
             f"allocation '{config.allocation}' spends a size, and kv_cache alone names none; add ratio, params or bytes"
         )
+
+
+def whole_experts_of(config: PruneConfig) -> float:
+    """The share of whole experts; REAP knows nothing else to remove."""
+    return 1.0 if config.method == "reap" and config.plan is None else config.whole_experts
 
 
 def distill_of(config: PruneConfig) -> str | int:

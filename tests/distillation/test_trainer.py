@@ -244,19 +244,12 @@ def test_a_search_trains_longer():
     for allocation, passes, back in (("auto", 1.4, 4 / 3), ("search", 11.5, 2)):
         config = make_config(ratio=0.4, batch_size=3, allocation=allocation)
         with other_thresholds(min_training_tokens=200):
-            tokens = tokens_to_distill(config, shape, plan, IDS)
+            tokens = tokens_to_distill(config, plan, IDS)
         assert (tokens > room) == (allocation == "search")
         written = max(tokens - room, 0)
         expected = tokens * (1 + (1 + back) * (1 - plan.achieved)) + 0.5 * written
         assert expected == pytest.approx(passes * IDS.numel(), rel=0.01)
         assert passes_to_distill(config, plan, IDS, tokens) == pytest.approx(expected)
-
-
-def test_mixtures_are_not_trained():
-    with other_thresholds(min_training_tokens=1):
-        assert slimgpt.prune(tiny_model("mixtral"), None, **OPTIONS).distillation == {}
-    with pytest.raises(slimgpt.SlimGPTError, match="experts"):
-        slimgpt.prune(tiny_model("mixtral"), None, distill=100, **OPTIONS)
 
 
 def test_one_window_cannot_be_trained_on_and_judged_by():

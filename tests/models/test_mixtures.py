@@ -263,6 +263,37 @@ def test_an_expert_that_saw_too_few_tokens_is_repaired_on_tokens_of_the_whole_la
     assert (repaired - wanted).norm() < 0.95 * (sliced - wanted).norm()  # without a Hessian they are equal
 
 
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "gpt_oss"])
+def test_reap_drops_the_experts_of_least_saliency_and_touches_nothing_else(family):
+    """The saliency by hooks on the first layer of the dense model; what stays has the dense model's own numbers."""
+    model = double(family)
+    dense = copy.deepcopy(model)
+    report = prune(model, ratio=0.3, method="reap", schedule="uniform", round_to=40)
+    experts, _ = sparse_layers(dense)
+    first = report.layers[0]
+    with torch.no_grad():
+        layer, arguments = next(expert_calls(dense, windows()))
+    module = layer.get_submodule(experts.module)
+    count = report.dense_sizes[0][EXPERTS]
+    tokens, chosen, weights = routed(arguments, experts, count)
+    saliency = []
+    with torch.no_grad():
+        for expert in range(count):
+            rows, slots = (chosen == expert).nonzero(as_tuple=True)
+            norms = expert_output(module, experts, expert, tokens[rows]).norm(dim=-1)
+            saliency.append(float((weights[rows, slots] * norms).mean()) if len(rows) else 0.0)
+    kept = report.plan.layers[0][EXPERTS]
+    assert kept < count
+    assert first.experts.kept == sorted(sorted(range(count), key=saliency.__getitem__)[-kept:])
+    assert set(first.experts.scales) == {1.0}
+    slim, full = model.model.layers[0].state_dict(), dense.model.layers[0].state_dict()
+    for name, tensor in slim.items():
+        expected = full[name]
+        if name.startswith((f"{experts.module}.", f"{experts.router}.")):
+            expected = expected[first.experts.kept]
+        assert torch.equal(tensor, expected), name
+
+
 def test_masks_hold_the_units_they_were_made_from():
     for units in ([], [0], [3, 4, 17], list(range(40))):
         assert units_of(mask_of(units, 40)) == units

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from slimgpt.solver import Gram, reconstruct, select_channels
-from slimgpt.solver.experts import OutputGram, Routing, contributions, select_experts
+from slimgpt.solver.experts import OutputGram, Routing, contributions, expert_scores, select_experts
 
 TOKENS, HIDDEN, CHANNELS, EXPERTS, K = 300, 5, 8, 6, 2
 
@@ -110,6 +110,37 @@ def test_output_gram_holds_the_inner_products_of_the_definition():
     torch.testing.assert_close(gram.C, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gram.c, torch.stack([(a * target).sum() for a in single]), rtol=1e-10, atol=1e-10)
     assert float(gram.total) == pytest.approx(float(target.square().sum()))
+
+
+def test_reap_goes_by_the_mean_over_an_experts_tokens_of_gate_times_norm():
+    """From the definition (arXiv 2510.13999), token by token: a rare expert that speaks up counts as much as a busy
+    one, where the energy that it puts into the output is less."""
+    m = Mixture(8)
+    routing = Routing(m.index, m.p, EXPERTS)
+    gram = OutputGram(EXPERTS)
+    outputs = contributions(routing, m.x, K, HIDDEN, lambda e, x: m.h(e, x) @ m.W[e].T)
+    for part in torch.arange(TOKENS).split(90):
+        gram.add(m.index[part], outputs[part], outputs[part].sum(1))
+    expected = []
+    for expert in range(EXPERTS):
+        values = [
+            float(m.p[t, s] * (m.W[expert] @ m.h(expert, m.x[t])).norm())
+            for t, s in itertools.product(range(TOKENS), range(K))
+            if m.index[t, s] == expert
+        ]
+        expected.append(sum(values) / len(values))
+    generator = torch.Generator().manual_seed(0)
+    scores = expert_scores("reap", gram, torch.zeros(EXPERTS), generator)
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0.0)
+    energy = expert_scores("slimgpt", gram, torch.zeros(EXPERTS), generator)
+    rare = OutputGram(2)
+    rare.add(
+        torch.tensor([[0]] * 9 + [[1]]),
+        torch.cat([torch.ones(9, 1, 1), torch.full((1, 1, 1), 2.0)]),
+        torch.zeros(10, 1),
+    )
+    assert expert_scores("reap", rare, energy[:2], generator).argmax() == 1
+    assert expert_scores("slimgpt", rare, energy[:2], generator).argmax() == 0
 
 
 def test_scales_are_the_least_squares_solution_and_the_error_is_what_they_leave():

@@ -40,7 +40,7 @@ class DistillationData:
         other_matrices_lr: see :class:`TrainingBudget`.
         inputs: the inputs of the first layer, and every layer's arguments.
         dense_hidden: the hidden states behind the dense model's last layer, by batch.
-        returns_tuple: whether the dense layers return the hidden states as the first item of a tuple.
+        tuple_length: of the tuple whose first item are the hidden states that a dense layer returns; 0: they are alone.
     """
 
     ids: Sequence[Tensor]
@@ -50,7 +50,7 @@ class DistillationData:
     other_matrices_lr: float
     inputs: LayerInputs
     dense_hidden: ActivationStore
-    returns_tuple: bool
+    tuple_length: int
 
     @property
     def steps(self) -> list[range]:
@@ -138,7 +138,7 @@ def build_distillation_data(
         other_matrices_lr=budget.other_matrices_lr,
         inputs=inputs,
         dense_hidden=dense_hidden,
-        returns_tuple=passes.returns_tuple,
+        tuple_length=passes.tuple_length,
     )
 
 

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.errors import UsageError
+from slimgpt.models.architecture import Sizes, Structure
 from slimgpt.models.build import architecture_of, decoder_layers
+from slimgpt.models.families.moe import EXPERTS, Experts
 from slimgpt.models.lookup import layer_sizes, text_config
-from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.plan import Plan
 from slimgpt.runtime.thresholds import thresholds
 
@@ -63,7 +64,7 @@ def passes_to_distill(config: PruneConfig, plan: Plan, windows: Tensor, tokens: 
     )
 
 
-def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, windows: Tensor) -> int:
+def tokens_to_distill(config: PruneConfig, plan: Plan, windows: Tensor) -> int:
     """On how many tokens a pruned model is trained; 0: not at all. If they are more than there are, the dense model
     writes the others.
 
@@ -73,14 +74,12 @@ def tokens_to_distill(config: PruneConfig, shape: ModelShape, plan: Plan, window
     if config.distill == 0:
         return 0
     if config.distill == "auto":
-        if not measurable(shape) or windows.numel() < thresholds().min_training_tokens or len(windows) == 1:
+        if windows.numel() < thresholds().min_training_tokens or len(windows) == 1:
             return 0
         budget, available = training_budget(config), trainable_tokens(windows)
         passes, cost_per_token = budget.passes * windows.numel(), budget.cost_per_token(plan)
         beyond = (passes - available * cost_per_token) / (cost_per_token + GENERATION_COST - 1)
         return int(available + beyond if beyond > 0 else passes / cost_per_token)
-    if not measurable(shape):
-        raise UsageError("distill: models with experts are not trained after pruning; leave distill out")
     if len(windows) == 1:
         raise UsageError(
             "distill: the last of the calibration windows is only judged by, so one is too few; raise --num-samples, "
@@ -117,7 +116,7 @@ def disk_to_distill(
     trained = 0.0
     for layer, dense, slim in zip(decoder_layers(model), layer_sizes(model.config), plan.layers):
         states = layer.state_dict()
-        outputs = [(states[s.key].numel(), s.units(slim) / s.units(dense)) for s in structures if s.key in states]
+        outputs = [(states[s.key].numel(), _share_left(s, dense, slim)) for s in structures if s.key in states]
         numbers = sum(tensor.numel() for tensor in states.values())
         trained += (
             numbers * (1 - plan.achieved)
@@ -125,6 +124,12 @@ def disk_to_distill(
             else sum(n * left for n, left in outputs)
         )
     return int(8 * trained) + 2 * written + 2 * hidden * tokens
+
+
+def _share_left(structure: Structure, dense: Sizes, slim: Sizes) -> float:
+    """The share of an output matrix, or of the stacked ones of experts, that stays."""
+    experts = slim[EXPERTS] / dense[EXPERTS] if isinstance(structure, Experts) else 1.0
+    return experts * structure.units(slim) / structure.units(dense)
 
 
 def pruning_split(windows: Tensor, tokens: int) -> Tensor:

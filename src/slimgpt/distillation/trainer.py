@@ -2,13 +2,14 @@
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
 matrices, those of all layers, and the layers' norms are moved together towards what the dense model predicts and the
-text says: a few dozen steps of Adam, every token seen once. A longer training, as in a search, begins with text that
-the dense model writes, and moves all other matrices, too. Layers are visited in order, forth and back, with their
-inputs kept in between and each layer's weights moved as soon as its gradient is known, so that one layer at a time
-has to be on the device.
+text says: a few dozen steps of Adam, every token seen once. In a mixture those are the output matrices of all experts,
+and the routers are moved with them: experts that are narrower, or have fewer neighbours, deserve other tokens. A longer
+training, as in a search, begins with text that the dense model writes, and moves all other matrices, too. Layers are
+visited in order, forth and back, with their inputs kept in between and each layer's weights moved as soon as its
+gradient is known, so that one layer at a time has to be on the device.
 
 A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
-rate serves models whose weights differ in scale.
+rate serves models whose weights differ in scale. Of stacked experts every one has a root mean square of its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from slimgpt.layerwise.context import ExecutionContext, activation_store_for, ru
 from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device
 from slimgpt.layerwise.passes import LayerPasses, LayerVariant
 from slimgpt.models.build import architecture_of, decoder_layers
+from slimgpt.models.families.moe import Experts
 from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
 from slimgpt.runtime.activation_store import ActivationStore
@@ -92,9 +94,12 @@ class Distillation:
             resume_state,
         )
         self.run = training_run(model, run)
+        chosen = architecture_of(model.config, model).chosen(plan.head_unit)
+        self.keys = {structure.key for structure in chosen}  # of output matrices
+        self.experts = next((structure for structure in chosen if isinstance(structure, Experts)), None)
         self.names: list[dict[str, int]] = []  # of every layer's trained parameters, with their numbers in the stores
         self.types: list[torch.dtype] = []
-        self.scales: list[float] = []
+        self.scales: list[float | Tensor] = []
         self.trained = 0
         self.resident_layers: dict[int, nn.Module] = {}  # layers that the device has room for
 
@@ -176,7 +181,7 @@ class Distillation:
                 self.types.append(parameter.dtype)
                 weight = parameter.detach().to(self.run.device, torch.float32, copy=True)
                 self.weights.put(number, weight)
-                self.scales.append(share * float(weight.square().mean().sqrt()))
+                self.scales.append(_step_scale(weight, share))
             malloc_trim()
         used = used_bytes(self.run.device)
         self.resident_limit = used + max(self.run.placement.budget - used, 0) // 3
@@ -202,13 +207,11 @@ class Distillation:
 
     def _trained(self, layer: nn.Module) -> dict[str, tuple[nn.Parameter, float]]:
         """The parameters of a layer that are trained, by name, and the share of the rate that is theirs: output
-        matrices, what scales or shifts a norm, and perhaps all other matrices."""
-        chosen = architecture_of(self.model.config, self.model).chosen(self.plan.head_unit)
-        keys = {structure.key for structure in chosen}
+        matrices, what scales or shifts a norm, the router of experts, and perhaps all other matrices."""
         norms = [name for name, module in layer.named_modules() if "norm" in type(module).__name__.lower()]
         trained = {}
         for name, parameter in layer.named_parameters():
-            first = name in keys or name.rpartition(".")[0] in norms
+            first = name in self.keys or name.rpartition(".")[0] in norms or _of_router(name, parameter, self.experts)
             # A key's bias has no gradient but rounding, and Adam makes a full step of that.
             share = 1.0 if first else self.data.other_matrices_lr if parameter.ndim > 1 else 0.0
             if share:
@@ -264,7 +267,7 @@ class Distillation:
                 dense_hidden,
                 [hidden.get(number)],
                 ids,
-                self.data.returns_tuple,
+                self.data.tuple_length,
                 [with_gradient],
                 text or 0.0,
             )
@@ -276,8 +279,11 @@ class Distillation:
     def backward(self, passes: LayerPasses[LayerVariant], gradients: list[Tensor], rate: float) -> None:
         """One step of Adam for every layer from the last to the first, as soon as its gradients are known."""
         for index, layer_gradients in passes.backward({0: gradients}):
-            for number, gradient in zip(self.names[index].values(), _sums(layer_gradients)):
-                self.adam_step(number, gradient, rate)
+            named = dict(zip(self.names[index], _sums(layer_gradients)))
+            if self.experts is not None:
+                _leave_unseen(named, self.experts)
+            for name, gradient in named.items():
+                self.adam_step(self.names[index][name], gradient, rate)
 
     def adam_step(self, number: int, gradient: Tensor, rate: float) -> None:
         """One step of Adam."""
@@ -288,10 +294,35 @@ class Distillation:
         square.lerp_(gradient.square(), 1 - BETAS[1])
         count = self.trained + 1
         spread = (square / (1 - BETAS[1] ** count)).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
-        weight.addcdiv_(mean, spread, value=-rate * self.scales[number] / (1 - BETAS[0] ** count))
+        scale = self.scales[number]
+        moved, factor = (mean, scale) if isinstance(scale, float) else (mean * scale, 1.0)
+        weight.addcdiv_(moved, spread, value=-rate * factor / (1 - BETAS[0] ** count))
         self.weights.put(number, weight)
         self.means.put(number, mean.bfloat16())
         self.squares.put(number, square.bfloat16())
+
+
+def _of_router(name: str, parameter: Tensor, experts: Experts | None) -> bool:
+    """Whether a parameter is the router's matrix, which has a row per expert."""
+    router = experts is not None and name.startswith(f"{experts.router}.") and name.endswith(".weight")
+    return router and parameter.ndim > 1
+
+
+def _leave_unseen(gradients: dict[str, Tensor], experts: Experts) -> None:
+    """Zero, in place, the gradients of a router's rows whose experts saw no token of the step: where the router's
+    weights are normalised over the chosen experts they are nothing but rounding, and Adam makes a full step of that."""
+    outputs = gradients.get(experts.key)
+    for name, gradient in gradients.items():
+        if outputs is not None and _of_router(name, gradient, experts):
+            gradient[~outputs.flatten(1).any(1)] = 0.0
+
+
+def _step_scale(weight: Tensor, share: float) -> float | Tensor:
+    """What a step of a parameter is multiplied by: its share of the rate times its root mean square, of every matrix
+    of a stack its own, ``(experts, 1, 1)``."""
+    if weight.ndim < 3:
+        return share * float(weight.square().mean().sqrt())
+    return share * weight.square().mean((-2, -1), keepdim=True).sqrt()
 
 
 def _sums(layer_gradients: Iterable[tuple[LayerVariant, list[Tensor]]]) -> list[Tensor]:

@@ -24,7 +24,7 @@ def kl_and_cross_entropy(
     dense: Tensor,
     narrowed: Sequence[Tensor],
     ids: Tensor,
-    returns_tuple: bool,
+    tuple_length: int,
     with_gradient: Sequence[bool],
     text_weight: float = 0.0,
 ) -> tuple[list[float], list[float], list[Tensor]]:
@@ -38,7 +38,8 @@ def kl_and_cross_entropy(
         dense: the dense model's hidden states behind the last layer, ``(batch, seq_len, hidden_size)``.
         narrowed: the narrowed models' hidden states; gradients are with respect to these.
         ids: the tokens, ``(batch, seq_len)``.
-        returns_tuple: layers return the hidden states as the first item of a tuple; so do their replacements.
+        tuple_length: layers return the hidden states as the first item of a tuple of this length, and so do their
+            replacements; 0: by themselves.
         with_gradient: for each narrowed model, whether its gradient is computed; else it is zero.
         text_weight: weight of the cross-entropy relative to the divergence in the gradients.
     """
@@ -46,7 +47,7 @@ def kl_and_cross_entropy(
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
     kls, cross_entropies = [0.0] * len(narrowed), [0.0] * len(narrowed)
     gradients = [torch.zeros_like(other) for other in narrowed]
-    with _predictions(model, returns_tuple) as predictions:
+    with _predictions(model, tuple_length) as predictions:
         for row in range(len(ids)):
             for start in range(1, ids.shape[1], chunk):
                 place = (slice(row, row + 1), slice(start, start + chunk))
@@ -66,7 +67,7 @@ def kl_and_cross_entropy(
 
 @torch.no_grad()
 def predicted_tokens(
-    model: PreTrainedModel, dense: Tensor, narrowed: Tensor, ids: Tensor, returns_tuple: bool
+    model: PreTrainedModel, dense: Tensor, narrowed: Tensor, ids: Tensor, tuple_length: int
 ) -> TokenDivergence:
     """Divergence token by token in fp32, of every token but a window's first: ``(batch * (seq_len - 1),)``, on the CPU.
 
@@ -75,10 +76,10 @@ def predicted_tokens(
         dense: the dense model's hidden states behind the last layer, ``(batch, seq_len, hidden_size)``.
         narrowed: the narrowed model's.
         ids: the tokens, ``(batch, seq_len)``.
-        returns_tuple: see :func:`kl_and_cross_entropy`.
+        tuple_length: see :func:`kl_and_cross_entropy`.
     """
     chunk, last, pieces = _chunk(model), ids.shape[1] - 1, []
-    with _predictions(model, returns_tuple) as predictions:
+    with _predictions(model, tuple_length) as predictions:
         for row in range(len(ids)):
             for start in range(0, last, chunk):
                 end = min(start + chunk, last)
@@ -95,7 +96,7 @@ def _chunk(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def _predictions(model: PreTrainedModel, returns_tuple: bool) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+def _predictions(model: PreTrainedModel, tuple_length: int) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
     """Context manager: a function from hidden states ``(1, n, hidden_size)`` behind the last layer, and tokens, to
     logits ``(n, vocabulary)``; no parameter has a gradient meanwhile."""
     embedding = next(model.get_input_embeddings().parameters())
@@ -109,7 +110,10 @@ def _predictions(model: PreTrainedModel, returns_tuple: bool) -> Iterator[Callab
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(False)
-        with patched_layers(decoder_layers(model), lambda _: lambda *_, **__: (hidden,) if returns_tuple else hidden):
+        rest = (None,) * (tuple_length - 1)  # what some layers hand to the next one, such as chosen tokens
+        with patched_layers(
+            decoder_layers(model), lambda _: lambda *_, **__: (hidden, *rest) if tuple_length else hidden
+        ):
             yield predictions
     finally:
         for parameter, requires_grad in frozen:

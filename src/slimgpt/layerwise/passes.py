@@ -69,7 +69,7 @@ class LayerPasses(Generic[Variant]):
         self.save_graphs = save_graphs
         self.num_layers = len(arguments[batches[0]])
         self.graphs: dict[tuple[int, int], list[SavedActivations[Variant]]] = {}  # by layer and path
-        self.returns_tuple = False  # whether the first layer returned its hidden states as the first item of a tuple
+        self.tuple_length = 0  # of what the first layer returned; 0 where that was the hidden states alone
 
     def forward(
         self, paths: Sequence[ActivationStore], differentiated: Sequence[int] = (), checked: Sequence[int] = ()
@@ -157,7 +157,7 @@ class LayerPasses(Generic[Variant]):
     def _run(self, layer: nn.Module, hidden: Tensor, number: int, index: int) -> Tensor:
         output = layer(hidden, **self.arguments[number][index])
         if index == 0:
-            self.returns_tuple = isinstance(output, tuple)
+            self.tuple_length = len(output) if isinstance(output, tuple) else 0
         return output[0] if isinstance(output, tuple) else output
 
     def _key(self, index: int, path: int, place: int) -> int:

@@ -107,7 +107,7 @@ def run_demo(
     before = _quality(model, tokenizer)
 
     say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
-    tokens = tokens_to_distill(config, prepared.shape, prepared.plan, prepared.windows)
+    tokens = tokens_to_distill(config, prepared.plan, prepared.windows)
     job = make_job(prepared, Ranks(), tokens)
     report = run_in_memory(model, job, callbacks or Callbacks(), prepared.budget)
     slim = model

@@ -91,7 +91,7 @@ class DenseComparison:
         with on_device(self.model, self.run.device, self.run.dtype):
             for number, ids in enumerate(self.windows.split(self.batch_size)):
                 dense, slim = (store.get(number) for store in (self.dense, self.inputs.hidden))
-                pieces.append(predicted_tokens(self.model, dense, slim, ids, passes.returns_tuple))
+                pieces.append(predicted_tokens(self.model, dense, slim, ids, passes.tuple_length))
         predicted = self.windows.shape[1] - 1
         rows = [torch.cat(parts).split(predicted) for parts in zip(*pieces, strict=True)]
         values, first = {}, 0

@@ -104,7 +104,7 @@ def all_flops(
             forward, backward = 1 + len(points), num_gradient_nodes(points)
             layer_flops = each * (forward + backward * (1 + BACKWARD_COST))
             flops["gradients"] += probe.numel() * (layer_flops + (forward + backward) * head)
-    if tokens := tokens_to_distill(config, shape, plan, windows):
+    if tokens := tokens_to_distill(config, plan, windows):
         # The dense model once; predictions of the dense model, of the pruned one, and back.
         flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 3 * head
     if config.evaluate:

@@ -110,7 +110,7 @@ def prune(
         stored=stored,
         dtype=forward,
         copied=forward is not None or next(model.parameters()).device != target,
-        distill_tokens=tokens_to_distill(config, shape, widths, text.windows),
+        distill_tokens=tokens_to_distill(config, widths, text.windows),
         quantization=getattr(model, "dequantized_from", {}),  # as `load` left it
         evaluation=evaluation_texts(text, tokenizer, vocab_size) if config.evaluate else {},
     )

@@ -122,7 +122,7 @@ def prepare(
     if config.evaluate:
         prepared.evaluation = evaluation_texts(text, prepared.tokenizer, vocab_size)
     check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
-    tokens_to_distill(config, shape, plan, prepared.windows)
+    tokens_to_distill(config, plan, prepared.windows)
     return prepared
 
 

@@ -45,7 +45,7 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
     """
     callbacks = callbacks or Callbacks()
     with join(request.device) as ranks, output_lock(request.output) if ranks.main else nullcontext():
-        tokens = tokens_to_distill(request.config, request.shape, request.plan, request.windows)
+        tokens = tokens_to_distill(request.config, request.plan, request.windows)
         empty = empty_model(request.model_config)
         if tokens and ranks.main and not request.resume:
             _check_disk(request, empty, tokens)

@@ -43,6 +43,7 @@ def make_plan(
     limit: int | None = None,
     cache: CacheTarget | None = None,
     whole_experts: float = 0.0,
+    heads: bool = True,
 ) -> Plan:
     """Plan widths so that the share of removed decoder parameters is the one asked for.
 
@@ -65,6 +66,7 @@ def make_plan(
         whole_experts: in a mixture, the share of what its experts lose that is taken as whole experts, in [0, 1]; the
             rest is channels of the experts that stay. In whole experts not more than the share, so that channels make
             up what is missing.
+        heads: whether heads may be removed.
 
     Raises:
         PlanError: an argument outside its range, or a ratio that no widths can meet.
@@ -100,6 +102,8 @@ def make_plan(
         target = wanted
     if head_unit == "auto":
         head_unit = _natural_unit(shape)
+    if not heads and kv_heads is None:
+        kv_heads = [_removable(layer, head_unit) for layer in shape.layers]
     if uniform:
         layers = _uniform(config, shape, target, head_unit, round_to, kv_heads, whole_experts)
     else:
@@ -333,4 +337,5 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
         limit=limit,
         cache=config.cache_target,
         whole_experts=config.whole_experts,
+        heads=config.method != "reap",
     )

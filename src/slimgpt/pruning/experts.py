@@ -116,14 +116,15 @@ class ExpertsPruner:
             with work.timed("forward"):
                 for number in batches:
                     targets.put(number, self._all_outputs(number, gram, None))
-            self.ranks.total(gram.C)
+            for tensor in (gram.C, gram.norms, gram.counts):
+                self.ranks.total(tensor)
         with work.timed("solver"):
             if self.ranks.main and resumed is not None:
                 kept = torch.tensor(cast(ExpertsReport, resumed.report.experts).kept)
             else:
                 down = work.state[self.experts.key]
                 norms = torch.stack([matrix.double().square().sum() for matrix in down])
-                scores = expert_scores(work.config.method, gram.C.diagonal().cpu(), norms, work.generator)
+                scores = expert_scores(work.config.method, gram, norms, work.generator)
                 kept = select_experts(scores, keep, self.groups)
             self.kept = self.ranks.broadcast(kept.to(self.run.device)).cpu()
             work.state = keep_experts(work.state, self.experts, self.kept)

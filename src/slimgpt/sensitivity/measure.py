@@ -156,7 +156,7 @@ class _Measurement:
         for _ in self._steps(passes.forward(paths, differentiated, checked=batches)):
             pass
         with on_device(self.model, self.run.device):
-            kl, gradients = self._compare(paths, probe, passes.returns_tuple)
+            kl, gradients = self._compare(paths, probe, passes.tuple_length)
         contributions = tuple(self._costs(passes, gradients)) if gradients else ()
         divergence = kl if ENDPOINT[0] in self.points else sum(each.cost for each in contributions)
         return Sensitivity(divergence, contributions)
@@ -180,7 +180,7 @@ class _Measurement:
             self.narrow.append(weights)
 
     def _compare(
-        self, paths: list[ActivationStore], probe: Tensor, returns_tuple: bool
+        self, paths: list[ActivationStore], probe: Tensor, tuple_length: int
     ) -> tuple[float, dict[int, list[Tensor]]]:
         """``KL(dense || narrowed)`` per token at the last node, and the gradients of its sum at all that need them."""
         total = 0.0
@@ -189,7 +189,7 @@ class _Measurement:
         for number, ids in enumerate(probe.split(self.config.batch_size)):
             dense, *narrowed = (path.get(number) for path in paths)
             kls, _, batch_gradients = kl_and_cross_entropy(
-                self.model, dense, narrowed, ids, returns_tuple, with_gradient
+                self.model, dense, narrowed, ids, tuple_length, with_gradient
             )
             total += kls[-1]
             for path in gradients:

@@ -107,5 +107,6 @@ CRITERIA: dict[str, Criterion] = {
     ),
     "magnitude": _baseline(magnitude, "norm of the output matrix's columns"),
     "wanda": _baseline(wanda, "Wanda, arXiv 2306.11695, summed over structures"),
+    "reap": _baseline(wanda, "REAP, arXiv 2510.13999, for whole experts; what is left over goes by Wanda"),
     "random": _baseline(random, "seeded random choice"),
 }

@@ -63,6 +63,8 @@ class OutputGram:
 
     Attributes:
         C: ``(experts, experts)``; its diagonal is the energy that each expert puts into the output.
+        norms: ``(experts,)``, ``sum_tokens || p_e o_e ||``.
+        counts: ``(experts,)``, tokens that each expert saw.
         c: ``(experts,)``, inner products with the target.
         total: ``sum_tokens || target ||^2``.
     """
@@ -71,6 +73,7 @@ class OutputGram:
         self.C = torch.zeros(experts, experts, device=device, dtype=dtype)
         self.c = torch.zeros(experts, device=device, dtype=dtype)
         self.total = torch.zeros((), device=device, dtype=dtype)
+        self.norms, self.counts = torch.zeros_like(self.c), torch.zeros_like(self.c)
 
     def add(self, index: Tensor, outputs: Tensor, target: Tensor) -> None:
         """Add tokens.
@@ -88,6 +91,13 @@ class OutputGram:
         with_target = (outputs @ target.unsqueeze(2)).squeeze(2)  # (tokens, k)
         self.c.index_add_(0, index.flatten(), with_target.flatten().to(self.c.dtype))
         self.total += target.square().sum().to(self.total.dtype)
+        self.norms.index_add_(0, index.flatten(), outputs.norm(dim=-1).flatten().to(self.norms.dtype))
+        self.counts += torch.bincount(index.flatten(), minlength=experts)
+
+    def saliency(self) -> Tensor:
+        """REAP's saliency of every expert (arXiv 2510.13999): the mean over the tokens routed to it of the router's
+        weight times the norm of its output, ``(experts,)``; 0 for one that saw nothing."""
+        return self.norms / self.counts.clamp_min(1)
 
     def scales(self, damping: float) -> Tensor:
         """The factor of every expert's output that brings the sum closest to the target, ``(experts,)``.
@@ -109,18 +119,19 @@ class OutputGram:
         return max(float(lost / self.total), 0.0) if float(self.total) > 0 else 0.0
 
 
-def expert_scores(method: str, energy: Tensor, norms: Tensor, generator: torch.Generator) -> Tensor:
-    """How much each expert is worth keeping, ``(experts,)``.
+def expert_scores(method: str, gram: OutputGram, norms: Tensor, generator: torch.Generator) -> Tensor:
+    """How much each expert is worth keeping, ``(experts,)`` on the CPU.
 
     Args:
-        method: ``random`` draws, ``magnitude`` goes by the output matrices; every other method by the energy that the
-            expert puts into the output, ``E[p_e^2 || W_e h_e ||^2]``.
-        energy: ``(experts,)``.
+        method: ``random`` draws, ``magnitude`` goes by the output matrices, ``reap`` by :meth:`OutputGram.saliency`;
+            every other method by the energy that the expert puts into the output, ``E[p_e^2 || W_e h_e ||^2]``.
         norms: ``(experts,)``, ``|| W_e ||_F^2``.
     """
     if method == "random":
-        return torch.rand(len(energy), generator=generator)
-    return norms if method == "magnitude" else energy
+        return torch.rand(len(norms), generator=generator)
+    if method == "magnitude":
+        return norms
+    return (gram.saliency() if method == "reap" else gram.C.diagonal()).cpu()
 
 
 def select_experts(scores: Tensor, keep: int, groups: int = 1) -> Tensor:
