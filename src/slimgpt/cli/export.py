@@ -169,16 +169,15 @@ def print_engine_verification(result: EngineVerification) -> None:
     """The comparison with an engine: the figures, then every prompt whose continuations differ."""
     same, ties, of = result.continuations
     own = [prompt.same_ids for prompt in result.prompts if prompt.same_ids is not None]
-    tokenizer = f"; its tokenizer agrees on {sum(own)} of {len(own)} prompts" if own else ""
     versions = ", ".join(f"{name} {version}" for name, version in list(result.versions.items())[1:])
-    out.print(
-        f"{result.engine}{f' ({versions})' if versions else ''}: {result.tokens:,} log-probabilities, at most "
-        f"{result.largest:.2g} apart, {result.mean:.2g} on average; perplexity {result.perplexity:.4f}, the slim folder "
-        f"{result.reference:.4f}; {same} of {of} greedy continuations the same{f', {ties} part at a tie' if ties else ''}"
-        f"{tokenizer}",
-        soft_wrap=True,
-        highlight=False,
-    )
+    parts = [
+        f"{result.tokens:,} log-probabilities, at most {result.largest:.2g} apart, {result.mean:.2g} on average",
+        f"perplexity {result.perplexity:.4f}, the slim folder {result.reference:.4f}",
+        f"{same} of {of} greedy continuations the same{f', {ties} part at a tie' if ties else ''}",
+        *([f"its tokenizer agrees on {sum(own)} of {len(own)} prompts"] if own else []),
+    ]
+    engine = f"{result.engine} ({versions})" if versions else result.engine
+    out.print(f"{show(engine)}: {'; '.join(parts)}", soft_wrap=True, highlight=False)
     for prompt in result.prompts:
         if not prompt.same:
             out.print(

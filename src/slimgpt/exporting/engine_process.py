@@ -43,7 +43,7 @@ def program(python: str | Path | None) -> str:
     path = shutil.which(os.path.expanduser(python))
     if path is None:
         raise UsageError(
-            f"python is {python}, which is no program; give the Python of the engine's environment, such as env/bin/python"
+            f"python is {python}, which is no program; give the Python of the engine's environment: env/bin/python"
         )
     return os.path.abspath(path)
 

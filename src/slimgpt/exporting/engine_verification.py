@@ -106,8 +106,8 @@ class EngineVerification:
                 return f"its tokenizer splits the prompt {prompt.prompt!r} into other tokens"
             if not prompt.same and not prompt.tie:
                 return (
-                    f"the greedy continuation of {prompt.prompt!r} parts at token {prompt.parts_at}, where transformers "
-                    f"prefers its own by {prompt.margin:.2g} nats"
+                    f"the greedy continuation of {prompt.prompt!r} parts at token {prompt.parts_at}, where "
+                    f"transformers prefers its own by {prompt.margin:.2g} nats"
                 )
         return None
 
@@ -227,20 +227,20 @@ class Reference:
         ]
 
         @torch.no_grad()
-        def scores(ids: list[int]) -> Tensor:
-            return model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        def logits(ids: list[int]) -> Tensor:
+            return model(torch.tensor([ids])).logits[0]
 
         self.logprobs: list[list[float]] = []
         self.steps: list[list[Tensor]] = []
         for sequence in self.sequences:
-            ids = list(sequence["ids"])
-            rows = scores(ids)
-            self.logprobs.append([float(rows[i, token]) for i, token in enumerate(ids[1:])])
-            steps: list[Tensor] = []
-            while len(steps) < sequence["new_tokens"]:
-                steps.append(rows[-1])
+            ids, steps = list(sequence["ids"]), []
+            rows = logits(ids)
+            scores = rows.double().log_softmax(-1)
+            self.logprobs.append([float(scores[i, token]) for i, token in enumerate(ids[1:])])
+            while len(steps) < sequence["new_tokens"]:  # each from a fresh pass over all before
+                rows = rows if not steps else logits(ids)
+                steps.append(rows[-1].double().log_softmax(-1))
                 ids.append(int(rows[-1].argmax()))
-                rows = scores(ids)
             self.steps.append(steps)
         _check_finite(self.logprobs, slim)
 

@@ -3,10 +3,10 @@
     python prompt_logprobs.py REQUEST.json RESULT.json
 
 Runs in the engine's own environment: needs the engine, the standard library and nothing of slimgpt. The request has
-``engine``, ``model``, ``trust_remote_code``, ``texts`` and ``sequences``, each with ``ids`` and how many ``new_tokens``
-to add greedily. The result has ``versions``, for every sequence ``logprobs`` (natural logarithms of the second token and
-all after it, given those before) and ``continuation``, and what the engine's own tokenizer makes of the texts; or
-``missing``, the module that is not installed; or ``error``.
+``engine``, ``model``, ``trust_remote_code``, ``texts``, and ``sequences``: each with ``ids`` and how many
+``new_tokens`` to add greedily. The result has ``versions``, for every sequence ``logprobs`` (natural logarithms for the
+second token and all after it, given those before) and ``continuation``, and what the engine's own tokenizer makes of
+the texts; or ``missing``, the module that is not installed; or ``error``.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ ENGINES = {
     "mlx": (run_mlx, "mlx_lm", ("mlx-lm", "mlx", "transformers")),
     "llama.cpp": (run_llama_cpp, "llama_cpp", ("llama-cpp-python",)),
 }
-"""The function, the module that must be there, and the distributions whose versions are of interest, the engine first."""
+"""The function, the module that must be there, and distributions whose versions are of interest, the engine first."""
 
 
 def versions(distributions: tuple[str, ...]) -> dict[str, str]:
