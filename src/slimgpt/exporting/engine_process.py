@@ -14,6 +14,7 @@ from typing import Any
 
 from slimgpt.errors import ExportError, UsageError, one_line
 from slimgpt.exporting.in_engine import prompt_logprobs
+from slimgpt.exporting.openvino import MODEL_FILE
 from slimgpt.models.config_files import read_object
 
 INSTALL = {
@@ -27,9 +28,6 @@ INSTALL = {
 
 RUNS_CODE = ("transformers", "vllm")
 """Engines that run Python code which lies in a model folder, if they are told to trust it."""
-
-OPENVINO_MODEL = "openvino_model.xml"
-"""The file of a folder that OpenVINO reads."""
 
 
 def program(python: str | Path | None) -> str:
@@ -63,7 +61,7 @@ def check_model(path: Path, engine: str, trust_remote_code: bool) -> None:
                 f"{path} is no .gguf file, and llama.cpp reads nothing else; make one with export --to gguf"
             )
         return
-    wanted = OPENVINO_MODEL if engine == "openvino" else "config.json"
+    wanted = MODEL_FILE if engine == "openvino" else "config.json"
     if not (path / wanted).is_file():
         how = "; make one with export --to openvino" if engine == "openvino" else "; give a model folder"
         raise ExportError(f"{path} holds no {wanted}, which {engine} reads{how}")
@@ -95,6 +93,15 @@ def is_nemotron(path: Path) -> bool:
     """Whether a folder is a nemotron-nas one, which transformers has no model class for."""
     config = path / "config.json"
     return config.is_file() and read_object(config).get("model_type") == "nemotron-nas"
+
+
+def check_installed(python: str, engine: str) -> None:
+    """Refuse a Python without the engine, before anything is computed.
+
+    Raises:
+        ExportError: it is not installed there; with what installs it.
+    """
+    ask(python, {"engine": engine, "sequences": []})
 
 
 def ask(python: str, request: dict[str, Any]) -> dict[str, Any]:

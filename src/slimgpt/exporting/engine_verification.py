@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slimgpt.calibration.documents import open_text
 from slimgpt.errors import CalibrationError, ExportError, NumericalError, UsageError, VerificationError, one_line
-from slimgpt.exporting.engine_process import ask, check_model, has_modeling_file, is_nemotron, program
+from slimgpt.exporting.engine_process import ask, check_installed, check_model, has_modeling_file, is_nemotron, program
 from slimgpt.exporting.verification import EXACT, NEW_TOKENS, PROMPTS, check_lengths, gguf_limit, text_of
 from slimgpt.models.loading import load
 
@@ -191,6 +191,7 @@ def verify_in_engine(
     if tolerance is None:
         rounded = gguf_limit(path) if engine == "llama.cpp" else None
         tolerance, allowed = (TOLERANCE, allowed) if rounded is None else (None, rounded)
+    check_installed(interpreter, engine)
     reference = Reference(str(slim), prompts, text, max_tokens, window)
     result = ask(
         interpreter,

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from slimgpt import assets
 from slimgpt.calibration.documents import open_text
 from slimgpt.errors import CalibrationError, ExportError, NumericalError, UsageError, VerificationError, one_line
+from slimgpt.exporting import openvino
 from slimgpt.models.llama_cpp import LlamaCpp, installed
 from slimgpt.models.loading import load, load_config, load_tokenizer
 from slimgpt.models.lookup import check_ids, text_config
@@ -129,11 +130,13 @@ def engine_problem(path: str | Path) -> str | None:
     path = Path(path)
     if path.suffix == ".gguf":
         return None if installed() else "llama-cpp-python is not installed"
+    if (path / openvino.MODEL_FILE).is_file():
+        return None if openvino.installed() else "OpenVINO is not installed"
     config = path / "config.json"
     if not config.is_file():
         return "its engine is not installed"
     if '"nemotron-nas"' in config.read_text(encoding="utf-8"):
-        return "nemotron-nas runs in vLLM, SGLang, TensorRT-LLM or mlx-lm, none of which is called from here"
+        return "nemotron-nas runs in vLLM or mlx-lm; compare it there with slimgpt verify --engine vllm --python PATH"
     return None
 
 
@@ -166,7 +169,7 @@ def verify(
         raise UsageError("the text has fewer than two tokens")
     check_ids(torch.tensor(ids), text_config(load_config(source)).vocab_size, "the text to compare on")
     reference = _transformers(str(slim))
-    left = _llama_cpp(Path(exported), window) if Path(exported).suffix == ".gguf" else _transformers(str(exported))
+    left = _exported(Path(exported), window)
     losses = [0.0, 0.0]
     largest, identical, count, done = 0.0, True, 0, 0
     for end in [*range(window, len(ids), window), len(ids)]:
@@ -229,6 +232,15 @@ def text_of(text: str | None, max_tokens: int) -> str:
         raise
     except Exception as error:  # gzip and zstd have errors of their own
         raise UsageError(f"cannot read the text {text}: {one_line(error)}") from error
+
+
+def _exported(path: Path, window: int) -> Engine:
+    if path.suffix == ".gguf":
+        return _llama_cpp(path, window)
+    if (path / openvino.MODEL_FILE).is_file():
+        model = openvino.OpenVino(path)
+        return Engine(model.engine, model.logits, _template(load_tokenizer(locate(str(path)))))
+    return _transformers(str(path))
 
 
 def _transformers(folder: str) -> Engine:

