@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
+from slimgpt.cli.options import TrustOption
+from slimgpt.errors import UsageError
 
 if TYPE_CHECKING:
+    from slimgpt.exporting.engine_verification import EngineVerification
     from slimgpt.exporting.run import ExportReport
     from slimgpt.exporting.verification import Verification
 
@@ -56,8 +59,37 @@ def export(
 @app.command()
 @handle_errors
 def verify(
-    exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="A folder of a stock class, or a .gguf file.")],
-    against: Annotated[Path, typer.Option(metavar="SLIM", help="The folder that it was made from.")],
+    exported: Annotated[
+        Path, typer.Argument(metavar="EXPORT", help="A folder of a stock class, or a .gguf file; what --engine reads.")
+    ],
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SLIM", help="The folder that it was made from.", show_default="EXPORT itself with --engine"
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="Run EXPORT in a process of this engine: vllm, mlx, llama.cpp, openvino or transformers.",
+            show_default="in this process",
+        ),
+    ] = None,
+    python: Annotated[
+        Path | None,
+        typer.Option(metavar="PATH", help="The Python where the engine is installed.", show_default="this one"),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --engine: prompts, one a line.", show_default="five of ours"),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="With --engine: what a log-probability may differ by.",
+            show_default="0.001; for GGUF below F32 the perplexity counts",
+        ),
+    ] = None,
     text: Annotated[
         str | None, typer.Option(help="A text file, or 'demo'.", show_default="a paragraph of ours")
     ] = None,
@@ -65,17 +97,47 @@ def verify(
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     json_file: JsonOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
-    """Run EXPORT in its engine and SLIM in transformers on the same tokens, and compare logits and perplexity."""
-    from slimgpt.exporting.verification import verify as run
+    """Run EXPORT in its engine and SLIM in transformers on the same tokens, and compare.
 
+    The exit code is 1 where the two differ by more than the form allows.
+    """
     silence_libraries()
     check_json(json_file, overwrite)
-    with out.status("running both"):
-        result = run(exported, against, text=text, max_tokens=max_tokens, window=window)
-    write_json(json_file, result.to_json())
-    print_verification(result)
-    result.check(exported)
+    if engine is None:
+        from slimgpt.exporting.verification import verify as run
+
+        options = {"--python": python, "--prompts": prompts, "--tolerance": tolerance}
+        for option, value in options.items():
+            if value is not None:
+                raise UsageError(f"{option} is for an engine in a process of its own; name it with --engine")
+        if against is None:
+            raise UsageError("without --engine there is nothing to compare with; name the slim folder with --against")
+        with out.status("running both"):
+            result = run(exported, against, text=text, max_tokens=max_tokens, window=window)
+        write_json(json_file, result.to_json())
+        print_verification(result)
+        result.check(exported)
+        return
+    from slimgpt.exporting.engine_verification import read_prompts, verify_in_engine
+
+    with out.status(f"running {show(engine)}"):
+        compared = verify_in_engine(
+            exported,
+            against,
+            engine=engine,
+            python=python,
+            prompts=read_prompts(prompts),
+            text=text,
+            max_tokens=max_tokens,
+            window=window,
+            tolerance=tolerance,
+            trust_remote_code=trust_remote_code,
+        )
+    write_json(json_file, compared.to_json())
+    print_engine_verification(compared)
+    compared.check(exported)
 
 
 def print_export(report: ExportReport) -> None:
@@ -101,3 +163,27 @@ def print_verification(result: Verification) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def print_engine_verification(result: EngineVerification) -> None:
+    """The comparison with an engine: the figures, then every prompt whose continuations differ."""
+    same, ties, of = result.continuations
+    own = [prompt.same_ids for prompt in result.prompts if prompt.same_ids is not None]
+    versions = ", ".join(f"{name} {version}" for name, version in list(result.versions.items())[1:])
+    parts = [
+        f"{result.tokens:,} log-probabilities, at most {result.largest:.2g} apart, {result.mean:.2g} on average",
+        f"perplexity {result.perplexity:.4f}, the slim folder {result.reference:.4f}",
+        f"{same} of {of} greedy continuations the same{f', {ties} part at a tie' if ties else ''}",
+        *([f"its tokenizer agrees on {sum(own)} of {len(own)} prompts"] if own else []),
+    ]
+    engine = f"{result.engine} ({versions})" if versions else result.engine
+    out.print(f"{show(engine)}: {'; '.join(parts)}", soft_wrap=True, highlight=False)
+    for prompt in result.prompts:
+        if not prompt.same:
+            out.print(
+                f"  {show(repr(prompt.prompt))} parts at token {prompt.parts_at}"
+                f"{', a tie' if prompt.tie else ''} (transformers prefers its own by {prompt.margin:.2g} nats): "
+                f"{show(repr(prompt.continuation))}, not {show(repr(prompt.reference))}",
+                soft_wrap=True,
+                highlight=False,
+            )

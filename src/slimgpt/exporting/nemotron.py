@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+from slimgpt.checkpoint.config_file import CONFIG_FILE, legacy_fields
 from slimgpt.errors import ExportError
+from slimgpt.exporting import configuration_decilm
+from slimgpt.exporting.configuration_decilm import DeciLMConfig
 from slimgpt.exporting.hf_folder import write_rest, write_weights
 from slimgpt.exporting.source import ExportSource
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.lookup import head_dim
 from slimgpt.planning.engines import NEMOTRON_STEP, nemotron_problem
+
+CONFIGURATION_FILE = "configuration_decilm.py"
+"""The file in a nemotron-nas folder that holds the class of its config."""
 
 
 def check_nemotron(exported: ExportSource) -> None:
@@ -25,23 +32,23 @@ def check_nemotron(exported: ExportSource) -> None:
 
 
 def write_nemotron(exported: ExportSource, folder: Path) -> list[str]:
-    """The weights under a config with ``block_configs``, which vLLM, SGLang, TensorRT-LLM and mlx-lm read; notes."""
+    """The weights under a config with ``block_configs``, which vLLM, SGLang, TensorRT-LLM and mlx-lm read; notes.
+
+    Engines read configs through transformers, which has no class for them: one travels in the folder.
+    """
     config: dict[str, Any] = exported.config.to_dict()
-    for field in ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "rope_parameters"):
+    for field in ("per_layer_config", "allow_global_per_layer_attribute_access"):
         config.pop(field, None)
-    rope = dict(exported.config.rope_parameters or {})
     heads, kv = (exported.sizes[0][field] for field in (HEADS, KV_HEADS))
-    kind = rope.pop("rope_type", "default")
     config |= {
         "architectures": ["DeciLMForCausalLM"],
-        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": f"{CONFIGURATION_FILE.removesuffix('.py')}.{DeciLMConfig.__name__}"},
+        "model_type": DeciLMConfig.model_type,
         HEADS: heads,
         KV_HEADS: None,
         CHANNELS: None,
         "head_dim": head_dim(exported.config),
         "dtype": str(exported.config.dtype or "float32").removeprefix("torch."),
-        "rope_theta": rope.pop("rope_theta", 10000.0),
-        "rope_scaling": None if kind == "default" else {"rope_type": kind, **rope},
         "block_configs": [
             {
                 "attention": {"n_heads_in_group": heads // kv, "no_op": False, "replace_with_linear": False},
@@ -54,7 +61,9 @@ def write_nemotron(exported: ExportSource, folder: Path) -> list[str]:
             for layer in exported.sizes
         ],
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    config |= legacy_fields(config)
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIGURATION_FILE).write_text(inspect.getsource(configuration_decilm), encoding="utf-8")
     write_weights(exported, folder)
     write_rest(exported, folder)
     return []

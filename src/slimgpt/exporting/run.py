@@ -16,7 +16,8 @@ from slimgpt.checkpoint.card import EXPORTS
 from slimgpt.checkpoint.journal import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
-from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, padded
+from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, openvino, padded
+from slimgpt.exporting.decoder_graph import graph_problem
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
 from slimgpt.io.folders import check_output, new_folder, output_lock
@@ -75,7 +76,7 @@ FORMATS: dict[str, Format] = {
     "padded": Format(padded.check, padded.write, _padded_problem),
     "nemotron-nas": Format(nemotron.check_nemotron, nemotron.write_nemotron, nemotron_problem),
     "onnx": Format(onnx.check("onnx"), onnx.write("onnx"), _uniform_problem),
-    "openvino": Format(onnx.check("openvino"), onnx.write("openvino"), _uniform_problem),
+    "openvino": Format(openvino.check_openvino, openvino.write_openvino, lambda config, _: graph_problem(config)),
 }
 """By the names that ``--to`` takes."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from slimgpt import assets
 from slimgpt.calibration.documents import open_text
 from slimgpt.errors import CalibrationError, ExportError, NumericalError, UsageError, VerificationError, one_line
+from slimgpt.exporting import openvino
 from slimgpt.models.llama_cpp import LlamaCpp, installed
 from slimgpt.models.loading import load, load_config, load_tokenizer
 from slimgpt.models.lookup import check_ids, text_config
@@ -128,11 +130,13 @@ def engine_problem(path: str | Path) -> str | None:
     path = Path(path)
     if path.suffix == ".gguf":
         return None if installed() else "llama-cpp-python is not installed"
+    if (path / openvino.MODEL_FILE).is_file():
+        return None if openvino.installed() else "OpenVINO is not installed"
     config = path / "config.json"
     if not config.is_file():
         return "its engine is not installed"
     if '"nemotron-nas"' in config.read_text(encoding="utf-8"):
-        return "nemotron-nas runs in vLLM, SGLang, TensorRT-LLM or mlx-lm, none of which is called from here"
+        return "nemotron-nas runs in vLLM or mlx-lm; compare it there with slimgpt verify --engine vllm --python PATH"
     return None
 
 
@@ -153,21 +157,19 @@ def verify(
         UsageError: the text is too short, or fewer than two tokens are asked for.
         NumericalError: a model gives NaN or infinite logits.
     """
-    for name, value in (("max_tokens", max_tokens), ("window", window)):
-        if value < 2:
-            raise UsageError(f"{name} is {value}, and predicting needs two tokens; give 2 or more")
+    check_lengths(max_tokens, window)
     problem = engine_problem(exported)
     if problem is not None:
         raise ExportError(f"{exported} cannot be verified here: {problem}")
     source = locate(str(slim))
     tokenizer = load_tokenizer(source)
-    ids = tokenizer(_text(text, max_tokens), add_special_tokens=False).input_ids[:max_tokens]
+    ids = tokenizer(text_of(text, max_tokens), add_special_tokens=False).input_ids[:max_tokens]
     window = min(window, len(ids) // 16 * 16 or len(ids))
     if window < 2:
         raise UsageError("the text has fewer than two tokens")
     check_ids(torch.tensor(ids), text_config(load_config(source)).vocab_size, "the text to compare on")
     reference = _transformers(str(slim))
-    left = _llama_cpp(Path(exported), window) if Path(exported).suffix == ".gguf" else _transformers(str(exported))
+    left = _exported(Path(exported), window)
     losses = [0.0, 0.0]
     largest, identical, count, done = 0.0, True, 0, 0
     for end in [*range(window, len(ids), window), len(ids)]:
@@ -206,7 +208,19 @@ def verify(
     )
 
 
-def _text(text: str | None, max_tokens: int) -> str:
+def check_lengths(max_tokens: int, window: int) -> None:
+    """Refuse lengths at which nothing is predicted.
+
+    Raises:
+        UsageError: fewer than two tokens.
+    """
+    for name, value in (("max_tokens", max_tokens), ("window", window)):
+        if value < 2:
+            raise UsageError(f"{name} is {value}, and predicting needs two tokens; give 2 or more")
+
+
+def text_of(text: str | None, max_tokens: int) -> str:
+    """The text to compare on: ours, the demo's, or as much of a file as so many tokens may need."""
     if text is None:
         return TEXT
     if text == assets.DEMO:
@@ -218,6 +232,15 @@ def _text(text: str | None, max_tokens: int) -> str:
         raise
     except Exception as error:  # gzip and zstd have errors of their own
         raise UsageError(f"cannot read the text {text}: {one_line(error)}") from error
+
+
+def _exported(path: Path, window: int) -> Engine:
+    if path.suffix == ".gguf":
+        return _llama_cpp(path, window)
+    if (path / openvino.MODEL_FILE).is_file():
+        model = openvino.OpenVino(path)
+        return Engine(model.engine, model.logits, _template(load_tokenizer(locate(str(path)))))
+    return _transformers(str(path))
 
 
 def _transformers(folder: str) -> Engine:
@@ -233,9 +256,19 @@ def _transformers(folder: str) -> Engine:
 def _llama_cpp(file: Path, window: int) -> Engine:
     model = LlamaCpp(file, max(window, 64 + NEW_TOKENS))
     template = model.metadata.get("tokenizer.chat_template")
-    kind = int(model.metadata.get("general.file_type", 1))
-    allowed = GGUF_ALLOWED.get(kind, 1.0 if kind in FEW_BITS else 0.25)
-    return Engine(model.engine, model.logits, template, (allowed, None))
+    return Engine(model.engine, model.logits, template, (_allowed(model.metadata.get("general.file_type", 1)), None))
+
+
+def _allowed(file_type: Any) -> float:
+    """The largest relative difference of perplexity by ``general.file_type``."""
+    return GGUF_ALLOWED.get(int(file_type), 1.0 if int(file_type) in FEW_BITS else 0.25)
+
+
+def gguf_limit(file: Path) -> float | None:
+    """The largest relative difference of perplexity for a GGUF file of rounded weights; ``None`` for one of float32."""
+    field = GGUFReader(file).get_field("general.file_type")
+    kind = field.contents() if field is not None else 1
+    return None if kind == 0 else _allowed(kind)
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:

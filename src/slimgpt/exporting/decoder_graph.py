@@ -1,0 +1,107 @@
+"""A model with its cache as a function of tensors alone, which converters can trace; for layers of any widths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from slimgpt.errors import ExportError
+from slimgpt.exporting.source import ExportSource
+from slimgpt.models.lookup import text_config
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
+
+
+def graph_problem(config: PreTrainedConfig) -> str | None:
+    """Why a model cannot become a graph with one causal mask and a cache of keys and values; ``None`` if it can."""
+    text = text_config(config)
+    if text is not config:
+        return f"'{config.model_type}' also takes images, and only the language model would become a graph"
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        return f"it has layers of '{min(kinds)}', and the graph has one mask for all"
+    window = getattr(text, "sliding_window", None)
+    if window and getattr(text, "use_sliding_window", True) and window < text.max_position_embeddings:
+        return f"its sliding window of {window} tokens has no place in the graph's mask"
+    return None
+
+
+def check_graph(exported: ExportSource) -> None:
+    """Refuse a model that cannot become a graph.
+
+    Raises:
+        ExportError: with the reason.
+    """
+    if (problem := graph_problem(exported.config)) is not None:
+        raise ExportError(f"{exported.source.name} cannot become a graph: {problem}")
+
+
+class DecoderGraph(nn.Module):
+    """A causal LM whose cache comes in and goes out as tensors ``(batch, heads, tokens, head size)``, two a layer.
+
+    Args:
+        model: in float32.
+
+    Attributes:
+        cache_sizes: heads and head size of every layer's keys and values, in turn.
+        past_names: names of the tensors of the cache that come in.
+        present_names: of those that go out.
+
+    Raises:
+        ExportError: a layer keeps something else than keys and values.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        self.model = model.eval()
+        with torch.no_grad():
+            cache = model(torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
+        self.cache_sizes: list[tuple[int, int]] = []
+        for layer in cache.layers:
+            if type(layer) is not DynamicLayer:
+                raise ExportError(f"a layer's cache is a {type(layer).__name__}, not keys and values of all tokens")
+            self.cache_sizes += [(part.shape[1], part.shape[3]) for part in (layer.keys, layer.values)]
+        both = [(index, part) for index in range(len(cache.layers)) for part in ("key", "value")]
+        self.past_names = [f"past_key_values.{index}.{part}" for index, part in both]
+        self.present_names = [f"present.{index}.{part}" for index, part in both]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, beam_idx: Tensor, *past: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Logits ``(batch, tokens, vocabulary)`` and the longer cache.
+
+        Args:
+            input_ids: new tokens ``(batch, tokens)``.
+            attention_mask: 1 where a token counts, ``(batch, tokens before and new)``.
+            position_ids: of the new tokens, ``(batch, tokens)``.
+            beam_idx: which row of the cache each row goes on from ``(batch,)``.
+            past: the cache.
+        """
+        cache = DynamicCache()
+        for keys, values in zip(past[::2], past[1::2]):
+            layer = DynamicLayer()
+            layer.keys, layer.values = keys.index_select(0, beam_idx), values.index_select(0, beam_idx)
+            layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+            cache.layers.append(layer)
+        total, new = attention_mask.shape[1], input_ids.shape[1]
+        causal = torch.arange(total)[None, :] <= torch.arange(new)[:, None] + (total - new)
+        seen = causal[None, None] & attention_mask[:, None, None, :].bool()
+        mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,  # as it is: making one does not trace
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        longer = [part for layer in output.past_key_values.layers for part in (layer.keys, layer.values)]
+        return output.logits, *longer
+
+    def example(self) -> tuple[Tensor, ...]:
+        """Inputs to trace with: two rows of four new tokens after three, no size equal to another by chance."""
+        past = [torch.zeros(2, heads, 3, size) for heads, size in self.cache_sizes]
+        positions = torch.arange(3, 7)[None].expand(2, -1)
+        ones = torch.ones(2, 7, dtype=torch.long)
+        return ones[:, :4], ones, positions, torch.arange(2), *past
