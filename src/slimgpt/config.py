@@ -18,6 +18,9 @@ ALLOCATIONS = ("auto", "schedule", "sensitivity", "search")
 SEEDS = 2**63
 """Seeds are below it: a seed is a 64-bit number with a sign."""
 
+AUTO = "auto"
+"""The value of settings that are chosen by the model and the text."""
+
 BOTH = ("prune", "plan")
 """The commands with an option for whatever decides the widths or what they cost."""
 
@@ -37,6 +40,18 @@ def check_ratio(name: str, value: float | None) -> None:
         return
     hint = f"; did you mean {value / 100:g}?" if 1 <= value < 100 else ""
     raise UsageError(f"{name} {value:g} is outside (0, 1): it is the share of the decoder layers to remove{hint}")
+
+
+def check_round_to(name: str, value: int | str) -> None:
+    """Refuse what is neither ``auto`` nor a number of at least one."""
+    if value == AUTO:
+        return
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UsageError(f"{name} is {value}; it must be {AUTO} or a number of at least 1")
 
 
 def check_damping(name: str, value: float) -> None:
@@ -131,8 +146,16 @@ class PruneConfig:
         detail="Also for the method random and for text that is generated.",
         check=check_seed,
     )
-    round_to: int = setting(
-        1, "FFN widths become multiples of it.", unset="1, or as --for asks", check=check_at_least_one, commands=BOTH
+    round_to: str | int = setting(
+        AUTO,
+        "FFN widths become multiples of it: auto or a number.",
+        detail="auto: of 64 where every FFN has at least 4,096 channels, of 32 where it has at least 1,024, else 1; "
+        "equal layers: of 64 from 1,024 on. With auto the step is halved until the target is met (within 0.2 points, equal layers 0.5). Methods "
+        "other than slimgpt take 1, as published.",
+        unset="auto, or as --for asks",
+        metavar="STEP",
+        check=check_round_to,
+        commands=BOTH,
     )
     uniform: bool = setting(False, "Equal layers: the result loads as a stock class.", commands=BOTH)
     forward_dtype: str = setting(
@@ -165,7 +188,8 @@ class PruneConfig:
         detail="schedule: as the schedule says; sensitivity: where it costs least, measured on a trial run; search: "
         "measured at more points, then trained eight times as long; auto: sensitivity for the method slimgpt if the "
         "text is enough. A search compares with the schedule's plan, and its training moves all matrices, mostly on "
-        "text that the dense model writes. With a schedule, a plan or equal widths, auto is schedule.",
+        "text that the dense model writes. With a schedule or a plan, auto is schedule. Equal layers: the numbers of "
+        "heads and channels that cost least, summed over the layers.",
         check=check_allocation,
     )
     plan: str | None = setting(
@@ -203,6 +227,8 @@ class PruneConfig:
         _ = self.param_limit, self.byte_limit, self.cache_target  # parsed here, once
         check_one_size(self)
         check_plan_file(self)
+        if self.round_to != AUTO:
+            object.__setattr__(self, "round_to", int(self.round_to))
         object.__setattr__(self, "allocation", allocation_of(self))
         object.__setattr__(self, "whole_experts", whole_experts_of(self))
         check_measured_allocation(self)
@@ -244,8 +270,8 @@ def check_one_size(config: PruneConfig) -> None:
 
 def check_plan_file(config: PruneConfig) -> None:
     """Refuse a choice of widths beside a file of widths."""
-    unit = config.head_unit != "auto"
-    free = (config.schedule, unit, config.kv_cache, config.uniform, config.round_to != 1, config.whole_experts)
+    unit, step = config.head_unit != AUTO, config.round_to not in (AUTO, 1)
+    free = (config.schedule, unit, config.kv_cache, config.uniform, step, config.whole_experts)
     if config.plan is not None and any(free):
         raise UsageError(
             "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "
@@ -260,7 +286,7 @@ def cache_alone(config: PruneConfig) -> bool:
 
 def allocation_of(config: PruneConfig) -> str:
     """The allocation, with ``schedule`` for an ``auto`` that nothing can be measured for."""
-    measured = config.method == "slimgpt" and not (config.schedule or config.plan or config.uniform)
+    measured = config.method == "slimgpt" and not (config.schedule or config.plan)
     if config.allocation == "auto" and (not measured or cache_alone(config)):
         return "schedule"
     return config.allocation
@@ -270,10 +296,8 @@ def check_measured_allocation(config: PruneConfig) -> None:
     """Refuse to measure where the widths are given, or where no size is."""
     if config.allocation not in ("sensitivity", "search"):
         return
-    if config.schedule or config.plan or config.uniform:
-        raise UsageError(
-            f"allocation '{config.allocation}' chooses the widths itself; leave out schedule, plan and uniform"
-        )
+    if config.schedule or config.plan:
+        raise UsageError(f"allocation '{config.allocation}' chooses the widths itself; leave out schedule and plan")
     if cache_alone(config):
         raise UsageError(
             f"allocation '{config.allocation}' spends a size, and kv_cache alone names none; add ratio, params or bytes"

@@ -181,7 +181,7 @@ def test_a_smaller_cache_keeps_its_heads():
     assert report.plan.parameters <= 50_000
 
 
-@pytest.mark.parametrize("other", [{"schedule": "uniform"}, {"uniform": True}, {"ratio": None, "kv_cache": "1GB@32k"}])
+@pytest.mark.parametrize("other", [{"schedule": "uniform"}, {"ratio": None, "kv_cache": "1GB@32k"}])
 def test_two_ways_to_choose_widths_are_refused(other):
     with pytest.raises(slimgpt.SlimGPTError, match="allocation 'sensitivity'"):
         make_config(**{"ratio": 0.3, "allocation": "sensitivity", **other})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt import assets
+from slimgpt.config import AUTO
 from slimgpt.pruning.report import PruneReport
 
 
@@ -39,7 +40,7 @@ def _prune_command(report: PruneReport) -> str:
         "seq-len": calibration["seq_len"],
         "damping": f"{settings.damping:g}",
         "seed": settings.seed,
-        "round-to": settings.round_to,
+        "round-to": report.plan.round_to if settings.round_to == AUTO else settings.round_to,
     }
     if settings.whole_experts:
         options["whole-experts"] = f"{settings.whole_experts:g}"

@@ -13,10 +13,11 @@ from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.divergence import print_dense_comparison, print_next
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, help_panels, setting_options
 from slimgpt.cli.progress import duration, layer_progress
-from slimgpt.config import PruneConfig, make_config
+from slimgpt.config import AUTO, PruneConfig, make_config
 from slimgpt.errors import OutputError
 
 if TYPE_CHECKING:
+    from slimgpt.models.parameter_counts import ModelShape
     from slimgpt.pipeline.prepare import PruneRequest
     from slimgpt.planning.plan import Plan
     from slimgpt.pruning.report import PruneReport
@@ -120,7 +121,7 @@ def prune(
         exported = export_path(output, export_to)
         if exported.exists() and not overwrite:
             raise OutputError(f"{exported} exists; give another OUT, or pass --overwrite to replace it")
-    _print_plan(prepared.plan, config)
+    _print_plan(prepared.plan, config, prepared.shape)
     widest = max(layer.sizes["intermediate_size"] for layer in prepared.shape.layers)
     if prepared.windows.numel() < 2 * widest:
         out.print(
@@ -156,9 +157,12 @@ def for_engines(engines: str | None, settings: dict[str, Any]) -> list[str] | No
         profile = constraints_for(names)
         settings["uniform"] = settings["uniform"] or profile.uniform
         if settings["round_to"] is None:
-            settings["round_to"] = profile.round_to
+            # Equal layers of our own method have the engine's step by default, or a part of it where that meets the
+            # target.
+            auto = (profile.uniform and settings["method"] == "slimgpt") or profile.round_to == 1
+            settings["round_to"] = AUTO if auto else profile.round_to
     if settings["round_to"] is None:
-        settings["round_to"] = 1
+        settings["round_to"] = AUTO
     return names
 
 
@@ -193,23 +197,15 @@ def _print_estimate(request: PruneRequest, seconds: float) -> None:
     )
 
 
-def _print_plan(plan: Plan, config: PruneConfig) -> None:
+def _print_plan(plan: Plan, config: PruneConfig, shape: ModelShape) -> None:
     out.print(
         f"plan: remove {plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%}), "
         f"{plan.parameters_before:,} -> {plan.parameters:,} parameters",
         soft_wrap=True,
     )
-    from slimgpt.planning.plan import TOLERANCE
+    from slimgpt.planning.alignment import why_not_nearer
 
-    if abs(plan.achieved - plan.ratio) > TOLERANCE:
-        if config.kv_cache is not None and plan.achieved > plan.ratio:
-            why = "the KV cache asked for takes more"
-        elif config.round_to > 1:
-            why = f"widths that are multiples of {config.round_to} allow no nearer share; a smaller --round-to does"
-        elif config.uniform:
-            why = "equal layers allow no nearer share; widths that differ by layer do"
-        else:
-            why = "the units that can be removed allow no nearer share"
+    if (why := why_not_nearer(config, shape, plan)) is not None:
         out.print(f"[yellow]note:[/] {why}", soft_wrap=True)
 
 

@@ -62,7 +62,10 @@ def write_openvino(exported: ExportSource, folder: Path) -> list[str]:
     write_rest(exported, folder)
     notes = ["its weights are float32; openvino.save_model(..., compress_to_fp16=True) or NNCF makes it smaller"]
     if importlib.util.find_spec("openvino_tokenizers") is None:
-        return [*notes, "for OpenVINO GenAI it needs its tokenizer too: pip install openvino-tokenizers, then export again"]
+        return [
+            *notes,
+            "for OpenVINO GenAI it needs its tokenizer too: pip install openvino-tokenizers, then export again",
+        ]
     tokenizers = importlib.import_module("openvino_tokenizers")
     pair = tokenizers.convert_tokenizer(exported.tokenizer(), with_detokenizer=True)
     for part, name in zip(pair, ("openvino_tokenizer", "openvino_detokenizer")):
@@ -79,9 +82,7 @@ class OpenVino:
 
     def __init__(self, folder: Path):
         openvino = importlib.import_module("openvino")
-        model: Any = openvino.Core().compile_model(
-            str(folder / MODEL_FILE), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-        )
+        model: Any = openvino.Core().compile_model(str(folder / MODEL_FILE), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         self.request = model.create_infer_request()
         self.engine = f"openvino {version('openvino')}"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from slimgpt.models.architecture import CHANNELS
 from slimgpt.models.parameter_counts import ModelShape
+from slimgpt.planning.ffn import nearest, widths_of
 from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
 
 MAX_FFN_REMOVED, MIN_FFN_REMOVED = 0.75, 0.02
@@ -125,7 +126,7 @@ def allocate_budget(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to:
         channels = chosen.get((index, "ffn"), _Option(layer.sizes[CHANNELS], 0, 0.0)).keep
         layers.append(with_heads(layer, plan.head_unit, heads_kept, {CHANNELS: channels}))
     adjust_to_target(shape, layers, target, round_to)
-    cheapest = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio)
+    cheapest = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=round_to)
     return (
         cheapest if cheapest.achieved - plan.achieved <= TOLERANCE else plan
     )  # heads can be too coarse for a small budget
@@ -151,10 +152,12 @@ def interpolate(plan: Plan, cheapest: Plan, shape: ModelShape, share: float, rou
     layers = []
     for layer, one, two in zip(shape.layers, plan.layers, cheapest.layers, strict=True):
         heads = round(mean(head_units(one, plan.head_unit), head_units(two, plan.head_unit)))
-        channels = round(mean(one[CHANNELS], two[CHANNELS]) / round_to) * round_to
+        channels = layer.sizes[CHANNELS]
+        if layer.has_ffn:
+            channels = nearest(widths_of(channels, round_to), mean(one[CHANNELS], two[CHANNELS]))
         layers.append(with_heads(layer, plan.head_unit, heads, {CHANNELS: channels}))
     adjust_to_target(shape, layers, target, round_to)
-    mixed = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio)
+    mixed = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=round_to)
     return mixed if abs(mixed.achieved - plan.achieved) <= TOLERANCE else cheapest
 
 

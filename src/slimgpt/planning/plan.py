@@ -29,6 +29,7 @@ class Plan:
         achieved: the share that these widths remove.
         parameters: parameters of the whole model after pruning.
         parameters_before: the same before.
+        round_to: every FFN width that was chosen is a multiple of it.
     """
 
     head_unit: str
@@ -38,6 +39,7 @@ class Plan:
     achieved: float
     parameters: int
     parameters_before: int
+    round_to: int = 1
 
     @property
     def uniform(self) -> bool:
@@ -55,6 +57,8 @@ def plan_of_widths(
     head_unit: str,
     ratios: Sequence[float] | None = None,
     ratio: float | None = None,
+    *,
+    round_to: int = 1,
 ) -> Plan:
     """The plan of given widths.
 
@@ -62,6 +66,7 @@ def plan_of_widths(
         layers: the widths of every layer.
         ratios: what was asked of each layer; what the widths make if not given.
         ratio: what was asked of all.
+        round_to: the step that the FFN widths were chosen with.
 
     Raises:
         PlanError: another number of layers, a width outside what the dense layer has, or heads that are removed in
@@ -97,6 +102,7 @@ def plan_of_widths(
         achieved=achieved,
         parameters=shape.parameters - sum(losses),
         parameters_before=shape.parameters,
+        round_to=round_to,
     )
 
 

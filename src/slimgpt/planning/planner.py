@@ -15,6 +15,7 @@ from slimgpt.models.build import empty_model
 from slimgpt.models.lookup import lookup
 from slimgpt.models.parameter_counts import LayerShape, ModelShape, describe
 from slimgpt.models.stock_config import stock_config
+from slimgpt.planning.alignment import aligned_plan
 from slimgpt.planning.ffn import ffn_sizes, least_ffn, step_of, tied_to
 from slimgpt.planning.plan import (
     HEAD_UNITS,
@@ -110,7 +111,7 @@ def make_plan(
         layers = _per_layer(shape, ratios, head_unit, round_to, kv_heads, whole_experts)
     if limit is not None:
         layers = _trim(shape, layers, limit, round_to, uniform)
-    return plan_of_widths(shape, layers, head_unit, ratios, target / total)
+    return plan_of_widths(shape, layers, head_unit, ratios, target / total, round_to=round_to)
 
 
 def _ratio_for(shape: ModelShape, limit: int, ratio: float | None) -> float:
@@ -173,7 +174,7 @@ def _finish(config: PreTrainedConfig, shape: ModelShape, kv_heads: list[int], ro
         raise PlanError("the KV cache of the model as it is fits already; there is nothing to remove")
     if uniform and stock_config(config, layers[0]) is None:
         raise PlanError(f"no stock class of transformers holds {kv_heads[0]} KV heads per layer; leave out --uniform")
-    return plan_of_widths(shape, layers, "kv")
+    return plan_of_widths(shape, layers, "kv", round_to=round_to)
 
 
 def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cache: CacheTarget | None = None) -> None:
@@ -326,16 +327,20 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
         itemsize = (dtype or model_config.dtype or torch.float32).itemsize
         tensors = len(empty_model(model_config).state_dict())
         limit = parameters_for(config.byte_limit, itemsize, tensors)
-    return make_plan(
-        model_config,
-        config.ratio,
-        config.schedule,
-        head_unit,
-        config.round_to,
-        config.uniform,
-        shape=shape,
-        limit=limit,
-        cache=config.cache_target,
-        whole_experts=config.whole_experts,
-        heads=config.method != "reap",
-    )
+
+    def make(round_to: int) -> Plan:
+        return make_plan(
+            model_config,
+            config.ratio,
+            config.schedule,
+            head_unit,
+            round_to,
+            config.uniform,
+            shape=shape,
+            limit=limit,
+            cache=config.cache_target,
+            whole_experts=config.whole_experts,
+            heads=config.method != "reap",
+        )
+
+    return aligned_plan(make, config, shape)

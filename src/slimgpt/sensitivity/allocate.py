@@ -14,6 +14,7 @@ from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.allocation import Sensitivity, allocate_budget, interpolate, trial_plan
 from slimgpt.planning.plan import Plan
+from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.sensitivity.measure import (
     ENDPOINT,
     FIT_PER_COLUMN,
@@ -41,8 +42,8 @@ def allocate(
     """The plan of least measured cost that removes as much as ``plan``, and its entry in the report.
 
     ``sensitivity`` measures one trial plan. ``search`` uses more quadrature nodes, then measures the given and the
-    allocated plan and takes the one of lower divergence. (Repeated measuring and allocating gave no better plan;
-    docs/lab-notes.md.)
+    allocated plan, or the two cheapest pairs of heads and channels of equal layers, and takes the one of lower
+    divergence. (Repeated measuring and allocating gave no better plan; docs/lab-notes.md.)
 
     Raises:
         NumericalError: see :func:`measure`.
@@ -62,14 +63,20 @@ def allocate(
         return measure(model, load_layer, windows, widths, config, run, on_step, points=points)
 
     costs = measure_plan(trial_plan(plan, shape, heads), first)
-    cheapest = allocate_budget(plan, shape, costs, config.round_to, heads)
-    # The more is removed, the more it costs to overfit the measured costs.
-    chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, config.round_to)
     info = {"by": "search" if others else "sensitivity", **costs.to_json()}
+    if config.uniform:
+        candidates, pairs = equal_candidates(plan, shape, costs, config, model.config)
+        info |= pairs
+        chosen = candidates[0]
+    else:
+        cheapest = allocate_budget(plan, shape, costs, plan.round_to, heads)
+        # The more is removed, the more it costs to overfit the measured costs.
+        chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, plan.round_to)
+        candidates = [plan, chosen]
     if others:
-        tried = [(measure_plan(widths, points).divergence, widths) for widths, points in zip((plan, chosen), others)]
-        info["tried"] = [divergence for divergence, _ in tried]
-        info["divergence"], chosen = min(tried, key=lambda pair: pair[0])
+        tried = [measure_plan(widths, points).divergence for widths, points in zip(candidates, others)]
+        info["tried"], info["divergence"] = tried, min(tried)
+        chosen = candidates[tried.index(min(tried))]
     return chosen, {**info, "seconds": time.perf_counter() - start}
 
 
