@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimgpt import assets
 from slimgpt.calibration.documents import local_files
-from slimgpt.calibration.windows import calibration_windows
+from slimgpt.calibration.generation_limits import check_fits
+from slimgpt.calibration.mixture import AUTO, CalibrationText, parse_mixture, read_calibration
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.schedule import tokens_to_distill
@@ -35,7 +35,12 @@ SIDECAR_BYTES = 64 << 20
 
 @dataclass
 class PruneRequest:
-    """Everything about a run that could be checked without loading weights."""
+    """Everything about a run that could be checked without loading weights.
+
+    Args:
+        windows: the calibration tokens; without storage where the model has yet to write some of them.
+        text: the calibration text as far as it is there.
+    """
 
     source: Source
     output: Path
@@ -52,6 +57,7 @@ class PruneRequest:
     overwrite: bool
     resume: bool
     budget: int | None
+    text: CalibrationText | None = None
 
     @property
     def stored(self) -> torch.dtype:
@@ -63,7 +69,7 @@ def prepare(
     model: str,
     output: str | Path,
     config: PruneConfig,
-    calibration: str = assets.DEMO,
+    calibration: str = AUTO,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -87,7 +93,7 @@ def prepare(
     finished = resume and (path / REPORT_FILE).is_file()
     source = locate(model)
     if writes:
-        inputs = [*source.folders, *local_files([calibration, config.plan])]
+        inputs = [*source.folders, *local_files([*(part.source for part in parse_mixture(calibration)), config.plan])]
         check_output(path, overwrite or finished, inputs=inputs)
     model_config = load_config(source, trust_remote_code)
     shape = describe(model_config)
@@ -113,10 +119,11 @@ def prepare(
         check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDECAR_BYTES)
     check_files(source)
     prepared.tokenizer = load_tokenizer(source, trust_remote_code)
-    prepared.windows, prepared.calibration = calibration_windows(
-        calibration, prepared.tokenizer, config, text_config(model_config).vocab_size
-    )
+    text = read_calibration(calibration, prepared.tokenizer, config, text_config(model_config).vocab_size)
+    prepared.text, prepared.windows, prepared.calibration = text, text.windows, text.source
     check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
+    if text.self_written and writes:
+        check_fits(plan.parameters_before, prepared.stored.itemsize, target, budget, source.name)
     tokens_to_distill(config, shape, plan, prepared.windows)
     return prepared
 

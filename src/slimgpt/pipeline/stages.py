@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,6 +128,7 @@ class PruneJob:
         copied: whether a layer's weights are copied to be run (another device or type), or used where they are.
         distill_tokens: on how many tokens the pruned model is trained; 0: not at all.
         request: a digest of everything that decides the result, for a run that can be resumed.
+        calibration_info: what a report says of calibration text that the model wrote.
     """
 
     name: str
@@ -142,6 +143,7 @@ class PruneJob:
     copied: bool
     distill_tokens: int
     request: str = ""
+    calibration_info: dict[str, Any] = field(default_factory=dict)
 
 
 def run_stages(
@@ -205,7 +207,7 @@ def run_stages(
         plan=plan,
         dense_sizes=dense_sizes,
         layers=tuple(reports),
-        calibration=described(job.windows, job.calibration),
+        calibration={**described(job.windows, job.calibration), **job.calibration_info},
         versions=versions(job.device),
         seconds=earlier + time.perf_counter() - start,
         execution=execution(job.dtype or job.stored, placement, ranks.world),

@@ -1,0 +1,111 @@
+"""Calibration text that the model of a run writes, kept in the run's working folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slimgpt.calibration import openings, self_calibration
+from slimgpt.calibration.generation_limits import writing_dtype
+from slimgpt.calibration.self_calibration import SelfCalibration, write_calibration
+from slimgpt.calibration.windows import digest
+from slimgpt.checkpoint.journal import SELF_WRITTEN, reading, write_text
+from slimgpt.distillation.data import OnRehearsed
+from slimgpt.models.loading import load_model
+from slimgpt.pipeline.callbacks import WRITING
+from slimgpt.pipeline.prepare import PruneRequest
+from slimgpt.pipeline.stages import PruneJob
+from slimgpt.pipeline.weights_source import DenseLayers
+from slimgpt.pruning.report import described
+from slimgpt.runtime.distributed import Ranks
+from slimgpt.runtime.memory import malloc_trim
+
+
+@dataclass(frozen=True)
+class KeptRounds:
+    """Rounds of self-written text as JSON files in a folder."""
+
+    folder: Path
+
+    def read(self, number: int) -> dict[str, Any] | None:
+        """A round that is kept.
+
+        Raises:
+            ResumeError: it is damaged.
+        """
+        file = self._file(number)
+        with reading(file):
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def write(self, number: int, values: dict[str, Any]) -> None:
+        """Keep a round."""
+        self.folder.mkdir(exist_ok=True)
+        write_text(self._file(number), json.dumps(values))
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.json"
+
+
+def described_before(request: PruneRequest) -> dict[str, Any]:
+    """What decides the calibration text of a run: the tokens themselves, or how the model is to write them."""
+    text = request.text
+    if text is None or not text.self_written:
+        return described(request.windows, request.calibration)
+    given = [digest(part) for part in text.parts if part is not None]
+    how = [openings.OPENINGS, openings.OTHER_LANGUAGES, openings.QUESTIONS, self_calibration.TEMPERATURES]
+    return {
+        "source": request.calibration,
+        "num_samples": text.shape[0],
+        "seq_len": text.shape[1],
+        "given": given,
+        "openings": hashlib.sha256(json.dumps(how).encode()).hexdigest(),
+    }
+
+
+def with_self_written(
+    request: PruneRequest,
+    job: PruneJob,
+    source: DenseLayers,
+    folder: Path,
+    ranks: Ranks,
+    on_rehearsed: OnRehearsed | None,
+) -> PruneJob:
+    """The job with calibration text that the model writes, where such was asked for; rank 0 writes it.
+
+    Args:
+        source: its model writes, if it is whole; else the model is loaded for it.
+        folder: the working folder of the run.
+    """
+    text = request.text
+    if text is None or not text.self_written:
+        return job
+
+    def write(count: int) -> SelfCalibration:
+        model = source.model
+        if source.streamed is not None:
+            model = load_model(request.source, request.model_config, request.dtype, "cpu", request.trust_remote_code)
+        return write_calibration(
+            model,
+            request.tokenizer,
+            count,
+            request.config.seq_len,
+            request.config.seed,
+            device=request.device,
+            dtype=writing_dtype(request.config.forward_dtype, request.stored, request.device),
+            budget=request.budget,
+            rounds=KeptRounds(folder / SELF_WRITTEN),
+            on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
+        )
+
+    windows, info = torch.empty(text.shape, dtype=torch.long), {}
+    if ranks.main:
+        windows, info = text.complete(write)
+        malloc_trim()
+    windows = ranks.broadcast(windows.to(request.device)).cpu()
+    return replace(job, windows=windows, calibration_info=info)
