@@ -129,7 +129,7 @@ def generate_documents(
     Raises:
         NumericalError: predictions that are NaN or infinite.
     """
-    device = model.get_input_embeddings().weight.device
+    device = next(model.get_input_embeddings().parameters()).device
     documents = [Document(start, forced=list(start.tokens)) for start in starts]
     for document in documents:
         document.add(-1, special, turns)
@@ -211,7 +211,7 @@ AttentionMaskInterface.register("slimgpt_folded", sdpa_mask)
 def folded_on_cpu(model: PreTrainedModel) -> Iterator[None]:
     """A model on a CPU with :func:`folded_attention` in place of PyTorch's, if it uses that, while the block runs."""
     before = model.config._attn_implementation
-    on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
+    on_cpu = next(model.get_input_embeddings().parameters()).device.type == "cpu"
     if before != "sdpa" or not on_cpu or not model._can_set_attn_implementation():
         yield
         return

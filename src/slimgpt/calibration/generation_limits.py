@@ -44,7 +44,7 @@ def check_fits(parameters: int, itemsize: int, device: torch.device, budget: int
     if needed > room:
         raise CalibrationError(
             f"calibration 'auto' needs {name} whole in memory, about {needed / 1e9:.1f} GB on {device}, and "
-            f"{max(room, 0) / 1e9:.1f} GB may be used: give text with --calibration FILE (or --calibration demo), which "
+            f"{max(room, 0) / 1e9:.1f} GB may be used: give text with --calibration FILE or demo, which "
             "needs one layer at a time, or raise --memory"
         )
 

@@ -45,7 +45,7 @@ class Part:
 
 
 def parse_mixture(text: str) -> list[Part]:
-    """The sources of ``--calibration`` and their shares, such as ``auto:2,text.jsonl:1``; a share is 1 if none is given.
+    """The sources of ``--calibration`` and their shares, such as ``auto:2,text.jsonl:1``; 1 if none is given.
 
     What is a file or folder by its whole name, and what has neither a comma nor a named share of ``auto`` or ``demo``,
     is one source as it stands.
@@ -69,7 +69,7 @@ def parse_mixture(text: str) -> list[Part]:
             )
         if source == MIX:
             raise CalibrationError(
-                f"calibration '{text}': '{MIX}' stands alone; name its sources instead, such as {AUTO}:2,{assets.DEMO}:1"
+                f"calibration '{text}': '{MIX}' stands alone; name its sources, such as {AUTO}:2,{assets.DEMO}:1"
             )
         parts.append(Part(source, share))
     sources = [part.source for part in parts]

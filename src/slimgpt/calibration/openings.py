@@ -138,8 +138,8 @@ OTHER_LANGUAGES: dict[str, tuple[str, ...]] = {
     "it": ("La città si trova", "Negli ultimi anni, gli"),
     "nl": ("De stad ligt aan", "In de afgelopen jaren"),
     "pl": ("Miasto leży nad", "W ostatnich latach"),
-    "ru": ("Город расположен на", "В последние годы"),
-    "tr": ("Şehir,", "Son yıllarda"),
+    "ru": ("Город расположен на", "В последние годы"),  # noqa: RUF001
+    "tr": ("Şehir,", "Son yıllarda"),  # noqa: RUF001
     "ar": ("تقع المدينة", "في السنوات الأخيرة"),
     "hi": ("यह शहर", "पिछले कुछ वर्षों में"),
     "zh": ("这座城市位于", "近年来,"),

@@ -306,10 +306,9 @@ def write_calibration(
             count = min(ROUND, max(int((needed - tokens) / mean * 1.05) + 1, 8))
             rounds_left = max(-(-(needed - tokens) // int(mean * ROUND)), 1)
             progress = partial(_report, on_written, number, rounds_left) if on_written else None
+            together = min(sequences_together(model, writer.length, dtype, device, budget), ROUND)
             with parameters_moved(model, device, dtype):
-                texts = writer.round(
-                    number, count, min(sequences_together(model, writer.length, dtype, device, budget), ROUND), progress
-                )
+                texts = writer.round(number, count, together, progress)
             kept, found = kept_documents(writer, texts, seen)
             values = {
                 "documents": kept,

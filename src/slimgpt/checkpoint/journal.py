@@ -202,7 +202,7 @@ class Journal:
         return self.layers / f"{index:05d}.safetensors", self.layers / f"{index:05d}.json"
 
     def close(self) -> bool:
-        """Stop an unfinished run; returns whether a layer or a round of text is finished, so that the journal was kept."""
+        """Stop an unfinished run; returns whether a layer or some text is finished, so that it was kept."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         worth = any(self.layers.glob("*.safetensors")) or any((self.folder / SELF_WRITTEN).glob("*.json"))
         if not worth:

@@ -30,7 +30,7 @@ class Callbacks:
         start: before the first layer.
         layer: after every layer.
         measured: after every step of measuring.
-        prepare_step: after every step of writing calibration text, of generating text and of the dense model's pass over it.
+        prepare_step: after every step of writing calibration text or other text, and of the dense model's pass over it.
         distilled: after every step of the training.
     """
 

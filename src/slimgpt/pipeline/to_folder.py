@@ -77,9 +77,7 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
                 journal.discard()  # the same command would fail in the same layer again
             kept = ranks.main and journal.close()
             if kept and isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(
-                    f"finished layers and text are kept in {journal.folder}; go on with --resume"
-                ) from None
+                raise KeyboardInterrupt(f"what is finished is kept in {journal.folder}; go on with --resume") from None
             raise
 
 
