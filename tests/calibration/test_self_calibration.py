@@ -10,12 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import slimgpt
 from slimgpt.calibration import self_calibration
 from slimgpt.calibration.batch_generation import (
     Start,
     TurnTokens,
+    draw,
     folded_attention,
     generate_documents,
     parameters_moved,
@@ -37,8 +39,8 @@ OPTIONS = {
 IDS = st.lists(st.integers(0, 5), max_size=60)
 
 TEMPLATE = (
-    "{% for message in messages %}{{ '<start>' + message['role'] + ': ' + message['content'] + '<end>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start>assistant: ' }}{% endif %}"
+    "{% for message in messages %}{{ '<start>' + message['role'] + ' ' + message['content'] + '<end>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>assistant ' }}{% endif %}"
 )
 
 
@@ -52,9 +54,7 @@ def chatting(tokenizer) -> PreTrainedTokenizerFast:
 
 
 def written(model, tokenizer, num_samples=6, seq_len=40, seed=0, **more):
-    return write_calibration(
-        model, tokenizer, num_samples, seq_len, seed, device=CPU, dtype=torch.float32, **more
-    )
+    return write_calibration(model, tokenizer, num_samples, seq_len, seed, device=CPU, dtype=torch.float32, **more)
 
 
 # The filter
@@ -175,21 +175,13 @@ def test_generated_tokens_are_those_of_transformers(family):
 def test_samples_follow_the_predictions():
     logits = torch.tensor([[0.0, 1.0, -1.0, 2.0]]).expand(20000, -1)
     uniforms = (torch.arange(20000) + 0.5) / 20000
-    counts = torch.bincount(self_calibration_draw(logits, uniforms), minlength=4) / 20000
+    counts = torch.bincount(draw(logits, uniforms), minlength=4) / 20000
     torch.testing.assert_close(counts, logits[0].softmax(-1), atol=1e-4, rtol=0)
     with pytest.raises(NumericalError, match="NaN"):
-        self_calibration_draw(logits[:2] * float("nan"), uniforms[:2])
-
-
-def self_calibration_draw(logits, uniforms):
-    from slimgpt.calibration.batch_generation import draw
-
-    return draw(logits, uniforms)
+        draw(logits[:2] * float("nan"), uniforms[:2])
 
 
 def test_folded_attention_is_that_of_transformers():
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = 3, True
     query = torch.randn(2, 6, 1, 8, generator=torch.Generator().manual_seed(0))
@@ -227,7 +219,7 @@ def test_turns_are_those_of_the_template(chatting, tokenizer):
 
 def test_half_is_chat_where_there_is_a_template(chatting, tokenizer):
     model = tiny_model("llama")
-    starts = Writer(model, chatting, 40, 0).starts(0, 64)
+    starts = Writer(model, chatting, 64, 0).starts(0, 64)
     assert [start.kind for start in starts[:4]] == ["chat", "text", "chat", "text"]
     turns = turn_tokens(chatting)
     assert all(start.tokens[: len(turns.before)] == turns.before for start in starts[::2])
@@ -246,11 +238,11 @@ def test_openings_are_apart():
 def test_a_seed_decides_the_text(chatting):
     model = tiny_model("llama").train()
     write = in_eval_mode(written)
-    one, again, other = write(model, chatting), write(model, chatting), write(model, chatting, seed=1)
+    one, again, other = (write(model, chatting, 6, 64, seed) for seed in (0, 0, 1))
     assert model.training
     assert torch.equal(one.windows, again.windows)
     assert not torch.equal(one.windows, other.windows)
-    assert one.windows.shape == (6, 40)
+    assert one.windows.shape == (6, 64)
     assert one.info["sha256"] == digest(one.windows)
     assert one.info["documents"]["chat"] > 0
     assert one.info["documents"]["text"] > 0
@@ -285,7 +277,9 @@ def test_a_model_that_only_repeats_itself_is_refused(tokenizer):
     with torch.no_grad():
         model.lm_head.weight[7] = 50 * torch.sign(model.model.norm.weight)
     model.model.norm.weight.data.abs_()
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(model.lm_head.out_features).index_fill(0, torch.tensor([7]), 1e4))
+    model.lm_head.bias = torch.nn.Parameter(
+        torch.zeros(model.lm_head.out_features).index_fill(0, torch.tensor([7]), 1e4)
+    )
     with pytest.raises(CalibrationError, match=r"fit for\s+calibration.*give text with --calibration FILE"):
         written(model, tokenizer)
 
