@@ -5,10 +5,13 @@ benchmarks/results/memory.md and benchmarks/results/gpu.md.
     python benchmarks/bigger_than_memory.py --work /some/disk --out benchmarks/results/gpu --device cuda --memory 8GB \
         --hidden 4096 --ffn 11008 --heads 32 --kv 32 --layers 32 --num-samples 128 --seq-len 2048 \
         --methods paper,slimgpt
+    python benchmarks/bigger_than_memory.py --work /some/disk --out benchmarks/results/memory-fp8 --fp8 \
+        --hidden 2048 --ffn 5632 --heads 16 --kv 4 --layers 70
 
-makes a Llama of random bf16 weights in shards under WORK (kept for the next time), runs `slimgpt prune` on it in a
-process of its own, and samples that process. Anonymous memory is what no file stands behind: mapped weights can be
-dropped by the system at any time and do not count. Of a GPU's memory, what torch has reserved at most is reported.
+makes a Llama of random bf16 weights (or FP8, with a scale for 128 x 128 of them) in shards under WORK (kept for the
+next time), runs `slimgpt prune` on it in a process of its own, and samples that process. Anonymous memory is what no
+file stands behind: mapped weights can be dropped by the system at any time and do not count. Of a GPU's memory, what
+torch has reserved at most is reported.
 """
 
 from __future__ import annotations
@@ -45,10 +48,25 @@ main()
 """The command itself, which says at its end what it had of a GPU's memory."""
 
 
+FP8_BLOCK = 128
+
+
 def make_checkpoint(
-    folder: Path, hidden: int, ffn: int, heads: int, kv: int, layers: int, device: torch.device
+    folder: Path,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    kv: int,
+    layers: int,
+    *,
+    device: torch.device,
+    fp8: bool,
 ) -> None:
-    """Write a random bf16 Llama in shards of about a gigabyte, one tensor in memory at a time."""
+    """Write a random bf16 Llama in shards of about a gigabyte, one tensor in memory at a time.
+
+    Args:
+        fp8: store the layers' matrices in FP8, as DeepSeek and Qwen publish theirs.
+    """
     file = assets.demo_model()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     config = AutoConfig.for_model(
@@ -63,6 +81,8 @@ def make_checkpoint(
         dtype="bfloat16",
     )
     config.architectures = ["LlamaForCausalLM"]
+    if fp8:
+        config.quantization_config = {"quant_method": "fp8", "weight_block_size": [FP8_BLOCK, FP8_BLOCK]}
     generator = torch.Generator(device).manual_seed(0)
     model = empty_model(config)
     shards: list[dict[str, torch.Tensor]] = [{}]
@@ -83,10 +103,16 @@ def make_checkpoint(
             tensor = torch.ones(shape, dtype=torch.bfloat16)
         else:
             tensor = torch.randn(shape, generator=generator, device=device) * shape[1] ** -0.5
-            tensor = tensor.to("cpu", torch.bfloat16)
+            if fp8 and ".layers." in name:
+                grid = [-(-axis // FP8_BLOCK) for axis in shape]
+                scales = (0.5 + torch.rand(grid, generator=generator, device=device)) / 64
+                shards[-1][f"{name}_scale_inv"] = scales.cpu()
+                tensor = (64 * tensor).to("cpu", torch.float8_e4m3fn)
+            else:
+                tensor = tensor.to("cpu", torch.bfloat16)
         shards[-1][name] = tensor
-        size += tensor.numel() * 2
-        total += tensor.numel() * 2
+        size += tensor.nbytes
+        total += tensor.nbytes
         if size > SHARD_BYTES:
             flush()
             shards[-2].clear()
@@ -127,6 +153,7 @@ def main(
     num_samples: int = 16,
     seq_len: int = 256,
     ratio: float = 0.2,
+    fp8: Annotated[bool, typer.Option(help="Store the layers' matrices in FP8, with scales.")] = False,
     memory: Annotated[str | None, typer.Option(help="Passed on to `slimgpt prune`.")] = None,
     device: Annotated[str, typer.Option(help="Passed on to `slimgpt prune`.")] = "cpu",
     methods: Annotated[str, typer.Option(help="Passed on to `slimgpt prune`, one after the other.")] = "paper",
@@ -140,9 +167,9 @@ def main(
     if add and not data.is_file():
         raise typer.BadParameter(f"{data} is not there to be added to; leave --add out")
     kept = json.loads(data.read_text(encoding="utf-8"))["results"] if add else []
-    dense = work / f"llama-{hidden}-{ffn}-{heads}-{kv}-{layers}"
+    dense = work / f"llama-{hidden}-{ffn}-{heads}-{kv}-{layers}{'-fp8' if fp8 else ''}"
     if not dense.exists():
-        make_checkpoint(dense, hidden, ffn, heads, kv, layers, target)
+        make_checkpoint(dense, hidden, ffn, heads, kv, layers, device=target, fp8=fp8)
     size = sum(file.stat().st_size for file in dense.glob("*.safetensors"))
     slim, results = work / "slim", list[dict[str, Any]]()
     if any((result["bytes_on_disk"], result["tokens"]) != (size, num_samples * seq_len) for result in kept):
@@ -185,7 +212,7 @@ def main(
         )
     results = kept + results
     data.write_text(json.dumps({"results": results}, indent=1) + "\n", encoding="utf-8")
-    where = f"{size / 1e9:.2f} GB, {layers} layers of {hidden} / {ffn}, bf16, random"
+    where = f"{size / 1e9:.2f} GB, {layers} layers of {hidden} / {ffn}, {'FP8' if fp8 else 'bf16'}, random"
     page = table(results, where, f"{num_samples} x {seq_len}")
     out.with_suffix(".md").write_text(page, encoding="utf-8")
     typer.echo(page)
@@ -202,8 +229,9 @@ def table(results: list[dict[str, Any]], weights: str, windows: str) -> str:
     def seconds(result: dict[str, Any], part: str) -> str:
         return f"{result['seconds_by_part'][part]:.0f}" if part in result["seconds_by_part"] else "none"
 
+    kind = "quantised model" if "FP8" in weights else "model"
     lines = [
-        f"# Memory of pruning {'on a GPU ' if on_gpu else ''}a model that is larger than it",
+        f"# Memory of pruning {'on a GPU ' if on_gpu else ''}a {kind} that is larger than it",
         "",
         line("", lambda result: f"`--method {result['method']}`"),
         "|---|" + "---|" * len(results),

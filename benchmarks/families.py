@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from slimgpt.models.families.moe import MIXTURES  # noqa: E402
+from slimgpt.models.families.mixtures import MIXTURES  # noqa: E402
 from slimgpt.models.families.support import Support, families  # noqa: E402
 from tests.models.families import NAMES  # noqa: E402
 
@@ -88,7 +88,9 @@ def row(family: Support, outcomes: dict[str, dict[str, list[str]]]) -> str:
 def page(record: dict) -> str:
     """The whole page."""
     found = families()
-    supported = [family for family in found if family.units]
+    multimodal = [family for family in found if family.inside]
+    supported = [family for family in found if family.units and not family.inside]
+    found = [family for family in found if not family.inside]
     levels = {level: sum(f.level == level for f in found) for level in ("supported", "FFN only", "refused")}
     reasons: dict[str, list[str]] = {}
     for family in found:
@@ -99,13 +101,22 @@ def page(record: dict) -> str:
         "",
         f"Written by `benchmarks/families.py` on {record['date']} with transformers {record['transformers']}, torch "
         f"{record['torch']}: {levels['supported']} families with heads and FFN, {levels['FFN only']} with the FFN "
-        f"only, {levels['refused']} refused.",
+        f"only, {levels['refused']} refused; {len(multimodal)} multimodal models with one of them inside.",
         "",
         *TEXT.strip().splitlines(),
         "",
         "| family | can be removed | in a stock class | replay | masked | reload | note |",
         "|---|---|---|---|---|---|---|",
         *(row(family, record["outcomes"]) for family in supported),
+        "",
+        "## Multimodal models",
+        "",
+        "The language model inside is pruned on text; all else stays. Which one it is depends on the checkpoint; here "
+        "it is that of the default config.",
+        "",
+        "| model | its language model | can be removed | note |",
+        "|---|---|---|---|",
+        *(f"| {f.model_type} | `{f.inside}` | {', '.join(f.units)} | {f.note} |" for f in multimodal),
         "",
         "## Refused",
         "",

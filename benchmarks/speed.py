@@ -27,7 +27,7 @@ PROSE = """# How fast is a slim model?
 
 `slimgpt speed SLIM --against DENSE` times both models in turn within every round, so that a drift of the machine meets
 them alike; prompts are random tokens from a fixed seed, medians of the rounds count. Peak memory is that of a fresh
-process that loads the folder with plain transformers and generates. On a GPU the same command applies; none was at
+process that loads the folder and generates. On a GPU the same command applies; none was at
 hand for these figures.
 
 """

@@ -1,26 +1,35 @@
-"""Readers of JSON that other people's programs wrote: whatever is in a file, a command succeeds or says one line."""
+"""Readers of files that other people's programs wrote: whatever is in one, a command succeeds or says one line, and
+leaves nothing that looks finished."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import gzip
+import io
 import json
+import os
 import shutil
 import warnings
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import save_torch_state_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import slimgpt
 from slimgpt.cli import app
 from slimgpt.errors import SlimGPTError
+from slimgpt.evaluation import read_text
 from slimgpt.models.loading import load_config
 from slimgpt.models.source import locate
-from tests.models.families import windows
+from slimgpt.recovery.dataset import collect
+from tests.models.families import tiny_model, windows
 
 FILES = (
     "config.json",
@@ -29,8 +38,16 @@ FILES = (
     "tokenizer_config.json",
     "slimgpt.json",
 )
-EXAMPLES = 60
+EXAMPLES = int(os.environ.get("SLIMGPT_FUZZ_EXAMPLES", "60"))
 """Of every file; each takes about half a second."""
+
+
+fuzz = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 def nested(depth):
@@ -108,12 +125,13 @@ def slim_folder(dense_folder, tmp_path_factory):
 
 
 def command(*words):
-    """Run a command, whose only endings are success and exit code 2 with a message."""
+    """Run a command, whose only endings are success and exit code 2 with a message; its exit code."""
     result = CliRunner().invoke(app, [str(word) for word in words])
     if result.exit_code not in (0, 2):
         raise result.exception or AssertionError(result.output)
     assert "Traceback" not in result.output
     assert result.exit_code == 0 or "error:" in result.output
+    return result.exit_code
 
 
 def try_all(folder):
@@ -133,17 +151,120 @@ def test_changed_json_is_read_or_refused(file, slim_folder, tmp_path):
     folder = shutil.copytree(slim_folder, tmp_path / "slim")
     text = (folder / file).read_text(encoding="utf-8")
 
-    @settings(
-        max_examples=EXAMPLES,
-        deadline=None,
-        database=None,
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-    )
+    @fuzz
     @given(mutated(text))
     def check(data):
         (folder / file).write_bytes(data)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try_all(folder)
+
+    check()
+
+
+BYTES = st.sampled_from(
+    [b"", b"\x00", b"\xff", b"\xed\xa0\x80", b'"', b"{", b"]", b"\n", b"\r", b"9" * 40, b"null", b"\xff" * 8]
+)
+
+
+@st.composite
+def damaged(draw, data, head=None):
+    """Bytes with one to four places overwritten, cut out, doubled or cut off, most of them near the beginning."""
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, min(len(data), head or len(data))))
+        kind = draw(st.sampled_from(["write", "insert", "drop", "double", "cut"]))
+        some = draw(BYTES | st.binary(max_size=8))
+        length = draw(st.integers(0, 40))
+        if kind == "write":
+            data = data[:at] + some + data[at + len(some) :]
+        elif kind == "insert":
+            data = data[:at] + some + data[at:]
+        elif kind == "drop":
+            data = data[:at] + data[at + length :]
+        elif kind == "double":
+            data = data[: at + length] + data[at:]
+        else:
+            data = data[:at]
+    return data
+
+
+ROWS = [
+    {"text": "The river runs past the old mill and on to the sea. " * 40},
+    {"messages": [{"role": "user", "content": "heads"}, {"role": "assistant", "content": "and channels"}]},
+    {"conversations": [{"from": "human", "value": "heads"}, {"from": "gpt", "value": "and channels"}]},
+    {"instruction": "count the layers", "output": "and write them down"},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "the mill"}]}]},
+]
+
+
+def parquet(rows):
+    """Rows with a text as the bytes of a Parquet file."""
+    out = io.BytesIO()
+    pq.write_table(pa.table({"text": [row["text"] for row in rows if "text" in row]}), out)
+    return out.getvalue()
+
+
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+TEXTS = {
+    "a.txt": ROWS[0]["text"].encode(),
+    "a.jsonl": LINES,
+    "a.json": json.dumps(ROWS).encode(),
+    "a.jsonl.gz": gzip.compress(LINES, mtime=0),
+    "a.parquet": parquet(ROWS),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TEXTS)
+def test_damaged_text_is_read_or_refused(name, slim_folder, tmp_path):
+    folder = shutil.copytree(slim_folder, tmp_path / "slim")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}")
+    tokenizer = slimgpt.load(str(folder))[1]
+    file, out = tmp_path / name, tmp_path / "out"
+
+    @fuzz
+    @given(damaged(TEXTS[name]))
+    def check(data):
+        file.write_bytes(data)
+        for read in (lambda: read_text(str(file)), lambda: collect(tokenizer, [str(file)], 16, 0)):
+            with contextlib.suppress(SlimGPTError):
+                read()
+        words = ["prune", folder, out, "--ratio", 0.1, "--calibration", file, "--num-samples", 2, "--seq-len", 8]
+        code = command(*words, "--device", "cpu", "--distill", "off", "--overwrite")
+        assert code == 0 or not out.exists()
+        shutil.rmtree(out, ignore_errors=True)
+        assert not list(tmp_path.glob(".out*"))
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["model.gguf", "model.safetensors", "adapter_config.json", "adapter_model.safetensors"]
+)
+def test_damaged_weights_are_read_or_refused(name, dense_folder, tmp_path):
+    """Their beginnings, where names, types and sizes are."""
+    folder = shutil.copytree(dense_folder, tmp_path / "model")
+    given_name = folder
+    if name == "model.gguf":
+        model = tiny_model("llama", mlp_bias=False, attention_bias=False)
+        model.save_pretrained(folder)
+        given_name = tmp_path / name
+        slimgpt.export(folder, given_name, "gguf", quantize="F32", check=False)
+    if name.startswith("adapter"):
+        given_name = tmp_path / "adapter"
+        model = get_peft_model(slimgpt.load(str(folder))[0], LoraConfig(r=2, target_modules=["q_proj"]))
+        model.peft_config["default"].base_model_name_or_path = str(folder)
+        model.save_pretrained(given_name)
+    file = given_name / name if given_name.is_dir() else given_name
+    whole = file.read_bytes()
+
+    @fuzz
+    @given(damaged(whole, head=8000))
+    def check(data):
+        file.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try_all(given_name)
 
     check()

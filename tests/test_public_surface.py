@@ -135,10 +135,15 @@ def files() -> dict[str, list[str]]:
         "--tasks", "boolq", "--data-dir", "rows", "--long", 64, "--passkey", 200, "--prompt", 8, "--new-tokens", 2,
         "--rounds", 1, "--device", "cpu",
     )  # fmt: skip
+    call(
+        "evaluate", "slim", "--against", "dense", "--text", "text.txt", "--window", 32, "--max-tokens", 256,
+        "--json", "evaluate.json", "--device", "cpu",
+    )  # fmt: skip
     return {
         "slimgpt.json": keys_of(*(Path(name, "slimgpt.json") for name in ("slim", "slim-mixture", "recovered"))),
         "recovery.json": keys_of(Path("recovered/recovery.json")),
         "compare.json": keys_of(Path("compared/compare.json")),
+        "evaluate.json": keys_of(Path("evaluate.json")),
     }
 
 

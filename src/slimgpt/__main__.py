@@ -1,5 +1,24 @@
-"""``python -m slimgpt``."""
+"""``slimgpt`` and ``python -m slimgpt``."""
 
-from slimgpt.cli import main
+from __future__ import annotations
 
-main()
+import os
+import signal
+
+
+def main() -> None:
+    """Entry point of the ``slimgpt`` command: Ctrl-C ends it quietly while the imports below go on, too."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)  # until a command begins, which has files to clear away
+    from slimgpt.cli import main as run
+
+    run()
+
+
+def _leave(*_: object) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,11 @@ def check_share(name: str, value: float) -> None:
 
 
 def check_seed(name: str, value: int) -> None:
-    """Refuse a seed that generators do not take."""
+    """Refuse a seed that generators do not take.
+
+    Raises:
+        UsageError: it is below 0, or takes more than 63 bits.
+    """
     if value < 0:
         raise UsageError(f"{name} is {value}; it must be 0 or more")
     if value >= SEEDS:
@@ -165,6 +169,13 @@ class PruneConfig:
         detail="With auto, not at all for the other methods, without repair, and for mixtures of experts.",
         metavar="TOKENS",
         check=check_distill,
+    )
+
+    evaluate: bool = setting(
+        True,
+        "Measure at the end how far the predictions are from the dense model's.",
+        detail="KL divergence, same most likely token and perplexity before and after, on text held out of the "
+        "calibration and on a bundled one: two passes over some thousand tokens.",
     )
 
     def __post_init__(self) -> None:

@@ -19,6 +19,14 @@
 
 from __future__ import annotations
 
+import errno
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where there is no room: on the disk, in a quota, or for a file so large."""
+
+LONGEST_REASON = 400
+"""Characters of another library's error that are repeated, about."""
+
 
 class SlimGPTError(Exception):
     """Base of every error this package raises on purpose; the command line turns it into exit code 2."""
@@ -72,9 +80,14 @@ class AssetError(SlimGPTError):
     """Demo material that cannot be fetched or fails its hash."""
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error of another library, with the next one where it ends in a colon."""
+def one_line(error: Exception) -> str:
+    """What an error of another library says, on one line; a long text only as far as :data:`LONGEST_REASON`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    text = lines[0]
+    for line in lines[1:]:
+        if len(text) + len(line) > LONGEST_REASON:
+            return f"{text} ..."
+        text += f" {line}"
+    return text

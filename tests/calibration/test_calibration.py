@@ -5,7 +5,10 @@ import gzip
 import io
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import types
 
 import pyarrow as pa
@@ -15,7 +18,8 @@ import torch
 
 import slimgpt
 from slimgpt.calibration import cut_windows, digest, documents, prefix_ids, read_documents, sample_windows
-from slimgpt.errors import CalibrationError
+from slimgpt.errors import CalibrationError, UsageError
+from slimgpt.runtime.time_limit import time_limit
 from tests.conftest import SENTENCES
 from tests.models.families import tiny_model, windows
 
@@ -308,3 +312,41 @@ def test_a_chat_that_the_template_refuses_is_counted_and_named(tokenizer, tmp_pa
     jsonl(file, [good, bad, bad])
     with pytest.raises(CalibrationError, match=r"refuses 2 of 3 conversations.*a\.jsonl, line [23]: .*roles must"):
         sample_windows(chatty, str(file), 2, 200)
+
+
+ENDLESS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
+
+
+def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = ENDLESS
+    monkeypatch.setattr("slimgpt.calibration.windows.TEMPLATE_SECONDS", 0.3)
+    rows = [documents.Conversation(CHAT, f"chats.jsonl, line {number}") for number in range(1, 100)]
+    with pytest.raises(UsageError, match=r"chats\.jsonl, line 1: .* chat template has not ended after 0\.3 seconds"):
+        cut_windows(chatty, rows, 2, 8, "chats.jsonl")  # at the first, and not for every row
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+
+
+def forever():
+    with time_limit(0.05):
+        while True:
+            pass
+
+
+def test_a_time_limit_leaves_other_threads_and_what_ends_in_time_alone():
+    with time_limit(5.0):
+        pass
+    results = []
+
+    def work():
+        with time_limit(0.001):
+            time.sleep(0.05)
+            results.append("ended")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == ["ended"]
+    with pytest.raises(TimeoutError):
+        forever()

@@ -25,7 +25,8 @@ from slimgpt.calibration.batch_generation import (
 from slimgpt.calibration.generation_limits import check_fits, writing_dtype
 from slimgpt.calibration.openings import OPENINGS, OTHER_LANGUAGES
 from slimgpt.calibration.repetition import SeenText, before_the_loop, repeated_share
-from slimgpt.calibration.self_calibration import Writer, pack, turn_tokens, write_calibration
+from slimgpt.calibration.self_calibration import Writer, pack, write_calibration
+from slimgpt.calibration.template_tokens import turn_tokens
 from slimgpt.calibration.windows import digest
 from slimgpt.errors import CalibrationError, NumericalError, ResumeError
 from slimgpt.models.eval_mode import in_eval_mode
@@ -128,7 +129,7 @@ class FollowingModel(torch.nn.Module):
     def get_input_embeddings(self):
         return self.embedding
 
-    def forward(self, input_ids, use_cache, **_):
+    def forward(self, input_ids, **_):
         size = self.embedding.num_embeddings
         logits = torch.full((*input_ids.shape, size), -1e4)
         return {"logits": logits.scatter(-1, ((input_ids + 1) % size)[..., None], 0.0)}
@@ -248,6 +249,15 @@ def test_a_seed_decides_the_text(chatting):
     assert one.info["documents"]["text"] > 0
 
 
+def test_held_out_text_follows_the_windows(tokenizer):
+    model = tiny_model("llama").eval()
+    longer, shorter = written(model, tokenizer, 8, 40), written(model, tokenizer, 6, 40, held_out=60)
+    flat = longer.windows.flatten().tolist()
+    assert shorter.windows.flatten().tolist() == flat[: 6 * 40]
+    assert shorter.held_out.tolist() == flat[6 * 40 : 6 * 40 + 60]
+    assert len(longer.held_out) == 0
+
+
 def test_rounds_that_are_kept_are_not_written_again(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(self_calibration, "ROUND", 8)
     model, kept = tiny_model("llama").eval(), self_written.KeptRounds(tmp_path / "rounds")
@@ -309,6 +319,7 @@ def test_auto_is_the_default_in_memory_and_to_a_folder(dense_folder, tmp_path):
         assert found.calibration["source"] == "auto"
         assert found.calibration["self_written"]["sha256"] == found.calibration["sha256"]
         assert (found.calibration["num_samples"], found.calibration["seq_len"]) == (12, 48)
+        assert found.divergence["held_out"]["tokens"] > 0
     assert folder.calibration["sha256"] == report.calibration["sha256"]
     assert "the model writes its calibration text" in told
     assert "--calibration auto" in (tmp_path / "streamed" / "README.md").read_text()

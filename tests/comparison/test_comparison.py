@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 import slimgpt
-from slimgpt.comparison import Timing, Timings, time_models
+from slimgpt.comparison import CompareConfig, Comparison, ModelResult, Timing, Timings, time_models
+from slimgpt.comparison.differences import Difference, task_difference
 from slimgpt.comparison.result import ComparisonRow
+from slimgpt.evaluation.samples import write_samples
 from slimgpt.evaluation.tasks import answers, difference, flips
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.planning.cost import generation_flops
@@ -60,6 +63,15 @@ def test_compare_gives_the_numbers_of_its_parts(compared, folders, text_file, da
     assert side["removed"] == pytest.approx(0.5, abs=0.05)
     expected = slimgpt.evaluate(model, tokenizer, str(text_file), window=64, max_tokens=1024)
     assert side["perplexities"][1]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
+    against = slimgpt.evaluate(
+        model, tokenizer, str(text_file), window=64, max_tokens=1024, against=str(folders / "dense")
+    ).divergence
+    measured = side["perplexities"][1]["divergence"]
+    assert measured["kl"]["mean"] == pytest.approx(against.kl.mean, rel=1e-5)
+    assert measured["kl"]["quantiles"] == pytest.approx(against.kl.quantiles, rel=1e-5)
+    assert values["models"][0]["perplexities"][1]["divergence"] is None
+    for shown in (f"{against.kl.mean:.4f}", f"{against.same_top:.1%}", f"{against.bits_per_byte:.4f}"):
+        assert shown in (out / "report.html").read_text()
     scores = slimgpt.evaluate_tasks(model, tokenizer, "piqa,boolq", data_dir=data_dir)
     assert side["tasks"]["mean"] == scores.mean
     assert list(side["by_position"]["by_position"]) == ["1", "2", "4", "8", "16", "32", "64", "128"]
@@ -70,13 +82,65 @@ def test_compare_gives_the_numbers_of_its_parts(compared, folders, text_file, da
     dense = slimgpt.evaluate_tasks(*slimgpt.load(str(folders / "dense")), "piqa,boolq", data_dir=data_dir)
     apart = difference(answers(dense), answers(scores))
     assert apart is not None
-    assert f"slim-50: {100 * apart[0]:+.1f} ± {100 * apart[1]:.1f} points" in (out / "report.html").read_text()
+    left = scores.mean / dense.mean
+    words = f"{left:.1%} of the base, {100 * apart[0]:+.1f} ± {100 * apart[1]:.1f} points"
+    assert words in (out / "report.html").read_text()
+    recovered = side["recovery"]["mean"]
+    assert recovered["recovery"] == pytest.approx(left)
+    assert (recovered["difference"]["value"], recovered["difference"]["stderr"]) == pytest.approx(apart)
+    assert recovered["difference"]["count"] == sum(len(questions) for questions in answers(dense).values())
+    assert "recovery" not in values["models"][0]
     share = flips(answers(dense), answers(scores))
     assert share is not None
     assert re.search(rf"<td>flips<.*<td>-</td>.*<td>{share:.1%}</td></tr>", (out / "report.html").read_text())
     assert {"perplexity", "piqa", "128-199", "prefill", "calibrated"} <= set(re.findall(r"[\w-]+", printed))
     for name in ("quality.png", "quality.svg"):
         assert (out / name).stat().st_size > 5000
+
+
+def test_the_texts_and_commands_of_every_model_stand_on_the_page(compared, folders):
+    out, _ = compared
+    page, values = (out / "report.html").read_text(), json.loads((out / "compare.json").read_text())
+    for side in values["models"]:
+        model, tokenizer = slimgpt.load(str(folders / side["name"]))
+        assert side["samples"] == [sample.to_json() for sample in write_samples(model, tokenizer, 3)]
+        for sample in side["samples"]:
+            assert html.escape(sample["prompt"]) in page
+            assert f"<dd>{html.escape(sample['text'])}" in page
+    assert [len(side["commands"]) for side in values["models"]] == [0, 1, 1]
+    card = (folders / "slim-50" / "README.md").read_text()
+    (command,) = values["models"][2]["commands"]
+    assert command.startswith("slimgpt prune dense OUT")
+    assert command in card
+    assert html.escape(command) in page
+    assert str(folders) not in command
+
+
+def test_the_protocol_in_words_has_the_numbers_of_the_protocol(compared):
+    out, _ = compared
+    page, base = (out / "report.html").read_text(), json.loads((out / "compare.json").read_text())["models"][0]
+    for result in base["perplexities"]:
+        how = result["protocol"]
+        assert (
+            f"the first {result['tokens']:,} of {how['text_tokens']:,} tokens in windows of {result['window']}" in page
+        )
+        assert how["engine"] in page
+    assert base["tasks"]["protocol"]["harness"] in page
+    shots = ", ".join(f"{task} {count}" for task, count in base["tasks"]["protocol"]["num_fewshot"].items())
+    assert set(base["tasks"]["protocol"]["num_fewshot"]) == {"piqa", "boolq"}
+    assert f"examples before a question: {shots}." in page
+    assert "16 tokens are read and 4 written, 2 rounds" in page
+    assert "Pass key" not in page
+
+
+def test_no_texts_if_none_are_asked_for(folders, text_file, tmp_path):
+    words = ["--text", text_file, "--window", 32, "--max-tokens", 64, "--no-speed", "--device", "cpu", "--out"]
+    for samples, code in ((0, 0), (5, 2), (-1, 2)):
+        out = tmp_path / str(samples)
+        done = run("compare", folders / "dense", folders / "slim-20", *words, out, "--samples", samples)
+        assert done.exit_code == code, done.output
+    assert "What they write" not in (tmp_path / "0" / "report.html").read_text()
+    assert json.loads((tmp_path / "0" / "compare.json").read_text())["models"][0]["samples"] == []
 
 
 def test_the_page_asks_nobody_for_anything(compared):
@@ -175,7 +239,7 @@ def test_what_was_kept_of_another_model_of_that_name_is_not_used(folders, text_f
     loads.clear()
     done = run(*words)
     assert done.exit_code == 0, done.output
-    assert loads == ["slim"]
+    assert loads == ["slim", "dense"]  # the divergence is taken from it
     model, tokenizer = slimgpt.load(str(folders / "slim-20"))
     expected = slimgpt.evaluate(model, tokenizer, str(text_file), window=32, max_tokens=256)
     found = json.loads((tmp_path / "out" / "compare.json").read_text())["models"][1]["perplexities"][0]["perplexity"]
@@ -294,6 +358,62 @@ def test_rows_of_the_table():
     row = ComparisonRow("size", "parameters", (200.0, 100.0, None), ",.0f", "less")
     assert [row.text(i) for i in range(3)] == ["200", "100", "-"]
     assert [row.change(i) for i in range(3)] == [None, 0.5, None]
+
+
+def test_what_may_be_chance_is_neither_good_nor_bad():
+    few, many = Difference(-0.4, 0.0, 5), Difference(-0.04, 0.01, 2000)
+    within = Difference(-0.04, 0.03, 2000)
+    row = ComparisonRow("tasks", "a (acc)", (0.8, 0.4, 0.76, 0.76), ".1%", "more", "", (None, few, many, within))
+    assert [row.verdict(i) for i in range(4)] == ["", "", "bad", ""]
+    assert row.change_text(2) == "95.0% of the base, -4.0 ± 1.0 points"
+    falling = ComparisonRow("quality", "b", (30.0, 25.0), ",.2f", "less", "", (None, Difference(-0.18, 0.01, 500)))
+    assert (falling.verdict(1), falling.change_text(1)) == ("good", "x 0.833, ln -0.180 ± 0.010")
+    unknown = ComparisonRow("tasks", "group (acc)", (0.8, 0.4), ".1%", "more", "", (None, None))
+    assert (unknown.verdict(1), unknown.change_text(1)) == ("", "50.0% of the base")
+
+
+def test_five_questions_are_not_coloured_on_the_page(folders, data_dir, tmp_path):  # noqa: F811
+    words = ["--tasks", "boolq", "--limit", 5, "--data-dir", data_dir, "--no-speed", "--max-tokens", 64]
+    (tmp_path / "text.txt").write_text("The river runs past the old mill and on to the sea. " * 20)
+    done = run("compare", folders / "dense", folders / "slim-50", "--out", tmp_path / "out", "--text",
+               tmp_path / "text.txt", "--window", 32, "--device", "cpu", *words)  # fmt: skip
+    assert done.exit_code == 0, done.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    cells = re.findall(r"<tr><td>(?:boolq \(acc\)|mean).*?</tr>", page)
+    assert len(cells) == 2
+    assert not re.search(r'class="(good|bad)"', "".join(cells))
+
+
+@pytest.mark.parametrize("bytes_each", [(4.0, 4.1), (0.6, 4.0)])
+def test_bytes_are_compared_like_with_like(bytes_each):
+    rows = [
+        Timing(name, 1, count, int(count * each), 1.0, 1.0, 1.0, None, 1.0, 1.0)
+        for name, count, each in zip(("base", "slim"), (1000, 800), bytes_each)
+    ]
+    sides = tuple(ModelResult(row.model, row.parameters, None) for row in rows)
+    table = {row.name: row for row in Comparison(sides, Timings(tuple(rows), "base", {}), CompareConfig()).table()}
+    alike = bytes_each[0] == 4.0
+    assert (table["bytes on disk"].change(1) is not None) == alike
+    assert ("bytes with 16 bits per parameter" in table) != alike
+    if not alike:
+        assert table["bytes with 16 bits per parameter"].change(1) == 0.8
+        assert (table["bytes on disk"].verdict(1), table["bytes on disk"].change_text(1)) == ("", "")
+        assert "0.6, 4 bytes per parameter" in table["bytes on disk"].note
+
+
+def test_differences_of_tasks_are_those_of_their_questions(folders, data_dir):  # noqa: F811
+    base, slim = (
+        slimgpt.evaluate_tasks(*slimgpt.load(str(folders / name)), "piqa,boolq", data_dir=data_dir)
+        for name in ("dense", "slim-50")
+    )
+    for task in ("piqa", "boolq"):
+        ours, theirs = answers(base)[task], answers(slim)[task]
+        changes = [theirs[number] - score for number, score in ours.items()]
+        mean = sum(changes) / len(changes)
+        error = (sum((c - mean) ** 2 for c in changes) / (len(changes) - 1) / len(changes)) ** 0.5
+        apart = task_difference(base, slim, task)
+        assert apart is not None
+        assert (apart.value, apart.stderr, apart.count) == pytest.approx((mean, error, len(changes)))
 
 
 def test_timing_without_a_base(folders):

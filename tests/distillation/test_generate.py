@@ -110,7 +110,7 @@ def test_little_memory_is_enough():
 
 def test_what_is_known_of_a_piece_is_not_copied_for_every_token(monkeypatch):
     """The cache has its room from the second token on; two of these layers keep a window of the last tokens alone."""
-    model, places = tiny_model("gemma3"), []
+    model, places = tiny_model("gemma3_text"), []
     kinds = model.config.get_text_config().layer_types
     assert set(kinds) == {"sliding_attention", "full_attention"}
     update = DynamicLayer.update

@@ -170,3 +170,13 @@ def test_passkey_answers_are_those_of_generate(tokenizer):
     ids = torch.tensor([context])
     greedy = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)[0, -5:]
     assert log_likelihoods(model, [(context, greedy.tolist())], 800)[0][1]
+
+
+def test_a_text_without_measure_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("slimgpt.evaluation.corpora.LONGEST_LINE", 1000)
+    file = tmp_path / "one-line.txt"
+    file.write_text("x" * 1000)
+    assert len(read_text(str(file)).content) == 1000
+    file.write_text("x" * 1001)
+    with pytest.raises(CalibrationError, match=r"one-line\.txt has more than 1,000 characters"):
+        read_text(str(file))

@@ -65,7 +65,7 @@ def plain_harness(model, tokenizer, data_dir, limit):
         return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), split))
 
     manager = TaskManager(include_defaults=False, include_path=[ROOT / FOLDERS[name] for name in COMMONSENSE])
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
     with mock.patch("datasets.load_dataset", load_dataset):
         return lm_eval.simple_evaluate(model=lm, tasks=list(COMMONSENSE), task_manager=manager)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,11 @@ from typer.testing import CliRunner
 
 import slimgpt
 from slimgpt.cli import app
-from slimgpt.errors import NumericalError
+from slimgpt.errors import NumericalError, UsageError
+from slimgpt.evaluation import peak_memory
 from slimgpt.exporting import FORMATS, padded
 from slimgpt.exporting.verification import verify
+from slimgpt.models.source import locate
 from tests.models.families import tiny_model, windows
 
 
@@ -59,6 +63,26 @@ def test_verify_of_nan_is_an_error(slim, tmp_path):
     change_norm(broken, float("nan"))
     with pytest.raises(NumericalError, match="NaN"):
         verify(broken, broken)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless link"])
+def test_verify_reads_regular_files_only(kind, slim, tmp_path):
+    text = tmp_path / "text.txt"
+    if kind == "pipe":
+        os.mkfifo(text)
+    else:
+        text.symlink_to(text)
+    with pytest.raises(UsageError, match=r"regular files only"):
+        verify(slim, slim, text=str(text))
+
+
+@pytest.mark.filterwarnings("ignore:.*is read without the adapter")
+def test_an_adapter_left_beside_an_export_is_not_read(slim, tmp_path):
+    slimgpt.export(slim, tmp_path / "padded", "padded")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "nobody/no-such-model", "target_modules": ["q_proj"]}
+    (tmp_path / "padded" / "adapter_config.json").write_text(json.dumps(settings))
+    assert verify(tmp_path / "padded", slim).problem() is None
+    assert peak_memory(locate(str(tmp_path / "padded")), prompt=8, new_tokens=2) > 50e6
 
 
 def test_verify_takes_widths_by_layer_and_every_token_asked_for(slim):

@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.models import ARCHITECTURES
-from slimgpt.models.families.moe import MIXTURES
+from slimgpt.models.build import stock_class
+from slimgpt.models.families.mixtures import MIXTURES
+from slimgpt.models.loading import load_config, load_model
+from slimgpt.models.source import locate
 
 LAYERS, VOCABULARY = 4, 97
 
@@ -35,6 +38,18 @@ COMMON: dict[str, Any] = {
 }
 ALTERNATING = ["sliding_attention", "full_attention"] * (LAYERS // 2)
 
+LATENT_HEADS: dict[str, Any] = {
+    "intermediate_size": 60,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "kv_lora_rank": 14,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 9,
+}
+"""Multi-head latent attention."""
+
 HYBRID = ["linear_attention", "full_attention"] * (LAYERS // 2)
 LINEAR = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 8,
@@ -51,6 +66,15 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3": {"attention_bias": True},
     "gemma2": {"sliding_window": 5, "layer_types": ALTERNATING, "query_pre_attn_scalar": 10},
     "gemma3_text": {"sliding_window": 5, "layer_types": ALTERNATING, "query_pre_attn_scalar": 10},
+    "gemma3_text/scaled-positions": {
+        "sliding_window": 5,
+        "layer_types": ALTERNATING,
+        "query_pre_attn_scalar": 10,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        },
+    },
     "granite": {"attention_bias": True, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "head_dim": None},
     "smollm3": {"no_rope_layers": [1, 0, 1, 1], "head_dim": None},
     "phi3": {"head_dim": None, "sliding_window": 7, "num_attention_heads": 6, "tie_word_embeddings": False},
@@ -77,6 +101,8 @@ OWN: dict[str, dict[str, Any]] = {
     "stablelm/qk-norm": {"head_dim": None, "qk_layernorm": True},
     "persimmon": FILLED,
     "gpt_neox": {**FILLED, "rotary_pct": 0.5},
+    "minicpm3": {**LATENT_HEADS, "q_lora_rank": 20},
+    "youtu": {**LATENT_HEADS, "q_lora_rank": 20},
     "gptj": {**FILLED, "n_inner": 52, "rotary_dim": 4},
     "codegen": {**FILLED, "num_attention_heads": 8, "n_inner": 52, "rotary_dim": 4},
     "gpt_neo": {**FILLED, "attention_types": [[["global", "local"], 2]], "window_size": 5, "num_layers": 4},
@@ -166,7 +192,8 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
     """A random model in fp32, every parameter drawn, norms and biases too; arguments as :func:`tiny_config`."""
     config = tiny_config(name, **changes)
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    config._attn_implementation = "eager"
+    model = stock_class(config)(config).float().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -178,6 +205,15 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
 def windows(num_samples: int = 12, seq_len: int = 24, seed: int = 0) -> torch.Tensor:
     """Random token ids ``(num_samples, seq_len)``."""
     return torch.randint(VOCABULARY, (num_samples, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_loads_to_the_bit(folder: Path, model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """The folder holds what ``model``, a model with eager attention, computes."""
+    source = locate(str(folder))
+    again = load_model(source, load_config(source))
+    again.set_attn_implementation("eager")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def in_a_process_without_slimgpt(root: Path, source: str, ids: torch.Tensor, folders: list[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""LoRA adapter folders as MODEL, and quantised checkpoints, which are refused."""
+"""LoRA adapter folders as MODEL."""
 
 from __future__ import annotations
 
@@ -80,18 +80,3 @@ def test_a_pickled_adapter_is_refused(adapter):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(ModelError, match="pickled adapters are never read"):
         slimgpt.load(str(folder))
-
-
-@pytest.mark.parametrize(
-    "quantization",
-    [
-        {"quant_method": "gptq", "bits": 4, "group_size": 128},
-        {"quant_method": "awq", "bits": 4, "group_size": 128},
-        {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    ],
-)
-def test_quantised_checkpoints_are_refused_with_the_way_out(quantization, dense_folder, tmp_path):
-    config = json.loads((dense_folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    with pytest.raises(ModelError, match=rf"quantised \({quantization['quant_method']}\).*the slim one"):
-        slimgpt.load(str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 import slimgpt
 from slimgpt.cli import app
-from slimgpt.errors import ModelError, NumericalError, SlimGPTError, UsageError
+from slimgpt.errors import ModelError, NumericalError, SlimGPTError, UsageError, one_line
 from slimgpt.models.lookup import check_ids
 from slimgpt.planning.plan_file import read_plan
 from slimgpt.runtime.devices import as_device
@@ -198,6 +199,44 @@ def test_token_ids_without_a_row_in_the_embedding_are_refused(folder, tmp_path):
         assert "is outside the model's vocabulary of" in said, said
         assert "resize_token_embeddings" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_sampling_settings_of_an_old_config_are_kept(folder, text_file, tmp_path):
+    old = {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "repetition_penalty": 1.1}
+    (folder / "generation_config.json").unlink()
+    change(folder / "config.json", **old)
+    plain = AutoModelForCausalLM.from_pretrained(folder).generation_config
+    assert {name: getattr(plain, name) for name in old} == old
+    small = {"calibration": str(text_file), "num_samples": 8, "seq_len": 24, "device": "cpu"}
+    slimgpt.prune_folder(str(folder), tmp_path / "streamed", 0.3, **small)
+    model, tokenizer = slimgpt.load(str(folder))
+    report = slimgpt.prune(model, tokenizer, 0.3, **small)
+    slimgpt.save(model, tokenizer, report, tmp_path / "saved")
+    slimgpt.export(folder, tmp_path / "exported", "hf-uniform", check=False)
+    for name in ("streamed", "saved", "exported"):
+        settings = slimgpt.load(str(tmp_path / name))[0].generation_config
+        assert {key: getattr(settings, key) for key in old} == old, name
+
+
+def test_a_sentencepiece_model_alone_says_what_to_install(folder, monkeypatch):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.model").write_bytes(b"no model")
+    here = importlib.util.find_spec
+    monkeypatch.setattr(
+        "slimgpt.models.loading.find_spec",
+        lambda name: None if name in ("sentencepiece", "google.protobuf") else here(name),
+    )
+    with pytest.raises(ModelError, match=r"no tokenizer\.json; .*pip install sentencepiece protobuf"):
+        slimgpt.load(str(folder))
+
+
+def test_the_whole_reason_of_another_librarys_error_is_said():
+    assert one_line(ValueError("Validation error for field 'n':\n    TypeError: it is text\n  give a number")) == (
+        "Validation error for field 'n': TypeError: it is text give a number"
+    )
+    assert one_line(ValueError("one of: \n(1) this, \n(2) that\n")) == "one of: (1) this, (2) that"
+    assert one_line(ValueError("\n \n")) == "ValueError"
+    assert one_line(ValueError("first\n" + "x" * 1000)) == "first ..."
 
 
 def test_a_damaged_report_is_refused(folder):

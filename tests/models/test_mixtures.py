@@ -15,8 +15,8 @@ from slimgpt.layerwise.capture import capture, run_layer
 from slimgpt.layerwise.partial_forward import arguments_of
 from slimgpt.models import EXPERTS, Experts
 from slimgpt.models.build import empty_model
-from slimgpt.models.expert_tensors import down_matrix, expert_output, intermediate
-from slimgpt.models.loading import load_config, load_model
+from slimgpt.models.expert_tensors import down_matrix, expert_output, intermediate, routed
+from slimgpt.models.loading import load_config
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.slicing import unit_rows
 from slimgpt.models.source import locate
@@ -26,12 +26,12 @@ from slimgpt.pruning.experts import ExpertsPruner
 from slimgpt.pruning.report import mask_of, units_of
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.solver.experts import Routing, contributions
-from tests.models.families import in_a_process_without_slimgpt, windows
+from tests.models.families import assert_loads_to_the_bit, in_a_process_without_slimgpt, tiny_config, windows
 from tests.models.mixtures import OWN_OF_MIXTURES, tiny_mixture
 from tests.models.test_families import RELOAD
 
 NAMES = list(OWN_OF_MIXTURES)
-REPRESENTATIVE = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3")
+REPRESENTATIVE = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3", "nemotron_h")
 """One of every layout; the default run has these, `pytest -m families` all."""
 
 
@@ -42,7 +42,10 @@ def cases(*rows):
 
 
 FAMILIES = [cases(name) for name in NAMES]
-WITH_DENSE_LAYERS = ("qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+BY_LAYER_ONLY = ("minimax", "granitemoehybrid/experts", "nemotron_h", "gemma4_text/experts", "kolibri1")
+"""Families whose layers differ in kind, or whose config does not take another number of experts for all layers."""
+PARTLY_IN_FP32 = ("beam", "nemotron_h")
+"""Families whose experts compute their gate, or add up their outputs, in fp32 whatever the model's type is."""
 SHARES = (0.0, 0.5, 1.0)
 IDS = windows(2, 24, seed=7)
 
@@ -75,7 +78,7 @@ def expert_calls(model, ids):
     for index, layer in enumerate(model.model.layers):
         run = partial(run_layer, layer, hidden, stream.arguments[0][index])
         if experts.key in layer.state_dict():
-            yield layer, *arguments_of(layer, experts.module, run)
+            yield layer, arguments_of(layer, experts.module, run)
         hidden = run()
 
 
@@ -84,12 +87,16 @@ def test_experts_one_by_one_are_the_modules_own_forward(name):
     model = double(name)
     experts, layers = sparse_layers(model)
     with torch.no_grad():
-        for layer, tokens, chosen, weights in expert_calls(model, IDS):
+        for layer, arguments in expert_calls(model, IDS):
             module = layer.get_submodule(experts.module)
             output = partial(expert_output, module, experts)
-            routing = Routing(chosen, weights, len(layer.state_dict()[experts.key]))
+            count = len(layer.state_dict()[experts.key])
+            tokens, chosen, weights = routed(arguments, experts, count)
+            routing = Routing(chosen, weights, count)
             found = contributions(routing, tokens, chosen.shape[1], tokens.shape[1], output)
-            torch.testing.assert_close(found.sum(1), module(tokens, chosen, weights), rtol=1e-12, atol=1e-12)
+            tolerance = 1e-6 if name in PARTLY_IN_FP32 else 1e-12
+            whole = module(*arguments).view(-1, *tokens.shape).sum(0)
+            torch.testing.assert_close(found.sum(1), whole, rtol=tolerance, atol=tolerance)
             layers.remove(layer)
     assert not layers
 
@@ -116,7 +123,8 @@ def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(nam
     model = double(name)
     masked = copy.deepcopy(model)
     experts, _ = sparse_layers(model)
-    report = prune(model, ratio=0.4, schedule="uniform", whole_experts=share)
+    ratio = 0.4 if lookup(model.config).find("kv") else 0.3
+    report = prune(model, ratio=ratio, schedule="uniform", whole_experts=share)
     assert [dict(s) for s in report.plan.layers] == layer_sizes(model.config)
     assert report.plan.parameters == sum(p.numel() for p in model.parameters())
     gone = 0
@@ -136,9 +144,9 @@ def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(nam
         gone += len(removed)
         router = next(iter(dense.get_submodule(experts.router).parameters()))
         silenced.append((router, removed))
-        correction = getattr(dense.get_submodule(experts.router), "e_score_correction_bias", None)
-        if correction is not None:
-            correction[removed] = -torch.inf
+        for name, tensor in dense.state_dict().items():
+            if name.endswith(("e_score_correction_bias", "expert_bias")):
+                tensor.view(-1)[removed] = -torch.inf
         there, here = dense.state_dict(), slim.state_dict()
         for position, expert in enumerate(layer.experts.kept):
             W, bias = down_matrix(there, experts, expert)
@@ -157,14 +165,15 @@ def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(nam
 
 def forms(family):
     """Layers of different widths; equal ones too, where every layer has experts."""
-    return ("layers",) if family in WITH_DENSE_LAYERS else ("layers", "uniform")
+    kinds = {tuple(sizes) for sizes in layer_sizes(tiny_config(family))}
+    return ("layers",) if len(kinds) > 1 or family in BY_LAYER_ONLY else ("layers", "uniform")
 
 
 @pytest.fixture(scope="module")
 def reloaded(tmp_path_factory, request):
     """The families asked for, pruned and saved both ways, and what a process without slimgpt makes of the folders."""
     root = tmp_path_factory.mktemp("mixtures")
-    expected, reports = {}, {}
+    expected, reports, buffers = {}, {}, {}
     asked = {
         item.callspec.params["name"]
         for item in request.session.items
@@ -173,26 +182,35 @@ def reloaded(tmp_path_factory, request):
     for family in sorted(asked):
         for form in forms(family):
             model = tiny_mixture(family)
-            report = prune(model, uniform=form == "uniform", whole_experts=0.6)
-            name = f"{family}-{form}"
-            slimgpt.save(model, None, report, root / name)
+            name = f"{family.replace('/', '-')}-{form}"
+            try:
+                report = prune(model, uniform=form == "uniform", whole_experts=0.6)
+                slimgpt.save(model, None, report, root / name)
+            except Exception as error:  # kept for the test of this family
+                reports[name] = error
+                continue
             with torch.no_grad():
                 expected[name] = model(IDS).logits
             reports[name] = report
+            parameters = dict(model.named_parameters())
+            held = {key: value for key, value in model.state_dict().items() if key not in parameters}
+            buffers[name] = sum(value.numel() for key, value in held.items() if not key.startswith("lm_head"))
     found = in_a_process_without_slimgpt(root, RELOAD, IDS, [str(root / name) for name in expected])
-    return root, expected, reports, found
+    return root, expected, reports, buffers, found
 
 
 @pytest.mark.parametrize(("name", "form"), [cases(name, form) for name in NAMES for form in forms(name)])
 def test_folder_loads_without_slimgpt_to_the_bit(name, form, reloaded):
-    root, expected, reports, found = reloaded
-    name = f"{name}-{form}"
+    root, expected, reports, buffers, found = reloaded
+    name = f"{name.replace('/', '-')}-{form}"
+    if isinstance(reports[name], Exception):
+        raise reports[name]
+    assert f"{name}.error" not in found, bytes(found[f"{name}.error"].tolist()).decode()
     assert torch.equal(found[f"{name}.logits"], expected[name])
     assert torch.equal(found[f"{name}.generate.True"], found[f"{name}.generate.False"])
     assert bool(found[f"{name}.stock"]) == (form == "uniform")
     weights = load_file(root / name / "model.safetensors")
-    buffers = sum(tensor.numel() for key, tensor in weights.items() if key.endswith("e_score_correction_bias"))
-    assert sum(tensor.numel() for tensor in weights.values()) - buffers == reports[name].plan.parameters
+    assert sum(tensor.numel() for tensor in weights.values()) - buffers[name] == reports[name].plan.parameters
     written = json.loads((root / name / "slimgpt.json").read_text())
     sparse = [layer["experts"] for layer in written["layers"] if layer["experts"] is not None]
     assert sparse
@@ -219,11 +237,7 @@ def test_a_slim_mixture_can_be_pruned_again(family, tmp_path):
     assert second.plan.parameters < first.plan.parameters
     assert abs(second.plan.achieved - 0.2) < 0.03  # steps are large in a model this small
     slimgpt.save(model, None, second, tmp_path / "second")
-    source = locate(str(tmp_path / "second"))
-    again = load_model(source, load_config(source))
-    again.set_attn_implementation("eager")
-    with torch.no_grad():
-        assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert_loads_to_the_bit(tmp_path / "second", model, IDS)
 
 
 def test_an_expert_that_saw_too_few_tokens_is_repaired_on_tokens_of_the_whole_layer():
@@ -238,14 +252,14 @@ def test_an_expert_that_saw_too_few_tokens_is_repaired_on_tokens_of_the_whole_la
     width = report.dense_sizes[0]["intermediate_size"]
     assert first.experts.fallback == [e for e, n in enumerate(first.experts.tokens) if n < width]
     with torch.no_grad():
-        _, tokens, _, _ = next(expert_calls(dense, windows()))
+        _, (tokens, _, _) = next(expert_calls(dense, windows()))
         there, here = (m.model.layers[0].get_submodule(experts.module) for m in (dense, model))
         wanted = expert_output(there, experts, 2, tokens)
         repaired = expert_output(here, experts, 2, tokens)
         bias = dense.model.layers[0].state_dict()[f"{experts.key}_bias"][2]
         channels = units_of(first.experts.channels[2])
         W, _ = down_matrix(dense.model.layers[0].state_dict(), experts, 2)
-        sliced = intermediate(there, 2, tokens)[:, channels] @ W[:, channels].T + bias
+        sliced = intermediate(there, experts, 2, tokens)[:, channels] @ W[:, channels].T + bias
     assert (repaired - wanted).norm() < 0.95 * (sliced - wanted).norm()  # without a Hessian they are equal
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import warnings
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import slimgpt
 from slimgpt.checkpoint.inspecting import inspect
+from slimgpt.cli import app
 from slimgpt.config import make_config
 from slimgpt.errors import ExportError, ModelError
 from slimgpt.exporting.source import open_folder
@@ -116,6 +119,98 @@ def test_all_readers_see_what_transformers_sees(family, case, folder):
     expected = state(AutoModelForCausalLM.from_pretrained(path))
     for what, found in all_readers(path):
         equal(found, expected, what)
+
+
+def evaluated(path, text_file, tmp_path):
+    """The cross-entropy that `evaluate` gives for a text, and the ids that it is of."""
+    file = tmp_path / "evaluated.json"
+    words = ["evaluate", path, "--text", text_file, "--window", 24, "--max-tokens", 240, "--batch-size", 1]
+    words += ["--engine", "transformers", "--device", "cpu", "--json", file, "--overwrite"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return math.log(json.loads(file.read_text())["perplexity"])
+
+
+def recovered(path, text_file, tmp_path):
+    """The tensors that `recover` trains, by a step too small to move them."""
+    settings = {"max_steps": 1, "max_length": 24, "batch_size": 4, "held_out": 0, "evaluations": 1, "bf16": False}
+    out = tmp_path / "recovered"
+    slimgpt.recover(
+        path, out, str(text_file), method="full", learning_rate=1e-30, device="cpu", overwrite=True, **settings
+    )
+    return state(slimgpt.load(str(out))[0])
+
+
+def cross_entropy(model, tokenizer, text_file):
+    """What plain transformers makes of the same text."""
+    ids = torch.tensor(tokenizer(text_file.read_text())["input_ids"][:240]).view(10, 24)
+    with torch.no_grad():
+        logits = model(ids).logits[:, :-1].double()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+@pytest.mark.parametrize("case", [*TABLE, "an adapter"])
+@pytest.mark.filterwarnings("ignore:.*untied")
+def test_evaluate_and_recover_see_it_too(case, folder, adapter, text_file, tmp_path):
+    if case == "an adapter":
+        path, _ = adapter(target_modules=["q_proj", "lm_head"])
+        plain = slimgpt.load(str(path))[0]  # held to peft's own logits above
+    else:
+        path = folder(**TABLE[case])
+        plain = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = slimgpt.load(str(path))[1]
+    assert evaluated(path, text_file, tmp_path) == pytest.approx(cross_entropy(plain, tokenizer, text_file), abs=1e-5)
+    equal(recovered(path, text_file, tmp_path), state(plain), "recover")
+
+
+ROPE = {"rope_theta": 10000.0}
+ROPES = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+
+AS_GGUF = {
+    "llama": {"mlp_bias": False, "attention_bias": False},
+    "mistral": {"sliding_window": None, "head_dim": 8, "tie_word_embeddings": True},
+    "qwen3": {"head_dim": 128, "attention_bias": False},
+}
+"""What transformers assumes of a family where it reads GGUF."""
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("family", AS_GGUF)
+def test_a_gguf_file_is_the_folder_that_it_was_made_from(family, rope, folder, text_file, tmp_path):
+    path = folder(family, rope_parameters={**ROPE, **ROPES[rope]}, **AS_GGUF[family])
+    text = tmp_path / "text.txt"  # without line ends, which the tiny vocabulary lacks: one reader drops them
+    text.write_text(text_file.read_text().replace("\n", " "))
+    file = tmp_path / "model.gguf"
+    slimgpt.export(path, file, "gguf", quantize="F32", check=False)
+    plain = AutoModelForCausalLM.from_pretrained(path)
+    tensors = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    for what, found in (
+        ("transformers", state(tensors)),
+        ("load", state(slimgpt.load(str(file))[0])),
+        ("stream", streamed(file)),
+        ("recover", recovered(file, text, tmp_path)),
+    ):
+        equal(found, state(plain), what)
+    tokenizer = slimgpt.load(str(path))[1]
+    expected = cross_entropy(plain, tokenizer, text)  # with the folder's positions
+    assert evaluated(file, text, tmp_path) == pytest.approx(expected, abs=1e-5)
+    small = {**OPTIONS, "ratio": 0.1, "distill": "off", "calibration": str(text)}
+    for name, source in (("from file", file), ("from folder", path)):
+        slimgpt.prune_folder(str(source), tmp_path / name, **small)
+    slim = [slimgpt.load(str(tmp_path / name))[0] for name in ("from file", "from folder")]
+    with torch.no_grad():
+        torch.testing.assert_close(slim[0](IDS).logits, slim[1](IDS).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*read as untied")
@@ -330,3 +425,11 @@ def test_missing_shards_are_refused_before_anything_else(folder):
     for command in (inspect, lambda name: forecast(name, make_config(ratio=0.3))):
         with pytest.raises(ModelError, match=r"lacks model-00002.*which its index names"):
             command(str(path))
+
+
+@pytest.mark.parametrize("to", ["hf-uniform", "padded"])
+@pytest.mark.parametrize("family", ["lfm3", "olmo_hybrid"])
+def test_names_that_transformers_converts_are_exported_by_its_own(family, to, folder, tmp_path):
+    path = folder(family)
+    slimgpt.export(path, tmp_path / "out", to)
+    equal(state(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), state(tiny_model(family)), to)

@@ -51,7 +51,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def report_of(folder: Path) -> dict:
     """The report without seconds."""
     report = json.loads((folder / "slimgpt.json").read_text())
-    for part in (report, *report["layers"], report["allocation"], report["distillation"]):
+    for part in (report, *report["layers"], report["allocation"], report["distillation"], report["divergence"]):
         part.pop("seconds", None)
     return report
 

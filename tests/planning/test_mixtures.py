@@ -10,9 +10,9 @@ from transformers import AutoConfig
 from slimgpt.errors import PlanError
 from slimgpt.models import EXPERTS, SHARED
 from slimgpt.models.architecture import CHANNELS
-from slimgpt.models.build import empty_model
-from slimgpt.models.lookup import size_fields
+from slimgpt.models.build import architecture_of, empty_model
 from slimgpt.models.parameter_counts import ExpertsShape, LayerShape, describe
+from slimgpt.models.stock_config import apply_sizes
 from slimgpt.planning import make_plan, parse_cache, read_plan, to_toml
 from slimgpt.planning.ffn import ffn_sizes, least_ffn
 from slimgpt.planning.plan import plan_of_widths
@@ -63,10 +63,10 @@ def test_a_shared_expert_of_its_own_width_loses_the_same_share_as_the_others():
 @pytest.mark.parametrize("whole", [0.0, 1.0])
 def test_parameters_of_a_plan_are_those_of_the_model_that_it_describes(name, whole):
     config = tiny_config(name)
-    plan = make_plan(config, 0.4, "uniform", whole_experts=whole)
-    config.per_layer_config = {i: size_fields(config, sizes) for i, sizes in enumerate(plan.layers)}
-    config.allow_global_per_layer_attribute_access = True
-    assert describe(config, empty_model(config)).parameters == plan.parameters
+    plan = make_plan(config, 0.35, "uniform", whole_experts=whole)
+    model = empty_model(config)
+    apply_sizes(model, architecture_of(config), list(plan.layers))
+    assert describe(model.config, empty_model(model.config)).parameters == plan.parameters
 
 
 @pytest.mark.parametrize("whole", [0.0, 0.5, 1.0])

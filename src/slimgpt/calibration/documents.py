@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from slimgpt import assets
-from slimgpt.errors import CalibrationError, first_line
+from slimgpt.errors import CalibrationError, one_line
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,13 @@ def read_documents(source: str) -> Iterator[Document]:
         raise CalibrationError(f"no such text: {path}")
     else:
         yield from _read_hub(source)
+
+
+def hub_dataset(source: str) -> str | None:
+    """The id on the hub of a source that :func:`read_documents` reads from there; ``None`` for any other."""
+    path = Path(source).expanduser()
+    here = os.path.lexists(path) or text_format(path) or path.is_absolute() or source.startswith((".", "~"))
+    return None if source in (assets.DEMO, "tensor") or here else source.partition(":")[0]
 
 
 def text_format(path: Path) -> str | None:
@@ -154,7 +161,7 @@ def read_file(path: Path) -> Iterator[Document]:
     except CalibrationError:
         raise
     except Exception as error:  # what a damaged file makes of gzip, zstd, JSON and Parquet has no common class
-        raise CalibrationError(f"cannot read {path}: {first_line(error)}") from error
+        raise CalibrationError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def _json_lines(path: Path) -> Iterator[tuple[object, str]]:
@@ -202,7 +209,7 @@ def _parsed(text: str, where: str) -> object:
     except json.JSONDecodeError as error:
         raise CalibrationError(f"{where} is no JSON: {error.msg} at character {error.pos + 1}") from error
     except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{where} cannot be read as JSON: {first_line(error)}") from error
+        raise CalibrationError(f"{where} cannot be read as JSON: {one_line(error)}") from error
     return row
 
 
@@ -302,7 +309,7 @@ def _read_hub(source: str) -> Iterator[Document]:
     except CalibrationError:
         raise
     except Exception as error:
-        reason = first_line(error)
+        reason = one_line(error)
         raise CalibrationError(f"'{source}' is no file or folder here, and not on the hub: {reason}") from error
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
 from slimgpt.calibration.self_calibration import SelfCalibration
-from slimgpt.calibration.windows import calibration_windows, sample_windows
+from slimgpt.calibration.windows import CalibrationText, calibration_windows, evaluation_tokens
 from slimgpt.config import PruneConfig
 from slimgpt.errors import CalibrationError
-from slimgpt.models.lookup import check_ids
 
 AUTO = "auto"
 """The name that stands for text that the model writes itself."""
@@ -34,6 +33,10 @@ HUB_SETS = ("allenai/c4:en", "flytech/python-codes-25k", "open-web-math/open-web
 
 HUB = ("huggingface.co", 443)
 SHARE = re.compile(r"(.+):(\d+(?:\.\d+)?)")
+
+
+Write = Callable[[int, int], SelfCalibration]
+"""Writes so many windows of calibration text, and so many tokens behind them that are held out."""
 
 
 @dataclass(frozen=True)
@@ -122,21 +125,23 @@ def interleave(parts: Sequence[Tensor], seed: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CalibrationText:
-    """Calibration windows of which a part may still have to be written by the model.
+class CalibrationMixture:
+    """Calibration text of one or several sources, of which the model may still have to write a part.
 
     Args:
-        source: the name of where they come from, with the sources of a mixture.
-        parts: ``(windows, seq_len)`` of every source in turn; ``None`` for the one that the model writes.
+        source: the name of where it comes from, with the sources of a mixture.
+        parts: the text of every source in turn; ``None`` for the one that the model writes.
         self_written: windows that the model writes; 0: none.
         shape: ``(num_samples, seq_len)`` of all.
+        held_out: tokens of all sources together that are held out at most.
         seed: of the order of windows from several sources.
     """
 
     source: str
-    parts: tuple[Tensor | None, ...]
+    parts: tuple[CalibrationText | None, ...]
     self_written: int
     shape: tuple[int, int]
+    held_out: int
     seed: int
 
     @property
@@ -144,43 +149,56 @@ class CalibrationText:
         """All windows, or a tensor of their shape without storage where the model has yet to write some."""
         if self.self_written:
             return torch.empty(self.shape, dtype=torch.long, device="meta")
-        return interleave([part for part in self.parts if part is not None], self.seed)
+        return interleave([part.windows for part in self.parts if part is not None], self.seed)
 
-    def complete(self, write: Callable[[int], SelfCalibration]) -> tuple[Tensor, dict[str, Any]]:
-        """All windows, and what a report says of those that ``write`` gives for their number."""
-        if not self.self_written:
-            return self.windows, {}
-        written = write(self.self_written)
-        parts = [written.windows if part is None else part for part in self.parts]
-        return interleave(parts, self.seed), {"self_written": written.info}
+    def complete(self, write: Write | None = None) -> tuple[CalibrationText, dict[str, Any]]:
+        """The whole text, and what a report says of the part that the model wrote.
+
+        Args:
+            write: writes so many windows and so many tokens that are held out.
+        """
+        info: dict[str, Any] = {}
+        texts = [part for part in self.parts if part is not None]
+        if self.self_written:
+            assert write is not None
+            written = write(self.self_written, self.held_out * self.self_written // self.shape[0])
+            own = CalibrationText(written.windows, AUTO, written.held_out)
+            texts = [own if part is None else part for part in self.parts]
+            info = {"self_written": written.info}
+        if len(texts) == 1:
+            return texts[0]._replace(source=self.source), info
+        behind = [text.held_out[: self.held_out * len(text.windows) // self.shape[0]] for text in texts]
+        windows = interleave([text.windows for text in texts], self.seed)
+        return CalibrationText(windows, self.source, torch.cat(behind)), info
 
 
 def read_calibration(
-    calibration: str | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: PruneConfig, vocabulary: int
-) -> CalibrationText:
+    calibration: str | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: PruneConfig, vocab_size: int
+) -> CalibrationMixture:
     """The calibration text that was asked for, as far as it is there before a weight is loaded.
 
     Raises:
         CalibrationError: unreadable or too little text, a mixture that cannot be, or a tensor that holds no token ids.
     """
+    held_out = evaluation_tokens(config.num_samples * config.seq_len) if config.evaluate else 0
     if isinstance(calibration, Tensor) or tokenizer is None:
         if isinstance(calibration, str) and calibration == AUTO:
             raise CalibrationError(
                 "without a tokenizer the model cannot write its calibration text (calibration 'auto'): give the "
                 "tokenizer, or calibration as a LongTensor of token ids"
             )
-        windows, source = calibration_windows(calibration, tokenizer, config, vocabulary)
-        return CalibrationText(source, (windows,), 0, (len(windows), windows.shape[1]), config.seed)
+        text = calibration_windows(calibration, tokenizer, config, vocab_size)
+        shape = (len(text.windows), text.windows.shape[1])
+        return CalibrationMixture(text.source, (text,), 0, shape, held_out, config.seed)
     name = mix_sources() if calibration == MIX and not os.path.lexists(MIX) else calibration
     parts = parse_mixture(name)
     counts = windows_by_part(parts, config.num_samples)
-    texts: list[Tensor | None] = []
-    for part, count in zip(parts, counts):
-        if part.source == AUTO:
-            texts.append(None)
-            continue
-        windows = sample_windows(tokenizer, part.source, count, config.seq_len, config.seed)
-        check_ids(windows, vocabulary, f"calibration on '{part.source}'")
-        texts.append(windows)
+    texts = [
+        None
+        if part.source == AUTO
+        else calibration_windows(part.source, tokenizer, replace(config, num_samples=count), vocab_size)
+        for part, count in zip(parts, counts)
+    ]
     written = sum(count for part, count in zip(parts, counts) if part.source == AUTO)
-    return CalibrationText(name, tuple(texts), written, (config.num_samples, config.seq_len), config.seed)
+    shape = (config.num_samples, config.seq_len)
+    return CalibrationMixture(name, tuple(texts), written, shape, held_out, config.seed)

@@ -32,9 +32,9 @@ from slimgpt.calibration.batch_generation import (
 from slimgpt.calibration.generation_limits import context_length, sequences_together
 from slimgpt.calibration.openings import OPENINGS, OTHER_LANGUAGES, QUESTIONS
 from slimgpt.calibration.repetition import MAX_SHARED, SeenText, before_the_loop
+from slimgpt.calibration.template_tokens import special_ids, turn_tokens
 from slimgpt.calibration.windows import digest, prefix_ids
 from slimgpt.errors import CalibrationError
-from slimgpt.models.lookup import text_config
 from slimgpt.runtime.devices import DTYPES
 
 MAX_TOKENS = 384
@@ -87,42 +87,13 @@ class SelfCalibration:
 
     Args:
         windows: token ids ``(num_samples, seq_len)``.
+        held_out: token ids of further documents, ``(tokens,)``.
         info: what a report says of them: documents by kind, tokens, what was left out, temperatures, dtype, seconds.
     """
 
     windows: Tensor
+    held_out: Tensor
     info: dict[str, Any]
-
-
-def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> TurnTokens | None:
-    """The tokens of the chat template around one question and its answer, its own system prompt among them; ``None``
-    without a template, or where it does not put both in unchanged."""
-    if not tokenizer.chat_template:
-        return None
-    question, answer = "questionquestion", "answeranswer"
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    try:
-        opened = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template is a program, and may refuse anything
-        return None
-    if opened.count(question) != 1 or whole.count(answer) != 1:
-        return None
-    before, between = opened.split(question)
-    parts = (before, between, whole.split(answer)[1])
-    ids = [tuple(tokenizer(part, add_special_tokens=False)["input_ids"]) if part else () for part in parts]
-    return TurnTokens(*ids) if ids[0] and ids[1] else None
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> frozenset[int]:
-    """Every token that is no text: those that end a turn or a text among them."""
-    ids = set(tokenizer.all_special_ids)
-    ids |= {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for config in (text_config(model.config), model.generation_config):
-        ended = getattr(config, "eos_token_id", None)
-        ids |= set(ended if isinstance(ended, list) else [ended])
-    vocabulary = text_config(model.config).vocab_size
-    return frozenset(number for number in ids if number is not None and number < vocabulary)
 
 
 @dataclass
@@ -262,6 +233,7 @@ def write_calibration(
     seq_len: int,
     seed: int,
     *,
+    held_out: int = 0,
     device: torch.device,
     dtype: torch.dtype,
     budget: int | None = None,
@@ -271,6 +243,7 @@ def write_calibration(
     """Calibration windows of text that the model writes; the model is as it was afterwards.
 
     Args:
+        held_out: tokens that are written beside those of the windows, to evaluate on.
         device: where the model is run, whole.
         dtype: of its parameters meanwhile.
         budget: bytes that may be used on the device; ``None``: what is free.
@@ -284,7 +257,8 @@ def write_calibration(
     first = rounds.read(0)
     dtype = DTYPES[first["dtype"]] if first else dtype  # a resumed run goes on in the type it began with
     writer = Writer(model, tokenizer, min(MAX_TOKENS, seq_len, context_length(model, MAX_TOKENS)), seed)
-    needed = num_samples * (seq_len - len(writer.prefix))
+    in_windows = num_samples * (seq_len - len(writer.prefix))
+    needed = in_windows + held_out
     expected = 0.6 * writer.length  # tokens of a document that are kept, on average
     most = int(MAX_TRIALS * needed / expected) + 8
     documents: list[list[int]] = []
@@ -341,7 +315,8 @@ def write_calibration(
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": seconds,
     }
-    return SelfCalibration(windows, info)
+    behind = [token for document in documents for token in document][in_windows:needed]
+    return SelfCalibration(windows, torch.tensor(behind, dtype=torch.long), info)
 
 
 def _report(on_written: OnWritten, number: int, rounds_left: int, step: int, steps: int, seconds: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,16 +13,35 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt.calibration.documents import Conversation, Document, Instruction, read_documents, shuffled
 from slimgpt.config import PruneConfig
-from slimgpt.errors import CalibrationError, first_line
+from slimgpt.errors import CalibrationError, UsageError, one_line
 from slimgpt.models.lookup import check_ids
+from slimgpt.runtime.time_limit import time_limit
 
 Read = TypeVar("Read")
 
 CHARACTERS = 16
 """Characters for a token, more than a text takes on average."""
 
+TEMPLATE_SECONDS = 10
+"""Seconds that a chat template may take for one conversation; milliseconds are usual."""
+
 ROOM = 64
 """Tokens at the end of a piece that is cut off which may differ from those of the whole text."""
+
+
+class CalibrationText(NamedTuple):
+    """Calibration windows, and text of the same source that is in none of them.
+
+    Args:
+        windows: token ids, ``(num_samples, seq_len)``.
+        source: the name of where they come from.
+        held_out: token ids that follow the windows, without the special tokens of their starts, ``(tokens,)``; empty
+            where the text has no more, or none were asked for.
+    """
+
+    windows: Tensor
+    source: str
+    held_out: Tensor
 
 
 def sample_windows(
@@ -49,6 +68,23 @@ def cut_windows(
     Raises:
         CalibrationError: too little text, or a chat template that refuses more than half of the conversations.
     """
+    return cut_text(tokenizer, documents, num_samples, seq_len, source).windows
+
+
+def cut_text(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    num_samples: int,
+    seq_len: int,
+    source: str,
+    held_out: int = 0,
+) -> CalibrationText:
+    """Windows as :func:`cut_windows` makes them, and at most ``held_out`` tokens of the text behind them.
+
+    Raises:
+        CalibrationError: as :func:`cut_windows`.
+    """
+    documents = iter(documents)
     prefix = prefix_ids(tokenizer)
     body = seq_len - len(prefix)
     if body < 1:
@@ -73,7 +109,13 @@ def cut_windows(
             "give more text, or lower --num-samples or --seq-len"
         )
     windows = torch.tensor(ids[:needed]).view(num_samples, body)
-    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(num_samples, -1), windows], 1)
+    windows = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(num_samples, -1), windows], 1)
+    # The documents behind are read for this alone: conversations that the template refuses are no loss to a run.
+    behind, unread = ids[needed:], Refused(source)
+    while len(behind) < held_out and (document := next(documents, None)) is not None:
+        text = unread.render(tokenizer, document)
+        behind += [] if text is None else first_ids(tokenizer, text, held_out - len(behind)) + end
+    return CalibrationText(windows, source, torch.tensor(behind[:held_out], dtype=torch.long))
 
 
 def first_ids(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
@@ -175,14 +217,15 @@ def _where(conversation: list[dict[str, Any]]) -> str:
 def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answered: bool = False) -> str:
     """A document as text: chat messages through the tokenizer's template, an instruction followed by its answer.
 
-    A template is a program of the model's authors. It runs in a sandbox, which forbids it files and code, but sets no
-    time: one that never ends is to be stopped with Ctrl-C.
+    A template is a program of the model's authors. It runs in a sandbox, which forbids it files and code, and is
+    stopped after :data:`TEMPLATE_SECONDS`.
 
     Args:
         to_be_answered: end chat messages where the template lets the assistant begin.
 
     Raises:
         CalibrationError: messages, and a tokenizer without a template or with one that refuses them.
+        UsageError: the template does not end.
     """
     if isinstance(document, str):
         return document
@@ -190,17 +233,23 @@ def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answere
         return document.prompt + document.response
     check_template(tokenizer, document)
     try:
-        return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=to_be_answered))
+        with time_limit(TEMPLATE_SECONDS):
+            return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=to_be_answered))
+    except TimeoutError:
+        raise UsageError(
+            f"{_where(document)}: the tokenizer's chat template has not ended after {TEMPLATE_SECONDS} seconds; mend "
+            "the template, or give plain `text`"
+        ) from None
     except Exception as error:
         raise CalibrationError(
-            f"{_where(document)}: the tokenizer's chat template refuses the conversation: {first_line(error)}"
+            f"{_where(document)}: the tokenizer's chat template refuses the conversation: {one_line(error)}"
         ) from error
 
 
 def calibration_windows(
     calibration: str | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: PruneConfig, vocab_size: int
-) -> tuple[Tensor, str]:
-    """Token ids ``(num_samples, seq_len)`` and the name of where they come from.
+) -> CalibrationText:
+    """The calibration text of a run; of a tensor nothing is held out.
 
     Raises:
         CalibrationError: unreadable or too little text, or a tensor that holds no token ids.
@@ -214,9 +263,17 @@ def calibration_windows(
             )
         if int(calibration.min()) < 0 or int(calibration.max()) >= vocab_size:
             raise CalibrationError(f"calibration holds ids outside the vocabulary of {vocab_size} tokens")
-        return calibration.long(), "tensor"
+        return CalibrationText(calibration.long(), "tensor", torch.empty(0, dtype=torch.long))
     if tokenizer is None:
         raise CalibrationError("without a tokenizer, calibration must be a LongTensor of token ids")
-    windows = sample_windows(tokenizer, calibration, config.num_samples, config.seq_len, config.seed)
-    check_ids(windows, vocab_size, f"calibration on '{calibration}'")
-    return windows, calibration
+    documents = shuffled(read_documents(calibration), config.seed)
+    held_out = evaluation_tokens(config.num_samples * config.seq_len) if config.evaluate else 0
+    text = cut_text(tokenizer, documents, config.num_samples, config.seq_len, calibration, held_out)
+    check_ids(text.windows, vocab_size, f"calibration on '{calibration}'")
+    return text
+
+
+def evaluation_tokens(calibration_tokens: int) -> int:
+    """On how many tokens of a text a run measures what was lost: 1/32 of the calibration's, from 1,024 to 4,096, so
+    that it costs a few percent of the run; at most half of the calibration's."""
+    return min(max(calibration_tokens // 32, 1024), 4096, calibration_tokens // 2)

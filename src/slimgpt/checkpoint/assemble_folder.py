@@ -70,7 +70,7 @@ def assemble(
             shell = cls(config)
         files = [journal.weights(layer.layer) for layer in report.layers]
         _write_weights(work, around, files, partial(revert_weight_conversion, shell))
-        write_sidecars(work, model, tokenizer, report, source)
+        write_sidecars(work, model, tokenizer, report, source, origin)
         copy_side_files(origin, work)
         fsync_tree(work)
         replace_folder(work, journal.output, journal.folder / "replaced")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
+from typing import Any
 
-from slimgpt import assets
+from slimgpt.calibration.evaluation_text import FOR_PEOPLE
+from slimgpt.checkpoint.card_metadata import card_metadata
+from slimgpt.checkpoint.commands import commands, public_name, public_source
 from slimgpt.models.families.moe import ffn_text
 from slimgpt.pruning.report import PruneReport
+
+EXPORTS = "## Exports"
+"""The heading under which exports of a folder are listed, at the end of its card."""
 
 WIDTHS_DIFFER = (
     "The layers differ in width (`per_layer_config` in config.json), so this needs transformers 5.20 or later; its "
@@ -17,27 +22,30 @@ WIDTHS_DIFFER = (
 )
 
 
-def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
-    """README.md of a checkpoint: what it is, how to load it, what was removed, and how it was made."""
+def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool, origin: str | Path | None = None) -> str:
+    """README.md of a checkpoint: what it is, how to load it, what was removed, and how it was made.
+
+    Args:
+        own_code: whether the folder has a modeling file.
+        origin: see :func:`card_metadata`.
+    """
     plan = report.plan
-    base = _public_name(report.base_model)
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [slimgpt, pruned]"]
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", base, re.ASCII):  # a name on the hub
-        front.append(f"base_model: {base}")
+    base = public_name(report.base_model)
     load = (
         "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # runs modeling_slim.py in this folder"
         if own_code
         else "AutoModelForCausalLM.from_pretrained(folder)  # a stock class: no code of ours"
     )
     lines = [
-        *front,
+        "---",
+        card_metadata(report, origin).strip(),
         "---",
         "",
         f"# {_plain(base)}, pruned by {plan.achieved:.1%}",
         "",
         f"{plan.achieved:.2%} of the decoder layers' parameters of {_code(base)} were removed by "
         "[SlimGPT](https://arxiv.org/abs/2412.18110) structured pruning: whole attention heads and FFN channels. "
-        f"{_training(report)} The licence of the base model applies.",
+        f"{_training(report)} {_read_from(report)}The licence of the base model applies.",
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -55,6 +63,8 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
             for name, values in report.evaluation.get("table", {}).items()
         ),
         "",
+        *_divergence(report),
+        *_measured(report),
         "![widths per layer](widths.png)",
         "",
         "## Layers",
@@ -77,7 +87,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
         "## Made with",
         "",
         "```",
-        _command(report),
+        "\n\n".join(commands(report)),
         "```",
         "",
         f"- calibration tokens: {calibration['num_samples']} x {calibration['seq_len']}, "
@@ -87,12 +97,6 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _public_name(base: str) -> str:
-    """The base model's name on one line; of a local folder only its own name, not where it lies."""
-    local = base.startswith((".", "/", "~")) or base.count("/") > 1
-    return " ".join((Path(base).expanduser().absolute().name if local else base).split())
 
 
 def _plain(name: str) -> str:
@@ -126,7 +130,7 @@ def _training(report: PruneReport) -> str:
         teacher = f" with {run['execution']['teacher']} as teacher" if run["execution"]["teacher"] else ""
         runs.append(
             f"`{settings['method']}`{teacher}, {curve['kept']} of {curve['steps']} steps of {settings['batch_size']} "
-            f"examples of {', '.join(f'`{source}`' for source in data['sources'])} at learning rate "
+            f"examples of {_sources(data)} at learning rate "
             f"{settings['learning_rate']:g}{held_out}"
         )
     if runs:
@@ -137,33 +141,71 @@ def _training(report: PruneReport) -> str:
     return " ".join(texts) or "It is not retrained."
 
 
-def _command(report: PruneReport) -> str:
-    """The command line that repeats the run."""
-    settings, calibration = report.settings, report.calibration
-    targets = {name: getattr(settings, name) for name in ("params", "bytes", "plan", "kv_cache")}
-    size = {name.replace("_", "-"): value for name, value in targets.items() if value is not None}
-    if not size or (set(size) == {"kv-cache"} and settings.ratio is not None):
-        size["ratio"] = f"{report.plan.ratio:.6g}"
-    options = {
-        **size,
-        "method": settings.method,
-        "allocation": settings.allocation,
-        "distill": settings.distill or "off",
-        "head-unit": report.plan.head_unit,
-        "calibration": calibration["source"],
-        "num-samples": calibration["num_samples"],
-        "seq-len": calibration["seq_len"],
-        "damping": f"{settings.damping:g}",
-        "seed": settings.seed,
-        "round-to": settings.round_to,
-    }
-    if settings.whole_experts:
-        options["whole-experts"] = f"{settings.whole_experts:g}"
-    if settings.schedule is not None:
-        names = settings.schedule if isinstance(settings.schedule, str) else map(str, settings.schedule)
-        options["schedule"] = names if isinstance(names, str) else ",".join(names)
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
-    words += ["--uniform"] * settings.uniform
-    words += [] if settings.repair is None else ["--repair" if settings.repair else "--no-repair"]
-    model = assets.DEMO if report.base_model == assets.MODEL_NAME else _public_name(report.base_model)
-    return " \\\n    ".join([f"slimgpt prune {shlex.quote(model)} OUT", *words])
+def _read_from(report: PruneReport) -> str:
+    """From what the base model's numbers were had, where it was quantised."""
+    read = report.quantization
+    if not read:
+        return ""
+    return f"The base model's files were quantised ({read['format']}) and read as {read['read_as']}. "
+
+
+def _sources(data: dict[str, Any]) -> str:
+    """The texts of a training."""
+    return ", ".join(_code(public_source(source, data.get("datasets"))) for source in data["sources"])
+
+
+def _measured(report: PruneReport) -> list[str]:
+    """The figures that were added to the card; nothing if there are none."""
+    results = report.evaluation.get("results", ())
+    if not results:
+        return []
+    lines = ["## Measured afterwards", "", "| text or task | | figure |", "|---|---|---|"]
+    for result in results:
+        if "task" in result:
+            error = f" ± {result['stderr']:.3f}" if result.get("stderr") is not None else ""
+            lines.append(
+                f"| {result['task']} | {result['rows']} rows | {result['metric']} {result['value']:.3f}{error} |"
+            )
+            continue
+        figures = [f"perplexity {result['perplexity']:.2f}"]
+        if result.get("kl_divergence") is not None:
+            figures += [
+                f"KL divergence from {_plain(result['base'])} {result['kl_divergence']:.3f} nats per token "
+                f"({result['bits_per_byte']:.3f} bits per byte)",
+                f"same most likely token {result['same_top']:.1%}",
+            ]
+        where = f"window {result['window']}, {result['tokens']:,} tokens"
+        lines.append(f"| {_plain(result['text'])} | {where} | {', '.join(figures)} |")
+    return [*lines, ""]
+
+
+def _divergence(report: PruneReport) -> list[str]:
+    """How far the predictions are from the base model's; nothing if it was not measured."""
+    texts = {title: report.divergence[name] for name, title in FOR_PEOPLE.items() if name in report.divergence}
+    if not texts:
+        return []
+    trained = "These are the figures from before the training with `recover`. " if report.recovery else ""
+    window = next(iter(texts.values()))["window"]
+    return [
+        "## How far from the base model",
+        "",
+        "| text | tokens | KL divergence, nats per token | bits per byte | same most likely token | perplexity before "
+        "| after |",
+        "|---|---|---|---|---|---|---|",
+        *(f"| {title} | {values['tokens']:,} | {_figures(values)} |" for title, values in texts.items()),
+        "",
+        f"{trained}Of the predictions of the next token, against the base model's, in windows of {window} tokens and "
+        f"{report.divergence['dtype']}. The other text comes with SlimGPT: English prose, dialogue and code. What a "
+        "chat model writes can lose more than these figures tell: try it on your own tasks.",
+        "",
+    ]
+
+
+def _figures(values: dict[str, Any]) -> str:
+    if "kl" not in values:
+        return "NaN or infinity | | | |"
+    kl, perplexity = values["kl"], values["perplexity"]
+    return (
+        f"{kl['mean']:.3f} ± {kl['stderr']:.3f} | {values['bits_per_byte']:.3f} | {values['same_top']:.1%} "
+        f"| {perplexity['before']:.2f} | {perplexity['after']:.2f}"
+    )

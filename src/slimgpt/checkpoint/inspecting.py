@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt.checkpoint.saving import REPORT_FILE
-from slimgpt.errors import ModelError, first_line
+from slimgpt.errors import ModelError, one_line
 from slimgpt.io.weight_files import weight_bytes
 from slimgpt.models.architecture import is_uniform
 from slimgpt.models.config_files import read_object
 from slimgpt.models.loading import load_config
 from slimgpt.models.parameter_counts import LayerShape, describe
 from slimgpt.models.source import check_files, locate
+from slimgpt.models.streaming import stored_dtype
 from slimgpt.pruning.report import PruneReport
 
 
@@ -27,6 +28,7 @@ class Inspection:
         bytes: of the weights on disk; ``None`` for a hub id.
         uniform: whether all layers have the same widths.
         pruned: the content of ``slimgpt.json``; ``None`` for a model we did not prune.
+        quantization: how its files are quantised, and what they are read as; ``None`` if they are not.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Inspection:
     bytes: int | None
     uniform: bool
     pruned: dict[str, Any] | None
+    quantization: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -55,6 +58,7 @@ def inspect(name: str, trust_remote_code: bool = False) -> Inspection:
     source = locate(name)
     config = load_config(source, trust_remote_code)
     shape = describe(config)
+    quantization = source.quantization
     size = pruned = None
     if source.folder is not None:
         if source.gguf_file:
@@ -72,6 +76,7 @@ def inspect(name: str, trust_remote_code: bool = False) -> Inspection:
         bytes=size,
         uniform=is_uniform([layer.sizes for layer in shape.layers]),
         pruned=pruned,
+        quantization=None if quantization is None else quantization.to_json(stored_dtype(source, config, "auto")),
     )
 
 
@@ -89,7 +94,7 @@ def read_report(folder: Path) -> dict[str, Any] | None:
         PruneReport.from_json(report)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ModelError(
-            f"{file} is damaged ({type(error).__name__}: {first_line(error)}); it must be as `prune` wrote it: take it "
+            f"{file} is damaged ({type(error).__name__}: {one_line(error)}); it must be as `prune` wrote it: take it "
             "from there, or delete it, and the folder is read as any other model"
         ) from error
     return report

@@ -97,8 +97,7 @@ class Journal:
         if not weights.is_file():
             return None
         with reading(weights):
-            start = len(f"{self.prefix}.{index}.")
-            state = {name[start:]: tensor for name, tensor in _tensors(weights).items()}
+            state = _tensors(weights, len(f"{self.prefix}.{index}."))
             values = json.loads(report.read_text(encoding="utf-8"))
             values.pop(CHECKSUM)
             return PrunedLayer(LayerReport.from_json(values), state)
@@ -178,6 +177,11 @@ class Journal:
         trained = self.distilled / layer.name
         return trained if trained.is_file() else layer
 
+    def final_state(self, index: int) -> State:
+        """The weights of a layer to be saved, by their names inside it; a damaged file is a :class:`ResumeError`."""
+        with reading(file := self.weights(index)):
+            return _tensors(file, len(f"{self.prefix}.{index}."))
+
     def _write_state(self, file: Path, index: int, state: State) -> None:
         publish(self._write_draft(file, index, state), file)
 
@@ -222,9 +226,9 @@ def _write_tensors(tensors: State, file: Path) -> None:
     publish(draft, file)
 
 
-def _tensors(file: Path) -> State:
+def _tensors(file: Path, start: int = 0) -> State:
     with safe_open(file, framework="pt") as handle:
-        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        return {name[start:]: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
 
 
 def _checksum(file: Path) -> int:
@@ -241,7 +245,7 @@ def reading(file: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ResumeError(f"{file} is damaged ({error}); start anew with --overwrite") from error
 
 
@@ -258,6 +262,7 @@ def open_unfinished(
 
     Raises:
         ResumeError: an unfinished run of another request, or one that was not asked for.
+        OutputError: the disk is full.
     """
     file = folder / JOURNAL_FILE
     if folder.exists() and not file.is_file():
@@ -271,7 +276,11 @@ def open_unfinished(
         discard()
     if not folder.exists():
         folder.mkdir(parents=True)
-        write_text(file, json.dumps(request, indent=1))
+        try:
+            write_text(file, json.dumps(request, indent=1))
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OutputError(f"writing {file} failed, nothing was left there: {error}; free some space") from error
     with reading(file):
         before = json.loads(file.read_text(encoding="utf-8"))
     mismatches = differences(before, request)

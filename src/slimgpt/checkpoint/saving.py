@@ -20,6 +20,7 @@ from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.io.folders import new_folder
 from slimgpt.io.shards import write_shards
 from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.architecture import is_uniform
 from slimgpt.models.build import MODELING_FILE, architecture_of, modeling_source, slim_auto_map, stock_class
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.modeling_slim import SlimMixin
@@ -62,7 +63,7 @@ def save(
         config, state, source = saved_form(model)
         write_config(config, work)
         write_shards(work, ({name: tensor} for name, tensor in state.items()), thresholds().shard_bytes)
-        write_sidecars(work, model, tokenizer, report, source)
+        write_sidecars(work, model, tokenizer, report, source, model.name_or_path)
         copy_side_files(model.name_or_path, work)
         if also is not None:
             also(work)
@@ -75,8 +76,14 @@ def write_sidecars(
     tokenizer: PreTrainedTokenizerBase | None,
     report: PruneReport | None,
     source: str | None,
+    origin: str | Path | None = None,
 ) -> None:
-    """Everything beside config and weights: generation settings, modeling file, tokenizer, report, plot, card."""
+    """Everything beside config and weights: generation settings, modeling file, tokenizer, report, plot, card.
+
+    Args:
+        source: the text of the modeling file.
+        origin: the folder of the model that this one was made from, for its card's licence.
+    """
     # transformers refuses to save some generation settings that it reads from the hub without complaint.
     if model.generation_config is not None:
         model.generation_config.to_json_file(work / "generation_config.json")
@@ -87,7 +94,7 @@ def write_sidecars(
     if report is not None:
         (work / REPORT_FILE).write_text(report_text(report), encoding="utf-8")
         plot_widths(report.dense_sizes, report.plan.layers, work / "widths.png")
-        card = model_card(report, weight_bytes(work), own_code=source is not None)
+        card = model_card(report, weight_bytes(work), own_code=source is not None, origin=origin)
         (work / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -95,7 +102,7 @@ def target_form(model: PreTrainedModel) -> tuple[type[PreTrainedModel], PreTrain
     """The class and config that config.json will name, and the text of the modeling file if one is needed."""
     config = model.config
     sizes = layer_sizes(config)
-    target = stock_config(config, sizes[0]) if all(layer == sizes[0] for layer in sizes) else None
+    target = stock_config(config, sizes[0]) if is_uniform(sizes) else None
     if target is not None:
         target.dtype = config.dtype
         return stock_class(target), target, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import sys
 from typing import Annotated
 
 import typer
@@ -22,7 +23,8 @@ from slimgpt.cli import (  # importing a module registers its commands
     reproduce,
     speed,
 )
-from slimgpt.cli.console import app
+from slimgpt.cli.console import app, say_disk_full
+from slimgpt.errors import DISK_FULL
 
 __all__ = [
     "app",
@@ -69,4 +71,10 @@ def main() -> None:
     # the end, takes a third of the time of a short command. `quiet` turns it on again.
     gc.disable()
     atexit.register(gc.freeze)
-    app()
+    try:
+        app()
+    except OSError as error:  # from printing help or the version; commands see to theirs
+        if error.errno not in DISK_FULL:
+            raise
+        say_disk_full(error)
+        sys.exit(2)

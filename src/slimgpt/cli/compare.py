@@ -18,6 +18,9 @@ from slimgpt.cli.speed import BatchOption, NewOption, PromptOption, RoundsOption
 if TYPE_CHECKING:
     from slimgpt.comparison.result import Comparison
 
+STYLES = {"good": "green", "bad": "red", "": "dim"}
+"""Of a change, by its verdict."""
+
 
 @app.command()
 @handle_errors
@@ -36,6 +39,7 @@ def compare(
     data_dir: DataOption = None,
     long: Annotated[int | None, typer.Option(help="Also perplexity by position, in windows of so many tokens.")] = None,
     passkey: PasskeyOption = None,
+    samples: Annotated[int, typer.Option(help="Short texts that every model writes (0 to 4).")] = 3,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time the models in turn.")] = True,
     batch: BatchOption = "1",
     prompt: PromptOption = 512,
@@ -65,6 +69,7 @@ def compare(
         prompt=prompt,
         new_tokens=new_tokens,
         rounds=rounds,
+        samples=samples,
     )
     comparison = run(
         base,
@@ -85,12 +90,12 @@ def compare(
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """The table, with ratios to the base."""
+    """The table, with ratios to the base; in colour only what is more than chance."""
     table = Table("", *(side.name for side in comparison.sides))
     for row in comparison.table():
         cells = []
         for index in range(len(comparison.sides)):
-            change = row.change(index)
-            cells.append(row.text(index) + (f" (x {change:.3f})" if change is not None else ""))
+            change = row.change_text(index)
+            cells.append(row.text(index) + (f"\n[{STYLES[row.verdict(index)]}]{change}[/]" if change else ""))
         table.add_row(row.name + (f"\n[yellow]{escape(row.note)}[/]" if row.note else ""), *cells)
     out.print(table)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from slimgpt import assets
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
+from slimgpt.cli.divergence import print_dense_comparison
 from slimgpt.cli.progress import layer_progress
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def demo(
 
 def _print_demo(result: DemoResult) -> None:
     dense, slim = result.dense, result.slim
+    print_dense_comparison(result.report.divergence)
     table = Table(title=assets.MODEL_NAME, title_justify="left")
     for column in ("", "before", "after", "after / before"):
         table.add_column(column, justify="left" if not column else "right")

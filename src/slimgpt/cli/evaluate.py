@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
+from slimgpt.cli.divergence import print_divergence
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from slimgpt.cli.progress import bar, count_bar
 from slimgpt.errors import UsageError
@@ -38,6 +39,10 @@ def evaluate(
     model: ModelArgument,
     text: Annotated[str | None, typer.Option(help="A text file, wikitext2, ptb, c4, or 'demo'.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window; 128 and 2048 are the literature's.")] = 128,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="BASE", help="The dense model: tell the KL divergence of MODEL's predictions from it."),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next.", show_default="window: no overlap")
     ] = None,
@@ -57,14 +62,29 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="transformers or llama.cpp; auto: llama.cpp for the text of a .gguf file where it is installed."
+        ),
+    ] = "auto",
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Add the figures to the card and the report of MODEL, a slim folder.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Perplexity of MODEL on a text, its scores on tasks, its memory over long texts; each with its protocol."""
+    """Perplexity of MODEL on a text and its divergence from a BASE, its scores on tasks, its memory over long texts;
+    each with its protocol."""
     from slimgpt.checkpoint.inspecting import read_report
+    from slimgpt.checkpoint.updating import read_own_report
+    from slimgpt.checkpoint.updating import update_card as add_to_card
+    from slimgpt.evaluation.card_figures import task_figures, text_figures
     from slimgpt.evaluation.contamination import contamination_note
     from slimgpt.evaluation.corpora import read_text
+    from slimgpt.evaluation.evaluate import check_same_tokens
     from slimgpt.evaluation.evaluate import evaluate as run
+    from slimgpt.evaluation.llama_cpp import engines_of, load_gguf
     from slimgpt.evaluation.passkey_retrieval import passkey as run_passkey
     from slimgpt.evaluation.perplexity import check_protocol
     from slimgpt.evaluation.tasks import check_tasks, evaluate_tasks
@@ -76,16 +96,34 @@ def evaluate(
     check_json(json_file, overwrite)
     if text is None and tasks is None and passkey is None:
         raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
+    if against is not None and text is None:
+        raise UsageError("--against tells a divergence on a text: give --text, too")
     check_protocol(window, bos, max_tokens, batch_size)
     lengths = whole_numbers(passkey, "--passkey") if passkey else []
     names = check_tasks(tasks, limit, num_fewshot, data_dir)[0] if tasks is not None else []
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"the data folder {data_dir} does not exist")
     content = read_text(text, data_dir) if text is not None else None
-    folder = locate(model).folder
+    source = locate(model)
+    folder = source.folder
     report = read_report(folder) if folder is not None else None
-    with out.status(f"loading {show(model)}"):
-        loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+    if update_card:
+        read_own_report(None if source.gguf_file else folder, model)
+    figures: list[dict[str, Any]] = []
+    engines = engines_of(
+        model, against, engine, {"--tasks": tasks, "--passkey": passkey}, {"--dtype": dtype, "--device": device}
+    )
+
+    def load_one(name: str) -> Any:
+        with out.status(f"loading {show(name)}"):
+            in_llama_cpp = engines[name] == "llama.cpp"
+            return load_gguf(name) if in_llama_cpp else load(name, dtype, device, trust_remote_code)
+
+    loaded, tokenizer = load_one(model)
+    base = None
+    if against is not None and content is not None:
+        base, base_tokenizer = load_one(against)
+        check_same_tokens(tokenizer, base_tokenizer, content.content)
     for length in lengths:
         check_context(loaded.config, "a text", length)
     values: dict[str, Any] = {"model": model}
@@ -102,21 +140,30 @@ def evaluate(
                 by_position=by_position,
                 bos=bos,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
+                against=base,
             )
+        del base
         leak = contamination_note(report, content)
         values |= {"text": text, **result.to_json(), "leak": leak}
         print_perplexity(result, content.name, leak)
+        figures.append(text_figures(content.name, result))
+        if result.divergence is not None:
+            print_divergence(result.divergence, result)
     if names:
         with count_bar("answers") as on_start:
             scores = evaluate_tasks(loaded, tokenizer, names, limit, num_fewshot, data_dir, on_start)
         values["tasks"] = scores.to_json()
         print_scores(scores)
+        figures += task_figures(scores)
     if lengths:
         with count_bar("questions") as on_start:
             retrieval = run_passkey(loaded, tokenizer, lengths, on_start=on_start)
         values["passkey"] = retrieval.to_json()
         print_passkey(retrieval)
     write_json(json_file, values)
+    if update_card and folder is not None:
+        add_to_card(folder, figures)
+        out.print(f"updated the card and the report in {show(folder)}")
 
 
 def whole_numbers(text: str, option: str) -> list[int]:
@@ -140,10 +187,11 @@ def print_perplexity(result: Perplexity, text: str, leak: str | None) -> None:
     stride = f", stride {protocol['stride']}" if protocol["overlap"] else ""
     of_text = protocol["stride"] + protocol["overlap"]
     bos = ", each with BOS" if of_text < result.window else ""
+    engine = "" if protocol["engine"].startswith("transformers") else f" in {protocol['engine']}"
     out.print(
         f"perplexity [bold]{result.perplexity:.4f}[/] at window {result.window}{stride}{bos} over "
         f"{result.tokens:,} tokens ({result.predicted:,} predicted) of {text}, {protocol['joining']}, "
-        f"{protocol['dtype']}; per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}"
+        f"{protocol['dtype']}{engine}; per word {result.word_perplexity:.2f}, per byte {result.byte_perplexity:.4f}"
         + (f"  [bold yellow]{leak}[/]" if leak else ""),
         highlight=False,
         soft_wrap=True,

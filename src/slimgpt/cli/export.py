@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries
+from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
 
 if TYPE_CHECKING:
     from slimgpt.exporting.run import ExportReport
@@ -50,8 +49,7 @@ def export(
         report = run(
             slim, output, to, quantize=quantize, tokenizer_pre=tokenizer_pre, overwrite=overwrite, check=verify
         )
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(json_file, report.to_json())
     print_export(report)
 
 
@@ -75,8 +73,7 @@ def verify(
     check_json(json_file, overwrite)
     with out.status("running both"):
         result = run(exported, against, text=text, max_tokens=max_tokens, window=window)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result.to_json(), indent=1) + "\n", encoding="utf-8")
+    write_json(json_file, result.to_json())
     print_verification(result)
     result.check(exported)
 

@@ -15,14 +15,24 @@ from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 @app.command()
 @handle_errors
 def families(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="Only those of this name: a model_type, or what people say: Qwen3.5."),
+    ] = None,
     refused: Annotated[bool, typer.Option("--refused", help="Also those that are refused, and why.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """What can be removed from every family, and what a stock class holds of it."""
+    from slimgpt.models.families.names import matching
     from slimgpt.models.families.support import families as run
 
     silence_libraries()
-    families = [family for family in run() if refused or as_json or family.units]
+    families = run()
+    if name is not None:
+        kinds = matching(name, [family.model_type for family in families])
+        families = [family for family in families if family.model_type in kinds]
+    elif not (refused or as_json):
+        families = [family for family in families if family.units]
     if as_json:
         typer.echo(json.dumps([{**asdict(family), "level": family.level} for family in families]))
         return
@@ -31,8 +41,12 @@ def families(
         table.add_column(column)
     for family in families:
         stock = "all" if family.uniform == family.units else ", ".join(family.uniform) or "-"
+        known_as = f"\n[dim]{', '.join(family.known_as)}[/]" if family.known_as else ""
         table.add_row(
-            family.model_type, ", ".join(family.units) or "nothing", stock if family.units else "", family.note
+            family.model_type + known_as,
+            ", ".join(family.units) or "nothing",
+            stock if family.units else "",
+            family.note,
         )
     out.print(table)
     out.print(

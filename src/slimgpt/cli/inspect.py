@@ -48,6 +48,8 @@ def inspect(
     out.print(f"parameters     {summary.parameters:,}, of which {summary.layer_parameters:,} in the decoder layers")
     if summary.bytes is not None:
         out.print(f"bytes on disk  {summary.bytes:,}")
+    if summary.quantization is not None:
+        out.print(f"quantised      {summary.quantization['format']}; read as {summary.quantization['read_as']}")
     out.print(f"layers         {'all of the same widths' if summary.uniform else 'of different widths'}")
     if plan:
         out.print(

@@ -74,7 +74,7 @@ def _option(name: str, entry: Setting, hint: Any, default: Any) -> inspect.Param
     chosen = str if str in types else next(each for each in types if each is not type(None))
     default = None if entry.unset is not None else default
     flag = f"--{name.replace('_', '-')}"
-    flags = [] if chosen is not bool else [f"{flag}/--no{flag[1:]}" if default is None else flag]
+    flags = [] if chosen is not bool else [f"{flag}/--no{flag[1:]}" if default is not False else flag]
     option = typer.Option(*flags, help=entry.help, metavar=entry.metavar, show_default=entry.unset or True)
     annotation = Annotated[chosen if default is not None else chosen | None, option]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

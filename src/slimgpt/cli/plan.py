@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries
+from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_file
 from slimgpt.cli.options import ModelArgument, TrustOption, setting_options
 from slimgpt.cli.prune import for_engines
 from slimgpt.config import PruneConfig
@@ -54,7 +54,7 @@ def plan(
     config = make_config(**settings)
     estimate = forecast(model, config, dtype, names, trust_remote_code)
     if save is not None:
-        save.write_text(to_toml(estimate.plan, estimate.model_type), encoding="utf-8")
+        write_file(save, to_toml(estimate.plan, estimate.model_type))
     if as_json:
         typer.echo(json.dumps(estimate.to_json()))
         return
@@ -88,6 +88,8 @@ def _print(estimate: Estimate) -> None:
     )
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in estimate.bytes.items())
     out.print(f"GB on disk     {sizes}", soft_wrap=True)
+    if estimate.quantization is not None:
+        out.print(f"quantised      {estimate.quantization['format']}; read as {estimate.quantization['read_as']}")
     quants = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in estimate.gguf_bytes.items())
     out.print(f"GB as GGUF     about {quants}", soft_wrap=True)
     out.print(

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
+from slimgpt.cli.divergence import print_dense_comparison, print_next
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, setting_options
 from slimgpt.cli.progress import layer_progress
 from slimgpt.config import PruneConfig
@@ -116,6 +117,7 @@ def prune(
         with out.status(f"exporting to {show(export_to)}"):
             written = export(prepared.output, export_path(prepared.output, export_to), export_to, overwrite=overwrite)
         print_export(written)
+    print_next(model, output)
 
 
 def for_engines(engines: str | None, settings: dict[str, Any]) -> list[str] | None:
@@ -212,6 +214,7 @@ def _print_report(report: PruneReport, size: int, folder: Path) -> None:
             f"dense model {far}, cross-entropy {text} nats per token" + ("" if info["kept"] else "; not kept"),
             soft_wrap=True,
         )
+    print_dense_comparison(report.divergence)
     out.print(
         f"removed {plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%}) in {report.seconds:.1f} s\n"
         f"{plan.parameters_before:,} -> {plan.parameters:,} parameters, {size:,} bytes of weights\n"

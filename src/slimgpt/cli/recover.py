@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -192,5 +193,7 @@ def _print(recovery: Recovery) -> None:
         )
     spent = ", ".join(f"{part} {value:,.0f} s" for part, value in seconds.items())
     out.print(
-        f"wrote {show(recovery.folder)} ({spent}); the curve is in recovery.json and recovery.png", soft_wrap=True
+        f"wrote {show(recovery.folder)} ({spent}); the curve is in recovery.json and recovery.png\n"
+        f"next: slimgpt evaluate {show(shlex.quote(str(recovery.folder)))} --against BASE --text FILE --update-card",
+        soft_wrap=True,
     )

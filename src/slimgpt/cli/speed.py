@@ -67,7 +67,7 @@ def speed(
 
 def print_timings(timings: Timings) -> None:
     """A column per model and a table per batch size, then the ratios to the base."""
-    from slimgpt.comparison.timing import METRIC_FORMATS
+    from slimgpt.comparison.timing import METRIC_FORMATS, same_type
 
     for batch in dict.fromkeys(row.batch for row in timings.rows):
         rows = [row for row in timings.rows if row.batch == batch]
@@ -81,12 +81,14 @@ def print_timings(timings: Timings) -> None:
             table.add_row(figure.title, *("-" if v is None else format(v / figure.scale, figure.style) for v in values))
         out.print(table)
     for (model, batch), ratio in timings.ratios().items():
+        pair = [row for row in timings.rows if row.batch == batch and row.model in (model, timings.base)]
+        size = f"bytes x {ratio['bytes']:.3f}" if same_type(pair) else f"parameters x {ratio['parameters']:.3f}"
         peak = f", peak memory x {ratio['peak_memory']:.3f}" if "peak_memory" in ratio else ""
         out.print(
             f"{Path(model).name} against {Path(str(timings.base)).name}, batch {batch}: "
             f"prefill x [bold]{ratio['prefill']:.2f}[/] (FLOPs promise {ratio['prefill_flops']:.2f}), "
             f"decode x [bold]{ratio['decode']:.2f}[/] (FLOPs promise {ratio['decode_flops']:.2f}), "
-            f"bytes x {ratio['bytes']:.3f}{peak}",
+            f"{size}{peak}",
             soft_wrap=True,
             highlight=False,
         )

@@ -12,18 +12,22 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimgpt.checkpoint.commands import commands
 from slimgpt.checkpoint.inspecting import read_report
 from slimgpt.comparison.cache import MeasurementCache
+from slimgpt.errors import UsageError
 from slimgpt.evaluation.contamination import contamination_note
 from slimgpt.evaluation.corpora import Text
-from slimgpt.evaluation.evaluate import evaluate
+from slimgpt.evaluation.evaluate import check_same_tokens, evaluate
 from slimgpt.evaluation.passkey_retrieval import Passkey, passkey
 from slimgpt.evaluation.perplexity import Perplexity
+from slimgpt.evaluation.samples import NEW_TOKENS, OPENINGS, QUESTIONS, Sample, write_samples
 from slimgpt.evaluation.task_rows import stamp_rows
 from slimgpt.evaluation.tasks import TaskScores, evaluate_tasks
 from slimgpt.models.fingerprint import fingerprint, source_files
 from slimgpt.models.loading import load
 from slimgpt.models.source import locate
+from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.devices import as_device
 from slimgpt.runtime.versions import resume_versions
 
@@ -43,6 +47,7 @@ class CompareConfig:
         limit: rows of every task.
         long_window: also perplexity by position up to here, on the first text; left out if ``None``.
         passkey: lengths of texts that hide a number.
+        samples: how many texts every model writes; see :func:`slimgpt.evaluation.write_samples`.
         batches, prompt, new_tokens, rounds: of the timing; no timing if there are no batches.
     """
 
@@ -58,6 +63,7 @@ class CompareConfig:
     prompt: int = 512
     new_tokens: int = 128
     rounds: int = 5
+    samples: int = 3
 
 
 @dataclass
@@ -67,8 +73,11 @@ class ModelResult:
     Args:
         name: label in the table.
         removed: pruning ratio that was reached; ``None`` for a model that is not slim.
-        perplexities: pairs of text name and perplexity.
+        perplexities: pairs of text name and perplexity; a slim model's with its divergence from the base, unless their
+            tokenizers differ.
         leaks: contamination note by text name.
+        samples: what it writes.
+        commands: those that made it, from its report; none for a model without.
     """
 
     name: str
@@ -79,6 +88,8 @@ class ModelResult:
     tasks: TaskScores | None = None
     by_position: Perplexity | None = None
     passkey: Passkey | None = None
+    samples: list[Sample] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -88,6 +99,8 @@ class ModelResult:
             "tasks": self.tasks and self.tasks.to_json(),
             "by_position": self.by_position and self.by_position.to_json(),
             "passkey": self.passkey and self.passkey.to_json(),
+            "samples": [sample.to_json() for sample in self.samples],
+            "commands": self.commands,
         }
 
 
@@ -95,13 +108,17 @@ class ModelResult:
 class Measurer:
     """Measures the models of a comparison with the same settings.
 
+    The base is loaded once, at the first measurement that needs it, and stays: every slim model is held against it.
+
     Args:
+        base: the dense model, as :func:`slimgpt.load` takes it.
         texts: the texts of ``config``, read.
         cache_folder: folder of the :class:`MeasurementCache` files.
         data_dir: rows of tasks; from the hub if ``None``.
         new_progress: opens a progress bar.
     """
 
+    base: str
     config: CompareConfig
     texts: Sequence[Text]
     cache_folder: Path
@@ -120,6 +137,15 @@ class Measurer:
         """
         return _ModelMeasurer(self, name).measure(label)
 
+    @cached_property
+    def loaded_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The base and its tokenizer."""
+        return self.load(self.base)
+
+    def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """A model of the comparison and its tokenizer."""
+        return load(name, self.dtype, self.device, self.trust_remote_code)
+
     def progress_bar(self, unit: str) -> AbstractContextManager[Any]:
         """A progress bar, or a context that yields ``None``."""
         return self.new_progress(unit) if self.new_progress else nullcontext()
@@ -134,7 +160,7 @@ class _ModelMeasurer:
         self.cache = MeasurementCache(
             common.cache_folder,
             {
-                "model": [self.source.location, fingerprint(source_files(self.source))],
+                "model": _identity(name),
                 "dtype": common.dtype,
                 "versions": resume_versions(as_device(common.device)),
             },
@@ -142,7 +168,7 @@ class _ModelMeasurer:
 
     @cached_property
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load(self.name, self.common.dtype, self.common.device, self.common.trust_remote_code)
+        return self.common.loaded_base if self.name == self.common.base else self.common.load(self.name)
 
     def measure(self, label: str) -> ModelResult:
         config, texts = self.common.config, self.common.texts
@@ -152,6 +178,8 @@ class _ModelMeasurer:
             "parameters", lambda: sum(p.numel() for p in self.loaded[0].parameters())
         )
         result = ModelResult(label, parameters, plan.get("achieved"))
+        if report is not None and self.source.gguf_file is None:
+            result.commands = commands(PruneReport.from_json(report))
         for text in texts:
             note = contamination_note(report, text)
             if note:
@@ -163,6 +191,8 @@ class _ModelMeasurer:
             result.by_position = self._perplexity(texts[0], config.long_window, by_position=True)
         if config.passkey:
             result.passkey = self._passkey()
+        if config.samples:
+            result.samples = self._samples()
         return result
 
     def _perplexity(self, text: Text, window: int, by_position: bool = False) -> Perplexity:
@@ -180,12 +210,30 @@ class _ModelMeasurer:
                         step[1] = done
 
                 return evaluate(
-                    *self.loaded, text, window=window, max_tokens=max_tokens, by_position=by_position, progress=progress
+                    *self.loaded,
+                    text,
+                    window=window,
+                    max_tokens=max_tokens,
+                    by_position=by_position,
+                    progress=progress,
+                    against=self._base_for(text) if against else None,
                 ).to_json()
 
+        against = self.name != self.common.base and not by_position
         content = hashlib.sha256(text.content.encode()).hexdigest()
         settings = ["perplexity", content, text.joining, text.max_windows, window, max_tokens, by_position]
+        settings += [_identity(self.common.base)] if against else []
         return Perplexity.from_json(self.cache.get_or_measure(settings, measure))
+
+    def _base_for(self, text: Text) -> PreTrainedModel | None:
+        """The base, unless its predictions are of other tokens than this model's."""
+        base, tokenizer = self.common.loaded_base
+        vocabularies = [one.config.get_text_config(decoder=True).vocab_size for one in (base, self.loaded[0])]
+        try:
+            check_same_tokens(self.loaded[1], tokenizer, text.content)
+        except UsageError:
+            return None
+        return base if vocabularies[0] == vocabularies[1] else None
 
     def _tasks(self) -> TaskScores:
         config, data_dir = self.common.config, self.common.data_dir
@@ -210,3 +258,20 @@ class _ModelMeasurer:
                 return passkey(*self.loaded, lengths, on_start=on_start).to_json()
 
         return Passkey.from_json(self.cache.get_or_measure(["passkey", lengths], measure))
+
+    def _samples(self) -> list[Sample]:
+        count = self.common.config.samples
+
+        def measure() -> list[dict[str, Any]]:
+            with self.common.progress_bar("texts to read") as on_start:
+                written = write_samples(*self.loaded, count, progress=on_start(count) if on_start else None)
+            return [sample.to_json() for sample in written]
+
+        settings = ["samples", QUESTIONS[:count], OPENINGS[:count], NEW_TOKENS]
+        return [Sample.from_json(values) for values in self.cache.get_or_measure(settings, measure)]
+
+
+def _identity(name: str) -> list[Any]:
+    """What tells one model of a name from another, as JSON values."""
+    source = locate(name)
+    return [source.location, fingerprint(source_files(source))]

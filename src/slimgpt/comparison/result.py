@@ -7,9 +7,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from slimgpt.comparison.differences import (
+    Difference,
+    passkey_difference,
+    perplexity_difference,
+    recovery,
+    task_difference,
+)
 from slimgpt.comparison.measure import CompareConfig, ModelResult
-from slimgpt.comparison.timing import METRIC_FORMATS, Timings
-from slimgpt.evaluation.tasks import answers, difference, flips, metric_of
+from slimgpt.comparison.timing import METRIC_FORMATS, Timings, same_type
+from slimgpt.evaluation.tasks import answers, flips, metric_of
+
+SMALLEST_CHANGE = 0.005
+"""A ratio nearer to 1 is no change where no standard error is known."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,9 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
+        base, *slim = self.sides
         return {
-            "models": [side.to_json() for side in self.sides],
+            "models": [base.to_json(), *({**side.to_json(), "recovery": recovery(base, side)} for side in slim)],
             "speed": self.timings and self.timings.to_json(),
             "wanted": asdict(self.wanted),
         }
@@ -49,6 +60,8 @@ class ComparisonRow:
         style: format specification of the values.
         better: ``"less"`` or ``"more"``; empty where neither is better.
         note: remark below the name.
+        differences: from the base, one per model; empty for what is no sample of questions or tokens.
+        comparable: whether the values are of the same kind, so that a ratio says something.
     """
 
     group: str
@@ -57,6 +70,8 @@ class ComparisonRow:
     style: str
     better: str = ""
     note: str = ""
+    differences: tuple[Difference | None, ...] = ()
+    comparable: bool = True
 
     def text(self, index: int) -> str:
         """The formatted value of a model."""
@@ -64,9 +79,34 @@ class ComparisonRow:
         return "-" if value is None else format(value, self.style)
 
     def change(self, index: int) -> float | None:
-        """Ratio of a model's value to the base's; ``None`` for the base and missing values."""
+        """Ratio of a model's value to the base's; ``None`` for the base and for values that are missing or not
+        comparable."""
         value, base = self.values[index], self.values[0]
-        return value / base if index and value is not None and base else None
+        return value / base if index and value is not None and base and self.comparable else None
+
+    def change_text(self, index: int) -> str:
+        """The change in words: of scores what is left in percent of the base, of all else a ratio; with the difference
+        and its standard error where they are known."""
+        ratio = self.change(index)
+        if ratio is None:
+            return ""
+        apart = self.differences[index] if self.differences else None
+        if self.style.endswith("%"):
+            points = "" if apart is None else f", {100 * apart.value:+.1f} ± {100 * apart.stderr:.1f} points"
+            return f"{ratio:.1%} of the base{points}"
+        return f"x {ratio:.3f}" + ("" if apart is None else f", ln {apart.value:+.3f} ± {apart.stderr:.3f}")
+
+    def verdict(self, index: int) -> str:
+        """``good`` or ``bad``; empty where neither is better, or the change may be chance."""
+        ratio = self.change(index)
+        if ratio is None or not self.better:
+            return ""
+        if self.differences:
+            apart = self.differences[index]
+            changed = apart is not None and apart.significant
+        else:
+            changed = abs(ratio - 1) >= SMALLEST_CHANGE
+        return ("good" if (ratio > 1) == (self.better == "more") else "bad") if changed else ""
 
 
 def _rows(comparison: Comparison) -> Iterator[ComparisonRow]:
@@ -75,18 +115,42 @@ def _rows(comparison: Comparison) -> Iterator[ComparisonRow]:
     if comparison.timings:
         by_model = {row.model: row for row in reversed(comparison.timings.rows)}
         order = list(dict.fromkeys(row.model for row in comparison.timings.rows))
-        sizes = tuple(float(by_model[name].bytes) for name in order)
-        bytes_per_parameter = [size / side.parameters for size, side in zip(sizes, sides)]
+        rows = [by_model[name] for name in order]
         # One model may be quantised: its ratio in bytes is then no effect of pruning.
-        same_type = max(bytes_per_parameter) < 1.5 * min(bytes_per_parameter)
-        stored = ", ".join(f"{size:.2g}" for size in bytes_per_parameter)
-        note = "" if same_type else f"stored with {stored} bytes per parameter"
-        yield ComparisonRow("size", "bytes on disk", sizes, ",.0f", "less", note)
+        alike = same_type(rows)
+        stored = ", ".join(f"{row.bytes / row.parameters:.2g}" for row in rows)
+        note = "" if alike else f"stored with {stored} bytes per parameter, so these are not set against each other"
+        sizes = tuple(float(row.bytes) for row in rows)
+        yield ComparisonRow("size", "bytes on disk", sizes, ",.0f", "less", note, comparable=alike)
+        if not alike:
+            halves = tuple(2.0 * row.parameters for row in rows)
+            yield ComparisonRow("size", "bytes with 16 bits per parameter", halves, ",.0f", "less")
     for index, (text, first) in enumerate(sides[0].perplexities):
         values = tuple(side.perplexities[index][1] for side in sides)
         notes = [f"{side.name}: {side.leaks[text]}" for side in sides if text in side.leaks]
-        name = f"perplexity, {Path(text).name}, window {first.window}"
-        yield ComparisonRow("quality", name, tuple(v.perplexity for v in values), ",.2f", "less", "; ".join(notes))
+        place = f"{Path(text).name}, window {first.window}"
+        measured = tuple(perplexity_difference(value) for value in values)
+        yield ComparisonRow(
+            "quality",
+            f"perplexity, {place}",
+            tuple(v.perplexity for v in values),
+            ",.2f",
+            "less",
+            "; ".join(notes),
+            measured if any(measured) else (),
+        )
+        divergences = [value.divergence for value in values]
+        if any(divergences):
+            nats = tuple(d and d.kl.mean for d in divergences)
+            apart = [f"{side.name}: ± {d.kl.stderr:.4f}" for side, d in zip(sides, divergences) if d]
+            note = f"nats per token; standard error, {'; '.join(apart)}"
+            yield ComparisonRow("quality", f"KL from {sides[0].name}, {place}", nats, ".4f", "less", note)
+            bits = tuple(d and d.bits_per_byte for d in divergences)
+            yield ComparisonRow("quality", f"the same in bits per byte, {place}", bits, ".4f", "less")
+            same = tuple(d and d.same_top for d in divergences)
+            apart = [f"{side.name}: ± {d.same_top_stderr:.1%}" for side, d in zip(sides, divergences) if d]
+            note = f"standard error, {'; '.join(apart)}"
+            yield ComparisonRow("quality", f"same most likely token, {place}", same, ".1%", "more", note)
     tasks = [side.tasks for side in sides]
     if tasks[0] is not None:
         for task, metrics in tasks[0].scores.items():
@@ -95,13 +159,13 @@ def _rows(comparison: Comparison) -> Iterator[ComparisonRow]:
             degenerate = [(side.name, side.tasks.degenerate_tasks().get(task)) for side in sides if side.tasks]
             notes = [f"{name} answers {words} of the questions" for name, words in degenerate if words]
             style = ".1%" if metric.startswith("acc") else ".4g"
-            yield ComparisonRow("tasks", f"{task} ({metric})", values, style, "more", "; ".join(notes))
+            apart = tuple(task_difference(tasks[0], t, task) for t in tasks)
+            yield ComparisonRow("tasks", f"{task} ({metric})", values, style, "more", "; ".join(notes), apart)
         if tasks[0].mean is not None:
             base = answers(tasks[0])
-            differences = [(side.name, difference(base, answers(side.tasks))) for side in sides[1:] if side.tasks]
-            notes = [f"{name}: {100 * one[0]:+.1f} ± {100 * one[1]:.1f} points" for name, one in differences if one]
-            note = f"on the same questions, with standard error, {'; '.join(notes)}" if notes else ""
-            yield ComparisonRow("tasks", "mean", tuple(t.mean if t else None for t in tasks), ".1%", "more", note)
+            means = tuple(t.mean if t else None for t in tasks)
+            apart = tuple(task_difference(tasks[0], t) for t in tasks)
+            yield ComparisonRow("tasks", "mean", means, ".1%", "more", differences=apart)
             changed = [flips(base, answers(side.tasks)) if side.tasks else None for side in sides[1:]]
             if any(share is not None for share in changed):
                 note = "questions that the base gets right and the slim model wrong, or the other way round"
@@ -113,11 +177,14 @@ def _rows(comparison: Comparison) -> Iterator[ComparisonRow]:
                 s.by_position.by_position[start] for s in sides if s.by_position and s.by_position.by_position
             )
             positions = f"positions {start}-{last}" if last > start else f"position {start}"
-            yield ComparisonRow("long texts", f"perplexity, {positions}", values, ",.2f", "less")
+            unknown = (None,) * len(sides)  # the error by position: nothing is called good or bad
+            yield ComparisonRow("long texts", f"perplexity, {positions}", values, ",.2f", "less", differences=unknown)
     if sides[0].passkey:
         for length in sides[0].passkey.found:
             shares = tuple(side.passkey.found[length] if side.passkey else None for side in sides)
-            yield ComparisonRow("long texts", f"pass key found in {length:,} tokens", shares, ".0%", "more")
+            apart = tuple(passkey_difference(sides[0].passkey, side.passkey, length) for side in sides)
+            name = f"pass key found in {length:,} tokens"
+            yield ComparisonRow("long texts", name, shares, ".0%", "more", differences=apart)
     yield from _speed_rows(comparison)
 
 

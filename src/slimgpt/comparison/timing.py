@@ -94,6 +94,12 @@ class Timings:
         return {**asdict(self), "ratios": ratios}
 
 
+def same_type(rows: Sequence[Timing]) -> bool:
+    """Whether some models are stored with about as many bytes per parameter: their sizes compare."""
+    stored = [row.bytes / row.parameters for row in rows]
+    return max(stored) < 1.5 * min(stored)
+
+
 def time_models(
     names: Sequence[str],
     base: str | None = None,

@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt import assets
-from slimgpt.calibration.documents import Conversation, Document, Instruction, open_text, read_file, text_format
-from slimgpt.errors import CalibrationError, first_line
+from slimgpt.calibration.documents import (
+    LONGEST_LINE,
+    Conversation,
+    Document,
+    Instruction,
+    open_text,
+    read_file,
+    text_format,
+)
+from slimgpt.errors import CalibrationError, one_line
 
 
 @dataclass(frozen=True)
@@ -130,7 +138,7 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
         if path.is_file() and text_format(path) not in (None, ".txt"):
             content = "\n\n".join(_plain(document, path) for document in read_file(path))
             return Text(name, content, "the texts of the rows, an empty line between two", path)
-        return Text(name, _read(path), file=path)
+        return Text(name, _read(path, LONGEST_LINE), file=path)
     joining = f"rows joined with {corpus.separator!r}"
     if corpus.max_rows:
         joining = f"the first {corpus.max_rows:,} {joining}"
@@ -157,10 +165,17 @@ def _plain(document: Document, path: Path) -> str:
     raise CalibrationError(f"{where} is a conversation; perplexity is measured on rows with `text`: give it as text")
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, longest: int = -1) -> str:
+    """The content of a text file; one of more than ``longest`` characters is refused before it fills the memory."""
     try:
         with open_text(path) as file:
-            return file.read()
+            content = file.read(longest + 1 if longest >= 0 else -1)
+            if 0 <= longest < len(content):
+                raise CalibrationError(
+                    f"{path} has more than {longest:,} characters, and perplexity takes a text as a whole; give a part "
+                    "of it"
+                )
+            return content
     except CalibrationError:
         raise
     except Exception as error:  # gzip and zstd have errors of their own
@@ -179,7 +194,7 @@ def _from_hub(name: str, corpus: Corpus) -> list[str]:
         rows = load_dataset(**corpus.hub)
         return [row[corpus.field] for row, _ in zip(rows, range(corpus.max_rows or len(rows)))]
     except Exception as error:
-        reason = first_line(error)
+        reason = one_line(error)
         raise CalibrationError(
             f"cannot fetch '{name}' from the hub ({reason}); give --data-dir with {corpus.files[0]} in it"
         ) from error

@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt.errors import UsageError, first_line
+from slimgpt.errors import UsageError, one_line
 from slimgpt.evaluation.loglikelihood import log_likelihoods
 from slimgpt.evaluation.task_rows import read_rows
 
@@ -139,7 +139,7 @@ def _build(manager: TaskManager, task: str, data_dir: Path | None) -> list[Any]:
     except Exception as error:
         if data_dir is None:
             raise
-        reason = first_line(error)
+        reason = one_line(error)
         raise UsageError(
             f"the rows of task '{task}' in {data_dir} do not have the fields that they have on the hub: {reason}"
         ) from error
@@ -166,7 +166,7 @@ def _rows_from(data_dir: Path | None, num_fewshot: int | None, limit: int | None
         try:
             original(task, dataset_kwargs, **rest)
         except Exception as error:
-            reason = first_line(error)
+            reason = one_line(error)
             raise UsageError(
                 f"cannot fetch the rows of task '{config.task}' from the hub ({reason}); give them with --data-dir"
             ) from error

@@ -72,7 +72,7 @@ ATTENTION = ("full_attention", "sliding_attention", "chunked_attention")
 
 def _shareable(model: PreTrainedModel) -> bool:
     """Whether contexts may be padded and their cache copied: a recurrent state mixes all tokens, padding too."""
-    kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ATTENTION
+    kinds = getattr(text_config(model.config), "layer_types", None) or ATTENTION
     return not getattr(model, "_is_stateful", False) and all(kind in ATTENTION for kind in kinds)
 
 
@@ -91,7 +91,7 @@ def _batches(model: PreTrainedModel, groups: list[Group], requests: Sequence[tup
     def longest(group: Group) -> int:
         return max(len(requests[number][1]) for number in group[1])
 
-    tokens, logits = batch_tokens(model), MAX_LOGITS // model.config.get_text_config(decoder=True).vocab_size
+    tokens, logits = batch_tokens(model), MAX_LOGITS // text_config(model.config).vocab_size
     batch: list[Group] = []
     rows = long = longer = 0
     for group in sorted(groups, key=lambda g: (-len(g[0]), -longest(g), g[1][0])):

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.calibration.windows import prefix_ids
 from slimgpt.errors import NumericalError, UsageError
+from slimgpt.evaluation.divergence import Divergence, DivergenceMeter
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, check_ids
 
@@ -40,6 +42,7 @@ class Perplexity:
         predicted: tokens that were predicted: all of a window but its first and those an earlier window predicted.
         protocol: everything else that changes the number.
         by_position: by the first token position of a bucket, the perplexity of the tokens in it; only if asked for.
+        divergence: of the predictions from another model's on the same tokens; only if asked for.
     """
 
     perplexity: float
@@ -50,6 +53,7 @@ class Perplexity:
     predicted: int
     protocol: dict[str, Any]
     by_position: dict[int, float] | None = None
+    divergence: Divergence | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -61,7 +65,9 @@ class Perplexity:
         by_position = values["by_position"]
         if by_position is not None:
             by_position = {int(first): value for first, value in by_position.items()}
-        return cls(**{**values, "by_position": by_position})
+        divergence = values.get("divergence")
+        divergence = None if divergence is None else Divergence.from_json(divergence)
+        return cls(**{**values, "by_position": by_position, "divergence": divergence})
 
 
 def check_protocol(window: int, bos: str = "auto", max_tokens: int | None = None, batch_size: int = 8) -> None:
@@ -94,6 +100,7 @@ def perplexity(
     joining: str = "as in the file",
     by_position: bool = False,
     bos: str = "auto",
+    against: PreTrainedModel | None = None,
 ) -> Perplexity:
     """Perplexity of a text.
 
@@ -109,10 +116,11 @@ def perplexity(
         joining: how the rows of the corpus became one text; goes into the protocol.
         by_position: also tell the perplexity by position in the window, in buckets that double.
         bos: one of :data:`BOS`.
+        against: also tell the divergence from this model, which has the same tokenizer.
 
     Raises:
-        UsageError: the window does not fit the model or the text, token ids are outside the model's vocabulary, or an
-            unknown ``bos``.
+        UsageError: the window does not fit a model or the text, token ids are outside a model's vocabulary, an unknown
+            ``bos``, or models with different vocabularies.
         NumericalError: the model gives NaN or infinity.
     """
     check_protocol(window, bos, max_tokens, batch_size)
@@ -128,24 +136,26 @@ def perplexity(
     ids = (all_ids if max_tokens is None else all_ids[:max_tokens])[len(prefix) :]
     if len(ids) < body:
         raise UsageError(f"the text gives {len(ids):,} tokens, fewer than one window of {window}")
-    check_context(model.config, "a window", window)
-    check_ids(all_ids, config.vocab_size, "the text")
+    for one in (model,) if against is None else (model, against):
+        check_context(one.config, "a window", window)
+        check_ids(all_ids, one.config.get_text_config(decoder=True).vocab_size, "the text")
     pieces = ids.unfold(0, body, step)  # (count, body)
     count = len(pieces)
     windows = torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), pieces], 1)
+    predicted_here = torch.ones(count, window - 1, dtype=torch.bool)
+    if step < window:
+        predicted_here[1:, : window - 1 - step] = False
     # Logits are the largest thing here: keep a batch's under about 2^25 numbers.
     size = max(1, min(batch_size, (1 << 25) // (window * config.vocab_size)))
     sums = torch.zeros(window - 1, dtype=torch.float64)
+    meter = None if against is None else DivergenceMeter(against)
     for start in range(0, count, size):
-        losses = _losses(model, windows[start : start + size].to(model.device)).double().cpu()
-        if step < window:
-            losses[int(start == 0) :, : window - 1 - step] = 0
-        sums += losses.sum(0)
+        batch, chosen = windows[start : start + size].to(model.device), predicted_here[start : start + size]
+        losses = _losses(model, batch) if meter is None else meter.add(model, batch, chosen)
+        sums += losses.double().cpu().masked_fill_(~chosen, 0).sum(0)
         if progress:
             progress(min(start + size, count), count)
-    counts = torch.full((window - 1,), float(count))
-    if step < window:
-        counts[: window - 1 - step] = 1
+    counts = predicted_here.sum(0)
     predicted = int(counts.sum())
     mean = float(sums.sum()) / predicted
     if not math.isfinite(mean):
@@ -175,11 +185,18 @@ def perplexity(
             "overlap": body - step,
             "first_token_of_window_predicted": False,
             "max_tokens": max_tokens,
+            "engine": getattr(model, "engine", f"transformers {transformers.__version__}"),
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
         },
         by_position=_buckets(sums / counts) if by_position else None,
+        divergence=None if meter is None else meter.result(name_of(meter.base), len(all_ids) / max(size_in_bytes, 1)),
     )
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """What a model was loaded as; its class for one that was not loaded."""
+    return str(model.config.name_or_path or type(model).__name__)
 
 
 def _losses(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import ModelError, UsageError
-from slimgpt.models.build import MODELING_FILE, slim_modeling
-from slimgpt.models.loading import load_config
 from slimgpt.models.lookup import check_context
 from slimgpt.models.source import Source
 
@@ -110,20 +108,14 @@ def _one_round(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[fl
 
 
 _PROBE = """
-import importlib, json, re, resource, sys, torch
-import transformers
+import json, pathlib, re, resource, sys, torch
 from transformers.utils import logging
+from slimgpt.models.loading import Source, load_config, load_model
 logging.disable_progress_bar()
-folder, code, name, trust, device, gguf, batch, prompt, new = sys.argv[1:]
-if code:
-    sys.path.insert(0, code)
-    cls = getattr(importlib.import_module("modeling_slim"), name)
-else:
-    cls = getattr(transformers, name)
-arguments = {"gguf_file": gguf, "dtype": torch.float32} if gguf else {"dtype": "auto"}
-model = cls.from_pretrained(folder, trust_remote_code=trust == "1", **arguments)
+location, gguf, adapter, trust, device, batch, prompt, new = sys.argv[1:]
+source = Source(location, location, gguf or None, pathlib.Path(adapter) if adapter else None)
 device = torch.device(device)
-model.to(device)
+model = load_model(source, load_config(source, trust == "1"), "auto", device, trust == "1")
 words = model.config.get_text_config(decoder=True).vocab_size
 ids = (torch.arange(int(prompt)) % words).expand(int(batch), -1).to(device)
 model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=int(new), do_sample=False)
@@ -146,10 +138,11 @@ def peak_memory(
     new_tokens: int = 16,
     trust_remote_code: bool = False,
 ) -> int:
-    """Peak bytes of a fresh process that loads a model with plain transformers and generates.
+    """Peak bytes of a fresh process that loads a model and generates.
 
-    On CUDA the bytes are the device's, else the whole process's. A slim checkpoint's class comes from the text that
-    this version writes, never from the file in the folder, which anybody may have changed.
+    On CUDA the bytes are the device's, else the whole process's. The model is loaded as every command loads it: an
+    adapter is merged, what lies beside a whole model is left out, and a slim checkpoint's class is that of this
+    version, never the file in the folder, which anybody may have changed.
 
     Args:
         source: the model; a GGUF file is loaded as float32.
@@ -158,16 +151,18 @@ def peak_memory(
     Raises:
         ModelError: the model does not load there.
     """
-    slim = None if source.gguf_file or trust_remote_code else slim_modeling(load_config(source))
-    with tempfile.TemporaryDirectory() as code:
-        name = "AutoModelForCausalLM"
-        if slim is not None:
-            name, text = slim
-            Path(code, MODELING_FILE).write_text(text, encoding="utf-8")
-        command = [sys.executable, "-c", _PROBE, source.location, code if slim else "", name]
-        command += ["1" if trust_remote_code else "0", device, source.gguf_file or ""]
-        command += [str(number) for number in (batch, prompt, new_tokens)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-c", _PROBE, source.location, source.gguf_file or "", str(source.adapter or "")]
+    command += ["1" if trust_remote_code else "0", device, *(str(number) for number in (batch, prompt, new_tokens))]
+    # This very package, wherever it was imported from.
+    path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise ModelError(f"{source.name} does not load in a fresh process: {reason}")

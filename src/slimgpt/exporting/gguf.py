@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import shutil
 import subprocess
 from difflib import get_close_matches
@@ -21,6 +20,7 @@ from slimgpt.errors import ExportError, PlanError
 from slimgpt.exporting.gguf_tokenizer import add_tokenizer
 from slimgpt.exporting.source import ExportSource
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, is_uniform
+from slimgpt.models.llama_cpp import installed
 from slimgpt.models.lookup import head_dim
 from slimgpt.planning.engines import gguf_architecture
 
@@ -242,7 +242,7 @@ def rope_factors(config: Any) -> Tensor | None:
 
 def _llama_types() -> dict[str, int]:
     """The types that llama-cpp-python's quantiser knows; empty where it is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
+    if not installed():
         return {}
     import llama_cpp  # pyright: ignore[reportMissingImports]
 

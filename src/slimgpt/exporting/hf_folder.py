@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from slimgpt.checkpoint.config_file import write_config
 from slimgpt.checkpoint.side_files import copy_side_files
@@ -15,6 +15,7 @@ from slimgpt.exporting.source import ExportSource
 from slimgpt.io.shards import write_shards
 from slimgpt.models.architecture import is_uniform
 from slimgpt.models.build import stock_class
+from slimgpt.models.config_files import GENERATION_FILE, read_generation_config
 from slimgpt.models.stock_config import stock_config
 from slimgpt.runtime.thresholds import thresholds
 
@@ -56,8 +57,7 @@ def write_weights(
 def write_rest(exported: ExportSource, folder: Path) -> None:
     """Tokenizer, generation settings and side files."""
     exported.tokenizer().save_pretrained(folder)
-    if (exported.folder / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(exported.folder).to_json_file(folder / "generation_config.json")
+    read_generation_config(exported.folder).to_json_file(folder / GENERATION_FILE)
     copy_side_files(exported.folder, folder)
 
 

@@ -75,8 +75,8 @@ def write(exported: ExportSource, folder: Path) -> list[str]:
                 if (name := f"{module}.{leaf}") in state:
                     state[name] = _pad_rows(state[name], fields, sizes, target)
         for module, field in columns.items():
-            name = f"{module}.weight"
-            state[name] = _pad(state[name].T, field, sizes, target).T.contiguous()
+            if (name := f"{module}.weight") in state:  # a layer without attention lacks its output matrix
+                state[name] = _pad(state[name].T, field, sizes, target).T.contiguous()
         return state
 
     write_stock_folder(exported, folder, config, layer)

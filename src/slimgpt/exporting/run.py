@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
+from slimgpt.checkpoint.card import EXPORTS
 from slimgpt.checkpoint.journal import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
@@ -168,9 +169,6 @@ def export(
     return report
 
 
-HEADING = "## Exports"
-
-
 def record(report: ExportReport, slim: Path) -> None:
     """Add a line on the export to the slim folder's model card, in place of an older one of the same name; an exported
     folder gets a copy of the card."""
@@ -180,8 +178,8 @@ def record(report: ExportReport, slim: Path) -> None:
     text = card.read_text(encoding="utf-8")
     start = f"- `{report.path.name}` ({report.to}"
     lines = [line for line in text.rstrip().splitlines() if not line.startswith(start)]
-    if HEADING not in lines:
-        lines += ["", HEADING, ""]
+    if EXPORTS not in lines:
+        lines += ["", EXPORTS, ""]
     result = report.verification
     if result is None:
         verdict = f"not verified: {report.unverified}"

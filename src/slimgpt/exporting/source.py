@@ -16,6 +16,7 @@ from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import Source, check_files, locate
 from slimgpt.models.streaming import WeightFiles, weights_mismatch
 from slimgpt.models.unknown_tensors import unknown_text
+from slimgpt.models.weight_conversion import ConvertedFiles
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def open_folder(name: str | Path) -> ExportSource:
     check_files(source)
     model = empty_model(config)
     architecture = architecture_of(config, model)
-    weights = WeightFiles(source.folder)
+    weights = ConvertedFiles(source.folder, model)
     problem = weights_mismatch(model, weights)
     if problem is not None:
         raise ExportError(f"{name} cannot be exported: {problem}")

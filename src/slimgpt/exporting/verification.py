@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,8 +15,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
-from slimgpt.errors import ExportError, NumericalError, UsageError, VerificationError
-from slimgpt.models.build import slim_modeling
+from slimgpt.calibration.documents import open_text
+from slimgpt.errors import CalibrationError, ExportError, NumericalError, UsageError, VerificationError, one_line
+from slimgpt.models.llama_cpp import LlamaCpp, installed
 from slimgpt.models.loading import load, load_config, load_tokenizer
 from slimgpt.models.lookup import check_ids, text_config
 from slimgpt.models.source import locate
@@ -37,6 +37,9 @@ TEXT = (
     "one day after another, with open books and open doors, and with no fear of counting what was lost and won."
 )
 """A little text of ours for where the bundled one is not at hand; its perplexity is good for comparing only."""
+
+LONGEST_TOKEN = 64
+"""Characters of a text that are read for a token that is asked for, more than any text takes on average."""
 
 EXACT = (1e-3, 1e-2)
 """What a folder of a stock class may differ by, both sides in float32: perplexity (relative), and a logit."""
@@ -124,9 +127,7 @@ def engine_problem(path: str | Path) -> str | None:
     """Why the exported model cannot be run here; ``None`` if it can."""
     path = Path(path)
     if path.suffix == ".gguf":
-        if importlib.util.find_spec("llama_cpp") is None:
-            return "llama-cpp-python is not installed"
-        return None
+        return None if installed() else "llama-cpp-python is not installed"
     config = path / "config.json"
     if not config.is_file():
         return "its engine is not installed"
@@ -158,16 +159,15 @@ def verify(
     problem = engine_problem(exported)
     if problem is not None:
         raise ExportError(f"{exported} cannot be verified here: {problem}")
-    tokenizer = load_tokenizer(locate(str(slim)))
-    ids = tokenizer(_text(text), add_special_tokens=False).input_ids[:max_tokens]
+    source = locate(str(slim))
+    tokenizer = load_tokenizer(source)
+    ids = tokenizer(_text(text, max_tokens), add_special_tokens=False).input_ids[:max_tokens]
     window = min(window, len(ids) // 16 * 16 or len(ids))
     if window < 2:
         raise UsageError("the text has fewer than two tokens")
+    check_ids(torch.tensor(ids), text_config(load_config(source)).vocab_size, "the text to compare on")
     reference = _transformers(str(slim))
-    check_ids(torch.tensor(ids), text_config(load_config(locate(str(slim)))).vocab_size, "the text to compare on")
-    left = (
-        _llama_cpp(Path(exported), window) if Path(exported).suffix == ".gguf" else _transformers(str(exported), True)
-    )
+    left = _llama_cpp(Path(exported), window) if Path(exported).suffix == ".gguf" else _transformers(str(exported))
     losses = [0.0, 0.0]
     largest, identical, count, done = 0.0, True, 0, 0
     for end in [*range(window, len(ids), window), len(ids)]:
@@ -206,25 +206,22 @@ def verify(
     )
 
 
-def _text(text: str | None) -> str:
+def _text(text: str | None, max_tokens: int) -> str:
     if text is None:
         return TEXT
     if text == assets.DEMO:
         return "\n\n".join(assets.demo_documents()[1])
     try:
-        return Path(text).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the text {text}: {error}") from error
+        with open_text(Path(text).expanduser()) as file:
+            return file.read(LONGEST_TOKEN * max_tokens)
+    except CalibrationError:
+        raise
+    except Exception as error:  # gzip and zstd have errors of their own
+        raise UsageError(f"cannot read the text {text}: {one_line(error)}") from error
 
 
-def _transformers(folder: str, stock: bool = False) -> Engine:
-    if stock and slim_modeling(load_config(locate(folder))) is None:  # as anybody else would load it
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    else:
-        model, tokenizer = load(folder, dtype="float32")
+def _transformers(folder: str) -> Engine:
+    model, tokenizer = load(folder, dtype="float32")
 
     @torch.no_grad()
     def logits(ids: list[int]) -> Tensor:
@@ -234,20 +231,11 @@ def _transformers(folder: str, stock: bool = False) -> Engine:
 
 
 def _llama_cpp(file: Path, window: int) -> Engine:
-    import llama_cpp  # pyright: ignore[reportMissingImports]
-
-    context = max(window, 64 + NEW_TOKENS)
-    model = llama_cpp.Llama(str(file), n_ctx=context, n_batch=context, logits_all=True, verbose=False)
-
-    def logits(ids: list[int]) -> Tensor:
-        model.reset()
-        model.eval(ids)
-        return torch.from_numpy(model.scores[: len(ids)].copy())
-
+    model = LlamaCpp(file, max(window, 64 + NEW_TOKENS))
     template = model.metadata.get("tokenizer.chat_template")
     kind = int(model.metadata.get("general.file_type", 1))
     allowed = GGUF_ALLOWED.get(kind, 1.0 if kind in FEW_BITS else 0.25)
-    return Engine(f"llama-cpp-python {version('llama-cpp-python')}", logits, template, (allowed, None))
+    return Engine(model.engine, model.logits, template, (allowed, None))
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from typing import NamedTuple
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from slimgpt.errors import OutputError
+from slimgpt.errors import DISK_FULL, OutputError
 
 WORKING_NAME = ".{}.unfinished"
 """The longest name that is made from the output's."""
@@ -241,7 +240,7 @@ def _output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
         if full or isinstance(error, SafetensorError):
             raise OutputError(f"writing {path} failed, nothing was left there: {error}") from error
         raise

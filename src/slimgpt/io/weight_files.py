@@ -57,11 +57,15 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def check_files(files: list[Path]) -> None:
+def check_files(files: list[Path], narrow: bool = False) -> None:
     """Open the header of every file before anything long begins.
 
+    Args:
+        narrow: whether tensors may be of floating-point numbers of 8 bits and less: a config says how to read them.
+
     Raises:
-        ModelError: one cannot be read, a tensor is in two of them, or one is of 8-bit floating-point numbers.
+        ModelError: one cannot be read, a tensor is in two of them, or one is of 8-bit floating-point numbers that no
+            config explains.
     """
     where: dict[str, Path] = {}
     for file in files:
@@ -74,10 +78,10 @@ def check_files(files: list[Path]) -> None:
                 f"{file} is no readable safetensors file (corrupt, encrypted or cut short): {error}"
             ) from error
         for name, kind in types.items():
-            if kind.startswith(NARROW):
+            if kind.startswith(NARROW) and not narrow:
                 raise ModelError(
-                    f"{file} holds {name} in {kind}, and no config tells its scales: numbers of 8 bits and less cannot "
-                    "be repaired. Give the model in 16 or 32 bits that it was made from"
+                    f"{file} holds {name} in {kind}, and neither quantization_config in config.json nor a "
+                    "hf_quant_config.json tells its scales; fetch the JSON files that belong to it"
                 )
             if name in where:
                 raise ModelError(

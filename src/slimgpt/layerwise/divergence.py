@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.layerwise.capture import patched_layers
-from slimgpt.losses.chunked import distillation_loss
+from slimgpt.losses.chunked import TokenDivergence, distillation_loss, token_divergence
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.lookup import text_config
 
@@ -42,42 +42,78 @@ def kl_and_cross_entropy(
         with_gradient: for each narrowed model, whether its gradient is computed; else it is zero.
         text_weight: weight of the cross-entropy relative to the divergence in the gradients.
     """
+    chunk = _chunk(model)
+    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+    kls, cross_entropies = [0.0] * len(narrowed), [0.0] * len(narrowed)
+    gradients = [torch.zeros_like(other) for other in narrowed]
+    with _predictions(model, returns_tuple) as predictions:
+        for row in range(len(ids)):
+            for start in range(1, ids.shape[1], chunk):
+                place = (slice(row, row + 1), slice(start, start + chunk))
+                with torch.no_grad():
+                    teacher = predictions(dense[place], ids[place])
+                for number, (states, differentiate) in enumerate(zip(narrowed, with_gradient, strict=True)):
+                    leaf = states[place].detach().requires_grad_(differentiate)
+                    with torch.set_grad_enabled(differentiate):
+                        student = predictions(leaf, ids[place])
+                    loss = distillation_loss(teacher, student.detach(), labels[place][0], text_weight, differentiate)
+                    if loss.gradient is not None:
+                        gradients[number][place] = torch.autograd.grad(student, leaf, loss.gradient)[0]
+                    kls[number] += loss.kl
+                    cross_entropies[number] += loss.cross_entropy
+    return kls, cross_entropies, gradients
+
+
+@torch.no_grad()
+def predicted_tokens(
+    model: PreTrainedModel, dense: Tensor, narrowed: Tensor, ids: Tensor, returns_tuple: bool
+) -> TokenDivergence:
+    """Divergence token by token in fp32, of every token but a window's first: ``(batch * (seq_len - 1),)``, on the CPU.
+
+    Args:
+        model: gives embeddings, final norm and LM head; unchanged.
+        dense: the dense model's hidden states behind the last layer, ``(batch, seq_len, hidden_size)``.
+        narrowed: the narrowed model's.
+        ids: the tokens, ``(batch, seq_len)``.
+        returns_tuple: see :func:`kl_and_cross_entropy`.
+    """
+    chunk, last, pieces = _chunk(model), ids.shape[1] - 1, []
+    with _predictions(model, returns_tuple) as predictions:
+        for row in range(len(ids)):
+            for start in range(0, last, chunk):
+                end = min(start + chunk, last)
+                place = (slice(row, row + 1), slice(start, end))
+                teacher, student = (predictions(states[place], ids[place]) for states in (dense, narrowed))
+                labels = ids[row, start + 1 : end + 1].to(student.device)
+                pieces.append([part.cpu() for part in token_divergence(teacher, student, labels, torch.float32)])
+    return TokenDivergence(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
+
+
+def _chunk(model: PreTrainedModel) -> int:
+    """Tokens whose predictions are compared at once."""
+    return max(MAX_LOGITS // text_config(model.config).vocab_size, 1)
+
+
+@contextmanager
+def _predictions(model: PreTrainedModel, returns_tuple: bool) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """Context manager: a function from hidden states ``(1, n, hidden_size)`` behind the last layer, and tokens, to
+    logits ``(n, vocabulary)``; no parameter has a gradient meanwhile."""
     embedding = next(model.get_input_embeddings().parameters())
-    chunk = max(MAX_LOGITS // text_config(model.config).vocab_size, 1)
-    hidden = dense
+    hidden = embedding
 
     def predictions(states: Tensor, tokens: Tensor) -> Tensor:
         nonlocal hidden
         hidden = states.to(embedding)
         return model(input_ids=tokens.to(embedding.device), use_cache=False).logits[0]
 
-    labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
-    kls, cross_entropies = [0.0] * len(narrowed), [0.0] * len(narrowed)
-    gradients = [torch.zeros_like(other) for other in narrowed]
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     try:
         model.requires_grad_(False)
         with patched_layers(decoder_layers(model), lambda _: lambda *_, **__: (hidden,) if returns_tuple else hidden):
-            for row in range(len(ids)):
-                for start in range(1, ids.shape[1], chunk):
-                    place = (slice(row, row + 1), slice(start, start + chunk))
-                    with torch.no_grad():
-                        teacher = predictions(dense[place], ids[place])
-                    for number, (states, differentiate) in enumerate(zip(narrowed, with_gradient, strict=True)):
-                        leaf = states[place].detach().requires_grad_(differentiate)
-                        with torch.set_grad_enabled(differentiate):
-                            student = predictions(leaf, ids[place])
-                        loss = distillation_loss(
-                            teacher, student.detach(), labels[place][0], text_weight, differentiate
-                        )
-                        if loss.gradient is not None:
-                            gradients[number][place] = torch.autograd.grad(student, leaf, loss.gradient)[0]
-                        kls[number] += loss.kl
-                        cross_entropies[number] += loss.cross_entropy
+            yield predictions
     finally:
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
-    return kls, cross_entropies, gradients
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Chunked log-probabilities, KL divergence and cross-entropy, without another tensor of the logits' size.
 
 With large vocabularies these dominate a training step on a CPU and are bound by memory bandwidth. So logits are
-processed in chunks that fit a processor's caches, and gradients are written once, in the logits' own type. Everything
-is computed in fp32, or in fp64 for fp64 logits.
+processed in chunks that fit a processor's caches, and gradients are written once, in the logits' own type. What is
+trained on is computed in fp32, or in fp64 for fp64 logits; what is reported of a token, in fp64.
 """
 
 from __future__ import annotations
@@ -75,6 +75,47 @@ def distillation_loss(
                 q.scatter_add_(-1, ids, -weight * labelled)
             gradient[chunk] = q.sub_(p)
     return DistillationLoss(kl, cross_entropy, gradient)
+
+
+class TokenDivergence(NamedTuple):
+    """The result of :func:`token_divergence`, each ``(tokens,)``.
+
+    Args:
+        kl: ``KL(teacher || student)`` of the whole vocabulary, in nats.
+        teacher_log_p: the teacher's logarithmic probability of the label.
+        student_log_p: the student's.
+        same_top: whether both have the same most likely token.
+    """
+
+    kl: Tensor
+    teacher_log_p: Tensor
+    student_log_p: Tensor
+    same_top: Tensor
+
+
+@torch.no_grad()
+def token_divergence(
+    teacher: Tensor, student: Tensor, labels: Tensor, dtype: torch.dtype = torch.float64
+) -> TokenDivergence:
+    """Divergence of two predictions token by token.
+
+    Sums over a vocabulary of tens of thousands drift in fp32 by more than a millionth; fp64 takes twice the time.
+
+    Args:
+        teacher: logits ``(tokens, vocabulary)``.
+        student: logits ``(tokens, vocabulary)``.
+        labels: the next tokens, ``(tokens,)``.
+        dtype: of the computation; fp32 where the device has no fp64.
+    """
+    exact = torch.float32 if student.device.type == "mps" else dtype
+    pieces = []
+    for chunk in _chunks(student):
+        log_p, log_q = (logits[chunk].to(exact).log_softmax(-1) for logits in (teacher, student))
+        teacher_log_p, student_log_p = (log.gather(-1, labels[chunk, None])[:, 0] for log in (log_p, log_q))
+        same_top = teacher[chunk].argmax(-1) == student[chunk].argmax(-1)
+        kl = log_p.exp().mul_(log_p.sub_(log_q)).sum(-1)
+        pieces.append(TokenDivergence(kl, teacher_log_p, student_log_p, same_top))
+    return TokenDivergence(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 class _LogProbabilities(torch.autograd.Function):

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
-from slimgpt.errors import ModelError, first_line
+from slimgpt.errors import ModelError, one_line
 from slimgpt.io.weight_files import INDEX_FILE, SINGLE_FILE
 from slimgpt.models.ties import untie_weights
 
@@ -48,7 +48,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {first_line(error)}") from error
+        raise ModelError(f"{folder / CONFIG_FILE} cannot be read: {one_line(error)}") from error
     if not isinstance(settings, dict):
         raise ModelError(f"{folder / CONFIG_FILE} holds no settings but a {type(settings).__name__}; save it anew")
     return settings
@@ -66,7 +66,7 @@ def trained_ties(model: PreTrainedModel, folder: Path) -> list[str]:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as handle:
             names = list(handle.keys())
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{folder / WEIGHTS_FILE} is no readable safetensors file: {first_line(error)}") from error
+        raise ModelError(f"{folder / WEIGHTS_FILE} is no readable safetensors file: {one_line(error)}") from error
     ties = model.all_tied_weights_keys or {}
     modules = dict.fromkeys(name.rpartition(".")[0] for name in (*ties.keys(), *ties.values()))
     trained = [
@@ -109,4 +109,4 @@ def merge(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
                 )
         return adapted.merge_and_unload()  # type: ignore[return-value]
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ModelError(f"the adapter {folder} does not fit {base}: {first_line(error)}") from error
+        raise ModelError(f"the adapter {folder} does not fit {base}: {one_line(error)}") from error

@@ -125,6 +125,7 @@ class Architecture:
             size were heads times head size.
         relabel: see :class:`Relabel`.
         refused: why something cannot be removed, by the name of what it is: ``heads``.
+        varying: config fields that differ by layer in the dense model already, in its ``per_layer_config``; they stay.
     """
 
     structures: tuple[Structure, ...]
@@ -134,6 +135,7 @@ class Architecture:
     resized: bool = False
     relabel: Relabel | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
+    varying: frozenset[str] = frozenset()
 
     def find(self, unit: str) -> Structure | None:
         """The structure that is removed by this unit, if there is one."""
@@ -182,8 +184,9 @@ class Architecture:
         return {self.fields.get(name, name): value for name, value in sizes.items()}
 
 
-Entry = Architecture | Callable[[Any], Architecture]
-"""What a table of families holds: a description, or a function of the config where flags of it change the layout."""
+Entry = Architecture | Callable[[Any], "Architecture | str"]
+"""What a table of families holds: a description, or a function of the config where flags of it change the layout; it
+may give the reason why a model with such flags is refused."""
 
 
 def is_uniform(layers: Sequence[Sizes]) -> bool:

@@ -15,12 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from slimgpt.errors import ModelError, UnsupportedFamilyError, first_line
+from slimgpt.errors import ModelError, UnsupportedFamilyError, one_line
 from slimgpt.models import modeling_slim
 from slimgpt.models.architecture import HEADS, KV_HEADS, Architecture, Sizes
-from slimgpt.models.families import LLAMA, MULTIMODAL, REFUSED
+from slimgpt.models.families import LLAMA, MULTIMODAL
 from slimgpt.models.families.unknown import HELP, found_in
-from slimgpt.models.lookup import head_dim, lookup, missing_module, text_config, with_sizes
+from slimgpt.models.lookup import head_dim, is_slim, lookup, missing_module, refusal, text_config, with_sizes
 from slimgpt.models.modeling_slim import SlimMixin, build_layer, keep_buffers
 from slimgpt.models.slicing import State
 
@@ -47,8 +47,10 @@ def resizing(config: PreTrainedConfig, architecture: Architecture) -> Resizing |
 
 
 @cache
-def _slim_class(base: type[PreTrainedModel], layers: str, resizing: Resizing | None) -> type[PreTrainedModel]:
-    values = {"_slim_layers": layers, "_slim_resizing": resizing, "__module__": __name__}
+def _slim_class(
+    base: type[PreTrainedModel], layers: str, resizing: Resizing | None, varying: tuple[str, ...]
+) -> type[PreTrainedModel]:
+    values = {"_slim_layers": layers, "_slim_resizing": resizing, "_slim_varying": varying, "__module__": __name__}
     return type(f"Slim{base.__name__}", (SlimMixin, base), values)
 
 
@@ -56,7 +58,7 @@ def slim_class(
     base: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture
 ) -> type[PreTrainedModel]:
     """The subclass of a stock causal LM that builds every layer from its own config."""
-    return _slim_class(base, architecture.layers, resizing(config, architecture))
+    return _slim_class(base, architecture.layers, resizing(config, architecture), tuple(sorted(architecture.varying)))
 
 
 def slim_bases(base: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
@@ -91,25 +93,20 @@ def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, archi
             layers = layers.removeprefix(f"{base.base_model_prefix}.")
         text += f'\n\nclass Slim{stock.__name__}(SlimMixin, {stock.__name__}):\n    _slim_layers = "{layers}"\n'
         text += f"    _slim_resizing = {shape_overrides!r}\n" if shape_overrides is not None else ""
+        text += f"    _slim_varying = {tuple(sorted(architecture.varying))!r}\n" if architecture.varying else ""
     return text
 
 
-def slim_modeling(config: PreTrainedConfig) -> tuple[str, str] | None:
-    """The class name and the text of the modeling file of a checkpoint whose layers differ in width; else ``None``."""
-    architecture = lookup(config)
-    if architecture is None or not text_config(config).is_heterogeneous:
-        return None
-    base = stock_class(config)
-    return slim_class(base, config, architecture).__name__, modeling_source(base, config, architecture)
-
-
 def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal LM class that transformers has for this config, or the one that also reads images.
+    """The class of the whole model that transformers has for this config: a causal LM, or one that also reads images.
+
+    A config with a part for text may have a causal LM class too, for the text alone; that one holds another model.
 
     Raises:
         UnsupportedFamilyError: there is none.
     """
-    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+    classes = [AutoModelForCausalLM, AutoModelForImageTextToText]
+    for auto in classes if text_config(config) is config else classes[::-1]:
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]  # type: ignore[return-value]
     raise UnsupportedFamilyError(
@@ -127,13 +124,13 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """
     base = stock_class(config)
     architecture = lookup(config)
-    if text_config(config).is_heterogeneous and architecture is not None:
+    if architecture is not None and is_slim(config):
         base = slim_class(base, config, architecture)
     try:
         with torch.device("meta"):
             return base(copy.deepcopy(config))
     except Exception as error:  # the constructors check little: whatever a value in the config made of it
-        reason = first_line(error)
+        reason = one_line(error)
         padding, vocabulary = text_config(config).pad_token_id, text_config(config).vocab_size
         if isinstance(error, AssertionError) and padding is not None and padding >= vocabulary:
             reason = (
@@ -159,8 +156,8 @@ def architecture_of(config: PreTrainedConfig, model: nn.Module | None = None) ->
     if known is not None and missing is None:
         return known
     family = f"model_type '{config.model_type}'"
-    if config.model_type in REFUSED:
-        raise UnsupportedFamilyError(f"{family} is not supported: {REFUSED[config.model_type]}; see `slimgpt families`")
+    if (reason := refusal(config)) is not None:
+        raise UnsupportedFamilyError(f"{family} is not supported: {reason}; see `slimgpt families`")
     if known is not None:
         reason = f"{family} is described otherwise: module '{missing}' was not found in {type(model).__name__}"
     elif missing is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from slimgpt.errors import ModelError, first_line
+from slimgpt.errors import ModelError, one_line
 from slimgpt.runtime.devices import DTYPES
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -30,7 +30,7 @@ LIMITS = {
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts")
 """Sizes that may be 0."""
 
-MOST_EXPERTS = 10_000
+MOST_EXPERTS = 100_000
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def read_object(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
-            f"{file} cannot be read: {first_line(error)}; it must be JSON in UTF-8: fetch it again"
+            f"{file} cannot be read: {one_line(error)}; it must be JSON in UTF-8: fetch it again"
         ) from error
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds no settings but a {type(content).__name__}; fetch it again")
@@ -120,15 +120,17 @@ def _check_dtype(file: Path, key: str, value: Any) -> None:
 
 
 def read_generation_config(folder: Path) -> GenerationConfig:
-    """The settings for generation of a model folder.
+    """The settings for generation of a model folder: from their own file, or, as older folders have them, from the
+    model's config.
 
     Raises:
-        ModelError: its file holds values that transformers does not take.
+        ModelError: the file holds values that transformers does not take.
     """
+    old = not (folder / GENERATION_FILE).is_file()
+    name = CONFIG_FILE if old else GENERATION_FILE
     try:
-        return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_pretrained(folder, config_file_name=name, _from_model_config=old)
     except Exception as error:
         raise ModelError(
-            f"{folder / GENERATION_FILE} cannot be read: {first_line(error)}; correct it, or delete it: it is not "
-            "needed"
+            f"{folder / name} cannot be read: {one_line(error)}; correct it, or delete it: it is not needed"
         ) from error

@@ -18,18 +18,45 @@ from slimgpt.models.families.moe import Experts
 from slimgpt.models.slicing import State
 
 
-def intermediate(module: Any, expert: int, tokens: Tensor) -> Tensor:
+def routed(arguments: tuple[Any, ...], experts: Experts, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens ``(tokens, hidden)``, the experts of each and their weights, ``(tokens, k)``, of one call.
+
+    Args:
+        arguments: what the module of the experts was called with.
+        count: how many experts it holds.
+    """
+    if not experts.scaled_inputs:
+        tokens, index, weights = arguments
+        return tokens, index, weights
+    by_expert = arguments[0].view(count, -1, arguments[0].shape[-1])
+    index = by_expert.abs().amax(-1).argmax(0).unsqueeze(1)
+    return by_expert.sum(0), index, by_expert.new_ones(index.shape)
+
+
+def returned(outputs: Tensor, experts: Experts, count: int) -> Tensor:
+    """What the module of the experts returns, from the sum of their outputs ``(tokens, hidden)``."""
+    if not experts.scaled_inputs:
+        return outputs
+    return torch.cat([outputs, outputs.new_zeros((count - 1) * len(outputs), outputs.shape[1])])  # summed by the layer
+
+
+def intermediate(module: Any, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
     """The inputs of an expert's output matrix, ``(count, width)``, by the module's own gate or activation.
 
     Args:
         module: the module that holds all experts of a layer.
         tokens: ``(count, hidden)``.
     """
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    weight = getattr(module, name)[expert]
-    bias = getattr(module, f"{name}_bias")[expert] if module.has_bias else None
-    rows = F.linear(tokens, weight.T if module.is_transposed else weight, bias)
-    return module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    gated = hasattr(module, "gate_up_proj")
+    name = "gate_up_proj" if gated else "up_proj"
+    weight, biases = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+    rows = F.linear(tokens, weight.T if experts.transposed else weight, None if biases is None else biases[expert])
+    if not gated:
+        return module.act_fn(rows)
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(rows)
+    gate, up = rows.chunk(2, dim=-1)
+    return up * module.act_fn(gate)
 
 
 def down_matrix(tensors: Mapping[str, Tensor], experts: Experts, expert: int) -> tuple[Tensor, Tensor | None]:
@@ -47,7 +74,7 @@ def expert_output(module: nn.Module, experts: Experts, expert: int, tokens: Tens
     """What an expert makes of its tokens, ``(count, hidden)``, before the router's weight."""
     tensors = {f"{experts.module}.{name}": value for name, value in module.named_parameters()}
     W, bias = down_matrix(tensors, experts, expert)
-    return F.linear(intermediate(module, expert, tokens), W, bias)
+    return F.linear(intermediate(module, experts, expert, tokens), W, bias)
 
 
 def keep_experts(state: State, experts: Experts, kept: Tensor) -> State:
@@ -56,8 +83,13 @@ def keep_experts(state: State, experts: Experts, kept: Tensor) -> State:
     Args:
         kept: ``(keep,)`` long, sorted.
     """
-    stacked = (f"{experts.module}.", f"{experts.router}.")
-    return {name: t[kept.to(t.device)] if name.startswith(stacked) else t for name, t in state.items()}
+    stacked, count = (f"{experts.module}.", f"{experts.router}."), len(state[experts.key])
+    kept_state = dict(state)
+    for name, tensor in state.items():
+        if name.startswith(stacked) or name in experts.per_expert:
+            axis = tensor.shape.index(count)  # some hold a correction as a row: (1, experts)
+            kept_state[name] = tensor.index_select(axis, kept.to(tensor.device))
+    return kept_state
 
 
 def scale_experts(state: State, experts: Experts, scales: Tensor) -> State:

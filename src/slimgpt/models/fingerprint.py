@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from slimgpt.models import adapters
+from slimgpt.models.quantization import MODELOPT_FILE
 from slimgpt.models.source import Source, weights_folder
 from slimgpt.models.streaming import WeightFiles
 
@@ -21,7 +22,8 @@ def source_files(source: Source) -> list[Path]:
     """
     folder = weights_folder(source)
     if folder is not None:
-        files = [folder / "config.json", *WeightFiles(folder).files]
+        beside = [file for file in [folder / MODELOPT_FILE] if file.is_file()]
+        files = [folder / "config.json", *beside, *WeightFiles(folder).files]
     else:
         files = [Path(source.location) / str(source.gguf_file)]
     if source.adapter is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from slimgpt.errors import ModelError, first_line
+from slimgpt.errors import ModelError, one_line
 from slimgpt.models.lookup import head_dim, text_config
 
 INSTEAD = "give the folder of the model that the file was made from"
@@ -110,7 +110,7 @@ def _header(file: Path) -> Header:
         return _read_header(file, state.st_size, state.st_mtime_ns)
     except Exception as error:  # NumPy, mmap and gguf-py each fail in their own way on a damaged file
         raise ModelError(
-            f"{file} cannot be read as GGUF: {first_line(error)}; is the file whole? Fetch it again"
+            f"{file} cannot be read as GGUF: {one_line(error)}; is the file whole? Fetch it again"
         ) from error
 
 

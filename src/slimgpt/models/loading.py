@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,30 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from slimgpt.errors import ModelError, UnsupportedFamilyError, first_line
+from slimgpt.errors import ModelError, UnsupportedFamilyError, one_line
 from slimgpt.io.tensors import align
 from slimgpt.models.adapters import merge, trained_ties
 from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
-from slimgpt.models.config_files import check_config_files
+from slimgpt.models.config_files import GENERATION_FILE, check_config_files, read_generation_config
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
 from slimgpt.models.gguf_file import check_file, restore_positions
-from slimgpt.models.lookup import text_config
-from slimgpt.models.source import Source, check_files, has_weights, locate
-from slimgpt.models.streaming import untie_as_stored
+from slimgpt.models.lookup import is_slim
+from slimgpt.models.quantization import strip_quantization
+from slimgpt.models.source import Source, check_files, has_weights, locate, weights_folder
+from slimgpt.models.streaming import WeightFiles, stored_dtype, untie_as_stored
 from slimgpt.models.ties import is_tied, untie, untie_as_held
 from slimgpt.models.unknown_tensors import refuse_unknown, unknown_tensors
 from slimgpt.models.weight_conversion import ConvertedFiles
 from slimgpt.runtime.devices import as_device, as_dtype
+
+SAME_AS = {"kimi_k2": "deepseek_v3"}
+"""Types that repositories have given names of their own to, by what transformers calls the same architecture."""
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+SENTENCEPIECE_MODULES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+"""What turns such a file into a fast tokenizer: the names for pip, and those for Python."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -39,15 +49,17 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     """The config alone, untied where the files of a local folder, or the adapter, have an output head of their own.
 
     Raises:
-        ModelError: it cannot be found or read, is quantised, needs remote code, or is a GGUF file whose positions no
-            config has; or its files cannot be read.
+        ModelError: it cannot be found or read, is quantised in a way that cannot be read, needs remote code, or is a
+            GGUF file whose positions no config has; or its files cannot be read.
     """
     gguf = Path(source.location) / source.gguf_file if source.gguf_file else None
     if gguf is not None:
         check_file(gguf)
     refuse_remote_code(source, trust_remote_code)
+    if source.folder is not None:  # before transformers looks at it; of a hub id, once that is known to be there
+        _refuse_unreadable(source)
     try:
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust_remote_code, **source.arguments)
+        config = _read_config(source, trust_remote_code)
     except Exception as error:  # whatever a value in the file made of it
         text = str(error)
         if "trust_remote_code" in text:
@@ -55,19 +67,35 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
                 f"{source.name} needs Python code from its own repository; read it, then pass --trust-remote-code"
             ) from error
         nowhere = "" if source.folder is not None else f"there is no folder {source.location} here, and from the hub: "
-        raise ModelError(f"cannot read the model '{source.name}': {nowhere}{first_line(error)}") from error
+        raise ModelError(f"cannot read the model '{source.name}': {nowhere}{one_line(error)}") from error
     if gguf is not None:
         restore_positions(gguf, config)
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None and not source.gguf_file:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ModelError(
-            f"{source.name} is quantised ({method}): its numbers cannot be repaired. Prune the model that it was made "
-            "from, then quantise the slim one; a GGUF file is read too, and de-quantised"
-        )
+    if not source.gguf_file:
+        _refuse_unreadable(source)
+        strip_quantization(config)
     if is_tied(config) and not source.gguf_file:
         _untie_if_needed(config, source)
     return config
+
+
+def _read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config by the class of transformers where it has one, whatever code of its own the repository brings."""
+    raw: dict[str, Any] = {}
+    if not source.gguf_file:
+        raw, _ = PreTrainedConfig.get_config_dict(source.location, **source.arguments)
+    model_type = str(raw.get("model_type"))
+    if model_type not in SAME_AS:
+        trust = trust_remote_code and model_type not in CONFIG_MAPPING
+        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust, **source.arguments)
+    other = SAME_AS[model_type]
+    warnings.warn(f"{source.name} is a {model_type}, which transformers has, and saves, as {other}", stacklevel=4)
+    values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
+    return AutoConfig.for_model(other, **values)
+
+
+def _refuse_unreadable(source: Source) -> None:
+    """Refuse a model that is quantised in a way that cannot be read: reading how raises it."""
+    _ = source.quantization
 
 
 def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:
@@ -100,7 +128,8 @@ def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
     if source.folder is None or source.gguf_file:
         return
     raw = check_config_files(source.folder)
-    if not trust_remote_code and "auto_map" in raw and raw["model_type"] not in (*ARCHITECTURES, *MULTIMODAL):
+    known = (*ARCHITECTURES, *MULTIMODAL, *CONFIG_MAPPING, *SAME_AS)
+    if not trust_remote_code and "auto_map" in raw and raw["model_type"] not in known:
         raise ModelError(
             f"{source.name} (model_type '{raw['model_type']}') comes with Python code of its own ({raw['auto_map']}); "
             "no such code runs unless you read it and pass --trust-remote-code"
@@ -119,10 +148,35 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     try:
         return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:
-        reason = first_line(error)
+        reason = one_line(error)
         if Path(location).is_dir() and not any(file.name in TOKENIZER_FILES for file in Path(location).iterdir()):
             reason = f"{location} has none of {', '.join(TOKENIZER_FILES)}"
+        elif (lacking := _lacking_modules(Path(location))) is not None:
+            reason = lacking
         raise ModelError(f"cannot read the tokenizer of '{source.name}': {reason}") from error
+
+
+def _lacking_modules(folder: Path) -> str | None:
+    """What is to be installed for a SentencePiece model without a ``tokenizer.json``; ``None`` if nothing is.
+
+    transformers itself asks for tiktoken there.
+    """
+    if not (folder / SENTENCEPIECE_FILE).is_file() or (folder / "tokenizer.json").is_file():
+        return None
+    lacking = [name for name, module in SENTENCEPIECE_MODULES.items() if not _installed(module)]
+    if not lacking:
+        return None
+    return (
+        f"{folder} has {SENTENCEPIECE_FILE} and no tokenizer.json; to read it: pip install {' '.join(lacking)}, or "
+        "save the tokenizer as tokenizer.json where these are installed"
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it lies in is not there
+        return False
 
 
 def load_model(
@@ -146,17 +200,23 @@ def load_model(
     if source.adapter is not None:  # what is merged may be untied; the base is loaded as its own files say
         config = load_config(replace(source, adapter=None), trust_remote_code)
     torch_dtype = as_dtype(dtype)
-    if torch_dtype == "auto" and source.gguf_file:
-        torch_dtype = torch.float32
+    quantization = source.quantization
+    if torch_dtype == "auto" and (source.gguf_file or quantization is not None):
+        torch_dtype = stored_dtype(source, config, "auto")
     architecture = architecture_of(config)
     check_files(source)
     base = stock_class(config)
-    if text_config(config).is_heterogeneous:
+    if is_slim(config):
         base = slim_class(base, config, architecture)
-    arguments = dict(source.arguments) if source.gguf_file else {"use_safetensors": True}
+    arguments: dict[str, Any] = dict(source.arguments) if source.gguf_file else {"use_safetensors": True}
+    location: str | None = source.location
+    folder = weights_folder(source) if quantization is not None else None
+    if folder is not None:  # transformers is given the tensors, as our reader has them
+        assert isinstance(torch_dtype, torch.dtype)
+        location, arguments = None, {"state_dict": WeightFiles(folder, torch_dtype).slices()}
     try:
-        model, info = base.from_pretrained(
-            source.location,
+        model, info = base.from_pretrained(  # type: ignore[misc]
+            location,
             config=config,
             dtype=torch_dtype,
             output_loading_info=True,
@@ -164,11 +224,11 @@ def load_model(
             trust_remote_code=trust_remote_code,
             # A full model is the model: where an adapter lies beside it, transformers would put that on top.
             adapter_kwargs={"subfolder": "no-adapter"},
-            **arguments,  # type: ignore[arg-type]
+            **arguments,
         )
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         hint = "; is the file whole?" if source.gguf_file else ""
-        raise ModelError(f"cannot load the weights of '{source.name}': {first_line(error)}{hint}") from error
+        raise ModelError(f"cannot load the weights of '{source.name}': {one_line(error)}{hint}") from error
     mismatched: Any = info.get("mismatched_keys") or ()
     if mismatched:
         name, stored, expected = min(mismatched)
@@ -187,6 +247,11 @@ def load_model(
     model.config.name_or_path = source.name  # what reports and cards say, rather than a path of this machine
     if source.adapter is not None:
         model = merge(model, source.adapter)  # type: ignore[assignment]
+    if folder is not None and quantization is not None:
+        if (folder / GENERATION_FILE).is_file():
+            model.generation_config = read_generation_config(folder)
+        # For the report of a run in memory.
+        model.dequantized_from = quantization.to_json(model.dtype)  # type: ignore[assignment]
     # A GGUF file is de-quantised on the way in; with the mark left on, the model could not be saved.
     for holder in (model.config, model):
         for mark in ("quantization_config", "hf_quantizer", "quantization_method", "is_quantized"):

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from slimgpt.errors import UsageError
 from slimgpt.models.architecture import Architecture, Sizes
-from slimgpt.models.families import ARCHITECTURES, LLAMA, MULTIMODAL, PARTS
+from slimgpt.models.families import ARCHITECTURES, LLAMA, MULTIMODAL, PARTS, REFUSED
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -53,15 +53,33 @@ def check_ids(ids: Tensor, vocabulary: int, subject: str) -> None:
 
 def lookup(config: PreTrainedConfig) -> Architecture | None:
     """The description of a config's family, unchecked; ``None`` if the table has none."""
+    architecture, text = _described(config), text_config(config)
+    if not isinstance(architecture, Architecture) or text is config:
+        return architecture if isinstance(architecture, Architecture) else None
+    prefix = MULTIMODAL.get(config.model_type)
+    layers = f"{prefix}.{architecture.layers.removeprefix('model.')}"
+    return replace(architecture, layers=layers, relabel=None) if prefix else None
+
+
+def refusal(config: PreTrainedConfig) -> str | None:
+    """Why a model of this config is refused, if somebody has looked at its family; else ``None``."""
+    reason = _described(config)
+    if isinstance(reason, str):
+        return reason
+    return REFUSED.get(config.model_type, REFUSED.get(text_config(config).model_type) if reason is None else None)
+
+
+def _described(config: PreTrainedConfig) -> Architecture | str | None:
     text = text_config(config)
     entry = ARCHITECTURES.get(text.model_type, PARTS.get(text.model_type))
-    architecture = entry(text) if callable(entry) else entry
-    if architecture is None or text is config:
-        return architecture
-    prefix = MULTIMODAL.get(config.model_type)
-    if not prefix:
-        return None
-    return replace(architecture, layers=f"{prefix}.{architecture.layers.removeprefix('model.')}", relabel=None)
+    return entry(text) if callable(entry) else entry
+
+
+def is_slim(config: PreTrainedConfig) -> bool:
+    """Whether layers have widths of their own, beyond what differs by layer in the family's dense models."""
+    text, architecture = text_config(config), lookup(config)
+    differing = text.per_layer_attributes or set()
+    return bool(differing - (architecture.varying if architecture is not None else set()))
 
 
 def missing_module(model: nn.Module, architecture: Architecture) -> str | None:
@@ -112,4 +130,6 @@ def size_fields(config: PreTrainedConfig, sizes: Sizes) -> dict[str, int]:
     """The config fields that say these widths, ``head_dim`` among them where the family takes it."""
     architecture = lookup(config) or LLAMA
     values = {config.attribute_map.get(name, name): value for name, value in architecture.write(sizes).items()}
+    if architecture.varying:
+        return {name: value for name, value in values.items() if name not in architecture.varying}
     return values if architecture.resized else {**values, "head_dim": head_dim(config)}

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
     raise ImportError("this checkpoint needs a transformers release with PreTrainedConfig.per_layer_config (5.20+)")
@@ -66,16 +66,29 @@ class SlimMixin:
 
     _slim_layers = "model.layers"
     _slim_resizing: Any = None
+    _slim_varying: Any = ()  # fields that differ by layer in the family's dense models, too
 
     # Without annotations: vLLM looks at those of a model's constructor, and stumbles over Any.
     def __init__(self, config, *args, **kwargs):
         # The model around the layers reads the global fields, such as the base class's dense layers here;
         # it does so only to be built, and what is built from them is replaced.
-        config.get_text_config(decoder=True).allow_global_per_layer_attribute_access = True
+        text = config.get_text_config(decoder=True)
+        text.allow_global_per_layer_attribute_access = True
+        overrides = text.__dict__.pop("_heterogeneity_spec", None)
+        if overrides is not None and self._slim_varying:
+            own = {i: {k: v for k, v in layer.items() if k in self._slim_varying}
+                   for i, layer in overrides.per_layer_overrides.items()}  # fmt: skip
+            text.per_layer_config = copy.deepcopy(own)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        self._narrow_layers(config.get_text_config(decoder=True))
+        around = copy.copy(text)
+        text._heterogeneity_spec = overrides
+        self._narrow_layers(text, around)
 
-    def _narrow_layers(self: Any, text: PreTrainedConfig) -> None:
+    def _narrow_layers(self: Any, text: Any, around: Any) -> None:
+        # Rotary embeddings ask for the config of a kind of layers, which must be the same in all of that kind.
+        for module in self.modules():
+            if getattr(module, "config", None) is text and not isinstance(module, PreTrainedModel):
+                module.config = around
         layers = self.get_submodule(self._slim_layers)
         for index in range(len(layers)):
             own = text.per_layer_config[index]

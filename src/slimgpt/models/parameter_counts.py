@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimgpt.models.architecture import CHANNELS, Sizes, Structure
 from slimgpt.models.build import architecture_of, empty_model
 from slimgpt.models.families.moe import EXPERTS, SHARED, Experts, Mixture
-from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.lookup import layer_sizes, text_config
 from slimgpt.models.slicing import output_matrix, slice_state
 
 
@@ -45,10 +45,15 @@ class LayerShape:
     unit_parameters: dict[str, int]  # by "kv", "query", "ffn"; what the layer has not, or must keep, is not there
     experts: ExpertsShape | None = None
 
+    @property
+    def has_ffn(self) -> bool:
+        """Whether it has an FFN, or experts, whose channels can be removed; some hybrids have layers without."""
+        return "ffn" in self.unit_parameters
+
     def channel_parameters(self, sizes: Sizes) -> int:
         """The parameters of one FFN channel once the layer has these sizes: fewer, if experts are gone."""
         if self.experts is None:
-            return self.unit_parameters["ffn"]
+            return self.unit_parameters.get("ffn", 0)
         return sizes[EXPERTS] * self.unit_parameters["channel"] + self.experts.tied * self.unit_parameters.get(
             "shared", 0
         )
@@ -57,7 +62,7 @@ class LayerShape:
         """The parameters that the FFN, or the experts, lose with these sizes."""
         lost = self.sizes[CHANNELS] - sizes[CHANNELS]
         if self.experts is None:
-            return lost * self.unit_parameters["ffn"]
+            return lost * self.unit_parameters.get("ffn", 0)
         experts = self.sizes[EXPERTS] - sizes[EXPERTS]
         shared = self.sizes.get(SHARED, 0) - sizes.get(SHARED, 0)
         return (
@@ -120,14 +125,19 @@ def describe(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> 
 
 
 def _experts_shape(config: PreTrainedConfig, architecture: Mixture, sizes: Sizes) -> ExpertsShape:
-    tied = sizes[SHARED] // sizes[CHANNELS] if architecture.shared_count is not None else 0
+    config = text_config(config)
+    tied = sizes.get(SHARED, 0) // sizes[CHANNELS] if architecture.shared_count is not None else 0
     return ExpertsShape(architecture.least_experts(config), architecture.groups_of_experts(config), tied)
 
 
 def _expert_parameters(layer: nn.Module, experts: Experts, sizes: Sizes) -> dict[str, int]:
     """What goes with a whole expert, and with one channel of it: everything but its router's row and output bias."""
     own = {name: tensor.numel() for name, tensor in layer.named_parameters() if name.startswith(f"{experts.module}.")}
-    rows = sum(t.numel() for name, t in layer.named_parameters() if name.startswith(f"{experts.router}."))
+    rows = sum(
+        tensor.numel()
+        for name, tensor in layer.named_parameters()
+        if name.startswith(f"{experts.router}.") or name in experts.per_expert
+    )
     wide = sum(numel for name, numel in own.items() if not name.endswith("down_proj_bias"))
     return {
         "expert": (sum(own.values()) + rows) // sizes[EXPERTS],

@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
 from slimgpt import assets
-from slimgpt.errors import ModelError, first_line
+from slimgpt.errors import ModelError, one_line
 from slimgpt.io import weight_files
 from slimgpt.models.adapters import CONFIG_FILE, WEIGHTS_FILE, base_of, is_adapter
+from slimgpt.models.quantization import Quantization, location_quantization
+
+WEIGHTS = ("*.json", "model*.safetensors")
+BESIDE = ("*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "README.md", "LICENSE*", "NOTICE*", "USE_POLICY.md")
+"""Files of a hub repository beside the weights: the tokenizer's, templates, code (which runs only where it is allowed)
+and terms of use."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,15 @@ class Source:
     def arguments(self) -> dict[str, str]:
         """The keyword arguments that every ``from_pretrained`` call needs."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """How the weights are quantised; ``None`` if they are not, and for a GGUF file.
+
+        Raises:
+            ModelError: in a way that cannot be read; or one of the JSON files is damaged.
+        """
+        return None if self.gguf_file else location_quantization(self.name, self.location)
 
 
 def locate(name: str) -> Source:
@@ -95,9 +111,20 @@ def weights_folder(source: Source) -> Path | None:
     if source.folder is not None:
         return source.folder
     try:
-        return Path(snapshot_download(source.location, allow_patterns=["*.json", "model*.safetensors"]))
+        return Path(snapshot_download(source.location, allow_patterns=[*WEIGHTS, *BESIDE]))
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot fetch the weights of '{source.name}': {first_line(error)}") from error
+        raise ModelError(f"cannot fetch the weights of '{source.name}': {one_line(error)}") from error
+
+
+def fetched(source: Source) -> Source:
+    """The source with its files on this machine, so that all that is read of it is read from one folder.
+
+    Raises:
+        ModelError: the hub cannot be reached, or has no safetensors files of it.
+    """
+    if source.gguf_file or source.folder is not None:
+        return source
+    return replace(source, location=str(weights_folder(source)))
 
 
 def has_weights(folder: Path) -> bool:
@@ -109,7 +136,8 @@ def check_files(source: Source) -> None:
     """Open the header of every safetensors file of a local model before anything long begins.
 
     Raises:
-        ModelError: there is no safetensors file, one cannot be read, or a tensor is in two of them.
+        ModelError: there is no safetensors file, one cannot be read, a tensor is in two of them, or one is of 8 bits
+            and no config tells its scales.
     """
     if source.folder is not None and not source.gguf_file:
-        weight_files.check_files(weight_files.weight_files(source.folder))
+        weight_files.check_files(weight_files.weight_files(source.folder), narrow=source.quantization is not None)

@@ -50,14 +50,16 @@ def apply_sizes(model: PreTrainedModel, architecture: Architecture, sizes: list[
     """
     config = text_config(model.config)
     layers = [size_fields(config, layer) for layer in sizes]
-    config.per_layer_config = None  # type: ignore[assignment]
+    own = _varying(config, architecture)  # what differs by layer in the dense model, too
+    config.per_layer_config = own or None  # type: ignore[assignment]
     if is_uniform(sizes) and _own_config(config, sizes[0]) is not None:
         for field, value in layers[0].items():
             setattr(config, field, value)
         return
     if "head_dim" in layers[0]:
         config.head_dim = layers[0]["head_dim"]  # type: ignore[attr-defined]
-    config.per_layer_config = dict(enumerate(layers))  # type: ignore[assignment]
+    overrides = {index: {**own.get(index, {}), **layer} for index, layer in enumerate(layers)}
+    config.per_layer_config = overrides  # type: ignore[assignment]
     config.allow_global_per_layer_attribute_access = True
     if not isinstance(model, SlimMixin):
         model.__class__ = slim_class(type(model), model.config, architecture)
@@ -76,13 +78,24 @@ def _values(config: PreTrainedConfig, sizes: Sizes) -> dict[str, Any]:
     """The fields of a config with these widths in place of its own."""
     drop = ("per_layer_config", "allow_global_per_layer_attribute_access", "auto_map", "architectures", "model_type")
     values = {key: value for key, value in config.to_dict().items() if key not in drop}
-    return {**values, **size_fields(config, sizes)}
+    architecture = lookup(config)
+    own = _varying(config, architecture) if architecture is not None else {}
+    return {**values, **size_fields(config, sizes), **({"per_layer_config": own} if own else {})}
+
+
+def _varying(config: PreTrainedConfig, architecture: Architecture) -> dict[int, dict[str, Any]]:
+    """The overrides by layer that the family's dense models have."""
+    if not architecture.varying or not config.is_heterogeneous:
+        return {}
+    overrides = copy.deepcopy(config._heterogeneity_spec.per_layer_overrides)
+    own = {i: {k: v for k, v in layer.items() if k in architecture.varying} for i, layer in overrides.items()}
+    return {index: layer for index, layer in own.items() if layer}
 
 
 def _own_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | None:
     """The family's own config with these widths; ``None`` where it cannot say them, or its validator refuses them."""
     if (architecture := lookup(config)) is not None:
-        dense = architecture.read(config)
+        dense = architecture.read(config.per_layer_config[0])
         written = architecture.write(dense)
         if architecture.resized and sizes[HEADS] != dense[HEADS]:
             return None

@@ -14,7 +14,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimgpt.errors import ModelError, NumericalError
 from slimgpt.io.weight_files import check_files, weight_files
 from slimgpt.models.build import architecture_of, empty_model, rebuild_layer
-from slimgpt.models.config_files import GENERATION_FILE, read_generation_config
+from slimgpt.models.config_files import read_generation_config
+from slimgpt.models.quantization import folder_quantization
+from slimgpt.models.quantized_tensors import QuantizedTensor, quantized_tensors
 from slimgpt.models.source import Source, weights_folder
 from slimgpt.models.ties import untie, warn_untied
 from slimgpt.models.unknown_tensors import refuse_unknown, unknown_tensors
@@ -24,41 +26,91 @@ from slimgpt.runtime.devices import DTYPES
 class WeightFiles:
     """The tensors of a folder's safetensors files by name.
 
-    Files are mapped, not read: a tensor's pages come from disk when it is used and do not count as memory of ours.
+    Files are mapped, not read: a tensor's pages come from disk when it is used and do not count as memory of ours. What
+    is quantised is read with its scales and de-quantised whenever it is asked for, and has the name and shape that it
+    had before.
 
     Args:
         folder: the model folder.
+        dtype: what quantised tensors become.
+
+    Attributes:
+        quantization: how the folder is quantised; ``None`` if it is not.
 
     Raises:
-        ModelError: see :func:`slimgpt.io.weight_files.weight_files` and ``check_files`` there.
+        ModelError: see :func:`slimgpt.io.weight_files.weight_files` and ``check_files`` there; or the numbers of a
+            quantised folder cannot be had back.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.files = folder, weight_files(folder)
-        check_files(self.files)
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16):
+        self.folder, self.files, self._dequantized = folder, weight_files(folder), dtype
+        self.quantization = folder_quantization(folder)
+        check_files(self.files, narrow=self.quantization is not None)
         self._handles = [safe_open(file, framework="pt") for file in self.files]
         self._where = {name: handle for handle in self._handles for name in handle.keys()}  # noqa: SIM118
+        self._stored = dict(self._where)
+        self._quantized: dict[str, QuantizedTensor] = {}
+        if self.quantization is not None:
+            kinds = {name: handle.get_slice(name).get_dtype() for name, handle in self._stored.items()}
+            self._quantized, dropped = quantized_tensors(str(folder), kinds, self._stored_shape, self.quantization)
+            parts = {part for tensor in self._quantized.values() for part in tensor.parts}
+            plain = {name: handle for name, handle in self._stored.items() if name not in parts | dropped}
+            self._where = {**plain, **{name: self._stored[t.parts[0]] for name, t in self._quantized.items()}}
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
+        tensor = self._quantized.get(name)
+        if tensor is None:
+            return self._where[name].get_tensor(name)
+        if self.quantization is not None:
+            self.quantization.check_library(str(self.folder))
+        parts = [self._stored[part].get_tensor(part) for part in tensor.parts]
+        return tensor.decode(parts, self._dequantized)
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the first floating-point tensor."""
+        if self.quantization is not None:
+            return self._dequantized
         tensors = (self[name] for name in self._where)
         return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from the file's header."""
-        return tuple(self._where[name].get_slice(name).get_shape())
+        tensor = self._quantized.get(name)
+        if tensor is None:
+            return self._stored_shape(name)
+        part = tensor.shape_part
+        return tensor.shape(
+            self._stored_shape(tensor.parts[0]) if part is None else self._stored[part].get_tensor(part)
+        )
+
+    def slices(self) -> dict[str, Any]:
+        """Every tensor as ``from_pretrained`` takes them in a state dict: read when it is indexed, not before."""
+        return {
+            name: _Slice(self, name) if name in self._quantized else handle.get_slice(name)
+            for name, handle in self._where.items()
+        }
+
+    def _stored_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._stored[name].get_slice(name).get_shape())
 
     def unknown(self, model: PreTrainedModel) -> list[str]:
         """The names of tensors that the model does not have and that matter, sorted."""
         expected = model.state_dict()
         return unknown_tensors(model, (name for name in self._where if name not in expected))
+
+
+class _Slice:
+    """A quantised tensor that is read when it is indexed."""
+
+    def __init__(self, weights: WeightFiles, name: str):
+        self.weights, self.name = weights, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return WeightFiles.__getitem__(self.weights, self.name)[index]
 
 
 class StreamedModel:
@@ -89,8 +141,7 @@ class StreamedModel:
         self.model.load_state_dict(state, strict=False, assign=True)
         self.model.tie_weights()
         _fill_buffers(self.model)
-        if (weights.folder / GENERATION_FILE).is_file():
-            self.model.generation_config = read_generation_config(weights.folder)
+        self.model.generation_config = read_generation_config(weights.folder)
         self.model.eval()
         self.model.requires_grad_(False)
 
@@ -188,13 +239,15 @@ def _fill_buffers(model: PreTrainedModel) -> None:
 
 
 def stored_dtype(source: Source, model_config: Any, dtype: str) -> torch.dtype:
-    """The type that weights are saved in: the one asked for, or their own."""
+    """The type that weights are saved in: the one asked for, or their own; bfloat16 for quantised ones."""
     if dtype != "auto":
         return DTYPES[dtype]
     if source.gguf_file:
         return torch.float32
     if model_config.dtype is not None:
         return model_config.dtype
+    if source.quantization is not None:
+        return torch.bfloat16
     folder = weights_folder(source)
     if folder is None or not any(folder.glob("*.safetensors")):  # a plan needs no weights
         return torch.float32

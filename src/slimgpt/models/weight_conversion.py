@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -24,6 +26,9 @@ from transformers.core_model_loading import (
 from slimgpt.models.streaming import WeightFiles
 from slimgpt.models.unknown_tensors import unknown_tensors
 
+Piece = tuple[str, str | None]
+"""A name in the files, and the pattern of the converter that it matched; no pattern where it is as stored."""
+
 
 class ConvertedFiles(WeightFiles):
     """The tensors of a folder by the names that the model gives them.
@@ -31,20 +36,20 @@ class ConvertedFiles(WeightFiles):
     Args:
         folder: the model folder.
         model: the model, its empty form will do.
+        dtype: what quantised tensors become.
 
     Raises:
         ModelError: a file cannot be read.
     """
 
-    def __init__(self, folder: Path, model: PreTrainedModel):
-        super().__init__(folder)
+    def __init__(self, folder: Path, model: PreTrainedModel, dtype: torch.dtype = torch.bfloat16):
+        super().__init__(folder, dtype)
         mapping = get_model_conversion_mapping(model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         self._by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         state = model.state_dict()
-        # By the model's name: the files' names with the pattern that each matched; no pattern where it is as stored.
-        self._pieces: dict[str, list[tuple[str, str | None]]] = {}
+        self._pieces: dict[str, list[Piece]] = {}  # by the model's name
         self._without_place: list[str] = []
         for name in sorted(self._where, key=dot_natural_key):
             target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
@@ -62,7 +67,17 @@ class ConvertedFiles(WeightFiles):
         pieces = self._pieces[name]
         if pieces[0][1] is None:
             return super().__getitem__(pieces[0][0])
-        return self._convert(name, [(pattern, WeightFiles.__getitem__(self, file)) for file, pattern in pieces])
+        stacked = self._stack(pieces)
+        if stacked is None:
+            return self._convert(name, [(pattern, WeightFiles.__getitem__(self, file)) for file, pattern in pieces])
+        # One expert at a time: what is de-quantised is not mapped, and would be in memory three times.
+        result = torch.empty(0)
+        for index, expert in enumerate(stacked):
+            own = self._convert(name, [(pattern, WeightFiles.__getitem__(self, file)) for file, pattern in expert])
+            if index == 0:
+                result = own.new_empty(len(stacked), *own.shape[1:])
+            result[index] = own[0]
+        return result
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor once it is converted, from the files' headers."""
@@ -75,6 +90,18 @@ class ConvertedFiles(WeightFiles):
     def unknown(self, model: PreTrainedModel) -> list[str]:
         """The names, as the model would have them, of tensors that it does not have and that matter, sorted."""
         return unknown_tensors(model, dict.fromkeys(self._without_place))
+
+    def _stack(self, pieces: list[Piece]) -> list[list[Piece]] | None:
+        """The pieces of every matrix that the converter stacks; ``None`` where it does more than that."""
+        merge, *others = self._by_pattern[str(pieces[0][1])].operations
+        plain = isinstance(merge, MergeModulelist) and merge.dim == 0
+        if not plain or not all(isinstance(other, Concatenate) and other.dim > 0 for other in others):
+            return None
+        by_pattern: dict[str | None, list[Piece]] = {}
+        for piece in pieces:
+            by_pattern.setdefault(piece[1], []).append(piece)
+        counts = {len(own) for own in by_pattern.values()}
+        return [list(expert) for expert in zip(*by_pattern.values())] if len(counts) == 1 else None
 
     def _convert(self, name: str, tensors: list[tuple[str | None, Tensor]]) -> Tensor:
         converter: Any = deepcopy(self._by_pattern[str(tensors[0][0])])

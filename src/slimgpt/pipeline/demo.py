@@ -23,6 +23,7 @@ from slimgpt.models.source import locate
 from slimgpt.pipeline.callbacks import Callbacks
 from slimgpt.pipeline.in_memory import run_in_memory
 from slimgpt.pipeline.prepare import make_job, prepare
+from slimgpt.pipeline.self_written import with_self_written
 from slimgpt.pruning.report import PruneReport, with_evaluation
 from slimgpt.runtime.distributed import Ranks
 
@@ -67,7 +68,7 @@ class DemoResult:
                 "window": WINDOW,
                 "tokens": EVALUATION_TOKENS,
                 "speed": "256 prompt tokens, 32 new tokens, batch 1, median of 5 rounds taken in turn",
-                "peak_memory": "a fresh process that loads the folder with plain transformers and generates 16 tokens",
+                "peak_memory": "a fresh process that loads the folder and generates 16 tokens",
             },
             "versions": self.report.versions,
         }
@@ -108,8 +109,9 @@ def run_demo(
 
     say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
     tokens = tokens_to_distill(config, prepared.shape, prepared.plan, prepared.windows)
-    job = make_job(prepared, Ranks(), tokens)
-    report = run_in_memory(model, job, callbacks or Callbacks(), prepared.budget)
+    callbacks, ranks = callbacks or Callbacks(), Ranks()
+    job = with_self_written(prepared, make_job(prepared, ranks, tokens), model, ranks, None, callbacks.prepare_step)
+    report = run_in_memory(model, job, callbacks, prepared.budget)
     slim = model
 
     say("measuring the slim model")
@@ -128,7 +130,7 @@ def run_demo(
     dense, _ = load(str(dense_folder))  # `model` itself is the slim one by now
     speeds = measure_speed([dense, slim])
     del model, slim, dense  # the fresh processes need the memory
-    say("loading both folders with plain transformers in fresh processes")
+    say("loading both folders in fresh processes")
     memory = [peak_memory(locate(str(path))) for path in (dense_folder, folder)]
     sides = [
         Side(parameters, weight_bytes(path), quality[0], speed.prefill, speed.decode, peak, quality[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from slimgpt.calibration.windows import evaluation_tokens
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.schedule import BACKWARD_COST, passes_to_distill, tokens_to_distill
 from slimgpt.models.architecture import KV_HEADS
@@ -41,6 +42,7 @@ class Estimate:
         flops_before: per generated token, the attention over the context left out.
         memory: bytes that pruning needs beside the mapped weights, about.
         seconds: that pruning takes on this machine, about.
+        quantization: how the model's files are quantised, and what they are read as; ``None`` if they are not.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Estimate:
     tokens: int
     device: str
     verdicts: tuple[EngineSupport, ...]
+    quantization: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -101,6 +104,9 @@ def all_flops(
     if tokens := tokens_to_distill(config, shape, plan, windows):
         # The dense model once; predictions of the dense model, of the pruned one, and back.
         flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 3 * head
+    if config.evaluate:
+        # Two texts through the dense and the pruned layers, each with its head.
+        flops["forward"] += 4 * evaluation_tokens(windows.numel()) * (each + head)
     return flops
 
 
@@ -132,6 +138,7 @@ def forecast(
     shape = describe(model_config, empty)
     stored = stored_dtype(source, model_config, dtype)
     plan = plan_for(model_config, config, shape, stored)
+    quantization = source.quantization
     dense = [layer.sizes for layer in shape.layers]
     tokens = torch.empty(config.num_samples, config.seq_len, device="meta")
     need = memory_need(empty, tokens, plan, config, stored, copied=target.type != "cpu")
@@ -152,4 +159,5 @@ def forecast(
         tokens=tokens.numel(),
         device=target.type,
         verdicts=tuple(engine_support(model_config, plan.layers, engines)),
+        quantization=None if quantization is None else quantization.to_json(stored),
     )

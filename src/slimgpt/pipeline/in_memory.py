@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimgpt.calibration.evaluation_text import evaluation_texts
 from slimgpt.calibration.generation_limits import check_fits, writing_dtype
 from slimgpt.calibration.mixture import AUTO, read_calibration
 from slimgpt.calibration.self_calibration import write_calibration
@@ -92,8 +93,8 @@ def prune(
     shape = describe(model.config, model)
     kept_dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else next(model.parameters()).dtype
     widths = plan_for(model.config, config, shape, kept_dtype)
-    text = read_calibration(calibration, tokenizer, config, text_config(model.config).vocab_size)
-    windows = text.windows
+    vocab_size = text_config(model.config).vocab_size
+    mixture = read_calibration(calibration, tokenizer, config, vocab_size)
     if isinstance(weight_dtype, torch.dtype):
         for parameter in model.parameters():  # not `model.to`: it would round rotary frequencies and other tables
             parameter.data = parameter.data.to(weight_dtype)
@@ -101,36 +102,37 @@ def prune(
     name = str(model.config.name_or_path or type(model).__name__)
     stored = next(model.parameters()).dtype
     forward = choose_forward_dtype(config.forward_dtype, stored, target)
-    check_context(model.config, "calibration windows (--seq-len)", windows.shape[1])
-    info: dict[str, Any] = {}
-    if text.self_written:
-        if next(model.parameters()).device.type != target.type:
-            check_fits(widths.parameters_before, stored.itemsize, target, budget, name)
-        windows, info = text.complete(
-            lambda count: in_eval_mode(write_calibration)(
-                model,
-                tokenizer,  # type: ignore[arg-type]  # there is no text of its own without one
-                count,
-                config.seq_len,
-                config.seed,
-                device=target,
-                dtype=writing_dtype(config.forward_dtype, stored, target),
-                budget=budget,
-                on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
-            )
+    check_context(model.config, "calibration windows (--seq-len)", mixture.windows.shape[1])
+    if mixture.self_written and next(model.parameters()).device.type != target.type:
+        check_fits(widths.parameters_before, stored.itemsize, target, budget, name)
+    text, info = mixture.complete(
+        lambda count, held_out: in_eval_mode(write_calibration)(
+            model,
+            tokenizer,  # type: ignore[arg-type]  # there is no text of its own without one
+            count,
+            config.seq_len,
+            config.seed,
+            held_out=held_out,
+            device=target,
+            dtype=writing_dtype(config.forward_dtype, stored, target),
+            budget=budget,
+            on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
         )
+    )
     job = PruneJob(
         name=name,
         config=config,
         shape=shape,
         plan=widths,
-        windows=windows,
+        windows=text.windows,
         calibration=text.source,
         device=target,
         stored=stored,
         dtype=forward,
         copied=forward is not None or next(model.parameters()).device != target,
-        distill_tokens=tokens_to_distill(config, shape, widths, windows),
+        distill_tokens=tokens_to_distill(config, shape, widths, text.windows),
+        quantization=getattr(model, "dequantized_from", {}),  # as `load` left it
+        evaluation=evaluation_texts(text, tokenizer, vocab_size) if config.evaluate else {},
         calibration_info=info,
     )
     return run_in_memory(model, job, Callbacks(on_layer, on_measured, on_distilled, on_rehearsed), budget)

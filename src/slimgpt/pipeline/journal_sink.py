@@ -103,6 +103,15 @@ class JournalSink:
         )
         self.journal.write_distilled(states if info["kept"] else (), info)
 
+    def final_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
+        layers = decoder_layers(self.model)
+
+        def final_layer(index: int) -> nn.Module:
+            state = self.journal.final_state(index)  # the weights are mapped, not read
+            return rebuild_layer(layers[index], self.model.config, index, state, plan.layers[index])
+
+        return final_layer
+
     def finish(self, report: PruneReport) -> None:
         folder = weights_folder(self.request.source)
         assemble(self.journal, self.model, self.request.tokenizer, report, folder)

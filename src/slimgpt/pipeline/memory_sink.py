@@ -67,5 +67,8 @@ class ModelInMemory:
         if info["kept"]:
             training.apply(self.model)
 
+    def final_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
+        return self.slim_layers(plan)
+
     def finish(self, report: PruneReport) -> None:
         """The model is finished as it is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimgpt.calibration.documents import local_files
+from slimgpt.calibration.evaluation_text import EvaluationText, evaluation_texts
 from slimgpt.calibration.generation_limits import check_fits
-from slimgpt.calibration.mixture import AUTO, CalibrationText, parse_mixture, read_calibration
+from slimgpt.calibration.mixture import AUTO, CalibrationMixture, parse_mixture, read_calibration
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.schedule import tokens_to_distill
@@ -20,7 +21,7 @@ from slimgpt.io.folders import check_output
 from slimgpt.models.loading import load_config, load_tokenizer
 from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
-from slimgpt.models.source import Source, check_files, locate
+from slimgpt.models.source import Source, check_files, fetched, locate
 from slimgpt.models.streaming import stored_dtype
 from slimgpt.pipeline.stages import PruneJob
 from slimgpt.planning.plan import Plan
@@ -40,6 +41,8 @@ class PruneRequest:
     Args:
         windows: the calibration tokens; without storage where the model has yet to write some of them.
         text: the calibration text as far as it is there.
+        evaluation: the texts that the result is compared with the dense model on; empty too where the model has yet to
+            write some of the calibration text.
     """
 
     source: Source
@@ -57,7 +60,8 @@ class PruneRequest:
     overwrite: bool
     resume: bool
     budget: int | None
-    text: CalibrationText | None = None
+    text: CalibrationMixture | None = None
+    evaluation: dict[str, EvaluationText] = field(default_factory=dict)
 
     @property
     def stored(self) -> torch.dtype:
@@ -95,9 +99,10 @@ def prepare(
     if writes:
         inputs = [*source.folders, *local_files([*(part.source for part in parse_mixture(calibration)), config.plan])]
         check_output(path, overwrite or finished, inputs=inputs)
-    model_config = load_config(source, trust_remote_code)
-    shape = describe(model_config)
-    plan = plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
+    model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
+    if source.folder is None:  # from the hub: what its files hold is known once they are here
+        source = fetched(source)
+        model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
     prepared = PruneRequest(
         source=source,
         output=path,
@@ -119,8 +124,11 @@ def prepare(
         check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDECAR_BYTES)
     check_files(source)
     prepared.tokenizer = load_tokenizer(source, trust_remote_code)
-    text = read_calibration(calibration, prepared.tokenizer, config, text_config(model_config).vocab_size)
+    vocab_size = text_config(model_config).vocab_size
+    text = read_calibration(calibration, prepared.tokenizer, config, vocab_size)
     prepared.text, prepared.windows, prepared.calibration = text, text.windows, text.source
+    if config.evaluate and not text.self_written:
+        prepared.evaluation = evaluation_texts(text.complete()[0], prepared.tokenizer, vocab_size)
     check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
     if text.self_written and writes:
         check_fits(plan.parameters_before, prepared.stored.itemsize, target, budget, source.name)
@@ -128,9 +136,18 @@ def prepare(
     return prepared
 
 
+def _planned(source: Source, config: PruneConfig, dtype: str, trust_remote_code: bool) -> tuple[Any, ModelShape, Plan]:
+    """The model's config, its shape, and the widths it is to get."""
+    model_config = load_config(source, trust_remote_code)
+    if (quantization := source.quantization) is not None:
+        quantization.check_library(source.name)
+    shape = describe(model_config)
+    return model_config, shape, plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
+
+
 def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
     """Input of the stages; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
-    stored = request.stored
+    stored, quantization = request.stored, request.source.quantization
     fastest = forward_dtype(request.config.forward_dtype, stored, request.device) or stored
     types = list(DTYPES.values())
     agreed = types[ranks.agree(types.index(fastest))]
@@ -147,4 +164,6 @@ def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
         dtype=dtype,
         copied=dtype is not None or request.device.type != "cpu",
         distill_tokens=tokens,
+        evaluation=request.evaluation,
+        quantization={} if quantization is None else quantization.to_json(stored),
     )

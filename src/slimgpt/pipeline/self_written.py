@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from slimgpt.calibration import openings, self_calibration
+from slimgpt.calibration.evaluation_text import evaluation_texts
 from slimgpt.calibration.generation_limits import writing_dtype
-from slimgpt.calibration.self_calibration import SelfCalibration, write_calibration
+from slimgpt.calibration.self_calibration import Rounds, SelfCalibration, write_calibration
 from slimgpt.calibration.windows import digest
-from slimgpt.checkpoint.journal import SELF_WRITTEN, reading, write_text
+from slimgpt.checkpoint.journal import reading, write_text
 from slimgpt.distillation.data import OnRehearsed
+from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.loading import load_model
+from slimgpt.models.lookup import text_config
 from slimgpt.pipeline.callbacks import WRITING
 from slimgpt.pipeline.prepare import PruneRequest
 from slimgpt.pipeline.stages import PruneJob
-from slimgpt.pipeline.weights_source import DenseLayers
 from slimgpt.pruning.report import described
 from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.memory import malloc_trim
@@ -57,13 +60,14 @@ def described_before(request: PruneRequest) -> dict[str, Any]:
     text = request.text
     if text is None or not text.self_written:
         return described(request.windows, request.calibration)
-    given = [digest(part) for part in text.parts if part is not None]
+    given = [digest(part.windows) for part in text.parts if part is not None]
     how = [openings.OPENINGS, openings.OTHER_LANGUAGES, openings.QUESTIONS, self_calibration.TEMPERATURES]
     return {
         "source": request.calibration,
         "num_samples": text.shape[0],
         "seq_len": text.shape[1],
         "given": given,
+        "held_out": text.held_out,
         "openings": hashlib.sha256(json.dumps(how).encode()).hexdigest(),
     }
 
@@ -71,41 +75,47 @@ def described_before(request: PruneRequest) -> dict[str, Any]:
 def with_self_written(
     request: PruneRequest,
     job: PruneJob,
-    source: DenseLayers,
-    folder: Path,
+    model: PreTrainedModel | None,
     ranks: Ranks,
-    on_rehearsed: OnRehearsed | None,
+    rounds: Rounds | None = None,
+    on_rehearsed: OnRehearsed | None = None,
 ) -> PruneJob:
-    """The job with calibration text that the model writes, where such was asked for; rank 0 writes it.
+    """The job with calibration text that the model writes, and what is evaluated on, where such was asked for.
 
     Args:
-        source: its model writes, if it is whole; else the model is loaded for it.
-        folder: the working folder of the run.
+        model: writes, if it is whole; ``None``: the model is loaded for it.
+        ranks: the processes of the run, of which the first writes.
+        rounds: where finished rounds are kept.
     """
     text = request.text
     if text is None or not text.self_written:
         return job
 
-    def write(count: int) -> SelfCalibration:
-        model = source.model
-        if source.streamed is not None:
-            model = load_model(request.source, request.model_config, request.dtype, "cpu", request.trust_remote_code)
-        return write_calibration(
-            model,
+    def write(count: int, held_out: int) -> SelfCalibration:
+        whole = model
+        if whole is None:
+            whole = load_model(request.source, request.model_config, request.dtype, "cpu", request.trust_remote_code)
+        return in_eval_mode(write_calibration)(
+            whole,
             request.tokenizer,
             count,
             request.config.seq_len,
             request.config.seed,
+            held_out=held_out,
             device=request.device,
             dtype=writing_dtype(request.config.forward_dtype, request.stored, request.device),
             budget=request.budget,
-            rounds=KeptRounds(folder / SELF_WRITTEN),
+            rounds=rounds,
             on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
         )
 
-    windows, info = torch.empty(text.shape, dtype=torch.long), {}
+    windows, info, evaluation = torch.empty(text.shape, dtype=torch.long), {}, {}
     if ranks.main:
-        windows, info = text.complete(write)
+        complete, info = text.complete(write)
+        windows = complete.windows
+        if request.config.evaluate:
+            vocab_size = text_config(request.model_config).vocab_size
+            evaluation = evaluation_texts(complete, request.tokenizer, vocab_size)
         malloc_trim()
     windows = ranks.broadcast(windows.to(request.device)).cpu()
-    return replace(job, windows=windows, calibration_info=info)
+    return replace(job, windows=windows, evaluation=evaluation, calibration_info=info)

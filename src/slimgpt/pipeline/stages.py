@@ -1,4 +1,4 @@
-"""The stages of every run, once: measure, generate, prune, distil, report.
+"""The stages of every run, once: measure, generate, prune, distil, compare with the dense model, report.
 
 A run takes dense layers from a :class:`LayerSource` and gives pruned ones to a :class:`LayerSink`: a model in memory,
 or the journal of a run to a folder.
@@ -7,7 +7,7 @@ or the journal of a run to a folder.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimgpt.calibration.evaluation_text import EvaluationText
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.data import build_distillation_data
 from slimgpt.distillation.generate import GeneratedText
@@ -26,6 +27,7 @@ from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.models.slicing import State
 from slimgpt.pipeline.callbacks import Callbacks
+from slimgpt.pipeline.dense_comparison import DenseComparison
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.pruning.memory_estimate import memory_need
@@ -109,6 +111,10 @@ class LayerSink(Protocol):
         """Take the trained layers, if ``info["kept"]``, and what a report says of the training."""
         ...
 
+    def final_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
+        """Gives the layers as they will be saved, trained or not."""
+        ...
+
     def finish(self, report: PruneReport) -> None:
         """The run is over."""
         ...
@@ -127,7 +133,9 @@ class PruneJob:
         dtype: of the forward passes; ``None`` for that of the weights.
         copied: whether a layer's weights are copied to be run (another device or type), or used where they are.
         distill_tokens: on how many tokens the pruned model is trained; 0: not at all.
+        evaluation: the texts that the result is compared with the dense model on; none if it is not.
         request: a digest of everything that decides the result, for a run that can be resumed.
+        quantization: how the dense model's files were quantised, for the report; empty if they were not.
         calibration_info: what a report says of calibration text that the model wrote.
     """
 
@@ -142,7 +150,9 @@ class PruneJob:
     dtype: torch.dtype | None
     copied: bool
     distill_tokens: int
+    evaluation: Mapping[str, EvaluationText] = field(default_factory=dict)
     request: str = ""
+    quantization: dict[str, str] = field(default_factory=dict)
     calibration_info: dict[str, Any] = field(default_factory=dict)
 
 
@@ -155,7 +165,7 @@ def run_stages(
     budget: int | None = None,
     finished: int = 0,
 ) -> PruneReport:
-    """Measure, generate, prune, distil, report.
+    """Measure, generate, prune, distil, compare with the dense model, report.
 
     The training's data need the dense model. Where pruning replaces it, they are made before; else after, when the
     loop's activations are gone.
@@ -187,9 +197,13 @@ def run_stages(
     distil = _Distil(job, source, sink, callbacks, context) if job.distill_tokens and ranks.main else None
     if distil is not None and sink.replaces_source:
         distil.build_data()
+    comparison = None
+    if job.evaluation and ranks.main:
+        comparison = DenseComparison(model, job.evaluation, config.batch_size * windows.shape[1], context)
+    load_layer = source if comparison is None else comparison.along(source)
     reports: list[LayerReport] = []
     try:
-        for layer in prune_layers(model, source, windows, plan, config, context, sink.finished_layer):
+        for layer in prune_layers(model, load_layer, windows, plan, config, context, sink.finished_layer):
             if ranks.main:
                 sink.write(layer)
                 reports.append(layer.report)
@@ -199,6 +213,7 @@ def run_stages(
     finally:
         sink.close_layers()
     distillation = distil(plan) if distil is not None else {}
+    divergence = comparison(sink.final_layers(plan), plan) if comparison is not None else {}
     earlier = sum(sum(report.seconds.values()) for report in reports[:finished])
     report = PruneReport(
         base_model=job.name,
@@ -214,6 +229,8 @@ def run_stages(
         request=job.request,
         allocation=allocation,
         distillation=distillation,
+        divergence=divergence,
+        quantization=job.quantization,
     )
     if ranks.main:
         sink.finish(report)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimgpt.calibration.mixture import AUTO
-from slimgpt.checkpoint.journal import Journal
+from slimgpt.checkpoint.journal import SELF_WRITTEN, Journal
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import make_config
 from slimgpt.distillation.data import OnRehearsed
@@ -26,7 +26,7 @@ from slimgpt.models.fingerprint import fingerprint, source_files
 from slimgpt.pipeline.callbacks import Callbacks, OnLayer
 from slimgpt.pipeline.journal_sink import JournalSink
 from slimgpt.pipeline.prepare import SIDECAR_BYTES, PruneRequest, make_job, prepare
-from slimgpt.pipeline.self_written import described_before, with_self_written
+from slimgpt.pipeline.self_written import KeptRounds, described_before, with_self_written
 from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.pipeline.weights_source import open_model
 from slimgpt.pruning.report import PruneReport
@@ -66,7 +66,9 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
             while True:
                 try:
                     source = open_model(request)
-                    job = with_self_written(request, job, source, journal.folder, ranks, callbacks.prepare_step)
+                    whole = source.model if source.streamed is None else None
+                    rounds = KeptRounds(journal.folder / SELF_WRITTEN)
+                    job = with_self_written(request, job, whole, ranks, rounds, callbacks.prepare_step)
                     sink = JournalSink(request, journal, source.model, ranks)
                     return run_stages(job, source, sink, callbacks, ranks, budget, finished)
                 except torch.OutOfMemoryError as error:

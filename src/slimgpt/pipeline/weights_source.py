@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from slimgpt.errors import ModelError
 from slimgpt.models.build import decoder_layers, empty_model
 from slimgpt.models.loading import load_model
 from slimgpt.models.source import weights_folder
-from slimgpt.models.streaming import StreamedModel, check_finite, stored_head, weights_mismatch
+from slimgpt.models.streaming import StreamedModel, check_finite, weights_mismatch
 from slimgpt.models.weight_conversion import ConvertedFiles
 from slimgpt.pipeline.prepare import PruneRequest
 from slimgpt.runtime.distributed import Ranks
@@ -41,12 +40,7 @@ def open_model(p: PruneRequest) -> DenseLayers:
     folder = weights_folder(p.source) if p.source.adapter is None else None
     if folder is not None and (folder / "config.json").is_file():
         empty = empty_model(p.model_config)
-        weights = ConvertedFiles(folder, empty)
-        if (head := stored_head(empty, weights)) is not None:  # a hub id: the plan was made from its config alone
-            raise ModelError(
-                f"{p.source.name}: tie_word_embeddings is true in its config, and its {head} differs from the input "
-                f"embedding; download it, and give the folder: `hf download {p.source.name} --local-dir DIR`"
-            )
+        weights = ConvertedFiles(folder, empty, p.stored)
         if weights_mismatch(empty, weights) is None:
             streamed = StreamedModel(p.model_config, weights, p.stored)
             streamed.model.config.name_or_path = p.source.name

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedConfig
 
 from slimgpt.models.architecture import CHANNELS, Sizes
-from slimgpt.models.families.moe import EXPERTS, SHARED
-from slimgpt.models.lookup import head_dim, text_config
+from slimgpt.models.families.moe import EXPERTS, SHARED, Mixture
+from slimgpt.models.lookup import head_dim, lookup, text_config
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.plan import Plan
 from slimgpt.runtime.devices import matmul_seconds
@@ -58,13 +58,13 @@ def flops_per_token(config: PreTrainedConfig, plan: Plan, dense: ModelShape | No
     Args:
         dense: count the dense model instead.
     """
-    config = text_config(config)
+    entry, config = lookup(config), text_config(config)
     parameters = dense.parameters if dense is not None else plan.parameters
     tied = getattr(config, "tie_word_embeddings", False)
     idle = 0  # a token goes to some of the experts only
     for sizes in [layer.sizes for layer in dense.layers] if dense is not None else plan.layers:
-        if EXPERTS in sizes:
-            idle += (sizes[EXPERTS] - config.num_experts_per_tok) * 3 * config.hidden_size * sizes[CHANNELS]
+        if EXPERTS in sizes and isinstance(entry, Mixture):
+            idle += (sizes[EXPERTS] - entry.active_experts(config)) * entry.expert_parameters(config, sizes[CHANNELS])
     return 2.0 * (parameters - idle if tied else parameters - idle - config.vocab_size * config.hidden_size)
 
 
@@ -75,15 +75,15 @@ def pruning_flops(
 
     The Gram matrices are counted in full, though only blocks on and above the diagonal are multiplied.
     """
-    config = text_config(config)
-    h, d = config.hidden_size, head_dim(config)
+    entry, d, config = lookup(config), head_dim(config), text_config(config)
+    h = config.hidden_size
     flops = {"dense forward": 0.0, "forward": 0.0, "hessian": 0.0, "solver": 0.0}
     for before, after in zip(dense, slim):
         heads, kv, ffn = _widths(before)
         kept, _, width = _widths(after)
         attention = 2.0 * seq_len * heads * d  # causal: half of QK^T and of the product with V
         count = after.get(EXPERTS, 1)
-        active = config.num_experts_per_tok if EXPERTS in before else 1
+        active = entry.active_experts(config) if EXPERTS in before and isinstance(entry, Mixture) else 1
         # At dense widths: the choice is not made yet. A shared expert counts with the projections.
         inputs = h * d * (heads + 2 * kv) + 2 * h * ffn * active + 3 * h * before.get(SHARED, 0)
         flops["dense forward"] += tokens * (2.0 * (inputs + heads * d * h + active * ffn * h) + attention)

@@ -56,6 +56,8 @@ def ffn_sizes(layer: LayerShape, loss: float, round_to: int, whole_experts: floa
         PlanError: an FFN narrower than ``round_to``.
     """
     size = layer.sizes[CHANNELS]
+    if not layer.has_ffn:
+        return {CHANNELS: size}
     widths = widths_of(size, step_of(layer, round_to))
     if not widths:
         raise PlanError(f"an FFN has {size} channels, fewer than {step_of(layer, round_to)}, the step that it needs")
@@ -80,7 +82,7 @@ def ffn_sizes(layer: LayerShape, loss: float, round_to: int, whole_experts: floa
 
 def least_ffn(layer: LayerShape, round_to: int, whole_experts: float = 0.0) -> dict[str, int]:
     """The smallest sizes that the FFN of a layer may get."""
-    sizes = {CHANNELS: step_of(layer, round_to)}
+    sizes = {CHANNELS: step_of(layer, round_to) if layer.has_ffn else layer.sizes[CHANNELS]}
     if layer.experts is not None:
         sizes[EXPERTS] = layer.experts.least if whole_experts else layer.sizes[EXPERTS]
         if SHARED in layer.sizes:

@@ -95,9 +95,9 @@ def make_plan(
     target = sum(r * layer.parameters for r, layer in zip(ratios, shape.layers))
     if not isinstance(schedule, Sequence) or isinstance(schedule, str):
         # Layers of different size (a model pruned before) would shift the mean: scale it back.
-        removed = (DEFAULT_RATIO if ratio is None else ratio) * total
-        ratios = [r * removed / target for r in ratios]
-        target = removed
+        wanted = (DEFAULT_RATIO if ratio is None else ratio) * total
+        ratios = _over_ffns(shape, [r * wanted / target for r in ratios], wanted)
+        target = wanted
     if head_unit == "auto":
         head_unit = _natural_unit(shape)
     if uniform:
@@ -132,7 +132,7 @@ def _trim(
     def parameters() -> int:
         return shape.parameters - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
 
-    everything = range(len(layers))
+    everything = [index for index, layer in enumerate(shape.layers) if layer.has_ffn]
     steps_of = [step_of(layer, round_to) for layer in shape.layers]
     while (over := parameters() - limit) > 0:
         widest = max(everything, key=lambda i: (layers[i][CHANNELS], i))
@@ -163,7 +163,7 @@ def _finish(config: PreTrainedConfig, shape: ModelShape, kv_heads: list[int], ro
     layers = []
     for layer, heads in zip(shape.layers, kv_heads):
         step = step_of(layer, round_to)
-        width = layer.sizes[CHANNELS] // step * step
+        width = layer.sizes[CHANNELS] // step * step if layer.has_ffn else layer.sizes[CHANNELS]
         layers.append(with_heads(layer, "kv", heads, tied_to(layer, {CHANNELS: width})))
     if all(sizes == layer.sizes for layer, sizes in zip(shape.layers, layers)):
         raise PlanError("the KV cache of the model as it is fits already; there is nothing to remove")
@@ -205,6 +205,22 @@ def _removable(layer: LayerShape, head_unit: str) -> int:
     return head_units(layer.sizes, head_unit) if head_unit in layer.unit_parameters else 1
 
 
+def _over_ffns(shape: ModelShape, ratios: list[float], wanted: float) -> list[float]:
+    """The ratios once FFNs make up for what layers without one (of a hybrid) cannot lose.
+
+    Args:
+        wanted: parameters that all layers are to lose.
+    """
+    layers = list(zip(shape.layers, ratios))
+    if all(layer.has_ffn for layer in shape.layers):
+        return ratios
+    heads = [ratio * layer.parameters if layer.unit_parameters else 0.0 for layer, ratio in layers]
+    fixed = sum(lost for (layer, _), lost in zip(layers, heads) if not layer.has_ffn)
+    rest = sum(ratio * layer.parameters for layer, ratio in layers if layer.has_ffn)
+    scale = (wanted - fixed) / rest if rest else 1.0
+    return [ratio * scale if layer.has_ffn else lost / layer.parameters for (layer, ratio), lost in zip(layers, heads)]
+
+
 def _per_layer(
     shape: ModelShape,
     ratios: Sequence[float],
@@ -222,11 +238,11 @@ def _per_layer(
         target = r * layer.parameters
         units, size = _removable(layer, head_unit), layer.sizes[CHANNELS]
         per_head = layer.unit_parameters.get(head_unit, 1)
-        if size < round_to:
+        if layer.has_ffn and size < round_to:
             raise PlanError(f"layer {i} has {size} FFN channels, fewer than --round-to {round_to} (--for may set it)")
         most = layer.removed_from_ffn({**layer.sizes, **least_ffn(layer, round_to, whole_experts)})
         largest = (units - 1) * per_head + most
-        if target > largest + TOLERANCE * layer.parameters:
+        if layer.has_ffn and target > largest + TOLERANCE * layer.parameters:
             left = "" if head_unit not in layer.unit_parameters else f"1 of {units} head units and "
             least = step_of(layer, round_to)
             raise PlanError(
@@ -261,7 +277,9 @@ def _uniform(
     """The best pair of widths for all layers: within the tolerance the most balanced one, else the nearest."""
     first = shape.layers[0]
     if any(layer.sizes != first.sizes for layer in shape.layers):
-        raise PlanError("the layers of this model differ in width already; prune the dense model with --uniform")
+        raise PlanError(
+            "the layers of this model differ in width or in kind; --uniform is for a dense model of equal layers"
+        )
     units, size = _removable(first, head_unit), first.sizes[CHANNELS]
     if size < round_to:
         raise PlanError(f"the FFN has {size} channels, fewer than --round-to {round_to} (--for may set it)")

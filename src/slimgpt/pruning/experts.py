@@ -23,6 +23,8 @@ from slimgpt.models.expert_tensors import (
     intermediate,
     keep_channels,
     keep_experts,
+    returned,
+    routed,
     scale_experts,
 )
 from slimgpt.models.families.moe import EXPERTS, Experts
@@ -77,9 +79,14 @@ class ExpertsPruner:
                     self._route(number)
         return self._narrow(target[CHANNELS])
 
+    def returned(self, outputs: Tensor) -> Tensor:
+        """What the module of the experts returns, from the sum of their outputs ``(tokens, hidden)``."""
+        return returned(outputs, self.experts, self.sizes[EXPERTS])
+
     def _route(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """One batch: tokens ``(tokens, hidden)``, the experts of each and their weights ``(tokens, k)``."""
-        tokens, index, weights = self.work.module_inputs(number, self.experts.module)
+        arguments = self.work.module_inputs(number, self.experts.module)
+        tokens, index, weights = routed(arguments, self.experts, self.sizes[EXPERTS])
         self.tokens.put(number, tokens)
         self.routings[number:] = [Routing(index, weights, self.sizes[EXPERTS])]
         return tokens, index, weights
@@ -215,7 +222,8 @@ class ExpertsPruner:
 
     def _inputs(self, number: int, expert: int) -> Tensor:
         """The inputs of an expert's output matrix in one batch, ``(count, width)``."""
-        return intermediate(self.module, expert, self.tokens.rows(number, self.routings[number].rows(expert)))
+        tokens = self.tokens.rows(number, self.routings[number].rows(expert))
+        return intermediate(self.module, self.experts, expert, tokens)
 
     def _add_output(
         self, number: int, expert: int, inputs: Tensor, columns: Tensor | None, W: Tensor, outputs: ActivationStore
@@ -224,7 +232,8 @@ class ExpertsPruner:
         routing = self.routings[number]
         if not routing.counts[expert]:
             return
-        bias = self.module.down_proj_bias[expert] if self.module.has_bias else None
+        biases = getattr(self.module, "down_proj_bias", None)
+        bias = None if biases is None else biases[expert]
         result = F.linear(inputs if columns is None else inputs[:, columns], W, bias) * routing.weights(expert)
         outputs.add_rows(number, routing.rows(expert), result)
 
@@ -237,7 +246,8 @@ class ExpertsPruner:
         for number in range(len(self.routings)):
             available = self.tokens.length(number)
             rows = torch.linspace(0, available - 1, min(sample, available), device=self.run.device).long()
-            gram.add(intermediate(self.module, expert, self.tokens.rows(number, rows)) * square**0.5)
+            inputs = intermediate(self.module, self.experts, expert, self.tokens.rows(number, rows))
+            gram.add(inputs * square**0.5)
 
     def _select_and_repair(
         self, expert: int, gram: Gram | None, keep: int, sparse: bool

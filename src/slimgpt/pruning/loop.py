@@ -21,7 +21,7 @@ from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.architecture import Sizes, Structure
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.families.moe import Experts, Mixture
-from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.lookup import layer_sizes, text_config
 from slimgpt.models.parameter_counts import count
 from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
@@ -72,7 +72,8 @@ def prune_layers(
         resumed = finished_layers(index) if run.ranks.main else None
         work.resumed = resumed
         work.replaying = bool(run.ranks.agree(int(resumed is not None)))
-        work.expert_groups = architecture.groups_of_experts(model.config) if isinstance(architecture, Mixture) else 1
+        if isinstance(architecture, Mixture):
+            work.expert_groups = architecture.groups_of_experts(text_config(model.config))
         state = _prune_structures(work, structures, sizes, target)
         if resumed is not None:
             yield resumed
@@ -141,11 +142,12 @@ def _prune_structures(work: LayerPruner, structures: Sequence[Structure], sizes:
 
 
 def _prune_experts(work: LayerPruner, experts: Experts, sizes: Sizes, target: Sizes, last: bool) -> None:
-    outputs = ExpertsPruner(work, experts, sizes, work.expert_groups).prune(target)
+    pruner = ExpertsPruner(work, experts, sizes, work.expert_groups)
+    outputs = pruner.prune(target)
     for number in range(len(work.inputs)):
-        work.wrap_output[experts.module, number] = lambda tensor: tensor
+        work.wrap_output[experts.module, number] = pruner.returned
         if last:
             with work.timed("forward"):
-                work.finish_batch(number, {experts.module: outputs.take(number)})
+                work.finish_batch(number, {experts.module: pruner.returned(outputs.take(number))})
     if not last:
         work.results[experts.module] = outputs

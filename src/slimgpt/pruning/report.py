@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimgpt.calibration.documents import hub_dataset
 from slimgpt.calibration.windows import digest
 from slimgpt.config import PruneConfig
 from slimgpt.models.slicing import State
@@ -102,7 +103,8 @@ class PruneReport:
         plan: what was decided before.
         dense_sizes: the widths of every layer before.
         layers: what was done.
-        calibration: source, number and length of the windows, and the SHA-256 of their token ids.
+        calibration: source, its id if it is a data set on the hub, number and length of the windows, and the SHA-256 of
+            their token ids.
         versions: of Python and the libraries.
         seconds: of the whole loop.
         evaluation: figures added afterwards, shown in the model card.
@@ -111,7 +113,11 @@ class PruneReport:
         allocation: where widths were chosen by what they cost: what every structure contributed, and the seconds.
         distillation: of the training that belongs to pruning: tokens, steps, the divergence per token from the dense
             model on held-out windows before and after, and whether it was kept.
+        divergence: how far the pruned model's predictions are from the dense model's, by text: ``held_out`` of the
+            calibration and ``bundled``; a text lacks where there was none, and its figures where they are NaN. Empty if
+            it was not measured.
         recovery: every training run after pruning: settings, data, losses by step.
+        quantization: how the base model was quantised and what it was read as; empty if it was not.
     """
 
     base_model: str
@@ -128,7 +134,9 @@ class PruneReport:
     request: str = ""
     allocation: dict[str, Any] = field(default_factory=dict)
     distillation: dict[str, Any] = field(default_factory=dict)
+    divergence: dict[str, Any] = field(default_factory=dict)
     recovery: tuple[dict[str, Any], ...] = ()
+    quantization: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -180,6 +188,7 @@ def described(windows: Tensor, source: str) -> dict[str, Any]:
     """What a report says of the calibration tokens."""
     return {
         "source": source,
+        "dataset": hub_dataset(source),
         "num_samples": windows.shape[0],
         "seq_len": windows.shape[1],
         "sha256": digest(windows),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
 from slimgpt.calibration.documents import local_files
-from slimgpt.checkpoint.saving import REPORT_FILE
+from slimgpt.checkpoint.inspecting import read_report
 from slimgpt.errors import ModelError, UsageError
 from slimgpt.io.folders import check_output
 from slimgpt.models.loading import load_config, load_tokenizer
@@ -98,7 +97,8 @@ def check_request(
     parameters = describe(model_config).parameters
     check_context(model_config, "a max_length", config.max_length)
     check_files(source)
-    report = read_report(source)
+    values = read_report(source.folder) if source.folder is not None else None
+    report = PruneReport.from_json(values) if values is not None else None
     dense = _find_teacher(teacher, report, model_config, config, trust_remote_code) if config.teacher else None
     if rank_of_environment() == 0:
         stored = stored_dtype(source, model_config, "auto")
@@ -122,26 +122,13 @@ def check_request(
         seed=config.seed,
         shares=config.shares,
     )
+    vocab_size = text_config(model_config).vocab_size
     for example in (*examples.training, *examples.held_out):
-        check_ids(example.ids, text_config(model_config).vocab_size, "the text to train on")
+        check_ids(example.ids, vocab_size, "the text to train on")
     return RecoverRequest(
         source, output, model_config, tokenizer, report, config, sources, examples, dense, target, dtype,
         trust_remote_code,
     )  # fmt: skip
-
-
-def read_report(source: Source) -> PruneReport | None:
-    """The report of a slim folder; ``None`` for a model without one.
-
-    Raises:
-        ModelError: its ``slimgpt.json`` is damaged.
-    """
-    if source.folder is None or not (file := source.folder / REPORT_FILE).is_file():
-        return None
-    try:
-        return PruneReport.from_json(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{file} is damaged: {error}") from error
 
 
 def _find_teacher(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from slimgpt.config import check_seed
 from slimgpt.errors import UsageError
 
 
@@ -107,8 +108,9 @@ class RecoverConfig:
                 raise UsageError(f"{name} is {value}; it must be more than 0")
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name.endswith(("weight", "decay", "out", "patience", "seed")) and not value >= 0:
+            if field.name.endswith(("weight", "decay", "out", "patience")) and not value >= 0:
                 raise UsageError(f"{field.name} is {value}; it must be 0 or more")
+        check_seed("seed", self.seed)
         if not 0 <= self.warmup < 1 or not 0 <= self.dropout < 1:
             raise UsageError(f"warmup is {self.warmup} and dropout {self.dropout}; both must be in [0, 1)")
         if self.batch_size % self.micro_batch:

@@ -54,11 +54,13 @@ class Data:
 
     Args:
         without_answer: rows that were dropped because their answer lies behind ``max_length``, or is empty.
+        refused: conversations that were dropped because the chat template refuses them.
     """
 
     training: tuple[Example, ...]
     held_out: tuple[Example, ...]
     without_answer: int = 0
+    refused: int = 0
 
     def digest(self) -> str:
         """SHA-256 of all ids and labels, to name the data exactly."""
@@ -96,13 +98,14 @@ def collect(
     if shares is not None and (len(shares) != len(sources) or not all(share > 0 for share in shares)):
         raise UsageError(f"shares {tuple(shares)} must be {len(sources)} numbers above 0, one for each source of data")
     limit = None if needed is None else needed + held_out
-    per_source, dropped = [], 0
+    per_source, without_answer, refused = [], 0, 0
     for source in sources:
         documents = shuffled(read_documents(source), seed, SHUFFLE_BUFFER)
         left_out = LeftOut(source)
         per_source.append(list(islice(make_examples(tokenizer, documents, max_length, pack, left_out), limit)))
         left_out.say(max_length, bool(per_source[-1]))
-        dropped += left_out.without_answer
+        without_answer += left_out.without_answer
+        refused += len(left_out.errors)
     weights = shares or [1.0] * len(sources)
     # The n-th example of a source has position n / its share; sorting interleaves the sources in proportion.
     positions = [((number + 1) / weight, place, e) for place, (weight, examples) in enumerate(zip(weights, per_source))
@@ -116,7 +119,7 @@ def collect(
     num_held_out = min(held_out, max(1, len(interleaved) // 10)) if held_out else 0
     training = interleaved[num_held_out:][:needed]
     random.Random(seed).shuffle(training)
-    return Data(tuple(training), tuple(interleaved[:num_held_out]), dropped)
+    return Data(tuple(training), tuple(interleaved[:num_held_out]), without_answer, refused)
 
 
 class LeftOut(Refused):

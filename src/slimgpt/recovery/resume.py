@@ -36,7 +36,7 @@ class Workspace:
         open_unfinished(self.folder, request, resume, overwrite, self.discard)
         if (choices := self.folder / CHOICES_FILE).is_file():
             with reading(choices):
-                self._choices = json.loads(choices.read_text(encoding="utf-8"))
+                self._choices = _checked(json.loads(choices.read_text(encoding="utf-8")))
         self.seconds = self._choices.setdefault("seconds", {})
 
     def choice(self, name: str, choose: Callable[[], Any]) -> Any:
@@ -58,3 +58,17 @@ class Workspace:
 
     def _write(self) -> None:
         write_text(self.folder / CHOICES_FILE, json.dumps(self._choices))
+
+
+def _checked(choices: Any) -> dict[str, Any]:
+    """Choices as :class:`Workspace` writes them.
+
+    Raises:
+        TypeError: they are something else.
+    """
+    seconds = choices["seconds"]
+    if not all(isinstance(value, (int, float)) for value in seconds.values()):
+        raise TypeError("seconds must be numbers")
+    if not all(isinstance(value, bool) for name, value in choices.items() if name != "seconds"):
+        raise TypeError("choices must be true or false")
+    return choices

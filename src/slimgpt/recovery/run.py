@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, set_seed
 
+from slimgpt.calibration.documents import hub_dataset
 from slimgpt.checkpoint.saving import save
 from slimgpt.errors import UsageError
 from slimgpt.io.folders import output_lock
@@ -20,11 +21,13 @@ from slimgpt.models.loading import load_model
 from slimgpt.models.streaming import check_finite, stored_dtype
 from slimgpt.recovery.checks import RecoverRequest, check_request, make_recovery_config
 from slimgpt.recovery.config import RecoverConfig
+from slimgpt.recovery.figures import figures_after_training
 from slimgpt.recovery.loss_curve import Curve, write_curve
 from slimgpt.recovery.resume import Workspace
 from slimgpt.recovery.teacher_cache import TeacherCache
-from slimgpt.recovery.train_state import STATE, load_weights, states
+from slimgpt.recovery.train_state import load_progress, load_weights, states
 from slimgpt.recovery.trainer import (
+    SEEDS_OF_NUMPY,
     OnStep,
     RecoveryTrainer,
     make_trainable,
@@ -46,7 +49,7 @@ class Recovery:
     Args:
         folder: the recovered model.
         settings: the :class:`RecoverConfig`, with the learning rate that was used, and the sources of data.
-        data: sources, numbers of examples and predicted tokens, SHA-256 of ids and labels.
+        data: sources, numbers of examples, predicted tokens and rows left out, SHA-256 of ids and labels.
         curve: losses by step.
         seconds: wall time of the ``teacher`` and of ``training``, over all resumed parts.
         execution: device, processes, type of the products, the teacher.
@@ -152,7 +155,7 @@ def _run(
     dtype = request.dtype if request.dtype != "auto" or config.adapters else "float32"
     model = load_model(request.source, request.model_config, dtype, request.device, request.trust_remote_code)
     stored = stored_dtype(request.source, request.model_config, "auto")
-    set_seed(config.seed)  # adapters begin with random numbers
+    set_seed(config.seed % SEEDS_OF_NUMPY)  # adapters begin with random numbers
     trained = make_trainable(model, config)
     pad_id: Any = request.tokenizer.pad_token_id or 0
     trainer = RecoveryTrainer(
@@ -192,7 +195,7 @@ def _train(trainer: RecoveryTrainer) -> Curve:
     saved = states(trainer.folder)
     finished = False
     if saved:
-        before = trainer.state.load_from_json(str(saved[-1] / STATE))
+        before = load_progress(saved[-1])
         stopped = should_stop_early(before.log_history, trainer.config.patience)
         finished = stopped or before.global_step >= trainer.args.max_steps
         if finished:
@@ -257,10 +260,12 @@ def _resume_request(request: RecoverRequest, world: int) -> dict[str, Any]:
 def _describe_data(request: RecoverRequest) -> dict[str, Any]:
     return {
         "sources": list(request.sources),
+        "datasets": [name for source in request.sources if (name := hub_dataset(source))],
         "examples": len(request.data.training),
         "held_out": len(request.data.held_out),
         "predicted_tokens": sum(example.predicted for example in request.data.training),
         "steps": total_steps(request.config, len(request.data.training)),
+        "rows_left_out": {"without_answer": request.data.without_answer, "refused": request.data.refused},
         "sha256": request.data.digest(),
     }
 
@@ -273,7 +278,12 @@ def _save(request: RecoverRequest, model: Any, stored: torch.dtype, recovery: Re
     check_finite(model.state_dict().items())
     report = None
     if request.report is not None:
-        report = replace(request.report, recovery=(*request.report.recovery, recovery.to_json()))
+        # What was measured before the training is of another model.
+        report = replace(
+            request.report,
+            recovery=(*request.report.recovery, recovery.to_json()),
+            evaluation=figures_after_training(request, model),
+        )
     save(
         model,
         request.tokenizer,

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt.checkpoint.journal import write_text
+from slimgpt.checkpoint.journal import reading, write_text
 from slimgpt.errors import NumericalError, OutputError
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
 from slimgpt.recovery.dataset import Example, collate
+from slimgpt.runtime.activation_store import reserve
 
 
 def layer_numbers(count: int, depth: int) -> list[int]:
@@ -83,12 +84,29 @@ class TeacherCache:
                 f"{free / 1e9:.1f} GB are free; lower --top-k or --max-steps, or leave --layer-weight at 0"
             )
         for name, (shape, kind) in self.layout.items():
-            np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.dtype(kind), shape)
+            file = self.folder / f"{name}.npy"
+            try:
+                np.lib.format.open_memmap(file, "w+", np.dtype(kind), shape)
+                reserve(file, file.stat().st_size)
+            except OSError as error:
+                file.unlink(missing_ok=True)
+                raise OutputError(
+                    f"writing {file} failed: {error}; free some space, then go on with --resume"
+                ) from error
 
     def open(self, mode: str) -> None:
-        """Map the files: ``r`` or ``r+``."""
-        for name in self.layout:
-            self.files[name] = np.load(self.folder / f"{name}.npy", mmap_mode=mode, allow_pickle=False)  # type: ignore[call-overload]
+        """Map the files: ``r`` or ``r+``.
+
+        Raises:
+            ResumeError: one is damaged.
+        """
+        for name, (shape, kind) in self.layout.items():
+            file = self.folder / f"{name}.npy"
+            with reading(file):
+                values = np.load(file, mmap_mode=mode, allow_pickle=False)  # type: ignore[call-overload]
+                if values.shape != shape or values.dtype != kind:
+                    raise ValueError(f"it is {values.dtype} {values.shape}, and the examples need {kind} {shape}")
+                self.files[name] = values
 
     @torch.no_grad()
     def fill(
@@ -106,7 +124,8 @@ class TeacherCache:
         """
         self.open("r+")
         mark = self.folder / f"done-{rank}-of-{world}.json"
-        done = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else 0
+        with reading(mark):
+            done = int(json.loads(mark.read_text(encoding="utf-8"))) if mark.is_file() else 0
         share = range(rank, len(self.examples), world)
         numbers = layer_numbers(self.hidden[0], teacher.config.num_hidden_layers) if self.hidden else []
         for count, start in enumerate(range(done, len(share), batch_size), start=1):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 
+from slimgpt.checkpoint.journal import reading
 from slimgpt.errors import OutputError, ResumeError
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "trainer_state.json"
@@ -75,24 +76,28 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         ResumeError: the files are damaged or of another model.
     """
-    try:
+    with reading(path / WEIGHTS):
         weights = load_file(path / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ResumeError(f"{path / WEIGHTS} is damaged ({error}); start anew with --overwrite") from error
     own = trainable(model)
     if weights.keys() != own.keys():
         raise ResumeError(f"{path} holds other weights than this run trains; start anew with --overwrite")
-    with torch.no_grad():
+    with torch.no_grad(), reading(path / WEIGHTS):
         for name, parameter in own.items():
             parameter.copy_(weights[name])
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any, learning_rate: float) -> None:
-    """Put a state into the optimizer and the scheduler; the learning rate may be another one than before."""
-    tensors = load_file(path / OPTIMIZER)
-    scalars = json.loads((path / SCALARS).read_text(encoding="utf-8"))
-    optimizer.load_state_dict(_joined(tensors, scalars))
-    scheduler.load_state_dict(scalars["scheduler"])
+    """Put a state into the optimizer and the scheduler; the learning rate may be another one than before.
+
+    Raises:
+        ResumeError: the files are damaged.
+    """
+    with reading(path / OPTIMIZER):
+        tensors = load_file(path / OPTIMIZER)
+    with reading(path / SCALARS):
+        scalars = json.loads((path / SCALARS).read_text(encoding="utf-8"))
+        optimizer.load_state_dict(_joined(tensors, scalars))
+        scheduler.load_state_dict(scalars["scheduler"])
     scheduler.base_lrs = [learning_rate for _ in scheduler.base_lrs]
     for group, factor in zip(optimizer.param_groups, _factors(scheduler)):
         group["initial_lr"], group["lr"] = learning_rate, learning_rate * factor
@@ -100,11 +105,26 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any,
 
 
 def load_generators(path: Path) -> None:
-    """Set the random number generators to a state's."""
-    tensors = load_file(path / OPTIMIZER)
-    torch.set_rng_state(tensors["rng.cpu"])
-    if torch.cuda.is_available() and "rng.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    """Set the random number generators to a state's.
+
+    Raises:
+        ResumeError: the file is damaged.
+    """
+    with reading(path / OPTIMIZER):
+        tensors = load_file(path / OPTIMIZER)
+        torch.set_rng_state(tensors["rng.cpu"])
+        if torch.cuda.is_available() and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"])
+
+
+def load_progress(path: Path) -> TrainerState:
+    """How far a state has come.
+
+    Raises:
+        ResumeError: the file is damaged.
+    """
+    with reading(path / STATE):
+        return TrainerState.load_from_json(str(path / STATE))
 
 
 def _generators() -> dict[str, Tensor]:

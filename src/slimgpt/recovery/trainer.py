@@ -21,6 +21,9 @@ from slimgpt.recovery.dataset import Example, collate
 from slimgpt.recovery.teacher_cache import TeacherCache, layer_numbers
 
 MAX_GRADIENT_NORM = 1.0
+SEEDS_OF_NUMPY = 2**32
+"""Seeds are below it where transformers sets them, which gives them to NumPy too."""
+
 MAX_CURVE_POINTS = 500
 """Approximate number of training losses in the curve of a long run."""
 
@@ -126,7 +129,7 @@ class RecoveryTrainer(Trainer):
             max_grad_norm=MAX_GRADIENT_NORM,
             bf16=bf16,
             use_cpu=device.type == "cpu",
-            seed=config.seed,
+            seed=config.seed % SEEDS_OF_NUMPY,
             logging_steps=max(1, steps // MAX_CURVE_POINTS),
             logging_nan_inf_filter=False,
             eval_strategy="steps" if held_out else "no",

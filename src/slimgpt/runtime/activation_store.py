@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from slimgpt.errors import OutputError
 from slimgpt.runtime.memory import DEVICE, FILE
 
 
@@ -76,7 +78,34 @@ class ActivationStore:
 
 
 def mapped(file: Path, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros whose memory is a file; the system writes it out where memory is short."""
+    """A tensor of zeros whose memory is a file; the system writes it out where memory is short.
+
+    Raises:
+        OutputError: the disk has no room for it.
+    """
     size = torch.Size(shape).numel()
     file.unlink(missing_ok=True)
+    reserve(file, size * dtype.itemsize)
     return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)
+
+
+def reserve(file: Path, size: int) -> None:
+    """Take room on the disk for a file: made of zeros, or left as it is as far as it goes.
+
+    A file that is mapped before it has room ends the process with a signal where the disk runs full.
+
+    Raises:
+        OutputError: the disk has less room, or files may not be so large.
+    """
+    try:
+        with file.open("ab") as handle:
+            if hasattr(os, "posix_fallocate") and size:
+                os.posix_fallocate(handle.fileno(), 0, size)
+            else:
+                handle.truncate(size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise OutputError(
+            f"{file.parent} has no room for {size:,} bytes of what is kept between two passes ({error.strerror}); free "
+            "some space, or raise --memory, then give the same command with --resume"
+        ) from error

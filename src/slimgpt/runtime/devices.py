@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from slimgpt.errors import UsageError, first_line
+from slimgpt.errors import UsageError, one_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -37,7 +37,7 @@ def as_device(name: str) -> torch.device:
             raise UsageError(f"device '{name}' cannot be used here; choose auto, cpu, cuda, cuda:1 or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"device '{name}' cannot be used here: {first_line(error)}") from error
+        raise UsageError(f"device '{name}' cannot be used here: {one_line(error)}") from error
     return device
 
 

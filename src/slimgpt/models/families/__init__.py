@@ -3,7 +3,7 @@
 from slimgpt.errors import UsageError
 from slimgpt.models.architecture import Entry
 from slimgpt.models.families.dense import DENSE, LLAMA, ffn, gated, grouped, heads, in_module
-from slimgpt.models.families.moe import MIXTURES
+from slimgpt.models.families.mixtures import MIXTURES
 from slimgpt.models.families.multimodal import MULTIMODAL, PARTS
 from slimgpt.models.families.refused import REFUSED
 

@@ -27,6 +27,18 @@ def heads(output: str, *inputs: str | Fused, transposed: bool = False) -> Struct
     return Structure("kv", output, inputs, (KV_HEADS, HEADS), transposed=transposed)
 
 
+def latent_heads(queries: str) -> Structure:
+    """Multi-head latent attention: keys and values of all heads are made from one latent vector, which stays as it is.
+
+    Every head has rows of its own in the matrices that make queries, and keys and values, from their latents; the
+    rotary part of the key is one for all heads.
+
+    Args:
+        queries: the module that makes the queries.
+    """
+    return Structure("kv", "self_attn.o_proj", (f"self_attn.{queries}", "self_attn.kv_b_proj"), (KV_HEADS, HEADS))
+
+
 def ffn(output: str, *inputs: str | Fused, transposed: bool = False) -> Structure:
     """A feed-forward network whose input modules have one row per channel."""
     return Structure("ffn", output, inputs, (CHANNELS,), transposed=transposed)
@@ -138,6 +150,10 @@ def _recurrent_gemma(config: Any) -> Architecture:
     )
 
 
+def _latent(config: Any) -> Architecture:
+    return Architecture((latent_heads("q_proj" if config.q_lora_rank is None else "q_b_proj"), _GATED))
+
+
 def _phi(config: Any) -> Architecture:
     # With norms of queries and keys it takes the head size as hidden_size / heads there.
     structures = (*grouped("self_attn.dense", *_QKV), ffn("mlp.fc2", "mlp.fc1"))
@@ -218,6 +234,7 @@ DENSE: dict[str, Entry] = {
         resized=True,
     ),
     "gpt2": _GPT2,
+    "gpt-sw3": _GPT2,
     "gpt_bigcode": _gpt_bigcode,
     "falcon": _falcon,
     "bloom": Architecture(
@@ -240,10 +257,6 @@ DENSE: dict[str, Entry] = {
     "falcon_h1": Architecture((*_GQA, gated("feed_forward"))),
     "jamba": Architecture((*_GQA, gated("feed_forward"))),
     "olmo_hybrid": _FFN_ONLY,
-    "granitemoehybrid": Architecture(
-        (*_GQA, ffn("shared_mlp.output_linear", Fused("shared_mlp.input_linear", (CHANNELS, CHANNELS), (0, 1)))),
-        fields={CHANNELS: "shared_intermediate_size"},
-    ),
     "lfm2": _lfm2,
     "lfm3": Architecture((*grouped("self_attn.o_proj", *_QKV, along=("self_attn.g_proj",)), _LFM_FFN)),
     "recurrent_gemma": _recurrent_gemma,
@@ -257,6 +270,8 @@ DENSE: dict[str, Entry] = {
         ),
         resized=True,
     ),
+    "minicpm3": _latent,
+    "youtu": _latent,
     "diffllama": replace(_FFN_ONLY, refused={"heads": "its heads work in pairs that subtract from one another"}),
 }
 """Families without experts by ``config.model_type``."""

@@ -1,4 +1,4 @@
-"""Mixtures of experts and multi-head latent attention, as data; the entries join the table of families.
+"""The pieces of mixtures of experts: what their table (:mod:`slimgpt.models.families.mixtures`) is made of.
 
 In a layer of experts ``intermediate_size`` is the width of every expert, ``num_experts`` counts them and
 ``shared_expert_intermediate_size`` is the width of the expert that every token goes to, whatever the config calls them.
@@ -10,8 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Architecture, Entry, Sizes, Structure
-from slimgpt.models.families.dense import ffn, grouped, in_module
+from slimgpt.models.architecture import CHANNELS, Architecture, Fused, Sizes, Structure
 
 EXPERTS, SHARED = "num_experts", "shared_expert_intermediate_size"
 
@@ -33,11 +32,17 @@ class Experts(Structure):
 
     Args:
         router: the module whose rows go with whole experts.
+        per_expert: further parameters and buffers with one number per expert, where the family has them, such as the
+            correction of the router's scores.
         interleaved: gate and up rows alternate, as GPT-OSS has them, rather than all gates before all ups.
+        scaled_inputs: the router's weights multiply what the experts read, as in Llama 4: every expert is called with
+            all tokens, those of the others being zero. One expert per token.
     """
 
     router: str = "mlp.gate"
+    per_expert: tuple[str, ...] = ()
     interleaved: bool = False
+    scaled_inputs: bool = False
 
     @property
     def module(self) -> str:
@@ -62,19 +67,25 @@ class Mixture(Architecture):
     Args:
         width: the config field of an expert's width.
         shared: the config field of the shared expert's width; ``None`` without one.
-        shared_count: the config field that says how many times an expert's width the shared one has, where it has no
-            width of its own.
+        shared_count: how many times an expert's width the shared one has, where it has no width of its own: a number,
+            or the config field that says it.
         expert_groups: the config field that counts groups of neighbouring experts of equal size, among which the router
             chooses first.
         group_least: experts that every such group must keep.
+        per_token: the config field of the experts that a token goes to.
+        matrices: the matrices of an expert: gate, up and down, or two without a gate.
+        expert_hidden: the config field of the size that experts read and write.
         sparse: see :data:`Sparse`; every layer where not given.
     """
 
     width: str = "moe_intermediate_size"
     shared: str | None = None
-    shared_count: str | None = None
+    shared_count: str | int | None = None
     expert_groups: str | None = None
     group_least: int = 1
+    per_token: str = "num_experts_per_tok"
+    matrices: int = 3
+    expert_hidden: str = "hidden_size"
     sparse: Sparse = lambda _config, _index: True
 
     @property
@@ -92,7 +103,8 @@ class Mixture(Architecture):
         if self.shared is not None:
             sizes[SHARED] = int(getattr(config, self.shared))
         if self.shared_count is not None:
-            sizes[SHARED] = sizes[CHANNELS] * int(getattr(config, self.shared_count))
+            count = self.shared_count if isinstance(self.shared_count, int) else getattr(config, self.shared_count)
+            sizes[SHARED] = sizes[CHANNELS] * int(count)
         return sizes
 
     def write(self, sizes: Sizes) -> dict[str, int]:
@@ -109,98 +121,31 @@ class Mixture(Architecture):
 
     def least_experts(self, config: Any) -> int:
         """How few experts a layer can have: as many as a token goes to, and what the router's groups need."""
-        groups = self.groups_of_experts(config)
+        groups, active = self.groups_of_experts(config), self.active_experts(config)
         per_group = self.group_least
         if groups > 1:  # a token's experts lie in so many groups
-            per_group = max(per_group, -(-config.num_experts_per_tok // int(config.topk_group)))
-        return max(groups * per_group, -(-config.num_experts_per_tok // groups) * groups)
+            per_group = max(per_group, -(-active // int(config.topk_group)))
+        return max(groups * per_group, -(-active // groups) * groups)
+
+    def active_experts(self, config: Any) -> int:
+        """How many experts a token goes to."""
+        return int(getattr(config, self.per_token))
+
+    def expert_parameters(self, config: Any, width: int) -> int:
+        """The parameters of an expert's matrices, each of which multiplies a token once."""
+        return self.matrices * int(getattr(config, self.expert_hidden)) * width
 
 
-def experts(
-    module: str = "mlp.experts", router: str = "mlp.gate", transposed: bool = False, interleaved: bool = False
-) -> Experts:
-    """Experts as transformers stacks them."""
-    return Experts(
-        "ffn",
-        f"{module}.down_proj",
-        (),
-        (CHANNELS,),
-        transposed=transposed,
-        router=router,
-        interleaved=interleaved,
-    )
-
-
-def shared_expert(module: str) -> Structure:
-    """An expert that every token goes to."""
-    return Structure("shared", f"{module}.down_proj", (f"{module}.gate_proj", f"{module}.up_proj"), (SHARED,))
-
-
-def latent_heads(queries: str) -> Structure:
-    """Multi-head latent attention: keys and values of all heads are made from one latent vector, which stays as it is.
-
-    Every head has rows of its own in the matrices that make queries, and keys and values, from their latents; the
-    rotary part of the key is one for all heads.
+def experts(module: str = "mlp.experts", router: str = "mlp.gate", *per_expert: str, **layout: Any) -> Experts:
+    """Experts as transformers stacks them.
 
     Args:
-        queries: the module that makes the queries.
+        per_expert: see :class:`Experts`.
+        layout: ``transposed``, ``interleaved`` and ``scaled_inputs``.
     """
-    return Structure("kv", "self_attn.o_proj", (f"self_attn.{queries}", "self_attn.kv_b_proj"), (KV_HEADS, HEADS))
+    return Experts("ffn", f"{module}.down_proj", (), (CHANNELS,), router=router, per_expert=per_expert, **layout)
 
 
-_QKV = in_module("self_attn", "q_proj", "k_proj", "v_proj")
-_HEADS = grouped("self_attn.o_proj", *_QKV)
-_DENSE = ffn("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")
-_SINKS = grouped("self_attn.o_proj", *_QKV, along=("self_attn.sinks",))
-_LOCAL = {EXPERTS: "num_local_experts"}
-
-_MIXTRAL = Mixture((*_HEADS, experts()), width="intermediate_size", fields=_LOCAL)
-_NORM_OVER_ALL_HEADS = "one norm spans the queries of all heads, so no head is independent of the others"
-
-
-def _stepped(config: Any, index: int) -> bool:
-    dense = index in (config.mlp_only_layers or ())
-    return not dense and config.num_experts > 0 and (index + 1) % config.decoder_sparse_step == 0
-
-
-def _after_dense(config: Any, index: int) -> bool:
-    return index >= config.first_k_dense_replace
-
-
-def _deepseek(config: Any) -> Mixture:
-    queries = "q_proj" if config.q_lora_rank is None else "q_b_proj"
-    v3 = config.model_type == "deepseek_v3"
-    grouped_router = v3 or config.topk_method == "group_limited_greedy"
-    return Mixture(
-        (latent_heads(queries), _DENSE, experts(), shared_expert("mlp.shared_experts")),
-        fields={EXPERTS: "n_routed_experts"},
-        shared_count="n_shared_experts",
-        expert_groups="n_group" if grouped_router else None,
-        group_least=2 if v3 else 1,  # the score of a group is the sum of its two best experts
-        sparse=_after_dense,
-    )
-
-
-MIXTURES: dict[str, Entry] = {
-    "mixtral": _MIXTRAL,
-    "qwen2_moe": Mixture(
-        (*_HEADS, _DENSE, shared_expert("mlp.shared_expert"), experts()),
-        shared="shared_expert_intermediate_size",
-        sparse=_stepped,
-    ),
-    "qwen3_moe": Mixture((*_HEADS, _DENSE, experts()), sparse=_stepped),
-    "olmoe": Mixture((experts(),), width="intermediate_size", refused={"heads": _NORM_OVER_ALL_HEADS}),
-    "granitemoe": Mixture(
-        (*_HEADS, experts("block_sparse_moe.experts", "block_sparse_moe.router")),
-        width="intermediate_size",
-        fields=_LOCAL,
-    ),
-    "phimoe": Mixture((*_HEADS, experts(router="mlp.router")), width="intermediate_size", fields=_LOCAL),
-    "gpt_oss": Mixture(
-        (*_SINKS, experts(router="mlp.router", transposed=True, interleaved=True)),
-        width="intermediate_size",
-        fields=_LOCAL,
-    ),
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
-}
+def shared_expert(output: str, *inputs: str | Fused) -> Structure:
+    """An expert that every token goes to, from its matrices."""
+    return Structure("shared", output, inputs, (SHARED,))

@@ -7,15 +7,38 @@ _REASONS = {
         bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta
         roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod xlm xlnet reformer""",
     "it is the decoder of an encoder-decoder model, with attention to an encoder": """
+        blip florence2 pix2struct pp_formulanet t5gemma2 udop vision-encoder-decoder
         bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet trocr whisper""",
     "it has neither attention nor a feed-forward network, or both are one recurrent block": """
-        mamba mamba2 falcon_mamba rwkv xlstm nemotron_h""",
+        mamba mamba2 falcon_mamba rwkv xlstm""",
     "several of its layers share weights, or it runs its layers several times": """
+        mistral_large4 mistral_large4_text
         zamba zamba2 hrm_text blt gemma3n gemma3n_text gemma4_assistant gemma4_unified_assistant""",
     "it makes sound or reads images with parts of its own in the decoder": """
-        git moshi musicgen musicgen_melody mllama fuyu phi4_multimodal moss_transcribe_diarize emu3""",
-    "a norm inside its feed-forward network runs over all channels, so none is independent of the others": "bitnet",
+        git moshi musicgen musicgen_melody mllama phi4_multimodal moss_transcribe_diarize emu3""",
+    "a norm inside its feed-forward network runs over all channels, so none is independent of the others": """
+        bitnet kosmos-2 kosmos-2.5""",
+    "several streams of hidden states run beside each other, mixed by hyper-connections": """
+        deepseek_v4 hy_v4 qwen4_exp qwen4_exp_text glm5_next glm5_next_text""",
+    "its keys, values and outputs pass through convolutions, and its router scores shared experts too": """
+        inkling_text inkling_mm_model inkling2 inkling2_text""",
+    "its attention is a mixture of experts, too": "jetmoe",
+    "its router carries a state from layer to layer": "zaya",
+    "every layer has two attentions and two FFNs, and some of its experts do nothing": "longcat_flash",
+    "its norms have networks of their own, and queries and gates share one matrix": "axk2",
+    "the ranks of its latents and the size of its heads depend on the kind of attention of a layer": """
+        dots3_note dots3_note_text""",
+    "its language model reads images only through the queries of another network, and does not run without": """
+        blip-2 instructblip instructblipvideo""",
+    "attention to something else than the text stands between its layers, or inside them": "idefics evolla",
+    "its experts for text and for images have their widths in one list of the config": """
+        ernie4_5_vl_moe ernie4_5_vl_moe_text""",
+    "its layers are shared with a network that makes the actions of a robot": "pi0",
+    "it writes by diffusion: its layers see the text in both directions": "diffusion_gemma diffusion_gemma_text",
+    "its norms of queries and keys have weights of their own for every head": "chameleon",
     "its layers are built in a way of their own": "openai-gpt cpmant ctrl bamba",
+    "the bias of its attention's output is a parameter of the attention itself, in the last layer alone": """
+        gpt_neox_japanese""",
     "its widths lie in configs inside the config, which cannot differ by layer": "dbrx",
 }
 

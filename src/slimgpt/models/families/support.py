@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 
-from slimgpt.models.architecture import CHANNELS, Architecture, Structure
-from slimgpt.models.families import ARCHITECTURES, REFUSED
+from slimgpt.models.architecture import CHANNELS, Architecture, Entry, Structure
+from slimgpt.models.families import ARCHITECTURES, MULTIMODAL, PARTS, REFUSED
 from slimgpt.models.families.moe import Experts, Mixture
+from slimgpt.models.families.names import KNOWN_AS
 
 UNIT_NAMES = {"kv": "KV groups", "query": "query heads", "ffn": "FFN channels", "shared": "shared expert"}
 """What is removed, by :attr:`Structure.unit`."""
+
+_SUPPORTED = {name: {"hidden_size_per_layer_input": 0} for name in ("gemma4_text", "gemma4_unified_text")}
+"""Values with which a family is supported whose default config is not."""
 
 EXPERT_UNITS = "whole experts and channels of each"
 
@@ -26,12 +30,16 @@ class Support:
         uniform: which of it a stock class of transformers holds where all layers are equal; the rest, and layers that
             differ, load with the modeling file in the folder.
         note: why something stays, or why the family is refused.
+        inside: the module of the language model in a multimodal one; empty for what is a language model alone.
+        known_as: models of the family that people know, by their names.
     """
 
     model_type: str
     units: tuple[str, ...]
     uniform: tuple[str, ...] = ()
     note: str = ""
+    inside: str = ""
+    known_as: tuple[str, ...] = ()
 
     @property
     def level(self) -> str:
@@ -43,27 +51,46 @@ class Support:
 
 def families() -> list[Support]:
     """Every family that somebody has looked at; where the layout hangs on the config, as its defaults have it."""
-    entries = [_described(model_type) for model_type in ARCHITECTURES]
-    return entries + [Support(model_type, (), note=reason) for model_type, reason in REFUSED.items()]
+    entries = [_described(model_type, ARCHITECTURES[model_type], _default(model_type)) for model_type in ARCHITECTURES]
+    entries += [_multimodal(model_type) for model_type in MULTIMODAL]
+    entries += [Support(model_type, (), note=reason) for model_type, reason in REFUSED.items()]
+    return [dataclasses.replace(family, known_as=KNOWN_AS.get(family.model_type, ())) for family in entries]
 
 
-def _described(model_type: str) -> Support:
-    entry, notes = ARCHITECTURES[model_type], []
+def _default(model_type: str) -> PreTrainedConfig | None:
     try:
-        config = AutoConfig.for_model(model_type)
+        return AutoConfig.for_model(model_type)
     except ValueError:  # registered by the user, with a config class that transformers does not know by name
-        config = None
+        return None
+
+
+def _multimodal(model_type: str) -> Support:
+    """The language model inside, as the default config has it."""
+    text = AutoConfig.for_model(model_type).get_text_config(decoder=True)
+    entry = ARCHITECTURES[text.model_type] if text.model_type in ARCHITECTURES else PARTS[text.model_type]
+    if isinstance(entry, Architecture):
+        entry = dataclasses.replace(entry, relabel=None)  # no other type holds the whole model
+    family = _described(text.model_type, entry, text)
+    note = "; ".join(filter(None, [f"{text.model_type} inside, all else stays", family.note]))
+    return dataclasses.replace(family, model_type=model_type, note=note, inside=MULTIMODAL[model_type])
+
+
+def _described(model_type: str, entry: Entry, config: PreTrainedConfig | None) -> Support:
+    notes, layout = [], entry(config) if callable(entry) else entry
     if callable(entry):
         notes.append("the layout depends on the config")
-        entry = entry(config)
-    units = tuple(dict.fromkeys(_name(structure, entry) for structure in entry.structures))
-    here = [s for s in entry.structures if _in_stock_class(s.unit, entry, config)]
-    stock = tuple(dict.fromkeys(_name(structure, entry) for structure in here))
-    if isinstance(entry, Mixture) and len({type(s) for s in entry.structures if s.unit == "ffn"}) > 1:
+        if isinstance(layout, str):  # as the defaults have it; others are supported
+            notes = [f"not where {layout}"]
+            layout = entry(AutoConfig.for_model(model_type, **_SUPPORTED[model_type]))
+    assert isinstance(layout, Architecture)
+    units = tuple(dict.fromkeys(_name(structure, layout) for structure in layout.structures))
+    here = [s for s in layout.structures if _in_stock_class(s.unit, layout, config)]
+    stock = tuple(dict.fromkeys(_name(structure, layout) for structure in here))
+    if isinstance(layout, Mixture) and len({type(s) for s in layout.structures if s.unit == "ffn"}) > 1:
         notes.append("uniform where every layer has experts")
-    notes += [f"no {part}: {why}" for part, why in entry.refused.items()]
-    if entry.relabel is not None:
-        notes.append(f"a head count that its config refuses is saved as {entry.relabel.model_type}")
+    notes += [f"no {part}: {why}" for part, why in layout.refused.items()]
+    if layout.relabel is not None:
+        notes.append(f"a head count that its config refuses is saved as {layout.relabel.model_type}")
     return Support(model_type, units, stock, "; ".join(notes))
 
 

@@ -1,0 +1,62 @@
+"""New figures in the report and on the card of a slim folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from slimgpt.checkpoint.card import EXPORTS, model_card
+from slimgpt.checkpoint.card_metadata import CARD_FILE
+from slimgpt.checkpoint.inspecting import read_report
+from slimgpt.checkpoint.journal import write_text
+from slimgpt.checkpoint.saving import REPORT_FILE, report_text
+from slimgpt.errors import ModelError, OutputError
+from slimgpt.io.weight_files import weight_bytes
+from slimgpt.models.build import MODELING_FILE
+from slimgpt.pruning.report import PruneReport, with_evaluation
+
+IDENTITY = ("text", "window", "stride", "text_sha256", "tokens", "task", "num_fewshot", "metric")
+"""What tells one measurement from another; of the same one the newer figures stay."""
+
+
+def read_own_report(folder: Path | None, name: str) -> PruneReport:
+    """The report of a slim folder.
+
+    Raises:
+        ModelError: it is no folder of ours, or its report is damaged.
+    """
+    report = read_report(folder) if folder is not None else None
+    if report is None:
+        raise ModelError(f"{name} has no {REPORT_FILE}, so its card is not one of ours; give a folder that prune wrote")
+    return PruneReport.from_json(report)
+
+
+def update_card(folder: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Add figures to a slim folder's report and write its card anew; what it says of exports stays.
+
+    Args:
+        results: as :func:`slimgpt.evaluation.card_figures.text_figures` and ``task_figures`` give them.
+
+    Raises:
+        ModelError: the folder has no report of ours.
+        OutputError: it cannot be written.
+    """
+    report = read_own_report(folder, str(folder))
+    new = {_identity(result): result for result in results}
+    kept = [result for result in report.evaluation.get("results", ()) if _identity(result) not in new]
+    report = with_evaluation(report, results=[*kept, *new.values()])
+    own_code = (folder / MODELING_FILE).is_file()
+    text = model_card(report, weight_bytes(folder), own_code=own_code, origin=folder)
+    card = folder / CARD_FILE
+    before = card.read_text(encoding="utf-8") if card.is_file() else ""
+    _, heading, exports = before.partition(f"\n{EXPORTS}\n")
+    try:
+        write_text(folder / REPORT_FILE, report_text(report))
+        write_text(card, text + (heading + exports if heading else ""))
+    except OSError as error:
+        raise OutputError(f"cannot write the card of {folder}: {error}") from error
+
+
+def _identity(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result.get(key) for key in IDENTITY)

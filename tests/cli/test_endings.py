@@ -1,0 +1,114 @@
+"""How commands end where the machine refuses: full disks, closed output, Ctrl-C; and names with square brackets."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from slimgpt.cli import app
+from slimgpt.cli.console import write_file
+from slimgpt.errors import OutputError
+
+SMALL = ("--num-samples", 8, "--seq-len", 24, "--device", "cpu", "--ratio", 0.3)
+FULL = Path("/dev/full")
+
+
+def start(words, **options):
+    """A ``slimgpt`` process that an interrupt reaches, even where the tests run in the background and ignore it."""
+    command = [sys.executable, "-m", "slimgpt", *map(str, words)]
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    "words", [["--version"], ["--help"], ["families"], ["inspect", "FOLDER", "--json"], ["inspect", "FOLDER"]]
+)
+def test_a_full_standard_output_is_one_line(words, dense_folder):
+    with FULL.open("w") as full:
+        process = start([str(dense_folder) if word == "FOLDER" else word for word in words], stdout=full)
+        _, stderr = process.communicate()
+    assert process.returncode == 2, stderr
+    assert stderr.startswith("error: writing standard output or a temporary file failed")
+    assert len(stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full here")
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    with pytest.raises(OutputError, match="/dev/full failed"):
+        write_file(FULL, "text")
+    file = tmp_path / "result.json"
+    file.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_file(file, "half \ud800")
+    assert file.read_text() == "old"
+    write_file(file, "new")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("result.json", "new")]
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4, 0.8])
+def test_an_interrupt_while_the_libraries_are_imported_says_no_more_than_that(seconds, dense_folder):
+    process = start(["inspect", dense_folder], stdout=subprocess.PIPE, start_new_session=True)
+    time.sleep(seconds)  # from when Python itself is up to when torch is being imported
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode in (130, -signal.SIGINT), stderr  # a shell says 130 of both
+    assert stderr.startswith("interrupted")
+    assert len(stderr.splitlines()) == 1
+
+
+LIMITED = (
+    "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); most = int(sys.argv.pop(1));"
+    "resource.setrlimit(resource.RLIMIT_FSIZE, (most, most));"
+    "sys.argv[0] = 'slimgpt'; from slimgpt.cli import main; main()"
+)
+
+
+@pytest.mark.parametrize(
+    ("most", "message", "kept"),
+    [
+        (1_000, "journal.json failed, nothing was left there", False),  # the request
+        (5_000, "has no room for", False),  # activations of the first layer
+        (100_000, "has no room for", True),  # what training keeps
+        (200_000, "go on with --resume", True),  # the weights
+    ],
+)
+def test_wherever_the_disk_is_full_one_line_says_so(most, message, kept, dense_folder, text_file, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    words = ["prune", dense_folder, out / "slim", "--calibration", text_file, *SMALL, "--num-samples", 64]
+    command = [sys.executable, "-c", LIMITED, most, *words, "--distill", 2000]
+    environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path / "plots")}
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert [path.name for path in out.iterdir()] == ([".slim.unfinished"] if kept else [])
+
+
+def test_square_brackets_in_a_name_are_text(dense_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a[").mkdir()
+    words = {
+        "prune": ["prune", dense_folder, "a[/b]", "--calibration", text_file, *SMALL],
+        "inspect": ["inspect", "a[/b]"],
+        "export": ["export", "a[/b]", "a[/c]", "--to", "padded"],
+        "plan": ["plan", "a[/b]", "--ratio", 0.2, "--save", "a[/plan].toml"],
+        "recover": ["recover", "a[/b]", "a[/d]", "--data", text_file, "--max-length", 24, "--max-steps", 1,
+                    "--batch-size", 4, "--device", "cpu"],
+    }  # fmt: skip
+    for name, line in words.items():
+        result = CliRunner().invoke(app, [str(word) for word in line])
+        assert result.exit_code == 0, (name, result.output)
+        written = [word for word in map(str, line) if word.startswith("a[/")][-1]
+        assert written in result.output or name == "inspect", result.output
+    again = CliRunner().invoke(app, [str(word) for word in words["prune"]])
+    assert again.exit_code == 2
+    assert "a[/b] exists" in "".join(again.output.split("\n"))
