@@ -150,8 +150,8 @@ class PruneConfig:
         AUTO,
         "FFN widths become multiples of it: auto or a number.",
         detail="auto: of 64 where every FFN has at least 4,096 channels, of 32 where it has at least 1,024, else 1; "
-        "equal layers: of 64 from 1,024 on. With auto the step is halved until the target is met (within 0.2 points, equal layers 0.5). Methods "
-        "other than slimgpt take 1, as published.",
+        "equal layers: of 64 from 1,024 on. With auto the step is halved until the target is met (within 0.2 points, "
+        "equal layers 0.5). Methods other than slimgpt take 1, as published.",
         unset="auto, or as --for asks",
         metavar="STEP",
         check=check_round_to,
@@ -208,8 +208,8 @@ class PruneConfig:
         "Tokens of the short training after pruning: auto, off or a number.",
         detail="Output matrices, norms and routers are trained together on so many calibration tokens, towards what "
         "the dense model predicts and the text says. auto: as many as cost 1.4 forward passes (11.5 in a search) over "
-        "all, for the method slimgpt if the text is enough. If the text has fewer, the dense model generates the rest. "
-        "With auto, not at all for the other methods and without repair.",
+        "all, for the method slimgpt if the text is enough. If the text has fewer, the dense model generates the "
+        "rest. With auto, not at all for the other methods and without repair.",
         metavar="TOKENS",
         check=check_distill,
     )

@@ -9,6 +9,7 @@ A run that will write ``OUT`` works in ``.OUT.unfinished`` beside it::
     distillation.json           what that training gave; it is finished once this is there
     text.safetensors            text that the dense model has written for it, and its last layer's hidden states
     training.safetensors        what it has reached
+    self-calibration/00000.json a round of calibration text that the model has written
     scratch/                    activations that memory had no room for
     folder/                     the checkpoint while it is put together
     replaced/                   what was at OUT before, until the new checkpoint is there
@@ -41,7 +42,7 @@ CHECKSUM = "crc32"
 """In a layer's report while it is in the journal: of the bytes of its weights file."""
 
 DISTILLATION_FILE = "distillation.json"
-TEXT_FILE, TRAINING_FILE = "text.safetensors", "training.safetensors"
+TEXT_FILE, TRAINING_FILE, SELF_WRITTEN = "text.safetensors", "training.safetensors", "self-calibration"
 
 
 class Journal:
@@ -204,9 +205,9 @@ class Journal:
         return self.layers / f"{index:05d}.safetensors", self.layers / f"{index:05d}.json"
 
     def close(self) -> bool:
-        """Stop an unfinished run; returns whether a layer is finished, so that the journal was kept."""
+        """Stop an unfinished run; returns whether a layer or some text is finished, so that it was kept."""
         shutil.rmtree(self.scratch, ignore_errors=True)
-        worth = any(self.layers.glob("*.safetensors"))
+        worth = any(self.layers.glob("*.safetensors")) or any((self.folder / SELF_WRITTEN).glob("*.json"))
         if not worth:
             self.discard()
         return worth

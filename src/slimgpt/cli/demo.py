@@ -27,7 +27,7 @@ def demo(
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
-    """Prune SmolLM2-135M-Instruct and show it before and after; needs no hub, about three minutes on two cores."""
+    """Prune SmolLM2-135M-Instruct and show it before and after; calibrated on text that it writes; needs no hub."""
     from slimgpt.io.folders import check_output
     from slimgpt.pipeline.demo import run_demo
 
@@ -45,6 +45,7 @@ def demo(
 
 def _print_demo(result: DemoResult) -> None:
     dense, slim = result.dense, result.slim
+    print_dense_comparison(result.report.divergence)
     table = Table(title=assets.MODEL_NAME, title_justify="left")
     for column in ("", "before", "after", "after / before"):
         table.add_column(column, justify="left" if not column else "right")
@@ -59,7 +60,6 @@ def _print_demo(result: DemoResult) -> None:
     for name, before, after, style in rows:
         table.add_row(name, format(before, style), format(after, style), f"{after / before:.3f}")
     out.print(table)
-    print_dense_comparison(result.report.divergence)
     from slimgpt.pipeline.demo import PROMPT
 
     for name, sample in (("before", dense.sample), ("after", slim.sample)):

@@ -75,9 +75,11 @@ def prune(
     calibration: Annotated[
         str,
         typer.Option(
-            metavar="SOURCE", help="A .txt, .jsonl or .parquet file, a folder of these, a datasets id, or 'demo'."
+            metavar="SOURCE",
+            help="auto: text that the model writes; a .txt, .jsonl or .parquet file, a folder of these, a datasets id, "
+            "'demo', 'mix', or several with shares: auto:2,text.jsonl:1.",
         ),
-    ] = "demo",
+    ] = "auto",
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     memory: Annotated[
@@ -240,6 +242,15 @@ def _print_report(report: PruneReport, size: int, folder: Path, *, verbose: bool
             f"[yellow]note:[/] {len(starved)} experts saw fewer tokens than they have channels (layer "
             f"{starved[0][0]}: expert {starved[0][1]}; all in slimgpt.json); tokens of the whole layer were added for "
             "them. More calibration text helps",
+            soft_wrap=True,
+        )
+    if written := report.calibration.get("self_written"):
+        total = report.seconds + written["seconds"]
+        out.print(
+            f"calibrated on text that the model wrote: {sum(written['documents'].values()):,} documents, "
+            f"{written['sampled_tokens']:,} tokens in {written['seconds']:.0f} s, "
+            f"{written['seconds'] / total:.0%} of the run; left out: {written['left_out']['short']} short or looping, "
+            f"{written['left_out']['repeated']} repeating others",
             soft_wrap=True,
         )
     if info := report.distillation:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from slimgpt.errors import NumericalError
 from slimgpt.layerwise.capture import patched_layers
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.divergence import on_device
 from slimgpt.models.build import decoder_layers
+from slimgpt.models.kv_cache import preallocated
 from slimgpt.models.lookup import layer_sizes, text_config
 from slimgpt.planning.targets import CACHE_BYTES, cache_bytes
 from slimgpt.runtime.memory import used_bytes
@@ -123,7 +123,7 @@ def generate_text(
                 fresh = _draw(model, output.logits[:, -1], uniforms[rows, place : place + 1].to(run.device))
                 text = torch.cat([text, fresh], dim=1)
                 if caches := "past_key_values" in output:
-                    known = {"past_key_values": _preallocated(output["past_key_values"], length)}
+                    known = {"past_key_values": preallocated(output["past_key_values"], length)}
                 else:  # what keeps no cache, or one of its own, reads all again
                     fresh = text
                 if on_token:
@@ -131,38 +131,6 @@ def generate_text(
                 done += 1
             ids[rows] = text.to(ids)
     return GeneratedText(ids, behind)
-
-
-class PreallocatedCacheLayer(DynamicLayer):
-    """Preallocated key-value cache of a layer: a growing cache is copied for every token.
-
-    Args:
-        states: keys and values of the prompt, ``(sequences, heads, tokens, head_dim)`` each.
-        length: capacity in tokens.
-    """
-
-    def __init__(self, states: tuple[Tensor, Tensor], length: int):
-        super().__init__()
-        self.lazy_initialization(*states)
-        self.buffers = [state.new_empty((*state.shape[:2], length, state.shape[3])) for state in states]
-        self.keys, self.values = (buffer[:, :, :0] for buffer in self.buffers)
-        self.update(*states)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        before = self.get_seq_length()
-        after = before + key_states.shape[2]
-        for buffer, fresh in zip(self.buffers, (key_states, value_states)):
-            buffer[:, :, before:after] = fresh
-        self.keys, self.values = (buffer[:, :, :after] for buffer in self.buffers)
-        return self.keys, self.values
-
-
-def _preallocated(cache: Any, length: int) -> Any:
-    """A cache with its growing layers replaced by preallocated ones; other layers are unchanged."""
-    for index, layer in enumerate(getattr(cache, "layers", [])):
-        if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            cache.layers[index] = PreallocatedCacheLayer((layer.keys, layer.values), length)
-    return cache
 
 
 def _batch_size(model: PreTrainedModel, length: int, free: int, dtype: torch.dtype) -> int:

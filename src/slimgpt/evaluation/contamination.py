@@ -9,6 +9,7 @@ from typing import Any
 
 from slimgpt import assets
 from slimgpt.calibration.documents import Document, read_documents
+from slimgpt.calibration.mixture import AUTO, parse_mixture
 from slimgpt.errors import CalibrationError
 from slimgpt.evaluation.corpora import Text
 
@@ -35,6 +36,8 @@ def contamination_note(report: Mapping[str, Any] | None, text: Text) -> str | No
         text: what the model is evaluated on.
     """
     for purpose, source in _sources(report or {}):
+        if source == AUTO:
+            continue
         if source == text.name == assets.DEMO:
             return f"{purpose} on other speeches of the same corpus"
         share = _overlap(source, text)
@@ -50,7 +53,8 @@ def _sources(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Every text that the model was calibrated or trained on."""
     source = (report.get("calibration") or {}).get("source")
     if isinstance(source, str):
-        yield "calibrated", source
+        for part in parse_mixture(source):
+            yield "calibrated", part.source
     for training in report.get("recovery") or ():
         for source in training.get("settings", {}).get("data") or ():
             yield "trained", str(source)

@@ -12,6 +12,9 @@ from slimgpt.pruning.report import LayerReport
 from slimgpt.runtime.memory import Placement
 from slimgpt.sensitivity.measure import OnMeasured
 
+WRITING = "the model writes its calibration text"
+"""What is done, as the callback of steps before the training is told of it."""
+
 OnLayer = Callable[[LayerReport, Plan], None]
 """Called after every layer, with what was done to it and the whole plan."""
 
@@ -27,7 +30,7 @@ class Callbacks:
         start: before the first layer.
         layer: after every layer.
         measured: after every step of measuring.
-        prepare_step: after every step of generating text and of the dense model's pass over it.
+        prepare_step: after every step of writing calibration text or other text, and of the dense model's pass over it.
         distilled: after every step of the training.
     """
 

@@ -23,6 +23,7 @@ from slimgpt.models.source import locate
 from slimgpt.pipeline.callbacks import Callbacks
 from slimgpt.pipeline.in_memory import run_in_memory
 from slimgpt.pipeline.prepare import make_job, prepare
+from slimgpt.pipeline.self_written import with_self_written
 from slimgpt.pruning.report import PruneReport, with_evaluation
 from slimgpt.runtime.distributed import Ranks
 
@@ -108,8 +109,9 @@ def run_demo(
 
     say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
     tokens = tokens_to_distill(config, prepared.plan, prepared.windows)
-    job = make_job(prepared, Ranks(), tokens)
-    report = run_in_memory(model, job, callbacks or Callbacks(), prepared.budget)
+    callbacks, ranks = callbacks or Callbacks(), Ranks()
+    job = with_self_written(prepared, make_job(prepared, ranks, tokens), model, ranks, None, callbacks.prepare_step)
+    report = run_in_memory(model, job, callbacks, prepared.budget)
     slim = model
 
     say("measuring the slim model")

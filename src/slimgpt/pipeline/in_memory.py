@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt import assets
 from slimgpt.calibration.evaluation_text import evaluation_texts
-from slimgpt.calibration.windows import calibration_windows
+from slimgpt.calibration.generation_limits import check_fits, writing_dtype
+from slimgpt.calibration.mixture import AUTO, read_calibration
+from slimgpt.calibration.self_calibration import write_calibration
 from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.data import OnRehearsed
 from slimgpt.distillation.schedule import tokens_to_distill
@@ -19,7 +21,7 @@ from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import describe
 from slimgpt.models.ties import untie_as_held
-from slimgpt.pipeline.callbacks import Callbacks, OnLayer
+from slimgpt.pipeline.callbacks import WRITING, Callbacks, OnLayer
 from slimgpt.pipeline.memory_sink import ModelInMemory
 from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.planning.planner import plan_for
@@ -44,7 +46,7 @@ def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     ratio: float | None = None,
-    calibration: str | Tensor = assets.DEMO,
+    calibration: str | Tensor = AUTO,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -60,7 +62,8 @@ def prune(
     Args:
         model: a causal LM of a supported family, loaded by :func:`slimgpt.load` or by transformers.
         tokenizer: its tokenizer; may be ``None`` when ``calibration`` is a tensor.
-        calibration: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder of these, a ``datasets`` id, ``demo``, or a
+        calibration: ``auto`` (text that the model writes itself), a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder
+            of these, a ``datasets`` id, ``demo``, ``mix``, several of these with shares (``auto:2,text.jsonl:1``), or a
             LongTensor of token ids ``(num_samples, seq_len)``.
         device: where layers run, one at a time: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: convert the weights first: ``auto`` (leave them), ``float32``, ``float16`` or ``bfloat16``.
@@ -71,8 +74,9 @@ def prune(
             the seconds it took.
         on_distilled: called after every step of that training with its number, the number of all steps, the divergence
             per token and the seconds it took.
-        on_rehearsed: called after every step of what comes before that training, while the dense model writes text and
-            reads it, with what is done, the step's number, the number of all such steps and the seconds it took.
+        on_rehearsed: called after every step while the model writes calibration text, and of what comes before that
+            training (the dense model writes text and reads it), with what is done, the step's number, the number of
+            all such steps and the seconds it took.
 
     Returns:
         What was asked for, planned and done.
@@ -90,7 +94,7 @@ def prune(
     kept_dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else next(model.parameters()).dtype
     widths = plan_for(model.config, config, shape, kept_dtype)
     vocab_size = text_config(model.config).vocab_size
-    text = calibration_windows(calibration, tokenizer, config, vocab_size)
+    mixture = read_calibration(calibration, tokenizer, config, vocab_size)
     if isinstance(weight_dtype, torch.dtype):
         for parameter in model.parameters():  # not `model.to`: it would round rotary frequencies and other tables
             parameter.data = parameter.data.to(weight_dtype)
@@ -98,7 +102,23 @@ def prune(
     name = str(model.config.name_or_path or type(model).__name__)
     stored = next(model.parameters()).dtype
     forward = choose_forward_dtype(config.forward_dtype, stored, target)
-    check_context(model.config, "calibration windows (--seq-len)", text.windows.shape[1])
+    check_context(model.config, "calibration windows (--seq-len)", mixture.windows.shape[1])
+    if mixture.self_written and next(model.parameters()).device.type != target.type:
+        check_fits(widths.parameters_before, stored.itemsize, target, budget, name)
+    text, info = mixture.complete(
+        lambda count, held_out: in_eval_mode(write_calibration)(
+            model,
+            tokenizer,  # type: ignore[arg-type]  # there is no text of its own without one
+            count,
+            config.seq_len,
+            config.seed,
+            held_out=held_out,
+            device=target,
+            dtype=writing_dtype(config.forward_dtype, stored, target),
+            budget=budget,
+            on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
+        )
+    )
     job = PruneJob(
         name=name,
         config=config,
@@ -113,6 +133,7 @@ def prune(
         distill_tokens=tokens_to_distill(config, widths, text.windows),
         quantization=getattr(model, "dequantized_from", {}),  # as `load` left it
         evaluation=evaluation_texts(text, tokenizer, vocab_size) if config.evaluate else {},
+        calibration_info=info,
     )
     return run_in_memory(model, job, Callbacks(on_layer, on_measured, on_distilled, on_rehearsed), budget)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimgpt import assets
 from slimgpt.calibration.documents import local_files
 from slimgpt.calibration.evaluation_text import EvaluationText, evaluation_texts
-from slimgpt.calibration.windows import calibration_windows
+from slimgpt.calibration.generation_limits import check_fits
+from slimgpt.calibration.mixture import AUTO, CalibrationMixture, parse_mixture, read_calibration
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.schedule import tokens_to_distill
@@ -36,7 +36,14 @@ SIDECAR_BYTES = 64 << 20
 
 @dataclass
 class PruneRequest:
-    """Everything about a run that could be checked without loading weights."""
+    """Everything about a run that could be checked without loading weights.
+
+    Args:
+        windows: the calibration tokens; without storage where the model has yet to write some of them.
+        text: the calibration text as far as it is there.
+        evaluation: the texts that the result is compared with the dense model on; empty too where the model has yet to
+            write some of the calibration text.
+    """
 
     source: Source
     output: Path
@@ -53,6 +60,7 @@ class PruneRequest:
     overwrite: bool
     resume: bool
     budget: int | None
+    text: CalibrationMixture | None = None
     evaluation: dict[str, EvaluationText] = field(default_factory=dict)
 
     @property
@@ -65,7 +73,7 @@ def prepare(
     model: str,
     output: str | Path,
     config: PruneConfig,
-    calibration: str = assets.DEMO,
+    calibration: str = AUTO,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -89,7 +97,7 @@ def prepare(
     finished = resume and (path / REPORT_FILE).is_file()
     source = locate(model)
     if writes:
-        inputs = [*source.folders, *local_files([calibration, config.plan])]
+        inputs = [*source.folders, *local_files([*(part.source for part in parse_mixture(calibration)), config.plan])]
         check_output(path, overwrite or finished, inputs=inputs)
     model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
     if source.folder is None:  # from the hub: what its files hold is known once they are here
@@ -117,11 +125,13 @@ def prepare(
     check_files(source)
     prepared.tokenizer = load_tokenizer(source, trust_remote_code)
     vocab_size = text_config(model_config).vocab_size
-    text = calibration_windows(calibration, prepared.tokenizer, config, vocab_size)
-    prepared.windows, prepared.calibration = text.windows, text.source
-    if config.evaluate:
-        prepared.evaluation = evaluation_texts(text, prepared.tokenizer, vocab_size)
+    text = read_calibration(calibration, prepared.tokenizer, config, vocab_size)
+    prepared.text, prepared.windows, prepared.calibration = text, text.windows, text.source
+    if config.evaluate and not text.self_written:
+        prepared.evaluation = evaluation_texts(text.complete()[0], prepared.tokenizer, vocab_size)
     check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
+    if text.self_written and writes:
+        check_fits(plan.parameters_before, prepared.stored.itemsize, target, budget, source.name)
     tokens_to_distill(config, plan, prepared.windows)
     return prepared
 

@@ -136,6 +136,7 @@ class PruneJob:
         evaluation: the texts that the result is compared with the dense model on; none if it is not.
         request: a digest of everything that decides the result, for a run that can be resumed.
         quantization: how the dense model's files were quantised, for the report; empty if they were not.
+        calibration_info: what a report says of calibration text that the model wrote.
     """
 
     name: str
@@ -152,6 +153,7 @@ class PruneJob:
     evaluation: Mapping[str, EvaluationText] = field(default_factory=dict)
     request: str = ""
     quantization: dict[str, str] = field(default_factory=dict)
+    calibration_info: dict[str, Any] = field(default_factory=dict)
 
 
 def run_stages(
@@ -220,7 +222,7 @@ def run_stages(
         plan=plan,
         dense_sizes=dense_sizes,
         layers=tuple(reports),
-        calibration=described(job.windows, job.calibration),
+        calibration={**described(job.windows, job.calibration), **job.calibration_info},
         versions=versions(job.device),
         seconds=earlier + time.perf_counter() - start,
         execution=execution(job.dtype or job.stored, placement, ranks.world),

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from slimgpt import assets
-from slimgpt.checkpoint.journal import Journal
+from slimgpt.calibration.mixture import AUTO
+from slimgpt.checkpoint.journal import SELF_WRITTEN, Journal
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import make_config
 from slimgpt.distillation.data import OnRehearsed
@@ -26,9 +26,10 @@ from slimgpt.models.fingerprint import fingerprint, source_files
 from slimgpt.pipeline.callbacks import Callbacks, OnLayer
 from slimgpt.pipeline.journal_sink import JournalSink
 from slimgpt.pipeline.prepare import SIDECAR_BYTES, PruneRequest, make_job, prepare
+from slimgpt.pipeline.self_written import KeptRounds, described_before, with_self_written
 from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.pipeline.weights_source import open_model
-from slimgpt.pruning.report import PruneReport, described
+from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.distributed import Ranks, join
 from slimgpt.runtime.memory import free_bytes, limit_gpu_memory
 from slimgpt.runtime.versions import versions
@@ -65,6 +66,9 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
             while True:
                 try:
                     source = open_model(request)
+                    whole = source.model if source.streamed is None else None
+                    rounds = KeptRounds(journal.folder / SELF_WRITTEN)
+                    job = with_self_written(request, job, whole, ranks, rounds, callbacks.prepare_step)
                     sink = JournalSink(request, journal, source.model, ranks)
                     return run_stages(job, source, sink, callbacks, ranks, budget, finished)
                 except torch.OutOfMemoryError as error:
@@ -75,7 +79,7 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
                 journal.discard()  # the same command would fail in the same layer again
             kept = ranks.main and journal.close()
             if kept and isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"finished layers are kept in {journal.folder}; go on with --resume") from None
+                raise KeyboardInterrupt(f"what is finished is kept in {journal.folder}; go on with --resume") from None
             raise
 
 
@@ -136,7 +140,7 @@ def _request(p: PruneRequest, job: PruneJob) -> dict[str, Any]:
         "model": {"name": p.source.name, "files": fingerprint(source_files(p.source))},
         "settings": asdict(p.config),
         "plan": p.plan.to_json(),
-        "calibration": described(p.windows, p.calibration),
+        "calibration": described_before(p),
         "dtype": str(p.stored).removeprefix("torch."),
         "forward_dtype": str(job.dtype or job.stored).removeprefix("torch."),
         "versions": {name: installed[name] for name in ("slimgpt", "torch", "transformers", "device")},
@@ -147,7 +151,7 @@ def prune_folder(
     model: str,
     output: str | Path,
     ratio: float | None = None,
-    calibration: str = assets.DEMO,
+    calibration: str = AUTO,
     *,
     device: str = "auto",
     dtype: str = "auto",

@@ -1,0 +1,324 @@
+"""Calibration text that the model writes itself: self-calibration.
+
+The idea is that of arXiv 2410.17170 (self-calibration) and, for models with a chat template, of Magpie (arXiv
+2406.08464): in front of an open user turn, a model writes the question, too. Half of its documents are such
+conversations; the others, and all of a base model's, go on from short openings in many domains and languages. What
+loops or repeats an earlier document is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from slimgpt.calibration.batch_generation import (
+    Document,
+    Start,
+    TurnTokens,
+    folded_on_cpu,
+    generate_documents,
+    parameters_moved,
+)
+from slimgpt.calibration.generation_limits import context_length, sequences_together
+from slimgpt.calibration.openings import OPENINGS, OTHER_LANGUAGES, QUESTIONS
+from slimgpt.calibration.repetition import MAX_SHARED, SeenText, before_the_loop
+from slimgpt.calibration.template_tokens import special_ids, turn_tokens
+from slimgpt.calibration.windows import digest, prefix_ids
+from slimgpt.errors import CalibrationError
+from slimgpt.runtime.devices import DTYPES
+
+MAX_TOKENS = 384
+"""Tokens of a document at most."""
+
+ROUND = 128
+"""Documents of a round, which is written together where memory allows, filtered, and kept for a resumed run."""
+
+TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
+"""Of the documents in turn."""
+
+LEAST_TOKENS = 32
+"""Tokens that are left of a document at least, or it is left out."""
+
+OTHER_LANGUAGE_SHARE = 1 / 8
+"""Share of the texts that begin in another language than English."""
+
+MAX_TRIALS = 4
+"""So many times as many documents as expected are written at most, before the model is refused."""
+
+OnWritten = Callable[[int, int, float], None]
+"""Called after every step of writing with its number, the number of all and the seconds it took."""
+
+
+class Rounds(Protocol):
+    """Where finished rounds are kept, so that a run that was killed goes on."""
+
+    def read(self, number: int) -> dict[str, Any] | None:
+        """A round that is kept, as plain values."""
+        ...
+
+    def write(self, number: int, values: dict[str, Any]) -> None:
+        """Keep a round."""
+        ...
+
+
+class NoRounds:
+    """Keeps nothing."""
+
+    def read(self, number: int) -> dict[str, Any] | None:  # noqa: ARG002
+        return None
+
+    def write(self, number: int, values: dict[str, Any]) -> None:
+        """Forget it."""
+
+
+@dataclass(frozen=True)
+class SelfCalibration:
+    """Calibration windows that a model wrote.
+
+    Args:
+        windows: token ids ``(num_samples, seq_len)``.
+        held_out: token ids of further documents, ``(tokens,)``.
+        info: what a report says of them: documents by kind, tokens, what was left out, temperatures, dtype, seconds.
+    """
+
+    windows: Tensor
+    held_out: Tensor
+    info: dict[str, Any]
+
+
+@dataclass
+class Writer:
+    """Writes calibration text with a model.
+
+    Args:
+        model: whole, in eval mode, on the device that is to run it.
+        length: tokens of a document at most.
+        seed: of the openings and of what is drawn.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    length: int
+    seed: int
+    prefix: list[int] = field(init=False)
+    turns: TurnTokens | None = field(init=False)
+    special: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prefix, self.turns = prefix_ids(self.tokenizer), turn_tokens(self.tokenizer)
+        if self.turns and len(self.turns.before) + len(self.turns.between) + LEAST_TOKENS > self.length:
+            self.turns = None  # no room for a conversation
+        self.special = special_ids(self.tokenizer, self.model)
+
+    def ids(self, text: str) -> list[int]:
+        """A text's tokens without those that every text starts with."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def starts(self, number: int, count: int) -> list[Start]:
+        """Beginnings of the documents of a round, its number and the seed deciding which."""
+        chooser = random.Random(f"{self.seed} {number}")
+        domains, languages = list(OPENINGS.values()), list(OTHER_LANGUAGES.values())
+        starts: list[Start] = []
+        for place in range(count):
+            temperature = TEMPERATURES[place // 2 % len(TEMPERATURES)]
+            if self.turns is not None and place % 2 == 0:
+                opening = chooser.choice(QUESTIONS) if chooser.random() < 0.5 else ""
+                starts.append(Start("chat", (*self.turns.before, *self.ids(opening)), temperature))
+                continue
+            begin = self.prefix or [token for token in (self._first_token(),) if token is not None]
+            if self.turns is None and begin and chooser.random() < 0.25:
+                starts.append(Start("text", tuple(begin), temperature))
+                continue
+            other = chooser.random() < OTHER_LANGUAGE_SHARE
+            opening = chooser.choice(chooser.choice(languages if other else domains))
+            starts.append(Start("text", (*self.prefix, *self.ids(opening)), temperature))
+        return [Start(s.kind, s.tokens[: self.length // 2], s.temperature) for s in starts]
+
+    def _first_token(self) -> int | None:
+        """The token that a text starts or ends with."""
+        first = self.tokenizer.bos_token_id
+        return first if first is not None else self.tokenizer.eos_token_id  # type: ignore[return-value]
+
+    def round(
+        self, number: int, count: int, together: int, on_written: Callable[[int, int, float], None] | None
+    ) -> list[Document]:
+        """The documents of a round, as they were written.
+
+        Args:
+            together: so many at once; what is written does not depend on it but for rounding.
+        """
+        starts = self.starts(number, count)
+        mixed = int.from_bytes(hashlib.sha256(f"{self.seed} {number}".encode()).digest()[:7], "big")
+        uniforms = torch.rand(count, self.length, generator=torch.Generator().manual_seed(mixed))
+        documents: list[Document] = []
+        with folded_on_cpu(self.model):
+            for rows in (slice(first, first + together) for first in range(0, count, together)):
+                documents += generate_documents(
+                    self.model,
+                    starts[rows],
+                    uniforms[rows],
+                    special=self.special,
+                    turns=self.turns,
+                    on_generated=on_written,
+                )
+        return documents
+
+    def finished(self, document: Document, kept: int) -> list[int]:
+        """The tokens of a document as they stand in a window.
+
+        Args:
+            kept: so many of its tokens stay; the rest loops.
+        """
+        end: list[int] = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]  # type: ignore[list-item]
+        if document.start.kind == "text":
+            begin = len(self.prefix) if self.prefix else int(document.ids[0] in self.special)
+            return document.ids[begin:kept] + end
+        closed = list(self.turns.behind) if self.turns and document.ended and kept == len(document.ids) else []
+        return document.ids[:kept] + closed + ([] if set(end) & set(closed) else end)
+
+
+def kept_documents(writer: Writer, documents: Sequence[Document], seen: SeenText) -> tuple[list[list[int]], Counter]:
+    """The documents that are good to calibrate on, cut where they begin to loop, and how many of them were what.
+
+    Args:
+        seen: text that was taken before; what is taken now is added.
+    """
+    kept, counts = [], Counter({"chat": 0, "text": 0, "short": 0, "repeated": 0, "cut": 0})
+    for document in documents:
+        start = len(document.start.tokens)
+        own = document.ids[start:]
+        length = before_the_loop(own)
+        if length < LEAST_TOKENS:
+            counts["short"] += 1
+        elif seen.shared_share(own[:length]) > MAX_SHARED:
+            counts["repeated"] += 1
+        else:
+            counts["cut"] += length < len(own)
+            counts[document.start.kind] += 1
+            kept.append(writer.finished(document, start + length))
+            seen.add(kept[-1])
+    return kept, counts
+
+
+def pack(documents: Sequence[Sequence[int]], prefix: Sequence[int], num_samples: int, seq_len: int) -> Tensor:
+    """Windows ``(num_samples, seq_len)`` from documents in a row, each window with the prefix before it.
+
+    Raises:
+        CalibrationError: too few tokens.
+    """
+    body = seq_len - len(prefix)
+    ids = [token for document in documents for token in document][: num_samples * body]
+    if body < 1 or len(ids) < num_samples * body:
+        raise CalibrationError(
+            f"{len(ids):,} tokens do not fill {num_samples} windows of {seq_len}; lower --num-samples or --seq-len"
+        )
+    start = torch.tensor(list(prefix), dtype=torch.long).expand(num_samples, -1)
+    return torch.cat([start, torch.tensor(ids).view(num_samples, body)], 1)
+
+
+def write_calibration(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+    *,
+    held_out: int = 0,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: int | None = None,
+    rounds: Rounds | None = None,
+    on_written: OnWritten | None = None,
+) -> SelfCalibration:
+    """Calibration windows of text that the model writes; the model is as it was afterwards.
+
+    Args:
+        held_out: tokens that are written beside those of the windows, to evaluate on.
+        device: where the model is run, whole.
+        dtype: of its parameters meanwhile.
+        budget: bytes that may be used on the device; ``None``: what is free.
+        rounds: where finished rounds are kept; rounds that are there are not written again.
+
+    Raises:
+        CalibrationError: what it writes is too short or repeats itself.
+        NumericalError: predictions that are NaN or infinite.
+    """
+    rounds = rounds or NoRounds()
+    first = rounds.read(0)
+    dtype = DTYPES[first["dtype"]] if first else dtype  # a resumed run goes on in the type it began with
+    writer = Writer(model, tokenizer, min(MAX_TOKENS, seq_len, context_length(model, MAX_TOKENS)), seed)
+    in_windows = num_samples * (seq_len - len(writer.prefix))
+    needed = in_windows + held_out
+    expected = 0.6 * writer.length  # tokens of a document that are kept, on average
+    most = int(MAX_TRIALS * needed / expected) + 8
+    documents: list[list[int]] = []
+    counts: Counter = Counter()
+    tokens = written = number = 0
+    seconds = 0.0
+    seen = SeenText()
+    while tokens < needed:
+        if written >= most:
+            raise CalibrationError(
+                f"of {written:,} documents that the model wrote, {len(documents):,} with {tokens:,} tokens are fit for "
+                f"calibration ({counts['short']:,} short or looping, {counts['repeated']:,} repeat others), and "
+                f"{needed:,} tokens are needed: give text with --calibration FILE, or --calibration demo"
+            )
+        values = rounds.read(number)
+        if values is None:
+            begin = time.perf_counter()
+            mean = tokens / written if tokens else expected
+            count = min(ROUND, max(int((needed - tokens) / mean * 1.05) + 1, 8))
+            rounds_left = max(-(-(needed - tokens) // int(mean * ROUND)), 1)
+            progress = partial(_report, on_written, number, rounds_left) if on_written else None
+            together = min(sequences_together(model, writer.length, dtype, device, budget), ROUND)
+            with parameters_moved(model, device, dtype):
+                texts = writer.round(number, count, together, progress)
+            kept, found = kept_documents(writer, texts, seen)
+            values = {
+                "documents": kept,
+                "counts": dict(found),
+                "written": count,
+                "sampled": sum(text.own for text in texts),
+                "dtype": str(dtype).removeprefix("torch."),
+                "seconds": time.perf_counter() - begin,
+            }
+            rounds.write(number, values)
+        else:
+            for document in values["documents"]:
+                seen.add(document)
+        documents += values["documents"]
+        counts.update(values["counts"])
+        counts["sampled"] += values["sampled"]
+        written += values["written"]
+        seconds += values["seconds"]
+        tokens = sum(map(len, documents))
+        number += 1
+    windows = pack(documents, writer.prefix, num_samples, seq_len)
+    info = {
+        "num_samples": num_samples,
+        "sha256": digest(windows),
+        "documents": {name: counts[name] for name in ("chat", "text")},
+        "left_out": {name: counts[name] for name in ("short", "repeated")},
+        "cut_at_loop": counts["cut"],
+        "sampled_tokens": counts["sampled"],
+        "temperatures": list(TEMPERATURES),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": seconds,
+    }
+    behind = [token for document in documents for token in document][in_windows:needed]
+    return SelfCalibration(windows, torch.tensor(behind, dtype=torch.long), info)
+
+
+def _report(on_written: OnWritten, number: int, rounds_left: int, step: int, steps: int, seconds: float) -> None:
+    """Tell a round's step among those of all rounds, as far as they can be foreseen."""
+    on_written(number * steps + step, (number + rounds_left) * steps, seconds)

@@ -1,0 +1,121 @@
+"""Calibration text that the model of a run writes, kept in the run's working folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from slimgpt.calibration import openings, self_calibration
+from slimgpt.calibration.evaluation_text import evaluation_texts
+from slimgpt.calibration.generation_limits import writing_dtype
+from slimgpt.calibration.self_calibration import Rounds, SelfCalibration, write_calibration
+from slimgpt.calibration.windows import digest
+from slimgpt.checkpoint.journal import reading, write_text
+from slimgpt.distillation.data import OnRehearsed
+from slimgpt.models.eval_mode import in_eval_mode
+from slimgpt.models.loading import load_model
+from slimgpt.models.lookup import text_config
+from slimgpt.pipeline.callbacks import WRITING
+from slimgpt.pipeline.prepare import PruneRequest
+from slimgpt.pipeline.stages import PruneJob
+from slimgpt.pruning.report import described
+from slimgpt.runtime.distributed import Ranks
+from slimgpt.runtime.memory import malloc_trim
+
+
+@dataclass(frozen=True)
+class KeptRounds:
+    """Rounds of self-written text as JSON files in a folder."""
+
+    folder: Path
+
+    def read(self, number: int) -> dict[str, Any] | None:
+        """A round that is kept.
+
+        Raises:
+            ResumeError: it is damaged.
+        """
+        file = self._file(number)
+        with reading(file):
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def write(self, number: int, values: dict[str, Any]) -> None:
+        """Keep a round."""
+        self.folder.mkdir(exist_ok=True)
+        write_text(self._file(number), json.dumps(values))
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f"{number:05d}.json"
+
+
+def described_before(request: PruneRequest) -> dict[str, Any]:
+    """What decides the calibration text of a run: the tokens themselves, or how the model is to write them."""
+    text = request.text
+    if text is None or not text.self_written:
+        return described(request.windows, request.calibration)
+    given = [digest(part.windows) for part in text.parts if part is not None]
+    how = [openings.OPENINGS, openings.OTHER_LANGUAGES, openings.QUESTIONS, self_calibration.TEMPERATURES]
+    return {
+        "source": request.calibration,
+        "num_samples": text.shape[0],
+        "seq_len": text.shape[1],
+        "given": given,
+        "held_out": text.held_out,
+        "openings": hashlib.sha256(json.dumps(how).encode()).hexdigest(),
+    }
+
+
+def with_self_written(
+    request: PruneRequest,
+    job: PruneJob,
+    model: PreTrainedModel | None,
+    ranks: Ranks,
+    rounds: Rounds | None = None,
+    on_rehearsed: OnRehearsed | None = None,
+) -> PruneJob:
+    """The job with calibration text that the model writes, and what is evaluated on, where such was asked for.
+
+    Args:
+        model: writes, if it is whole; ``None``: the model is loaded for it.
+        ranks: the processes of the run, of which the first writes.
+        rounds: where finished rounds are kept.
+    """
+    text = request.text
+    if text is None or not text.self_written:
+        return job
+
+    def write(count: int, held_out: int) -> SelfCalibration:
+        whole = model
+        if whole is None:
+            whole = load_model(request.source, request.model_config, request.dtype, "cpu", request.trust_remote_code)
+        return in_eval_mode(write_calibration)(
+            whole,
+            request.tokenizer,
+            count,
+            request.config.seq_len,
+            request.config.seed,
+            held_out=held_out,
+            device=request.device,
+            dtype=writing_dtype(request.config.forward_dtype, request.stored, request.device),
+            budget=request.budget,
+            rounds=rounds,
+            on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
+        )
+
+    windows, info, evaluation = torch.empty(text.shape, dtype=torch.long), {}, {}
+    if ranks.main:
+        complete, info = text.complete(write)
+        windows = complete.windows
+        if request.config.evaluate:
+            vocab_size = text_config(request.model_config).vocab_size
+            evaluation = evaluation_texts(complete, request.tokenizer, vocab_size)
+        malloc_trim()
+    windows = ranks.broadcast(windows.to(request.device)).cpu()
+    return replace(job, windows=windows, evaluation=evaluation, calibration_info=info)
