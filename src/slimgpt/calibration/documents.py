@@ -47,6 +47,10 @@ SEGMENT = 1 << 16
 """Characters after which a plain text file is cut at the next line end, so that a long file can be shuffled."""
 
 
+IN_MEMORY = ("tensor", "rows")
+"""What a report calls calibration that is no file, folder or data set but a tensor or rows in memory."""
+
+
 def read_documents(source: str) -> Iterator[Document]:
     """The documents of a source, in its own order.
 
@@ -77,11 +81,23 @@ def read_documents(source: str) -> Iterator[Document]:
         yield from _read_hub(source)
 
 
+def read_rows(rows: Iterable[object]) -> Iterator[Document]:
+    """The documents of texts and rows in memory: strings, or dicts as a line of a ``.jsonl`` file holds one.
+
+    Raises:
+        CalibrationError: a row that is neither.
+    """
+    for number, row in enumerate(rows):
+        document = row if isinstance(row, str) else _document(row, f"row {number} of calibration")
+        if document is not None:
+            yield document
+
+
 def hub_dataset(source: str) -> str | None:
     """The id on the hub of a source that :func:`read_documents` reads from there; ``None`` for any other."""
     path = Path(source).expanduser()
     here = os.path.lexists(path) or text_format(path) or path.is_absolute() or source.startswith((".", "~"))
-    return None if source in (assets.DEMO, "tensor") or here else source.partition(":")[0]
+    return None if source in (assets.DEMO, *IN_MEMORY) or here else source.partition(":")[0]
 
 
 def text_format(path: Path) -> str | None:

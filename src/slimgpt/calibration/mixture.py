@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
 from slimgpt.calibration.self_calibration import SelfCalibration
-from slimgpt.calibration.windows import CalibrationText, calibration_windows, evaluation_tokens
+from slimgpt.calibration.windows import Calibration, CalibrationText, calibration_windows, evaluation_tokens
 from slimgpt.config import PruneConfig
 from slimgpt.errors import CalibrationError
 
@@ -173,7 +173,7 @@ class CalibrationMixture:
 
 
 def read_calibration(
-    calibration: str | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: PruneConfig, vocab_size: int
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase | None, config: PruneConfig, vocab_size: int
 ) -> CalibrationMixture:
     """The calibration text that was asked for, as far as it is there before a weight is loaded.
 
@@ -181,7 +181,7 @@ def read_calibration(
         CalibrationError: unreadable or too little text, a mixture that cannot be, or a tensor that holds no token ids.
     """
     held_out = evaluation_tokens(config.num_samples * config.seq_len) if config.evaluate else 0
-    if isinstance(calibration, Tensor) or tokenizer is None:
+    if not isinstance(calibration, str) or tokenizer is None:
         if isinstance(calibration, str) and calibration == AUTO:
             raise CalibrationError(
                 "without a tokenizer the model cannot write its calibration text (calibration 'auto'): give the "

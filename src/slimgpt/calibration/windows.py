@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from slimgpt.calibration.documents import Conversation, Document, Instruction, read_documents, shuffled
+from slimgpt.calibration.documents import Conversation, Document, Instruction, read_documents, read_rows, shuffled
 from slimgpt.config import PruneConfig
 from slimgpt.errors import CalibrationError, UsageError, one_line
 from slimgpt.models.lookup import check_ids
 from slimgpt.runtime.time_limit import time_limit
 
 Read = TypeVar("Read")
+Calibration = str | Tensor | Iterable[object]
+"""A source by its name, token ids, or texts and rows in memory."""
 
 CHARACTERS = 16
 """Characters for a token, more than a text takes on average."""
@@ -247,7 +249,7 @@ def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answere
 
 
 def calibration_windows(
-    calibration: str | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: PruneConfig, vocab_size: int
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase | None, config: PruneConfig, vocab_size: int
 ) -> CalibrationText:
     """The calibration text of a run; of a tensor nothing is held out.
 
@@ -266,10 +268,12 @@ def calibration_windows(
         return CalibrationText(calibration.long(), "tensor", torch.empty(0, dtype=torch.long))
     if tokenizer is None:
         raise CalibrationError("without a tokenizer, calibration must be a LongTensor of token ids")
-    documents = shuffled(read_documents(calibration), config.seed)
+    source = calibration if isinstance(calibration, str) else "rows"
+    rows = read_documents(calibration) if isinstance(calibration, str) else read_rows(calibration)
     held_out = evaluation_tokens(config.num_samples * config.seq_len) if config.evaluate else 0
-    text = cut_text(tokenizer, documents, config.num_samples, config.seq_len, calibration, held_out)
-    check_ids(text.windows, vocab_size, f"calibration on '{calibration}'")
+    documents = shuffled(rows, config.seed)
+    text = cut_text(tokenizer, documents, config.num_samples, config.seq_len, source, held_out)
+    check_ids(text.windows, vocab_size, f"calibration on '{source}'")
     return text
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt import assets
+from slimgpt.calibration.documents import IN_MEMORY
 from slimgpt.config import AUTO
 from slimgpt.pruning.report import PruneReport
 
@@ -85,6 +86,6 @@ def public_source(source: str, datasets: Sequence[str | None] | None) -> str:
     Args:
         datasets: the ids of those on the hub; ``None`` where an older report does not tell.
     """
-    if source in (assets.DEMO, "tensor") or (datasets is not None and source.partition(":")[0] in datasets):
+    if source in (assets.DEMO, *IN_MEMORY) or (datasets is not None and source.partition(":")[0] in datasets):
         return source
     return public_name(source) if datasets is None else Path(source).name

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from slimgpt.distillation.data import OnRehearsed
 from slimgpt.distillation.trainer import OnDistilled
@@ -12,7 +13,7 @@ from slimgpt.pruning.report import LayerReport
 from slimgpt.runtime.memory import Placement
 from slimgpt.sensitivity.measure import OnMeasured
 
-WRITING = "the model writes its calibration text"
+WRITING = "writing text"
 """What is done, as the callback of steps before the training is told of it."""
 
 OnLayer = Callable[[LayerReport, Plan], None]
@@ -39,3 +40,41 @@ class Callbacks:
     distilled: OnDistilled | None = None
     prepare_step: OnRehearsed | None = None
     start: OnStart | None = None
+
+
+def with_bars(callbacks: Callbacks) -> Callbacks:
+    """The same callbacks, with a bar of tqdm for every phase: on a terminal as in a notebook."""
+    from tqdm.auto import tqdm
+
+    bars: dict[str, Any] = {}
+
+    def step(phase: str, done: int, total: int, state: str = "") -> None:
+        if phase not in bars:
+            bars[phase] = tqdm(total=total, desc=phase)
+        bar = bars[phase]
+        bar.set_postfix_str(state, refresh=False)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    def layer(report: LayerReport, plan: Plan) -> None:
+        step("pruning", report.layer + 1, len(plan.layers))
+        if callbacks.layer:
+            callbacks.layer(report, plan)
+
+    def measured(number: int, steps: int, seconds: float) -> None:
+        step("measuring", number + 1, steps)
+        if callbacks.measured:
+            callbacks.measured(number, steps, seconds)
+
+    def distilled(number: int, steps: int, divergence: float, seconds: float) -> None:
+        step("training", number + 1, steps, f"KL {divergence:.3f} nats")
+        if callbacks.distilled:
+            callbacks.distilled(number, steps, divergence, seconds)
+
+    def prepare_step(phase: str, number: int, steps: int, seconds: float) -> None:
+        step(phase, number + 1, steps)
+        if callbacks.prepare_step:
+            callbacks.prepare_step(phase, number, steps, seconds)
+
+    return replace(callbacks, layer=layer, measured=measured, distilled=distilled, prepare_step=prepare_step)

@@ -6,13 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.calibration.evaluation_text import evaluation_texts
 from slimgpt.calibration.generation_limits import check_fits, writing_dtype
 from slimgpt.calibration.mixture import AUTO, read_calibration
 from slimgpt.calibration.self_calibration import write_calibration
+from slimgpt.calibration.windows import Calibration
 from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.data import OnRehearsed
 from slimgpt.distillation.schedule import tokens_to_distill
@@ -21,7 +21,7 @@ from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import describe
 from slimgpt.models.ties import untie_as_held
-from slimgpt.pipeline.callbacks import WRITING, Callbacks, OnLayer
+from slimgpt.pipeline.callbacks import WRITING, Callbacks, OnLayer, with_bars
 from slimgpt.pipeline.memory_sink import ModelInMemory
 from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.planning.planner import plan_for
@@ -46,7 +46,7 @@ def prune(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     ratio: float | None = None,
-    calibration: str | Tensor = AUTO,
+    calibration: Calibration = AUTO,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -55,6 +55,7 @@ def prune(
     on_measured: OnMeasured | None = None,
     on_distilled: OnDistilled | None = None,
     on_rehearsed: OnRehearsed | None = None,
+    progress: bool = False,
     **settings: Any,
 ) -> PruneReport:
     """Prune a model in place.
@@ -63,8 +64,8 @@ def prune(
         model: a causal LM of a supported family, loaded by :func:`slimgpt.load` or by transformers.
         tokenizer: its tokenizer; may be ``None`` when ``calibration`` is a tensor.
         calibration: ``auto`` (text that the model writes itself), a ``.txt``, ``.jsonl`` or ``.parquet`` file, a folder
-            of these, a ``datasets`` id, ``demo``, ``mix``, several of these with shares (``auto:2,text.jsonl:1``), or a
-            LongTensor of token ids ``(num_samples, seq_len)``.
+            of these, a ``datasets`` id, ``demo``, ``mix``, several of these with shares (``auto:2,text.jsonl:1``), a
+            list of texts or of rows, a ``datasets.Dataset``, or a LongTensor of token ids ``(num_samples, seq_len)``.
         device: where layers run, one at a time: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         dtype: convert the weights first: ``auto`` (leave them), ``float32``, ``float16`` or ``bfloat16``.
         memory: what may be used on the device (on the CPU: by the process), such as ``8GB``; by default what is free.
@@ -77,6 +78,7 @@ def prune(
         on_rehearsed: called after every step while the model writes calibration text, and of what comes before that
             training (the dense model writes text and reads it), with what is done, the step's number, the number of
             all such steps and the seconds it took.
+        progress: show a bar for every phase.
 
     Returns:
         What was asked for, planned and done.
@@ -87,6 +89,8 @@ def prune(
         NumericalError: NaN or infinity in weights or activations, or a Hessian that is not positive definite.
     """
     config = make_config(ratio=ratio, **settings)
+    callbacks = Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
+    callbacks = with_bars(callbacks) if progress else callbacks
     budget = parse_bytes(memory) if memory else None
     target, weight_dtype = as_device(device), as_dtype(dtype)
     untie_as_held(model)
@@ -116,7 +120,7 @@ def prune(
             device=target,
             dtype=writing_dtype(config.forward_dtype, stored, target),
             budget=budget,
-            on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
+            on_written=partial(callbacks.prepare_step, WRITING) if callbacks.prepare_step else None,
         )
     )
     job = PruneJob(
@@ -135,7 +139,7 @@ def prune(
         evaluation=evaluation_texts(text, tokenizer, vocab_size) if config.evaluate else {},
         calibration_info=info,
     )
-    return run_in_memory(model, job, Callbacks(on_layer, on_measured, on_distilled, on_rehearsed), budget)
+    return run_in_memory(model, job, callbacks, budget)
 
 
 @in_eval_mode

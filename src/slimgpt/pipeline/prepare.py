@@ -14,6 +14,7 @@ from slimgpt.calibration.documents import local_files
 from slimgpt.calibration.evaluation_text import EvaluationText, evaluation_texts
 from slimgpt.calibration.generation_limits import check_fits
 from slimgpt.calibration.mixture import AUTO, CalibrationMixture, parse_mixture, read_calibration
+from slimgpt.calibration.windows import Calibration
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.schedule import tokens_to_distill
@@ -73,7 +74,7 @@ def prepare(
     model: str,
     output: str | Path,
     config: PruneConfig,
-    calibration: str = AUTO,
+    calibration: Calibration = AUTO,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -97,7 +98,8 @@ def prepare(
     finished = resume and (path / REPORT_FILE).is_file()
     source = locate(model)
     if writes:
-        inputs = [*source.folders, *local_files([*(part.source for part in parse_mixture(calibration)), config.plan])]
+        texts = [part.source for part in parse_mixture(calibration)] if isinstance(calibration, str) else []
+        inputs = [*source.folders, *local_files([*texts, config.plan])]
         check_output(path, overwrite or finished, inputs=inputs)
     model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
     if source.folder is None:  # from the hub: what its files hold is known once they are here
@@ -112,7 +114,7 @@ def prepare(
         shape=shape,
         plan=plan,
         windows=torch.empty(0),
-        calibration=calibration,
+        calibration="",  # set below, as are the windows
         device=target,
         dtype=dtype,
         trust_remote_code=trust_remote_code,

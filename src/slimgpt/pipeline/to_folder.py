@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimgpt.calibration.mixture import AUTO
+from slimgpt.calibration.windows import Calibration
 from slimgpt.checkpoint.journal import SELF_WRITTEN, Journal
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import make_config
@@ -23,14 +24,14 @@ from slimgpt.errors import NumericalError, RankError
 from slimgpt.io.folders import check_output, output_lock
 from slimgpt.models.build import architecture_of, empty_model
 from slimgpt.models.fingerprint import fingerprint, source_files
-from slimgpt.pipeline.callbacks import Callbacks, OnLayer
+from slimgpt.pipeline.callbacks import Callbacks, OnLayer, with_bars
 from slimgpt.pipeline.journal_sink import JournalSink
 from slimgpt.pipeline.prepare import SIDECAR_BYTES, PruneRequest, make_job, prepare
 from slimgpt.pipeline.self_written import KeptRounds, described_before, with_self_written
 from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.pipeline.weights_source import open_model
 from slimgpt.pruning.report import PruneReport
-from slimgpt.runtime.distributed import Ranks, join
+from slimgpt.runtime.distributed import Ranks, join, rank_of_environment
 from slimgpt.runtime.memory import free_bytes, limit_gpu_memory
 from slimgpt.runtime.versions import versions
 from slimgpt.sensitivity.measure import OnMeasured
@@ -151,7 +152,7 @@ def prune_folder(
     model: str,
     output: str | Path,
     ratio: float | None = None,
-    calibration: str = AUTO,
+    calibration: Calibration = AUTO,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -163,6 +164,7 @@ def prune_folder(
     on_measured: OnMeasured | None = None,
     on_distilled: OnDistilled | None = None,
     on_rehearsed: OnRehearsed | None = None,
+    progress: bool = False,
     **settings: Any,
 ) -> PruneReport:
     """Prune from a model's name to a new folder, layer by layer; the model need not fit into memory.
@@ -174,6 +176,7 @@ def prune_folder(
         trust_remote_code: let config and tokenizer run Python code from the model's repository.
         overwrite: replace a model folder of that name.
         resume: go on with a run that was killed; a first run simply begins.
+        progress: show a bar for every phase.
         settings: the other keywords of :func:`prune`.
 
     Raises:
@@ -192,4 +195,5 @@ def prune_folder(
         resume=resume,
         memory=memory,
     )
-    return run_to_folder(request, Callbacks(on_layer, on_measured, on_distilled, on_rehearsed))
+    callbacks = Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
+    return run_to_folder(request, with_bars(callbacks) if progress and rank_of_environment() == 0 else callbacks)
