@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from slimgpt.models.architecture import is_uniform
 from slimgpt.models.build import MODELING_FILE, architecture_of, modeling_source, slim_auto_map, stock_class
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.modeling_slim import SlimMixin
+from slimgpt.models.remote_code import code_files
 from slimgpt.models.stock_config import stock_config
 from slimgpt.models.ties import untie_as_held
 from slimgpt.pruning.plot import plot_widths
@@ -89,6 +91,9 @@ def write_sidecars(
         model.generation_config.to_json_file(work / "generation_config.json")
     if source is not None:
         (work / MODELING_FILE).write_text(source, encoding="utf-8")
+    base = next(cls for cls in type(model).__mro__ if not issubclass(cls, SlimMixin))
+    for file in code_files(type(model.config), base):
+        shutil.copyfile(file, work / file.name)
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
     if report is not None:

@@ -11,6 +11,7 @@ import typer
 
 from slimgpt.cli import (  # importing a module registers its commands
     compare,
+    convert,
     data,
     demo,
     evaluate,
@@ -30,6 +31,7 @@ from slimgpt.errors import DISK_FULL
 __all__ = [
     "app",
     "compare",
+    "convert",
     "data",
     "demo",
     "evaluate",

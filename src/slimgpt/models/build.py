@@ -22,6 +22,7 @@ from slimgpt.models.families import LLAMA, MULTIMODAL
 from slimgpt.models.families.unknown import HELP, found_in
 from slimgpt.models.lookup import head_dim, is_slim, lookup, missing_module, refusal, text_config, with_sizes
 from slimgpt.models.modeling_slim import SlimMixin, build_layer, keep_buffers
+from slimgpt.models.remote_code import AUTO_CONFIG, is_remote, model_class, reference
 from slimgpt.models.slicing import State
 
 MODELING_FILE = "modeling_slim.py"
@@ -77,16 +78,21 @@ def slim_bases(base: type[PreTrainedModel], config: PreTrainedConfig) -> dict[st
 def slim_auto_map(base: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, str]:
     """The ``auto_map`` of a checkpoint with a modeling file."""
     module = MODELING_FILE.removesuffix(".py")
-    return {auto: f"{module}.Slim{stock.__name__}" for auto, stock in slim_bases(base, config).items()}
+    own = {AUTO_CONFIG: reference(type(config))} if is_remote(type(config)) else {}
+    return {**own, **{auto: f"{module}.Slim{stock.__name__}" for auto, stock in slim_bases(base, config).items()}}
 
 
 def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture) -> str:
     """The text of the modeling file that travels with a checkpoint: the mixin, and the classes of its ``auto_map``."""
     shape_overrides, stock_classes = resizing(config, architecture), set(slim_bases(base, config).values())
-    names = sorted(stock.__name__ for stock in stock_classes)
+    names = sorted(stock.__name__ for stock in stock_classes if not is_remote(stock))
+    imported = ", ".join([*names, "PreTrainedConfig"])
     text = inspect.getsource(modeling_slim).replace(
-        "from transformers import PreTrainedConfig", f"from transformers import {', '.join(names)}, PreTrainedConfig"
+        "from transformers import PreTrainedConfig", f"from transformers import {imported}"
     )
+    for stock in filter(is_remote, stock_classes):
+        module, _, name = reference(stock).rpartition(".")
+        text = text.replace("\nif not hasattr(", f"\nfrom .{module} import {name}\n\nif not hasattr(", 1)
     for stock in sorted(stock_classes, key=lambda stock: stock.__name__):
         layers = architecture.layers
         if stock is not base:
@@ -105,6 +111,8 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         UnsupportedFamilyError: there is none.
     """
+    if (own := model_class(config)) is not None:
+        return own
     classes = [AutoModelForCausalLM, AutoModelForImageTextToText]
     for auto in classes if text_config(config) is config else classes[::-1]:
         if type(config) in auto._model_mapping:

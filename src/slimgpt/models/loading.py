@@ -28,6 +28,7 @@ from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
 from slimgpt.models.gguf_file import check_file, restore_positions
 from slimgpt.models.lookup import is_slim
 from slimgpt.models.quantization import strip_quantization
+from slimgpt.models.remote_code import register_model_class
 from slimgpt.models.source import Source, check_files, has_weights, locate, weights_folder
 from slimgpt.models.streaming import WeightFiles, stored_dtype, untie_as_stored
 from slimgpt.models.ties import is_tied, untie, untie_as_held
@@ -86,7 +87,9 @@ def _read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
     model_type = str(raw.get("model_type"))
     if model_type not in SAME_AS:
         trust = trust_remote_code and model_type not in CONFIG_MAPPING
-        return AutoConfig.from_pretrained(source.location, trust_remote_code=trust, **source.arguments)
+        config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust, **source.arguments)
+        register_model_class(config, source.location)
+        return config
     other = SAME_AS[model_type]
     warnings.warn(f"{source.name} is a {model_type}, which transformers has, and saves, as {other}", stacklevel=4)
     values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -13,6 +14,7 @@ from slimgpt.models.architecture import HEADS, KV_HEADS, Architecture, Sizes, is
 from slimgpt.models.build import empty_model, slim_class
 from slimgpt.models.lookup import lookup, size_fields, text_config
 from slimgpt.models.modeling_slim import SlimMixin
+from slimgpt.models.remote_code import is_remote
 
 
 def stock_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | None:
@@ -100,10 +102,16 @@ def _own_config(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig | No
         if architecture.resized and sizes[HEADS] != dense[HEADS]:
             return None
         known = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)  # type: ignore[arg-type]
+        if is_remote(type(config)):
+            known |= set(inspect.signature(type(config).__init__).parameters)
         for field, value in architecture.write(sizes).items():
             follows = field == architecture.fields.get(KV_HEADS, KV_HEADS) and value == sizes[HEADS]
             if value != written.get(field) and field not in known and not follows:
                 return None
+    if is_remote(type(config)):
+        own = type(config)(**_values(config, sizes))
+        own.auto_map = config.auto_map  # its code goes along
+        return own
     return _validated(config.model_type, _values(config, sizes))
 
 

@@ -1,0 +1,149 @@
+"""Models whose class comes from their repository: described, pruned, saved with their code and our widths."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import slimgpt
+from slimgpt.errors import SlimGPTError
+from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Fused
+from slimgpt.models.families import ffn, heads
+from slimgpt.models.families.moe import Mixture, experts
+from slimgpt.models.slicing import unit_rows
+from tests.models.families import in_a_process_without_slimgpt, windows
+from tests.models.remote_code import remote_folder
+
+IDS = windows(2, 24, seed=5)
+PACKED = heads("self_attn.o_proj", Fused("self_attn.W_pack", (HEADS, KV_HEADS, KV_HEADS), (0, 1, 2)))
+DENSE = slimgpt.Architecture((PACKED, ffn("mlp.down_proj", "mlp.gate_proj", "mlp.up_proj")), resized=True)
+MIXTURE = Mixture((PACKED, experts(router="mlp.router")), width=CHANNELS)
+OPTIONS = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu", "batch_size": 3, "trust_remote_code": True}
+
+
+@pytest.fixture
+def described(monkeypatch):
+    """Registers the family for one test."""
+    monkeypatch.setattr("slimgpt.models.families.ARCHITECTURES", known := dict(slimgpt.ARCHITECTURES))
+    monkeypatch.setattr("slimgpt.models.lookup.ARCHITECTURES", known)
+    monkeypatch.setattr("slimgpt.models.loading.ARCHITECTURES", known)
+    return lambda architecture: slimgpt.register("tiny_baichuan", architecture)
+
+
+RELOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+out, ids, *folders = sys.argv[1:]
+ids = torch.tensor(eval(ids))
+results = {}
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.no_grad():
+        results[folder] = model(ids).logits
+        for cache in (True, False):
+            made = model.generate(ids[:1], max_new_tokens=6, do_sample=False, use_cache=cache, min_new_tokens=6)
+            results[f"{folder}.{cache}"] = made
+assert "slimgpt" not in sys.modules
+save_file(results, out)
+"""
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_described_model_is_pruned_as_its_own_class_and_saved_with_its_code(
+    described, tokenizer, text_file, tmp_path, uniform
+):
+    dense = remote_folder(tmp_path / "dense", tokenizer)
+    described(DENSE)
+    options = {**OPTIONS, "calibration": str(text_file), "uniform": uniform}
+    report = slimgpt.prune_folder(str(tmp_path / "dense"), tmp_path / "slim", **options)
+    assert report.plan.uniform == uniform
+    files = {file.name for file in (tmp_path / "slim").glob("*.py")}
+    own = {"configuration_tiny_baichuan.py", "modeling_tiny_baichuan.py"}
+    slim, _ = slimgpt.load(str(tmp_path / "slim"), trust_remote_code=True)
+    assert files >= own
+    assert sum(p.numel() for p in slim.parameters()) == report.plan.parameters
+    # The slim model is the dense one with the removed columns zeroed, and the others repaired.
+    for layer, old, new in zip(report.layers, dense.model.layers, slim.model.layers):
+        sizes = report.dense_sizes[layer.layer]
+        for structure in DENSE.structures:
+            W = old.get_submodule(structure.output).weight.data
+            units = torch.tensor(layer.kept[structure.name])
+            columns = unit_rows(W.shape[1], structure.units(sizes), units)
+            W.zero_()
+            W[:, columns] = new.get_submodule(structure.output).weight.data
+    with torch.no_grad():
+        expected = slim(IDS).logits
+        torch.testing.assert_close(dense(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    results = in_a_process_without_slimgpt(tmp_path, RELOAD, IDS, [str(tmp_path / "slim")])
+    at = str(tmp_path / "slim")
+    assert torch.equal(results[at], expected)
+    assert torch.equal(results[f"{at}.True"], results[f"{at}.False"])
+    again = slimgpt.prune_folder(at, tmp_path / "again", **{**options, "ratio": 0.2})
+    assert again.plan.parameters < report.plan.parameters
+    assert {file.name for file in (tmp_path / "again").glob("*.py")} >= own
+
+
+def test_in_memory_as_from_folder_to_folder(described, tokenizer, text_file, tmp_path):
+    remote_folder(tmp_path / "dense", tokenizer)
+    described(DENSE)
+    options = {**OPTIONS, "calibration": str(text_file)}
+    slimgpt.prune_folder(str(tmp_path / "dense"), tmp_path / "slim", **options)
+    model, _ = slimgpt.load(str(tmp_path / "dense"), trust_remote_code=True)
+    options.pop("trust_remote_code")
+    report = slimgpt.prune(model, tokenizer, **options)
+    slimgpt.save(model, tokenizer, report, tmp_path / "saved")
+    with torch.no_grad():
+        streamed, saved = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True)(IDS).logits
+            for name in ("slim", "saved")
+        )
+        torch.testing.assert_close(streamed, saved, rtol=1e-4, atol=1e-4)
+        assert torch.equal(saved, model(IDS).logits)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_mixture_can_be_described_too(described, tokenizer, text_file, tmp_path, share):
+    remote_folder(tmp_path / "dense", tokenizer, num_experts=6, intermediate_size=40, head_dim=8)
+    described(MIXTURE)
+    options = {**OPTIONS, "calibration": str(text_file), "whole_experts": share, "distill": 120}
+    report = slimgpt.prune_folder(str(tmp_path / "dense"), tmp_path / "slim", **options)
+    assert any(layer["num_experts"] < 6 for layer in report.plan.layers) == bool(share)
+    slim, _ = slimgpt.load(str(tmp_path / "slim"), trust_remote_code=True)
+    assert sum(p.numel() for p in slim.parameters()) == report.plan.parameters
+    with torch.no_grad():
+        expected = slim(IDS).logits
+    results = in_a_process_without_slimgpt(tmp_path, RELOAD, IDS, [str(tmp_path / "slim")])
+    assert torch.equal(results[str(tmp_path / "slim")], expected)
+
+
+def test_without_leave_no_code_runs(tokenizer, tmp_path):
+    remote_folder(tmp_path / "dense", tokenizer)
+    (tmp_path / "dense" / "modeling_tiny_baichuan.py").write_text("raise SystemExit('run')", encoding="utf-8")
+    with pytest.raises(SlimGPTError, match="--trust-remote-code"):
+        slimgpt.load(str(tmp_path / "dense"))
+
+
+def test_with_leave_an_undescribed_model_is_refused_with_what_is_in_it(tokenizer, tmp_path):
+    remote_folder(tmp_path / "dense", tokenizer)
+    with pytest.raises(SlimGPTError, match=r"(?s)nobody has described.*W_pack"):
+        slimgpt.prune_folder(str(tmp_path / "dense"), tmp_path / "slim", trust_remote_code=True, ratio=0.2)
+
+
+def test_a_repository_without_a_causal_model_is_refused(tokenizer, tmp_path):
+    remote_folder(tmp_path / "dense", tokenizer)
+    file = tmp_path / "dense" / "config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    del values["auto_map"]["AutoModelForCausalLM"]
+    file.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(SlimGPTError, match="names no AutoModelForCausalLM"):
+        slimgpt.load(str(tmp_path / "dense"), trust_remote_code=True)
+
+
+def test_a_mixture_whose_class_takes_no_width_is_not_registered(described):
+    with pytest.raises(SlimGPTError, match="head_dim"):
+        described(replace(MIXTURE, resized=True))
