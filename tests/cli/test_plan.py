@@ -93,8 +93,10 @@ def test_published_sizes(name, target, folder):
 
 def test_targets_on_a_published_size(folder):
     path = folder("llama-3.1-8b")
-    found = json.loads(plan(path, "--params", "6.5B", "--json").output)
-    assert 6_500_000_000 - 3 * 4096 <= found["plan"]["parameters"] <= 6_500_000_000
+    for step, options in ((1, ("--round-to", 1)), (64, ())):  # of 14,336 channels
+        found = json.loads(plan(path, "--params", "6.5B", "--json", *options).output)
+        assert 6_500_000_000 - step * 3 * 4096 <= found["plan"]["parameters"] <= 6_500_000_000
+        assert all(sizes["intermediate_size"] % step == 0 for sizes in found["plan"]["layers"])
     found = json.loads(plan(path, "--bytes", "13GB", "--json").output)
     assert 12.99e9 < 2 * found["plan"]["parameters"] <= 13e9
     found = json.loads(plan(path, "--kv-cache", "2GB@32k", "--json").output)
