@@ -91,3 +91,16 @@ def test_a_smaller_cache_keeps_its_heads_in_equal_layers():
     scheduled = slimgpt.prune(tiny_model("llama"), None, allocation="schedule", distill="off", **options)
     assert report.plan.layers == scheduled.plan.layers  # heads by the cache, channels by the limit: nothing is free
     assert report.plan.parameters <= 50_000
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_measured_widths_of_a_wide_model_are_aligned(uniform):
+    model = tiny_model("llama", intermediate_size=1024)
+    options = {**OPTIONS, "uniform": uniform, "distill": "off", "evaluate": False}
+    report = slimgpt.prune(model, None, allocation="sensitivity", **options)
+    assert report.allocation["by"] == "sensitivity"
+    assert report.plan.achieved == pytest.approx(0.3, abs=0.005)
+    assert report.plan.round_to > 1
+    widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+    assert widths == [sizes["intermediate_size"] for sizes in report.plan.layers]
+    assert all(width % report.plan.round_to == 0 for width in widths)
