@@ -93,8 +93,10 @@ def test_published_sizes(name, target, folder):
 
 def test_targets_on_a_published_size(folder):
     path = folder("llama-3.1-8b")
-    found = json.loads(plan(path, "--params", "6.5B", "--json").output)
-    assert 6_500_000_000 - 3 * 4096 <= found["plan"]["parameters"] <= 6_500_000_000
+    for step, options in ((1, ("--round-to", 1)), (64, ())):  # of 14,336 channels
+        found = json.loads(plan(path, "--params", "6.5B", "--json", *options).output)
+        assert 6_500_000_000 - step * 3 * 4096 <= found["plan"]["parameters"] <= 6_500_000_000
+        assert all(sizes["intermediate_size"] % step == 0 for sizes in found["plan"]["layers"])
     found = json.loads(plan(path, "--bytes", "13GB", "--json").output)
     assert 12.99e9 < 2 * found["plan"]["parameters"] <= 13e9
     found = json.loads(plan(path, "--kv-cache", "2GB@32k", "--json").output)
@@ -133,3 +135,40 @@ def test_no_weight_is_loaded_and_nothing_that_takes_long(folder):
     large = {"datasets", "gguf", "lm_eval", "matplotlib", "pandas", "peft", "pyarrow", "sklearn"}
     assert imported & {*large, "slimgpt.recovery", "slimgpt.comparison"} == set()
     assert [file.name for file in path.iterdir()] == ["config.json"]
+
+
+def test_engines_of_equal_layers_get_the_largest_step_that_meets_the_target(tmp_path):
+    config = {
+        "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 4, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 50,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = {}
+    for name, options in {
+        "vllm": ("--for", "vllm"),
+        "given": ("--for", "vllm", "--round-to", 64),
+        "by layer": (),
+        "llama.cpp": ("--for", "llama.cpp"),
+        "paper": ("--method", "paper"),
+        "paper in vllm": ("--method", "paper", "--for", "vllm"),
+        "half": ("--for", "vllm", "--ratio", 0.5),
+    }.items():
+        ratio = () if "--ratio" in options else ("--ratio", 0.2)
+        result = plan(tmp_path, *ratio, *options, "--json")
+        assert result.exit_code == 0, result.output
+        found[name] = json.loads(result.output)
+    steps = {name: each["plan"]["round_to"] for name, each in found.items()}
+    assert steps == {
+        "vllm": 32, "given": 64, "by layer": 32, "llama.cpp": 32, "paper": 1, "paper in vllm": 64, "half": 64,
+    }  # fmt: skip
+    for name, step in steps.items():
+        assert all(sizes["intermediate_size"] % step == 0 for sizes in found[name]["plan"]["layers"])
+    assert found["vllm"]["plan"]["achieved"] == pytest.approx(0.2031, abs=1e-4)
+    assert found["given"]["plan"]["achieved"] == pytest.approx(0.1874, abs=1e-4)  # no pair is nearer
+    assert found["by layer"]["plan"]["achieved"] == pytest.approx(0.2, abs=0.002)
+    assert found["half"]["plan"]["achieved"] == pytest.approx(0.5, abs=0.005)
+    assert "multiples of 64 they would miss" in found["vllm"]["note"]
+    assert "multiples of 64 allow no nearer share" in found["given"]["note"]
+    assert found["by layer"]["note"] is None
+    shown = " ".join(plan(tmp_path, "--ratio", 0.2, "--for", "vllm").stdout.split())
+    assert "FFN widths are multiples of 32" in shown

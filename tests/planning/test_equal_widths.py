@@ -182,3 +182,14 @@ def test_the_paper_has_widths_of_its_own():
     published = make_plan(config, 0.2, None, "kv", shape=shape)
     assert plan_for(config, make_config(ratio=0.2, method="paper"), shape).layers == published.layers
     assert any(sizes["intermediate_size"] % 32 for sizes in published.layers)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.floats(0.05, 0.6), st.sampled_from(sorted(LARGE)), st.booleans())
+def test_a_limit_of_parameters_is_never_exceeded_in_steps(share, width, uniform):
+    config, shape = LARGE[width]
+    limit = int(shape.parameters - share * shape.layer_parameters)
+    plan = plan_for(config, make_config(params=limit, uniform=uniform), shape)
+    assert plan.parameters <= limit
+    assert limit - plan.parameters <= (EQUAL_TOLERANCE if uniform else TOLERANCE) * shape.layer_parameters
+    assert all(sizes["intermediate_size"] % plan.round_to == 0 for sizes in plan.layers)

@@ -23,7 +23,8 @@ IDS = windows(40, 24)
 OPTIONS = {"ratio": 0.3, "calibration": IDS, "batch_size": 5, "device": "cpu", "uniform": True}
 
 
-def test_equal_layers_are_measured_trained_and_a_stock_class(tmp_path):
+def test_equal_layers_are_measured_trained_and_a_stock_class(tmp_path, monkeypatch):
+    monkeypatch.setattr("slimgpt.sensitivity.equal_layers.NEARLY", 1.0)  # what is cheapest, without a trial
     model = tiny_model("llama")
     config, shape = model.config, describe(model.config, model)
     report = slimgpt.prune(model, None, distill=400, **OPTIONS)
@@ -52,10 +53,13 @@ def test_equal_layers_are_measured_trained_and_a_stock_class(tmp_path):
     assert stock_config(config, report.plan.layers[0]) is not None
 
 
-def test_a_search_of_equal_layers_takes_the_better_of_its_pairs():
-    report = slimgpt.prune(tiny_model("llama"), None, allocation="search", distill="off", **OPTIONS)
+@pytest.mark.parametrize("allocation", ["sensitivity", "search"])
+def test_pairs_that_cost_nearly_as_little_are_tried_and_the_better_is_taken(allocation, monkeypatch):
+    monkeypatch.setattr("slimgpt.sensitivity.equal_layers.NEARLY", 1e9)
+    report = slimgpt.prune(tiny_model("llama"), None, allocation=allocation, distill="off", **OPTIONS)
+    assert report.allocation["by"] == allocation
     tried = report.allocation["tried"]
-    assert 1 <= len(tried) <= 2
+    assert len(tried) == 2
     assert report.allocation["divergence"] == min(tried)
     assert report.plan.uniform
     model = tiny_model("llama")
@@ -87,3 +91,16 @@ def test_a_smaller_cache_keeps_its_heads_in_equal_layers():
     scheduled = slimgpt.prune(tiny_model("llama"), None, allocation="schedule", distill="off", **options)
     assert report.plan.layers == scheduled.plan.layers  # heads by the cache, channels by the limit: nothing is free
     assert report.plan.parameters <= 50_000
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_measured_widths_of_a_wide_model_are_aligned(uniform):
+    model = tiny_model("llama", intermediate_size=1024)
+    options = {**OPTIONS, "uniform": uniform, "distill": "off", "evaluate": False}
+    report = slimgpt.prune(model, None, allocation="sensitivity", **options)
+    assert report.allocation["by"] == "sensitivity"
+    assert report.plan.achieved == pytest.approx(0.3, abs=0.005)
+    assert report.plan.round_to > 1
+    widths = [layer.mlp.down_proj.in_features for layer in model.model.layers]
+    assert widths == [sizes["intermediate_size"] for sizes in report.plan.layers]
+    assert all(width % report.plan.round_to == 0 for width in widths)

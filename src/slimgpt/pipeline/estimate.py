@@ -20,6 +20,7 @@ from slimgpt.models.lookup import text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.models.source import check_files, has_weights, locate
 from slimgpt.models.streaming import stored_dtype
+from slimgpt.planning.alignment import why_not_nearer
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
 from slimgpt.planning.engines import EngineSupport, engine_support
 from slimgpt.planning.plan import Plan
@@ -46,6 +47,7 @@ class Estimate:
         memory: bytes that pruning needs beside the mapped weights, about.
         seconds: that pruning takes on this machine, about.
         quantization: how the model's files are quantised, and what they are read as; ``None`` if they are not.
+        note: why another share is removed than was asked for, or in another step; ``None`` if neither is so.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Estimate:
     device: str
     verdicts: tuple[EngineSupport, ...]
     quantization: dict[str, str] | None = None
+    note: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -174,4 +177,5 @@ def forecast(
         device=target.type,
         verdicts=tuple(engine_support(model_config, plan.layers, engines)),
         quantization=None if quantization is None else quantization.to_json(stored),
+        note=why_not_nearer(config, shape, plan),
     )

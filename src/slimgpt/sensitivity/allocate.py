@@ -42,8 +42,9 @@ def allocate(
     """The plan of least measured cost that removes as much as ``plan``, and its entry in the report.
 
     ``sensitivity`` measures one trial plan. ``search`` uses more quadrature nodes, then measures the given and the
-    allocated plan, or the two cheapest pairs of heads and channels of equal layers, and takes the one of lower
-    divergence. (Repeated measuring and allocating gave no better plan; docs/lab-notes.md.)
+    allocated plan and takes the one of lower divergence. (Repeated measuring and allocating gave no better plan;
+    docs/lab-notes.md.) Equal layers get the cheapest pair of heads and channels; others that cost nearly as little are
+    measured, too, and the one of lowest divergence is taken.
 
     Raises:
         NumericalError: see :func:`measure`.
@@ -63,7 +64,7 @@ def allocate(
         return measure(model, load_layer, windows, widths, config, run, on_step, points=points)
 
     costs = measure_plan(trial_plan(plan, shape, heads), first)
-    info = {"by": "search" if others else "sensitivity", **costs.to_json()}
+    info = {"by": "search" if config.allocation == "search" else "sensitivity", **costs.to_json()}
     if config.uniform:
         candidates, pairs = equal_candidates(plan, shape, costs, config, model.config)
         info |= pairs
@@ -73,7 +74,7 @@ def allocate(
         # The more is removed, the more it costs to overfit the measured costs.
         chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, plan.round_to)
         candidates = [plan, chosen]
-    if others:
+    if others and len(candidates) > 1:
         tried = [measure_plan(widths, points).divergence for widths, points in zip(candidates, others)]
         info["tried"], info["divergence"] = tried, min(tried)
         chosen = candidates[tried.index(min(tried))]
@@ -81,9 +82,10 @@ def allocate(
 
 
 def quadrature(config: PruneConfig) -> list[Points]:
-    """Quadrature used for each evaluated plan: the trial plan needs gradients; the two candidate plans of a search only
-    their KL."""
-    return [SIMPSON, ENDPOINT, ENDPOINT] if config.allocation == "search" else [MIDPOINT]
+    """Quadrature used for each evaluated plan: the trial plan needs gradients; the candidate plans of a search, and of
+    equal layers if more than one is worth a trial, only their KL."""
+    search = config.allocation == "search"
+    return [SIMPSON if search else MIDPOINT] + [ENDPOINT, ENDPOINT] * (search or config.uniform)
 
 
 def uses_sensitivity(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:
