@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.decoder_graph import INPUTS, DecoderGraph, check_graph
+from slimgpt.exporting.decoder_graph import DecoderGraph, check_graph
 from slimgpt.exporting.hf_folder import write_rest
 from slimgpt.exporting.source import ExportSource
 from slimgpt.models.loading import load
@@ -45,13 +45,13 @@ def write_openvino(exported: ExportSource, folder: Path) -> list[str]:
     """
     openvino = importlib.import_module("openvino")
     transformations = importlib.import_module("openvino._offline_transformations")
-    graph = DecoderGraph(load(str(exported.folder), dtype="float32")[0])
+    graph = DecoderGraph(load(str(exported.folder), dtype="float32")[0], beams=True)
     shapes = [[-1, -1]] * 3 + [[-1]] + [[-1, heads, -1, size] for heads, size in graph.cache_sizes]
     with torch.no_grad():
         model = openvino.convert_model(
             graph, example_input=graph.example(), input=[openvino.PartialShape(shape) for shape in shapes]
         )
-    for port, name in zip(model.inputs, [*INPUTS, *graph.past_names]):
+    for port, name in zip(model.inputs, [*graph.input_names, *graph.past_names]):
         port.get_node().set_friendly_name(name)
         port.get_tensor().set_names({name})
     for port, name in zip(model.outputs, ["logits", *graph.present_names]):
@@ -62,7 +62,10 @@ def write_openvino(exported: ExportSource, folder: Path) -> list[str]:
     write_rest(exported, folder)
     notes = ["its weights are float32; openvino.save_model(..., compress_to_fp16=True) or NNCF makes it smaller"]
     if importlib.util.find_spec("openvino_tokenizers") is None:
-        return [*notes, "for OpenVINO GenAI it needs its tokenizer too: pip install openvino-tokenizers, then export again"]
+        return [
+            *notes,
+            "for OpenVINO GenAI it needs its tokenizer too: pip install openvino-tokenizers, then export again",
+        ]
     tokenizers = importlib.import_module("openvino_tokenizers")
     pair = tokenizers.convert_tokenizer(exported.tokenizer(), with_detokenizer=True)
     for part, name in zip(pair, ("openvino_tokenizer", "openvino_detokenizer")):
@@ -79,9 +82,7 @@ class OpenVino:
 
     def __init__(self, folder: Path):
         openvino = importlib.import_module("openvino")
-        model: Any = openvino.Core().compile_model(
-            str(folder / MODEL_FILE), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-        )
+        model: Any = openvino.Core().compile_model(str(folder / MODEL_FILE), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         self.request = model.create_infer_request()
         self.engine = f"openvino {version('openvino')}"
 

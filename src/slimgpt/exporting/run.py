@@ -75,7 +75,7 @@ FORMATS: dict[str, Format] = {
     "hf-uniform": Format(hf_folder.check_uniform, hf_folder.write_uniform, _uniform_problem),
     "padded": Format(padded.check, padded.write, _padded_problem),
     "nemotron-nas": Format(nemotron.check_nemotron, nemotron.write_nemotron, nemotron_problem),
-    "onnx": Format(onnx.check("onnx"), onnx.write("onnx"), _uniform_problem),
+    "onnx": Format(onnx.check_onnx, onnx.write_onnx, lambda config, _: graph_problem(config)),
     "openvino": Format(openvino.check_openvino, openvino.write_openvino, lambda config, _: graph_problem(config)),
 }
 """By the names that ``--to`` takes."""
