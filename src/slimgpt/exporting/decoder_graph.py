@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from slimgpt.errors import ExportError
 from slimgpt.exporting.source import ExportSource
-from slimgpt.models.lookup import text_config
-
-
-def graph_problem(config: PreTrainedConfig) -> str | None:
-    """Why a model cannot become a graph with one causal mask and a cache of keys and values; ``None`` if it can."""
-    text = text_config(config)
-    if text is not config:
-        return f"'{config.model_type}' also takes images, and only the language model would become a graph"
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if kinds:
-        return f"it has layers of '{min(kinds)}', and the graph has one mask for all"
-    window = getattr(text, "sliding_window", None)
-    if window and getattr(text, "use_sliding_window", True) and window < text.max_position_embeddings:
-        return f"its sliding window of {window} tokens has no place in the graph's mask"
-    return None
+from slimgpt.planning.engines import graph_problem
 
 
 def check_graph(exported: ExportSource) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -46,8 +47,11 @@ def write_onnx(exported: ExportSource, folder: Path) -> list[str]:
     graph = DecoderGraph(load(str(exported.folder), dtype="float32")[0]).eval()
     batch_and_tokens = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     cache = tuple({0: Dim.DYNAMIC, 2: Dim.DYNAMIC} for _ in graph.past_names)
+    log = logging.getLogger("torch.onnx")
+    before = log.level
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter about torch
+        log.setLevel(logging.ERROR)
         program = torch.onnx.export(
             graph,
             graph.example(),
@@ -58,6 +62,7 @@ def write_onnx(exported: ExportSource, folder: Path) -> list[str]:
             dynamo=True,
             verbose=False,
         )
+    log.setLevel(before)
     assert program is not None
     program.save(str(folder / MODEL_FILE), external_data=True)
     exported.config.save_pretrained(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ def write_openvino(exported: ExportSource, folder: Path) -> list[str]:
     transformations = importlib.import_module("openvino._offline_transformations")
     graph = DecoderGraph(load(str(exported.folder), dtype="float32")[0], beams=True)
     shapes = [[-1, -1]] * 3 + [[-1]] + [[-1, heads, -1, size] for heads, size in graph.cache_sizes]
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the trace about sizes, which are checked by running the model
         model = openvino.convert_model(
             graph, example_input=graph.example(), input=[openvino.PartialShape(shape) for shape in shapes]
         )
