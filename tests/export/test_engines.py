@@ -1,6 +1,6 @@
 """Models in an engine with a Python of its own. transformers in a fresh process is such an engine and runs by default;
-the others where a variable names their Python: SLIMGPT_VLLM_PYTHON, SLIMGPT_MLX_PYTHON, SLIMGPT_OPENVINO_PYTHON,
-SLIMGPT_LLAMA_CPP_PYTHON.
+the others where a variable names their Python: SLIMGPT_VLLM_PYTHON, SLIMGPT_MLX_PYTHON, SLIMGPT_LLAMA_CPP_PYTHON,
+SLIMGPT_OPENVINO_PYTHON, SLIMGPT_ONNXRUNTIME_PYTHON.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import slimgpt
 from slimgpt.cli import app
 from slimgpt.errors import ExportError, NumericalError, UsageError
 from slimgpt.exporting import verify_in_engine
+from slimgpt.exporting.decoder_graph import DecoderGraph
 from slimgpt.exporting.engine_verification import Reference
 from slimgpt.exporting.verification import PROMPTS
 from tests.models.families import tiny_model, windows
@@ -73,6 +74,9 @@ def forms(tmp_path_factory, tokenizer) -> dict[str, Path]:
     slimgpt.export(root / "layers", root / "padded", "padded", check=False)
     slimgpt.export(root / "layers", root / "layers.gguf", "gguf", quantize="F32", check=False)
     slimgpt.export(root / "ffn", root / "nemotron", "nemotron-nas")
+    for to in ("openvino", "onnx"):
+        if importlib.util.find_spec({"onnx": "onnxscript"}.get(to, to)) is not None:
+            slimgpt.export(root / "layers", root / to, to, check=False)
     return {path.stem if path.is_dir() else path.name: path for path in root.iterdir()}
 
 
@@ -259,6 +263,34 @@ def engine_python(engine: str) -> str:
     return os.environ[variable]
 
 
+def test_a_graph_with_a_cache_computes_what_the_model_does(forms):
+    model = slimgpt.load(str(forms["layers"]))[0]
+    graph = DecoderGraph(model, beams=True)
+    ids = windows(3, 12)
+    seen = torch.ones_like(ids)
+    seen[1, :4] = 0  # padding on the left
+    positions = (seen.cumsum(1) - 1).clamp(0)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=seen, position_ids=positions).logits
+        empty = [torch.zeros(3, heads, 0, size) for heads, size in graph.cache_sizes]
+        rows = torch.tensor([2, 0, 1])
+        first, *cache = graph(ids[rows, :7], seen[rows, :7], positions[rows, :7], torch.arange(3), *empty)
+        second = graph(ids[:, 7:], seen, positions[:, 7:], torch.tensor([1, 2, 0]), *cache)[0]
+    real = seen.bool()
+    found = torch.cat([first[torch.tensor([1, 2, 0])], second], 1)
+    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert [name.split(".")[1] for name in graph.past_names] == [str(i // 2) for i in range(6)]
+
+
+@pytest.mark.parametrize(("to", "module"), [("openvino", "openvino"), ("onnx", "onnxscript")])
+def test_a_converter_that_is_not_installed_is_named(to, module, forms, tmp_path):
+    if importlib.util.find_spec(module) is not None:
+        pytest.skip(f"{module} is installed")
+    code, output = command("export", forms["layers"], tmp_path / "out", "--to", to)
+    assert (code, list(tmp_path.iterdir())) == (2, [])
+    assert f"pip install {to}" in output
+
+
 def agrees(forms: dict[str, Path], form: str, against: str, engine: str) -> None:
     compared = verify_in_engine(
         forms[form], forms[against], engine=engine, python=engine_python(engine), trust_remote_code=True
@@ -286,3 +318,11 @@ def test_llama_cpp(forms):
     if "SLIMGPT_LLAMA_CPP_PYTHON" not in os.environ and importlib.util.find_spec("llama_cpp") is not None:
         os.environ["SLIMGPT_LLAMA_CPP_PYTHON"] = sys.executable
     agrees(forms, "layers.gguf", "layers", "llama.cpp")
+
+
+@pytest.mark.openvino
+@pytest.mark.parametrize(("to", "engine"), [("openvino", "openvino"), ("onnx", "onnxruntime")])
+def test_graphs(to, engine, forms):
+    if to not in forms:
+        pytest.skip(f"what exports to {to} is not installed here")
+    agrees(forms, to, "layers", engine)

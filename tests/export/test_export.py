@@ -275,8 +275,8 @@ def test_an_unknown_pre_tokenizer_says_what_to_pass():
         ("llama", {}, {}, "hf-uniform", "differ in width.*--to padded"),
         ("llama", {}, {}, "nemotron-nas", "no biases.*--to padded"),
         ("qwen3", {}, {}, "nemotron-nas", "is a Llama"),
-        ("llama", {}, {}, "onnx", "differ in width"),
-        ("llama", {}, {"uniform": True}, "onnx", "pip install optimum-onnx"),
+        ("mistral", {}, {}, "onnx", "sliding window of 5 tokens"),
+        ("gemma2", {}, {}, "openvino", "layers of 'sliding_attention'"),
         ("llama", {}, {}, "tflite", "unknown; choose gguf"),
     ],
 )

@@ -16,7 +16,7 @@ EXPORTS = "## Exports"
 """The heading under which exports of a folder are listed, at the end of its card."""
 
 WIDTHS_DIFFER = (
-    "The layers differ in width (`per_layer_config` in config.json), so this needs transformers 5.20 or later; its "
+    "The layers differ in width (`per_layer_config` in config.json), so this needs transformers 5.19 or later; its "
     "note about reading global config values on the way in is harmless.",
     "",
 )

@@ -71,7 +71,7 @@ def verify(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="Run EXPORT in a process of this engine: vllm, mlx, llama.cpp, openvino or transformers.",
+            help="Run EXPORT in this engine: vllm, mlx, llama.cpp, openvino, onnxruntime, transformers.",
             show_default="in this process",
         ),
     ] = None,

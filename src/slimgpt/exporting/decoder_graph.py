@@ -4,28 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from slimgpt.errors import ExportError
 from slimgpt.exporting.source import ExportSource
-from slimgpt.models.lookup import text_config
-
-INPUTS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
-
-
-def graph_problem(config: PreTrainedConfig) -> str | None:
-    """Why a model cannot become a graph with one causal mask and a cache of keys and values; ``None`` if it can."""
-    text = text_config(config)
-    if text is not config:
-        return f"'{config.model_type}' also takes images, and only the language model would become a graph"
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    if kinds:
-        return f"it has layers of '{min(kinds)}', and the graph has one mask for all"
-    window = getattr(text, "sliding_window", None)
-    if window and getattr(text, "use_sliding_window", True) and window < text.max_position_embeddings:
-        return f"its sliding window of {window} tokens has no place in the graph's mask"
-    return None
+from slimgpt.planning.engines import graph_problem
 
 
 def check_graph(exported: ExportSource) -> None:
@@ -43,8 +27,10 @@ class DecoderGraph(nn.Module):
 
     Args:
         model: in float32.
+        beams: whether an input ``beam_idx`` says which row of the cache each row goes on from.
 
     Attributes:
+        input_names: names of the inputs before the cache.
         cache_sizes: heads and head size of every layer's keys and values, in turn.
         past_names: names of the tensors of the cache that come in.
         present_names: of those that go out.
@@ -53,14 +39,15 @@ class DecoderGraph(nn.Module):
         ExportError: a layer keeps something else than keys and values.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, beams: bool = False):
         super().__init__()
-        self.model = model.eval()
+        self.model, self.beams = model.eval(), beams
+        self.input_names = ["input_ids", "attention_mask", "position_ids", *(["beam_idx"] if beams else [])]
         with torch.no_grad():
             cache = model(torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
         self.cache_sizes: list[tuple[int, int]] = []
         for layer in cache.layers:
-            if type(layer) is not DynamicLayer:
+            if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
                 raise ExportError(f"a layer's cache is a {type(layer).__name__}, not keys and values of all tokens")
             self.cache_sizes += [(part.shape[1], part.shape[3]) for part in (layer.keys, layer.values)]
         both = [(index, part) for index in range(len(cache.layers)) for part in ("key", "value")]
@@ -68,7 +55,7 @@ class DecoderGraph(nn.Module):
         self.present_names = [f"present.{index}.{part}" for index, part in both]
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, beam_idx: Tensor, *past: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
         """Logits ``(batch, tokens, vocabulary)`` and the longer cache.
 
@@ -76,13 +63,13 @@ class DecoderGraph(nn.Module):
             input_ids: new tokens ``(batch, tokens)``.
             attention_mask: 1 where a token counts, ``(batch, tokens before and new)``.
             position_ids: of the new tokens, ``(batch, tokens)``.
-            beam_idx: which row of the cache each row goes on from ``(batch,)``.
-            past: the cache.
+            rest: ``beam_idx`` ``(batch,)`` if there are beams, then the cache.
         """
+        past = [part.index_select(0, rest[0]) for part in rest[1:]] if self.beams else list(rest)
         cache = DynamicCache()
         for keys, values in zip(past[::2], past[1::2]):
             layer = DynamicLayer()
-            layer.keys, layer.values = keys.index_select(0, beam_idx), values.index_select(0, beam_idx)
+            layer.keys, layer.values = keys, values
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
             cache.layers.append(layer)
         total, new = attention_mask.shape[1], input_ids.shape[1]
@@ -102,6 +89,6 @@ class DecoderGraph(nn.Module):
     def example(self) -> tuple[Tensor, ...]:
         """Inputs to trace with: two rows of four new tokens after three, no size equal to another by chance."""
         past = [torch.zeros(2, heads, 3, size) for heads, size in self.cache_sizes]
-        positions = torch.arange(3, 7)[None].expand(2, -1)
-        ones = torch.ones(2, 7, dtype=torch.long)
-        return ones[:, :4], ones, positions, torch.arange(2), *past
+        ids, seen, positions = (torch.ones(2, length, dtype=torch.long) for length in (4, 7, 4))
+        positions = positions.cumsum(1) + 2
+        return ids, seen, positions, *([torch.arange(2)] if self.beams else []), *past

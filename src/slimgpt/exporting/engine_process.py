@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt.errors import ExportError, UsageError, one_line
+from slimgpt.exporting import onnx, openvino
 from slimgpt.exporting.in_engine import prompt_logprobs
-from slimgpt.exporting.openvino import MODEL_FILE
 from slimgpt.models.config_files import read_object
 
 INSTALL = {
@@ -23,8 +23,15 @@ INSTALL = {
     "mlx": "mlx-lm",
     "llama.cpp": "llama-cpp-python",
     "openvino": "openvino",
+    "onnxruntime": "onnxruntime",
 }
 """Engines by the names that ``--engine`` takes, and what pip installs them from (vLLM on a GPU: ``vllm``)."""
+
+GRAPHS = {
+    "openvino": (openvino.MODEL_FILE, "make one with export --to openvino"),
+    "onnxruntime": (onnx.MODEL_FILE, "make one with export --to onnx"),
+}
+"""The files that engines of exported graphs read, and how to make them."""
 
 RUNS_CODE = ("transformers", "vllm")
 """Engines that run Python code which lies in a model folder, if they are told to trust it."""
@@ -61,10 +68,9 @@ def check_model(path: Path, engine: str, trust_remote_code: bool) -> None:
                 f"{path} is no .gguf file, and llama.cpp reads nothing else; make one with export --to gguf"
             )
         return
-    wanted = MODEL_FILE if engine == "openvino" else "config.json"
-    if not (path / wanted).is_file():
-        how = "; make one with export --to openvino" if engine == "openvino" else "; give a model folder"
-        raise ExportError(f"{path} holds no {wanted}, which {engine} reads{how}")
+    file, how = GRAPHS.get(engine, ("config.json", "give a model folder"))
+    if not (path / file).is_file():
+        raise ExportError(f"{path} holds no {file}, which {engine} reads; {how}")
     code = _code(path)
     if engine in RUNS_CODE and code and not trust_remote_code:
         raise UsageError(

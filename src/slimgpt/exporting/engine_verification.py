@@ -13,7 +13,15 @@ from torch import Tensor
 
 from slimgpt.calibration.documents import open_text
 from slimgpt.errors import CalibrationError, ExportError, NumericalError, UsageError, VerificationError, one_line
-from slimgpt.exporting.engine_process import ask, check_installed, check_model, has_modeling_file, is_nemotron, program
+from slimgpt.exporting.engine_process import (
+    GRAPHS,
+    ask,
+    check_installed,
+    check_model,
+    has_modeling_file,
+    is_nemotron,
+    program,
+)
 from slimgpt.exporting.verification import EXACT, NEW_TOKENS, PROMPTS, check_lengths, gguf_limit, text_of
 from slimgpt.models.loading import load
 
@@ -184,7 +192,7 @@ def verify_in_engine(
     if tolerance is not None and not tolerance >= 0:
         raise UsageError(f"tolerance is {tolerance}, and a difference is at least 0; give 0.001 or so")
     if slim is None:
-        if engine in ("llama.cpp", "openvino") or is_nemotron(path):
+        if engine in ("llama.cpp", *GRAPHS) or is_nemotron(path):
             raise UsageError(f"{path} does not load in transformers; name the folder it was made from (--against)")
         slim = path
     allowed = EXACT[0]

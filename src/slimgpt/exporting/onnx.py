@@ -1,53 +1,96 @@
-"""ONNX and OpenVINO through optimum, for models of a stock class."""
+"""ONNX: the model with its cache as inputs and outputs, by torch's own exporter, for layers of any widths."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable
+import logging
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import Dim
+
 from slimgpt.errors import ExportError
-from slimgpt.exporting.hf_folder import check_uniform, write_uniform
+from slimgpt.exporting.decoder_graph import DecoderGraph, check_graph
+from slimgpt.exporting.hf_folder import write_rest
 from slimgpt.exporting.source import ExportSource
+from slimgpt.models.loading import load
 
-PACKAGES = {
-    "onnx": ("optimum.exporters.onnx", "optimum-onnx"),
-    "openvino": ("optimum.exporters.openvino", "optimum-intel"),
-}
+MODEL_FILE = "model.onnx"
+"""The file of a folder that ONNX Runtime reads; the weights lie beside it."""
 
-
-def check(to: str) -> Callable[[ExportSource], None]:
-    """Check that refuses a model that optimum cannot take, before any work."""
-
-    def refuse(exported: ExportSource) -> None:
-        check_uniform(exported)
-        module, package = PACKAGES[to]
-        if not _installed(module):
-            raise ExportError(f"--to {to} needs optimum's exporter; install it with: pip install {package}")
-
-    return refuse
+OPSET = 18
 
 
-def write(to: str) -> Callable[[ExportSource, Path], list[str]]:
-    """Writer that hands the model, as a stock class, to optimum."""
-
-    def convert(exported: ExportSource, folder: Path) -> list[str]:
-        from importlib import import_module
-
-        stock = folder / "stock"
-        stock.mkdir()
-        notes = write_uniform(exported, stock)
-        import_module(PACKAGES[to][0]).main_export(str(stock), output=folder, task="text-generation-with-past")
-        for file in stock.iterdir():
-            file.unlink()
-        stock.rmdir()
-        return notes
-
-    return convert
+def installed() -> bool:
+    """Whether ONNX Runtime is installed."""
+    return importlib.util.find_spec("onnxruntime") is not None
 
 
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False
+def check_onnx(exported: ExportSource) -> None:
+    """Refuse what cannot be exported, before any work.
+
+    Raises:
+        ExportError: what torch's exporter needs is not installed, or the model cannot become a graph.
+    """
+    check_graph(exported)
+    if importlib.util.find_spec("onnxscript") is None:
+        raise ExportError("--to onnx needs what torch exports with; install it with: pip install onnx onnxscript")
+
+
+def write_onnx(exported: ExportSource, folder: Path) -> list[str]:
+    """The model as ONNX files, with config and tokenizer; notes. Names of inputs and outputs are those of optimum."""
+    graph = DecoderGraph(load(str(exported.folder), dtype="float32")[0]).eval()
+    batch_and_tokens = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    cache = tuple({0: Dim.DYNAMIC, 2: Dim.DYNAMIC} for _ in graph.past_names)
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporter about torch
+        log.setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            graph,
+            graph.example(),
+            input_names=[*graph.input_names, *graph.past_names],
+            output_names=["logits", *graph.present_names],
+            dynamic_shapes=(*[batch_and_tokens] * len(graph.input_names), cache),
+            opset_version=OPSET,
+            dynamo=True,
+            verbose=False,
+        )
+    log.setLevel(before)
+    assert program is not None
+    program.save(str(folder / MODEL_FILE), external_data=True)
+    exported.config.save_pretrained(folder)
+    write_rest(exported, folder)
+    return ["its weights are float32; onnxruntime.quantization makes it smaller"]
+
+
+class OnnxRuntime:
+    """A folder of ONNX files on the CPU.
+
+    Attributes:
+        engine: its name and version.
+    """
+
+    def __init__(self, folder: Path):
+        runtime = importlib.import_module("onnxruntime")
+        self.session = runtime.InferenceSession(str(folder / MODEL_FILE), providers=["CPUExecutionProvider"])
+        self.engine = f"onnxruntime {version('onnxruntime')}"
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Logits ``(tokens, vocabulary)`` of a window that knows nothing of those before it."""
+        values = {
+            "input_ids": np.array([ids], dtype=np.int64),
+            "attention_mask": np.ones((1, len(ids)), dtype=np.int64),
+            "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+        }
+        for port in self.session.get_inputs():
+            if port.name.startswith("past_key_values."):
+                _, heads, _, size = port.shape
+                values[port.name] = np.zeros((1, heads, 0, size), dtype=np.float32)
+        return torch.from_numpy(self.session.run(["logits"], values)[0][0].copy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.decoder_graph import INPUTS, DecoderGraph, check_graph
+from slimgpt.exporting.decoder_graph import DecoderGraph, check_graph
 from slimgpt.exporting.hf_folder import write_rest
 from slimgpt.exporting.source import ExportSource
 from slimgpt.models.loading import load
@@ -45,13 +46,14 @@ def write_openvino(exported: ExportSource, folder: Path) -> list[str]:
     """
     openvino = importlib.import_module("openvino")
     transformations = importlib.import_module("openvino._offline_transformations")
-    graph = DecoderGraph(load(str(exported.folder), dtype="float32")[0])
+    graph = DecoderGraph(load(str(exported.folder), dtype="float32")[0], beams=True)
     shapes = [[-1, -1]] * 3 + [[-1]] + [[-1, heads, -1, size] for heads, size in graph.cache_sizes]
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the trace about sizes, which are checked by running the model
         model = openvino.convert_model(
             graph, example_input=graph.example(), input=[openvino.PartialShape(shape) for shape in shapes]
         )
-    for port, name in zip(model.inputs, [*INPUTS, *graph.past_names]):
+    for port, name in zip(model.inputs, [*graph.input_names, *graph.past_names]):
         port.get_node().set_friendly_name(name)
         port.get_tensor().set_names({name})
     for port, name in zip(model.outputs, ["logits", *graph.present_names]):

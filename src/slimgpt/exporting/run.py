@@ -17,13 +17,12 @@ from slimgpt.checkpoint.journal import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
 from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, openvino, padded
-from slimgpt.exporting.decoder_graph import graph_problem
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
 from slimgpt.io.folders import check_output, new_folder, output_lock
 from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config
-from slimgpt.planning.engines import gguf_architecture, nemotron_problem
+from slimgpt.planning.engines import gguf_architecture, graph_problem, nemotron_problem
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ FORMATS: dict[str, Format] = {
     "hf-uniform": Format(hf_folder.check_uniform, hf_folder.write_uniform, _uniform_problem),
     "padded": Format(padded.check, padded.write, _padded_problem),
     "nemotron-nas": Format(nemotron.check_nemotron, nemotron.write_nemotron, nemotron_problem),
-    "onnx": Format(onnx.check("onnx"), onnx.write("onnx"), _uniform_problem),
+    "onnx": Format(onnx.check_onnx, onnx.write_onnx, lambda config, _: graph_problem(config)),
     "openvino": Format(openvino.check_openvino, openvino.write_openvino, lambda config, _: graph_problem(config)),
 }
 """By the names that ``--to`` takes."""

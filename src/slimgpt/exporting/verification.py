@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from slimgpt import assets
 from slimgpt.calibration.documents import open_text
 from slimgpt.errors import CalibrationError, ExportError, NumericalError, UsageError, VerificationError, one_line
-from slimgpt.exporting import openvino
+from slimgpt.exporting import onnx, openvino
 from slimgpt.models.llama_cpp import LlamaCpp, installed
 from slimgpt.models.loading import load, load_config, load_tokenizer
 from slimgpt.models.lookup import check_ids, text_config
@@ -132,6 +132,8 @@ def engine_problem(path: str | Path) -> str | None:
         return None if installed() else "llama-cpp-python is not installed"
     if (path / openvino.MODEL_FILE).is_file():
         return None if openvino.installed() else "OpenVINO is not installed"
+    if (path / onnx.MODEL_FILE).is_file():
+        return None if onnx.installed() else "ONNX Runtime is not installed"
     config = path / "config.json"
     if not config.is_file():
         return "its engine is not installed"
@@ -237,9 +239,10 @@ def text_of(text: str | None, max_tokens: int) -> str:
 def _exported(path: Path, window: int) -> Engine:
     if path.suffix == ".gguf":
         return _llama_cpp(path, window)
-    if (path / openvino.MODEL_FILE).is_file():
-        model = openvino.OpenVino(path)
-        return Engine(model.engine, model.logits, _template(load_tokenizer(locate(str(path)))))
+    for file, runtime in ((openvino.MODEL_FILE, openvino.OpenVino), (onnx.MODEL_FILE, onnx.OnnxRuntime)):
+        if (path / file).is_file():
+            model = runtime(path)
+            return Engine(model.engine, model.logits, _template(load_tokenizer(locate(str(path)))))
     return _transformers(str(path))
 
 

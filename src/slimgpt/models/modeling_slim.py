@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
-    raise ImportError("this checkpoint needs a transformers release with PreTrainedConfig.per_layer_config (5.20+)")
+    raise ImportError("this checkpoint needs a transformers release with PreTrainedConfig.per_layer_config (5.14+)")
 
 
 def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = None) -> Any:

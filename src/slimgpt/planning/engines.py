@@ -120,6 +120,20 @@ def nemotron_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str |
     return None
 
 
+def graph_problem(config: PreTrainedConfig) -> str | None:
+    """Why a model cannot become a graph with one causal mask and a cache of keys and values; ``None`` if it can."""
+    text = text_config(config)
+    if text is not config:
+        return f"'{config.model_type}' also takes images, and only the language model would become a graph"
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if kinds:
+        return f"it has layers of '{min(kinds)}', and the graph has one mask for all"
+    window = getattr(text, "sliding_window", None)
+    if window and getattr(text, "use_sliding_window", True) and window < text.max_position_embeddings:
+        return f"its sliding window of {window} tokens has no place in the graph's mask"
+    return None
+
+
 def _hf(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
     if not is_uniform(layers):
         how = "from_pretrained with trust_remote_code=True: a small modeling file travels in the folder"
@@ -157,24 +171,30 @@ def _llama_cpp(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSuppo
     return EngineSupport("llama.cpp", True, f"export --to gguf (architecture {arch})", change)
 
 
-def _stock_only(engine: str, nemotron: bool) -> Callable[[PreTrainedConfig, Sequence[Sizes]], EngineSupport]:
+def _stock_or_nemotron(engine: str) -> Callable[[PreTrainedConfig, Sequence[Sizes]], EngineSupport]:
     def verdict(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
         if is_uniform(layers) and stock_config(config, layers[0]) is not None:
             return EngineSupport(engine, True, "the folder as it is (stock class)")
-        if nemotron and nemotron_problem(config, layers) is None:
+        if nemotron_problem(config, layers) is None:
             return EngineSupport(engine, True, "export --to nemotron-nas")
         return EngineSupport(engine, False, "its layers must have equal widths", "--uniform, or export --to padded")
 
     return verdict
 
 
+def _onnx(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:  # noqa: ARG001
+    if (problem := graph_problem(config)) is not None:
+        return EngineSupport("onnx", False, problem)
+    return EngineSupport("onnx", True, "export --to onnx or openvino")
+
+
 ENGINES: dict[str, Callable[[PreTrainedConfig, Sequence[Sizes]], EngineSupport]] = {
     "hf": _hf,
     "vllm": _vllm,
     "llama.cpp": _llama_cpp,
-    "sglang": _stock_only("sglang", nemotron=True),
-    "mlx": _stock_only("mlx", nemotron=True),
-    "onnx": _stock_only("onnx", nemotron=False),
+    "sglang": _stock_or_nemotron("sglang"),
+    "mlx": _stock_or_nemotron("mlx"),
+    "onnx": _onnx,
 }
 """By the names that ``--for`` takes."""
 

@@ -168,6 +168,39 @@ def run_openvino(request: dict[str, Any]) -> dict[str, Any]:
     return {"sequences": [run(s["ids"], s["new_tokens"]) for s in request["sequences"]]}
 
 
+def run_onnxruntime(request: dict[str, Any]) -> dict[str, Any]:
+    """ONNX Runtime on the CPU, the cache going in and out."""
+    import numpy as np
+    import onnxruntime
+
+    file = str(Path(request["model"]) / "model.onnx")
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    past = [port for port in session.get_inputs() if port.name.startswith("past_key_values.")]
+    outputs = ["logits", *(port.name.replace("past_key_values", "present") for port in past)]
+
+    def step(ids: list[int], cache: list[Any]) -> list[Any]:
+        before = cache[0].shape[2]
+        values = {
+            "input_ids": np.array([ids], dtype=np.int64),
+            "attention_mask": np.ones((1, before + len(ids)), dtype=np.int64),
+            "position_ids": np.arange(before, before + len(ids), dtype=np.int64)[None],
+        }
+        return session.run(outputs, {**values, **{port.name: part for port, part in zip(past, cache)}})
+
+    def run(ids: list[int], new_tokens: int) -> dict[str, Any]:
+        empty = [np.zeros((1, port.shape[1], 0, port.shape[3]), dtype=np.float32) for port in past]
+        logits, *cache = step(ids, empty)
+        logprobs = log_softmax_of(logits[0], ids)
+        continuation: list[int] = []
+        while len(continuation) < new_tokens:
+            if continuation:
+                logits, *cache = step(continuation[-1:], cache)
+            continuation.append(int(logits[0, -1].argmax()))
+        return {"logprobs": logprobs, "continuation": continuation}
+
+    return {"sequences": [run(s["ids"], s["new_tokens"]) for s in request["sequences"]]}
+
+
 def log_softmax_of(logits: Any, ids: list[int]) -> list[float]:
     """The logarithms of the probabilities that rows of logits give to the second id and all after it."""
     import numpy as np
@@ -184,6 +217,7 @@ ENGINES = {
     "mlx": (run_mlx, "mlx_lm", ("mlx-lm", "mlx", "transformers")),
     "llama.cpp": (run_llama_cpp, "llama_cpp", ("llama-cpp-python",)),
     "openvino": (run_openvino, "openvino", ("openvino",)),
+    "onnxruntime": (run_onnxruntime, "onnxruntime", ("onnxruntime",)),
 }
 """The function, the module that must be there, and distributions whose versions are of interest, the engine first."""
 
