@@ -82,6 +82,7 @@ def test_given_text_alone_gives_the_windows_of_before(dense_folder, text_file, t
     report = slimgpt.prune_folder(str(dense_folder), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
     assert report.calibration == {
         "source": str(text_file),
+        "dataset": None,
         "num_samples": 12,
         "seq_len": 48,
         "sha256": digest(sample_windows(tokenizer, str(text_file), 12, 48, 0)),
@@ -92,6 +93,15 @@ def test_a_mixture_with_text_of_the_model(dense_folder, text_file, tmp_path):
     source = f"auto:2,{text_file}:1"
     report = slimgpt.prune_folder(str(dense_folder), tmp_path / "slim", calibration=source, **OPTIONS)
     assert report.calibration["source"] == source
+    assert report.calibration["dataset"] is None
+    assert report.calibration["mixture"] == [
+        {"source": "auto", "share": 2, "dataset": None},
+        {"source": str(text_file), "share": 1, "dataset": None},
+    ]
+    card = (tmp_path / "slim" / "README.md").read_text()
+    assert f"--calibration auto:2,{text_file.name}:1" in card  # of local files only their names
+    assert str(text_file) not in card
+    assert report.divergence["held_out"]["source"] == source
     assert report.calibration["num_samples"] == 12
     assert report.calibration["self_written"]["num_samples"] == 8
     assert report.calibration["self_written"]["sha256"] != report.calibration["sha256"]

@@ -35,6 +35,9 @@ class Conversation(list[dict[str, Any]]):
 Document = str | list[dict[str, Any]] | Instruction
 """Plain text, chat messages (``role`` and ``content``), or an instruction with its answer."""
 
+AUTO = "auto"
+"""The name that stands for text that the model writes itself."""
+
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 COMPRESSED = (".gz", ".zst")
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -97,7 +100,7 @@ def hub_dataset(source: str) -> str | None:
     """The id on the hub of a source that :func:`read_documents` reads from there; ``None`` for any other."""
     path = Path(source).expanduser()
     here = os.path.lexists(path) or text_format(path) or path.is_absolute() or source.startswith((".", "~"))
-    return None if source in (assets.DEMO, *IN_MEMORY) or here else source.partition(":")[0]
+    return None if source in (assets.DEMO, AUTO, *IN_MEMORY) or here else source.partition(":")[0]
 
 
 def text_format(path: Path) -> str | None:

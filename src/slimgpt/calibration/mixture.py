@@ -17,13 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from slimgpt import assets
+from slimgpt.calibration.documents import AUTO
 from slimgpt.calibration.self_calibration import SelfCalibration
 from slimgpt.calibration.windows import Calibration, CalibrationText, calibration_windows, evaluation_tokens
 from slimgpt.config import PruneConfig
 from slimgpt.errors import CalibrationError
-
-AUTO = "auto"
-"""The name that stands for text that the model writes itself."""
 
 MIX = "mix"
 """The name that stands for :func:`mix_sources`."""

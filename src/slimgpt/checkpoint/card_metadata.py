@@ -66,6 +66,7 @@ def hub_datasets(report: PruneReport) -> Iterator[str]:
     """The ids of the data sets on the hub that a model was calibrated and trained on."""
     if report.calibration.get("dataset"):
         yield report.calibration["dataset"]
+    yield from (part["dataset"] for part in report.calibration.get("mixture", ()) if part["dataset"])
     for run in report.recovery:
         yield from run["data"].get("datasets", ())
 

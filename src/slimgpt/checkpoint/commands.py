@@ -36,7 +36,7 @@ def _prune_command(report: PruneReport) -> str:
         "allocation": settings.allocation,
         "distill": settings.distill or "off",
         "head-unit": report.plan.head_unit,
-        "calibration": public_source(calibration["source"], known),
+        "calibration": _public_calibration(calibration, known),
         "num-samples": calibration["num_samples"],
         "seq-len": calibration["seq_len"],
         "damping": f"{settings.damping:g}",
@@ -54,6 +54,14 @@ def _prune_command(report: PruneReport) -> str:
     words += [] if settings.repair is None else ["--repair" if settings.repair else "--no-repair"]
     model = assets.DEMO if report.base_model == assets.MODEL_NAME else public_name(report.base_model)
     return " \\\n    ".join([f"slimgpt prune {shlex.quote(model)} OUT", *words])
+
+
+def _public_calibration(calibration: Mapping[str, Any], known: Sequence[str | None] | None) -> str:
+    """A report's calibration source, or all sources of its mixture with their shares."""
+    if "mixture" not in calibration:
+        return public_source(calibration["source"], known)
+    parts = calibration["mixture"]
+    return ",".join(f"{public_source(part['source'], [part['dataset']])}:{part['share']:g}" for part in parts)
 
 
 def _recover_command(run: Mapping[str, Any]) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt import assets
-from slimgpt.calibration.documents import Document, read_documents
-from slimgpt.calibration.mixture import AUTO, parse_mixture
+from slimgpt.calibration.documents import AUTO, Document, read_documents
 from slimgpt.errors import CalibrationError
 from slimgpt.evaluation.corpora import Text
 
@@ -51,10 +50,10 @@ def contamination_note(report: Mapping[str, Any] | None, text: Text) -> str | No
 
 def _sources(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Every text that the model was calibrated or trained on."""
-    source = (report.get("calibration") or {}).get("source")
-    if isinstance(source, str):
-        for part in parse_mixture(source):
-            yield "calibrated", part.source
+    calibration = report.get("calibration") or {}
+    for part in calibration.get("mixture") or [calibration]:
+        if isinstance(part.get("source"), str):
+            yield "calibrated", part["source"]
     for training in report.get("recovery") or ():
         for source in training.get("settings", {}).get("data") or ():
             yield "trained", str(source)

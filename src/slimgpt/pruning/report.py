@@ -12,6 +12,7 @@ from torch import Tensor
 
 from slimgpt.calibration.documents import hub_dataset
 from slimgpt.calibration.evaluation_text import FOR_PEOPLE
+from slimgpt.calibration.mixture import parse_mixture
 from slimgpt.calibration.windows import digest
 from slimgpt.config import PruneConfig
 from slimgpt.models.slicing import State
@@ -238,10 +239,15 @@ class PrunedLayer:
 
 
 def described(windows: Tensor, source: str) -> dict[str, Any]:
-    """What a report says of the calibration tokens."""
+    """What a report says of the calibration tokens; of a mixture also every source with its share."""
+    parts = parse_mixture(source)
+    mixture = [
+        {"source": part.source, "share": float(part.share), "dataset": hub_dataset(part.source)} for part in parts
+    ]
     return {
         "source": source,
-        "dataset": hub_dataset(source),
+        "dataset": mixture[0]["dataset"] if len(parts) == 1 else None,
+        **({"mixture": mixture} if len(parts) > 1 else {}),
         "num_samples": windows.shape[0],
         "seq_len": windows.shape[1],
         "sha256": digest(windows),
