@@ -13,6 +13,7 @@ from slimgpt.config import PruneConfig
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.allocation import Sensitivity, allocate_budget, interpolate, trial_plan
+from slimgpt.planning.mixture_allocation import allocate_mixture, interpolate_mixture, trial_mixture
 from slimgpt.planning.plan import Plan
 from slimgpt.sensitivity.measure import (
     ENDPOINT,
@@ -61,10 +62,14 @@ def allocate(
     def measure_plan(widths: Plan, points: Points) -> Sensitivity:
         return measure(model, load_layer, windows, widths, config, run, on_step, points=points)
 
-    costs = measure_plan(trial_plan(plan, shape, heads), first)
-    cheapest = allocate_budget(plan, shape, costs, config.round_to, heads)
+    if measurable(shape):
+        trial, spend, between = trial_plan, allocate_budget, interpolate
+    else:
+        trial, spend, between = trial_mixture, allocate_mixture, interpolate_mixture
+    costs = measure_plan(trial(plan, shape, heads), first)
+    cheapest = spend(plan, shape, costs, config.round_to, heads)
     # The more is removed, the more it costs to overfit the measured costs.
-    chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, config.round_to)
+    chosen = between(plan, cheapest, shape, 1 - plan.achieved, config.round_to)
     info = {"by": "search" if others else "sensitivity", **costs.to_json()}
     if others:
         tried = [(measure_plan(widths, points).divergence, widths) for widths, points in zip((plan, chosen), others)]
@@ -85,8 +90,8 @@ def uses_sensitivity(config: PruneConfig, shape: ModelShape, windows: Tensor) ->
     ``auto`` measures if enough tokens are left for the trial run beside those of the comparison: with fewer, the trial
     overfits its windows.
     """
-    if config.allocation == "schedule" or not measurable(shape):
-        return False
+    if config.allocation == "schedule" or (config.whole_experts and not measurable(shape)):
+        return False  # the split between whole experts and channels is given
     return (
         config.allocation != "auto" or split_windows(windows, shape.widest)[0].numel() >= FIT_PER_COLUMN * shape.widest
     )
