@@ -14,7 +14,7 @@ import slimgpt
 from slimgpt import assets
 from slimgpt.calibration.documents import hub_dataset
 from slimgpt.calibration.evaluation_text import FOR_PEOPLE
-from slimgpt.checkpoint import card
+from slimgpt.checkpoint import card, commands
 from slimgpt.checkpoint.card_metadata import card_metadata
 from slimgpt.cli import app
 from slimgpt.errors import ExportError
@@ -49,7 +49,7 @@ def test_side_files_go_along_to_saved_and_exported_folders(tmp_path, tokenizer):
     ],
 )
 def test_base_names_are_text_on_the_card(base, heading, code):
-    name = card._public_name(base)
+    name = commands.public_name(base)
     assert (card._plain(name), card._code(name)) == (heading, code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import slimgpt
 from slimgpt.comparison import CompareConfig, Comparison, ModelResult, Timing, Timings, time_models
 from slimgpt.comparison.differences import Difference, task_difference
 from slimgpt.comparison.result import ComparisonRow
+from slimgpt.evaluation.samples import write_samples
 from slimgpt.evaluation.tasks import answers, difference, flips
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.planning.cost import generation_flops
@@ -94,6 +96,51 @@ def test_compare_gives_the_numbers_of_its_parts(compared, folders, text_file, da
     assert {"perplexity", "piqa", "128-199", "prefill", "calibrated"} <= set(re.findall(r"[\w-]+", printed))
     for name in ("quality.png", "quality.svg"):
         assert (out / name).stat().st_size > 5000
+
+
+def test_the_texts_and_commands_of_every_model_stand_on_the_page(compared, folders):
+    out, _ = compared
+    page, values = (out / "report.html").read_text(), json.loads((out / "compare.json").read_text())
+    for side in values["models"]:
+        model, tokenizer = slimgpt.load(str(folders / side["name"]))
+        assert side["samples"] == [sample.to_json() for sample in write_samples(model, tokenizer, 3)]
+        for sample in side["samples"]:
+            assert html.escape(sample["prompt"]) in page
+            assert f"<dd>{html.escape(sample['text'])}" in page
+    assert [len(side["commands"]) for side in values["models"]] == [0, 1, 1]
+    card = (folders / "slim-50" / "README.md").read_text()
+    (command,) = values["models"][2]["commands"]
+    assert command.startswith("slimgpt prune dense OUT")
+    assert command in card
+    assert html.escape(command) in page
+    assert str(folders) not in command
+
+
+def test_the_protocol_in_words_has_the_numbers_of_the_protocol(compared):
+    out, _ = compared
+    page, base = (out / "report.html").read_text(), json.loads((out / "compare.json").read_text())["models"][0]
+    for result in base["perplexities"]:
+        how = result["protocol"]
+        assert (
+            f"the first {result['tokens']:,} of {how['text_tokens']:,} tokens in windows of {result['window']}" in page
+        )
+        assert how["engine"] in page
+    assert base["tasks"]["protocol"]["harness"] in page
+    shots = ", ".join(f"{task} {count}" for task, count in base["tasks"]["protocol"]["num_fewshot"].items())
+    assert set(base["tasks"]["protocol"]["num_fewshot"]) == {"piqa", "boolq"}
+    assert f"examples before a question: {shots}." in page
+    assert "16 tokens are read and 4 written, 2 rounds" in page
+    assert "Pass key" not in page
+
+
+def test_no_texts_if_none_are_asked_for(folders, text_file, tmp_path):
+    words = ["--text", text_file, "--window", 32, "--max-tokens", 64, "--no-speed", "--device", "cpu", "--out"]
+    for samples, code in ((0, 0), (5, 2), (-1, 2)):
+        out = tmp_path / str(samples)
+        done = run("compare", folders / "dense", folders / "slim-20", *words, out, "--samples", samples)
+        assert done.exit_code == code, done.output
+    assert "What they write" not in (tmp_path / "0" / "report.html").read_text()
+    assert json.loads((tmp_path / "0" / "compare.json").read_text())["models"][0]["samples"] == []
 
 
 def test_the_page_asks_nobody_for_anything(compared):

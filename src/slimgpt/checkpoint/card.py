@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from slimgpt import assets
 from slimgpt.calibration.evaluation_text import FOR_PEOPLE
 from slimgpt.checkpoint.card_metadata import card_metadata
+from slimgpt.checkpoint.commands import commands, public_name, public_source
 from slimgpt.models.families.moe import ffn_text
 from slimgpt.pruning.report import PruneReport
 
@@ -32,7 +30,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool, origin: 
         origin: see :func:`card_metadata`.
     """
     plan = report.plan
-    base = _public_name(report.base_model)
+    base = public_name(report.base_model)
     load = (
         "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)  # runs modeling_slim.py in this folder"
         if own_code
@@ -89,7 +87,7 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool, origin: 
         "## Made with",
         "",
         "```",
-        _command(report),
+        "\n\n".join(commands(report)),
         "```",
         "",
         f"- calibration tokens: {calibration['num_samples']} x {calibration['seq_len']}, "
@@ -99,23 +97,6 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool, origin: 
         "",
     ]
     return "\n".join(lines)
-
-
-def _public_name(base: str) -> str:
-    """The base model's name on one line; of a local folder only its own name, not where it lies."""
-    local = base.startswith((".", "/", "~")) or base.count("/") > 1
-    return " ".join((Path(base).expanduser().absolute().name if local else base).split())
-
-
-def _public_source(source: str, datasets: Sequence[str | None] | None) -> str:
-    """A text's source; of a file or folder only its own name.
-
-    Args:
-        datasets: the ids of those on the hub; ``None`` where an older report does not tell.
-    """
-    if source in (assets.DEMO, "tensor") or (datasets is not None and source.partition(":")[0] in datasets):
-        return source
-    return _public_name(source) if datasets is None else Path(source).name
 
 
 def _plain(name: str) -> str:
@@ -170,7 +151,7 @@ def _read_from(report: PruneReport) -> str:
 
 def _sources(data: dict[str, Any]) -> str:
     """The texts of a training."""
-    return ", ".join(_code(_public_source(source, data.get("datasets"))) for source in data["sources"])
+    return ", ".join(_code(public_source(source, data.get("datasets"))) for source in data["sources"])
 
 
 def _measured(report: PruneReport) -> list[str]:
@@ -228,39 +209,3 @@ def _figures(values: dict[str, Any]) -> str:
         f"{kl['mean']:.3f} ± {kl['stderr']:.3f} | {values['bits_per_byte']:.3f} | {values['same_top']:.1%} "
         f"| {perplexity['before']:.2f} | {perplexity['after']:.2f}"
     )
-
-
-def _command(report: PruneReport) -> str:
-    """The command line that repeats the run."""
-    settings, calibration = report.settings, report.calibration
-    known = [calibration["dataset"]] if "dataset" in calibration else None
-    targets = {name: getattr(settings, name) for name in ("params", "bytes", "plan", "kv_cache")}
-    size = {name.replace("_", "-"): value for name, value in targets.items() if value is not None}
-    if settings.plan is not None:
-        size["plan"] = Path(settings.plan).name
-    if not size or (set(size) == {"kv-cache"} and settings.ratio is not None):
-        size["ratio"] = f"{report.plan.ratio:.6g}"
-    options = {
-        **size,
-        "method": settings.method,
-        "allocation": settings.allocation,
-        "distill": settings.distill or "off",
-        "head-unit": report.plan.head_unit,
-        "calibration": _public_source(calibration["source"], known),
-        "num-samples": calibration["num_samples"],
-        "seq-len": calibration["seq_len"],
-        "damping": f"{settings.damping:g}",
-        "seed": settings.seed,
-        "round-to": settings.round_to,
-    }
-    if settings.whole_experts:
-        options["whole-experts"] = f"{settings.whole_experts:g}"
-    if settings.schedule is not None:
-        names = settings.schedule if isinstance(settings.schedule, str) else map(str, settings.schedule)
-        options["schedule"] = names if isinstance(names, str) else ",".join(names)
-    words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
-    words += ["--uniform"] * settings.uniform
-    words += [] if settings.evaluate else ["--no-evaluate"]
-    words += [] if settings.repair is None else ["--repair" if settings.repair else "--no-repair"]
-    model = assets.DEMO if report.base_model == assets.MODEL_NAME else _public_name(report.base_model)
-    return " \\\n    ".join([f"slimgpt prune {shlex.quote(model)} OUT", *words])

@@ -39,6 +39,7 @@ def compare(
     data_dir: DataOption = None,
     long: Annotated[int | None, typer.Option(help="Also perplexity by position, in windows of so many tokens.")] = None,
     passkey: PasskeyOption = None,
+    samples: Annotated[int, typer.Option(help="Short texts that every model writes (0 to 4).")] = 3,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time the models in turn.")] = True,
     batch: BatchOption = "1",
     prompt: PromptOption = 512,
@@ -68,6 +69,7 @@ def compare(
         prompt=prompt,
         new_tokens=new_tokens,
         rounds=rounds,
+        samples=samples,
     )
     comparison = run(
         base,

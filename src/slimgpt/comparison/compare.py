@@ -13,8 +13,10 @@ from slimgpt.comparison.measure import CompareConfig, Measurer, ProgressFactory
 from slimgpt.comparison.plots import plot_quality
 from slimgpt.comparison.result import Comparison
 from slimgpt.comparison.timing import time_models
+from slimgpt.errors import UsageError
 from slimgpt.evaluation.corpora import read_text
 from slimgpt.evaluation.perplexity import check_protocol
+from slimgpt.evaluation.samples import QUESTIONS
 from slimgpt.evaluation.speed import check_generation
 from slimgpt.evaluation.tasks import check_tasks
 from slimgpt.io.folders import COMPARISON_FOLDER, check_output, new_folder
@@ -100,6 +102,8 @@ def _check(names: Sequence[str], config: CompareConfig, data_dir: str | Path | N
     Raises:
         SlimGPTError: a measurement that some model does not allow.
     """
+    if not 0 <= config.samples <= len(QUESTIONS):
+        raise UsageError(f"samples is {config.samples}; it must be from 0 to {len(QUESTIONS)}")
     windows = [*config.windows, *([] if config.long_window is None else [config.long_window])]
     for window in windows:
         check_protocol(window)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimgpt.comparison.plots import COLORS, position_figures, quality_figures
+from slimgpt.comparison.protocols import in_words, protocols
 
 if TYPE_CHECKING:
     from slimgpt.comparison.result import Comparison, ComparisonRow
@@ -44,7 +45,11 @@ small.good { color: var(--good); } small.bad { color: var(--bad); }
 small.note { color: var(--note); white-space: normal; }
 pre { overflow-x: auto; padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   font-size: .78rem; }
-summary { cursor: pointer; }
+summary { cursor: pointer; white-space: pre-wrap; }
+.samples { display: flex; flex-wrap: wrap; gap: .75rem; margin: .5rem 0 1rem; }
+.samples dt { flex: 0 0 100%%; font-size: .8rem; color: var(--soft); }
+.samples dd { flex: 1 1 100%%; margin: 0; padding: .5rem .75rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .5rem; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 _DARK = ("#58a6ff", "#f0883e", "#3fb68b", "#c586e0", "#f06595", "#9ca3af")
@@ -59,7 +64,7 @@ def write_page(comparison: Comparison, file: Path) -> None:
         "dark": " ".join(f"--c{i}: {color};" for i, color in enumerate(_DARK)),
     }
     plots = [*quality_figures(comparison), *position_figures(comparison)]
-    protocols = json.dumps(_protocols(comparison), indent=1)
+    details = json.dumps(protocols(comparison), indent=1)
     body = [
         f"<h1>{_escape(names[0])} and its slim versions</h1>",
         f"<p>{_escape(_summary(comparison))}</p>",
@@ -71,8 +76,11 @@ def write_page(comparison: Comparison, file: Path) -> None:
         "<p>Under a value of a slim model: its ratio to the first column, of scores what is left of them, and the "
         "difference with its standard error on the same questions or tokens. Grey where the difference is within 1.96 "
         "standard errors or there were fewer than 20 questions: it may be chance.</p>",
-        "<h2>How they were taken</h2>",
-        f"<details><summary>protocols</summary><pre>{_escape(protocols)}</pre></details>",
+        *_samples(comparison),
+        *_commands(comparison),
+        "<h2>How the figures were taken</h2>",
+        *(f"<p>{_escape(sentence)}</p>" for sentence in in_words(comparison)),
+        f"<details><summary>protocols</summary><pre>{_escape(details)}</pre></details>",
     ]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -123,14 +131,31 @@ def _change(row: ComparisonRow, index: int) -> str:
     return f'<small class="{row.verdict(index)}">{_escape(text)}</small>' if text else ""
 
 
-def _protocols(comparison: Comparison) -> dict[str, Any]:
-    base = comparison.sides[0]
-    return {
-        "perplexity": [{"text": Path(t).name, "window": p.window, **p.protocol} for t, p in base.perplexities],
-        "tasks": base.tasks and base.tasks.protocol,
-        "pass key": base.passkey and base.passkey.protocol,
-        "speed": comparison.timings and comparison.timings.protocol,
-    }
+def _samples(comparison: Comparison) -> list[str]:
+    """What every model wrote, by prompt."""
+    sides = comparison.sides
+    lines = ["<h2>What they write</h2>"] if any(side.samples for side in sides) else []
+    for index in range(max(len(side.samples) for side in sides)):
+        lines.append(f'<details open><summary>{_escape(sides[0].samples[index].prompt)}</summary><dl class="samples">')
+        for side in sides:
+            sample = side.samples[index]
+            text = "no room for an answer in its context" if sample.text is None else sample.text
+            # Where the prompts differ, one of two models has no chat template.
+            prompt = "" if sample.prompt == sides[0].samples[index].prompt else f": {sample.prompt}"
+            end = "" if sample.stopped or sample.text is None else '<small class="note">cut off here</small>'
+            lines.append(f"<dt>{_escape(side.name + prompt)}</dt><dd>{_escape(text)}{end}</dd>")
+        lines.append("</dl></details>")
+    return lines
+
+
+def _commands(comparison: Comparison) -> list[str]:
+    """How every model with a report was made."""
+    made = [side for side in comparison.sides if side.commands]
+    lines = ["<h2>How they were made</h2>"] if made else []
+    for side in made:
+        text = "\n\n".join(side.commands)
+        lines.append(f"<details><summary>{_escape(side.name)}</summary><pre>{_escape(text)}</pre></details>")
+    return lines
 
 
 def _svg(figure: Any) -> str:

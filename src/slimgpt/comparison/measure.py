@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimgpt.checkpoint.commands import commands
 from slimgpt.checkpoint.inspecting import read_report
 from slimgpt.comparison.cache import MeasurementCache
 from slimgpt.errors import UsageError
@@ -20,11 +21,13 @@ from slimgpt.evaluation.corpora import Text
 from slimgpt.evaluation.evaluate import check_same_tokens, evaluate
 from slimgpt.evaluation.passkey_retrieval import Passkey, passkey
 from slimgpt.evaluation.perplexity import Perplexity
+from slimgpt.evaluation.samples import NEW_TOKENS, OPENINGS, QUESTIONS, Sample, write_samples
 from slimgpt.evaluation.task_rows import stamp_rows
 from slimgpt.evaluation.tasks import TaskScores, evaluate_tasks
 from slimgpt.models.fingerprint import fingerprint, source_files
 from slimgpt.models.loading import load
 from slimgpt.models.source import locate
+from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.devices import as_device
 from slimgpt.runtime.versions import resume_versions
 
@@ -44,6 +47,7 @@ class CompareConfig:
         limit: rows of every task.
         long_window: also perplexity by position up to here, on the first text; left out if ``None``.
         passkey: lengths of texts that hide a number.
+        samples: how many texts every model writes; see :func:`slimgpt.evaluation.write_samples`.
         batches, prompt, new_tokens, rounds: of the timing; no timing if there are no batches.
     """
 
@@ -59,6 +63,7 @@ class CompareConfig:
     prompt: int = 512
     new_tokens: int = 128
     rounds: int = 5
+    samples: int = 3
 
 
 @dataclass
@@ -71,6 +76,8 @@ class ModelResult:
         perplexities: pairs of text name and perplexity; a slim model's with its divergence from the base, unless their
             tokenizers differ.
         leaks: contamination note by text name.
+        samples: what it writes.
+        commands: those that made it, from its report; none for a model without.
     """
 
     name: str
@@ -81,6 +88,8 @@ class ModelResult:
     tasks: TaskScores | None = None
     by_position: Perplexity | None = None
     passkey: Passkey | None = None
+    samples: list[Sample] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -90,6 +99,8 @@ class ModelResult:
             "tasks": self.tasks and self.tasks.to_json(),
             "by_position": self.by_position and self.by_position.to_json(),
             "passkey": self.passkey and self.passkey.to_json(),
+            "samples": [sample.to_json() for sample in self.samples],
+            "commands": self.commands,
         }
 
 
@@ -167,6 +178,8 @@ class _ModelMeasurer:
             "parameters", lambda: sum(p.numel() for p in self.loaded[0].parameters())
         )
         result = ModelResult(label, parameters, plan.get("achieved"))
+        if report is not None and self.source.gguf_file is None:
+            result.commands = commands(PruneReport.from_json(report))
         for text in texts:
             note = contamination_note(report, text)
             if note:
@@ -178,6 +191,8 @@ class _ModelMeasurer:
             result.by_position = self._perplexity(texts[0], config.long_window, by_position=True)
         if config.passkey:
             result.passkey = self._passkey()
+        if config.samples:
+            result.samples = self._samples()
         return result
 
     def _perplexity(self, text: Text, window: int, by_position: bool = False) -> Perplexity:
@@ -243,6 +258,17 @@ class _ModelMeasurer:
                 return passkey(*self.loaded, lengths, on_start=on_start).to_json()
 
         return Passkey.from_json(self.cache.get_or_measure(["passkey", lengths], measure))
+
+    def _samples(self) -> list[Sample]:
+        count = self.common.config.samples
+
+        def measure() -> list[dict[str, Any]]:
+            with self.common.progress_bar("texts to read") as on_start:
+                written = write_samples(*self.loaded, count, progress=on_start(count) if on_start else None)
+            return [sample.to_json() for sample in written]
+
+        settings = ["samples", QUESTIONS[:count], OPENINGS[:count], NEW_TOKENS]
+        return [Sample.from_json(values) for values in self.cache.get_or_measure(settings, measure)]
 
 
 def _identity(name: str) -> list[Any]:

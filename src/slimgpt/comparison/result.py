@@ -148,7 +148,9 @@ def _rows(comparison: Comparison) -> Iterator[ComparisonRow]:
             bits = tuple(d and d.bits_per_byte for d in divergences)
             yield ComparisonRow("quality", f"the same in bits per byte, {place}", bits, ".4f", "less")
             same = tuple(d and d.same_top for d in divergences)
-            yield ComparisonRow("quality", f"same most likely token, {place}", same, ".1%", "more")
+            apart = [f"{side.name}: ± {d.same_top_stderr:.1%}" for side, d in zip(sides, divergences) if d]
+            note = f"standard error, {'; '.join(apart)}"
+            yield ComparisonRow("quality", f"same most likely token, {place}", same, ".1%", "more", note)
     tasks = [side.tasks for side in sides]
     if tasks[0] is not None:
         for task, metrics in tasks[0].scores.items():

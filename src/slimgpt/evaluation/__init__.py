@@ -6,6 +6,7 @@ from slimgpt.evaluation.divergence import Distribution, Divergence
 from slimgpt.evaluation.llama_cpp import load_gguf
 from slimgpt.evaluation.passkey_retrieval import Passkey, passkey
 from slimgpt.evaluation.perplexity import Perplexity, check_protocol, perplexity
+from slimgpt.evaluation.samples import Sample, write_samples
 from slimgpt.evaluation.speed import Speed, check_generation, measure_speed, peak_memory
 from slimgpt.evaluation.tasks import ALIASES, TaskScores, check_tasks, evaluate_tasks, task_names
 
@@ -16,6 +17,7 @@ __all__ = [
     "Divergence",
     "Passkey",
     "Perplexity",
+    "Sample",
     "Speed",
     "TaskScores",
     "Text",
@@ -31,4 +33,5 @@ __all__ = [
     "perplexity",
     "read_text",
     "task_names",
+    "write_samples",
 ]
