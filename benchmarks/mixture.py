@@ -42,7 +42,6 @@ PLAIN = {"distill": "off", "evaluate": False}
 ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "reap": ("REAP: whole experts, nothing else", "experts", {"method": "reap", **PLAIN}),
     "default": ("ours, default", "params", {"evaluate": False}),
-    "auto": ("ours, default, --whole-experts auto", "params", {"whole_experts": "auto", "evaluate": False}),
     "schedule": ("ours, schedule, no training", "params", {"allocation": "schedule", **PLAIN}),
     "trained": ("ours, schedule, trained", "params", {"allocation": "schedule", "evaluate": False}),
     "whole": ("ours: the same whole experts' number, scaled", "experts", PLAIN),
@@ -97,7 +96,6 @@ def pruned_row(folder: str, name: str, share: float, windows: Tensor) -> tuple[P
         "experts": sorted({layer.get(EXPERTS, 0) for layer in report.plan.layers}),
         "plan": [dict(layer) for layer in report.plan.layers],
         "distillation": {k: v for k, v in report.distillation.items() if k != "curve"},
-        "whole_experts": report.allocation.get("whole_experts"),
     }
     return model, tokenizer, row
 

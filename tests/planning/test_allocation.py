@@ -11,7 +11,7 @@ from transformers import MistralConfig
 
 from slimgpt.models.parameter_counts import describe
 from slimgpt.planning import Sensitivity, StructureCost, allocate_budget, interpolate, make_plan, trial_plan
-from slimgpt.planning.allocation import FLOOR, _cheapest_options, _options
+from slimgpt.planning.allocation import FLOOR, _options, cheapest_options
 
 LAYERS = 4
 CONFIG = MistralConfig(
@@ -76,7 +76,7 @@ def test_no_other_choice_that_removes_as_much_costs_less(ffn, heads, ratio):
     found = sensitivity(ffn, heads)
     options = _options(SHAPE, found.with_floor(), "query", 25, None)  # coarse: four widths, two numbers of heads
     target = int(ratio * SHAPE.layer_parameters)
-    chosen = _cheapest_options(options, target)
+    chosen = cheapest_options(options, target)
     assert chosen is not None
     removed, cost = sum(o.removed for o in chosen.values()), sum(o.cost for o in chosen.values())
     best = min(

@@ -173,5 +173,5 @@ def _unit_parameters(state: dict[str, Tensor], structure: Structure, sizes: dict
 
 
 def measurable(shape: ModelShape) -> bool:
-    """Whether all that can be removed are heads and channels; experts go by the schedule."""
+    """Whether all that can be removed are heads and channels of FFNs; a mixture is measured otherwise."""
     return all(layer.experts is None for layer in shape.layers)

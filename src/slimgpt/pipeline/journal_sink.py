@@ -52,8 +52,9 @@ class JournalSink:
     def measured_plan(self, measure: Callable[[], MeasuredPlan]) -> MeasuredPlan:
         """Rank 0 measures, or reads what an earlier run measured, and the others follow."""
         schedule = self.request.plan
-        names = list(schedule.layers[0])
-        widths = torch.empty(len(schedule.layers), len(names), dtype=torch.long)
+        names = [list(layer) for layer in schedule.layers]  # layers of experts have more than dense ones among them
+        longest = max(map(len, names))
+        widths = torch.empty(len(schedule.layers), longest, dtype=torch.long)
         allocation: dict[str, Any] = {}
         file = self.journal.folder / PLAN_FILE
         if self.ranks.main:
@@ -63,9 +64,10 @@ class JournalSink:
             with reading(file):
                 values = json.loads(file.read_text(encoding="utf-8"))
                 allocation = values["allocation"]
-                widths = torch.tensor([[layer[name] for name in names] for layer in values["layers"]])
+                rows = [[layer[name] for name in own] for own, layer in zip(names, values["layers"], strict=True)]
+                widths = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         rows = self.ranks.broadcast(widths.to(self.request.device)).tolist()
-        layers = [dict(zip(names, row)) for row in rows]
+        layers = [dict(zip(own, row)) for own, row in zip(names, rows)]
         return plan_of_widths(self.request.shape, layers, schedule.head_unit, ratio=schedule.ratio), allocation
 
     def generated_text(self, generate: Callable[[], GeneratedText]) -> GeneratedText:

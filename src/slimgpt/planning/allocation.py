@@ -23,7 +23,7 @@ MAX_FFN_REMOVED, MIN_FFN_REMOVED = 0.75, 0.02
 STEPS = 64
 """Number of candidate widths of an FFN; the remainder of the budget is met channel by channel."""
 
-POWERS = {"ffn": 1.5, "query": 4.0, "kv": 2.2}
+POWERS = {"ffn": 1.5, "shared": 1.5, "query": 4.0, "kv": 2.2}
 """Exponents of the cost in the share that is removed, fitted on 2 models x 2 texts (docs/lab-notes.md); heads are
 steeper because the remaining heads take over the removed ones' work."""
 
@@ -38,7 +38,7 @@ class StructureCost:
 
     Args:
         layer: index of the layer.
-        unit: ``kv``, ``query`` or ``ffn``.
+        unit: ``kv``, ``query``, ``ffn`` (channels of an FFN, or of all experts) or ``shared``.
         removed: the share of its units that was removed, in (0, 1).
         cost: its part of the divergence of the model's predictions from the dense model's, in nats per token.
     """
@@ -117,13 +117,15 @@ def allocate_budget(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to:
     """
     target = plan.parameters_before - plan.parameters
     fixed_heads = None if heads else [head_units(sizes, plan.head_unit) for sizes in plan.layers]
-    chosen = _cheapest_options(_options(shape, costs.with_floor(), plan.head_unit, round_to, fixed_heads), target)
+    chosen = cheapest_options(_options(shape, costs.with_floor(), plan.head_unit, round_to, fixed_heads), target)
     if chosen is None:
         return plan  # the measured structures cannot remove as much
     layers = []
     for index, layer in enumerate(shape.layers):
-        heads_kept = chosen.get((index, plan.head_unit), _Option(head_units(layer.sizes, plan.head_unit), 0, 0.0)).keep
-        channels = chosen.get((index, "ffn"), _Option(layer.sizes[CHANNELS], 0, 0.0)).keep
+        heads_kept = chosen.get(
+            (index, plan.head_unit), WidthOption(head_units(layer.sizes, plan.head_unit), 0, 0.0)
+        ).keep
+        channels = chosen.get((index, "ffn"), WidthOption(layer.sizes[CHANNELS], 0, 0.0)).keep
         layers.append(with_heads(layer, plan.head_unit, heads_kept, {CHANNELS: channels}))
     adjust_to_target(shape, layers, target, round_to)
     cheapest = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=round_to)
@@ -161,12 +163,12 @@ def interpolate(plan: Plan, cheapest: Plan, shape: ModelShape, share: float, rou
     return mixed if abs(mixed.achieved - plan.achieved) <= TOLERANCE else cheapest
 
 
-def _cheapest_options(
-    options: dict[tuple[int, str], list[_Option]], target: int
-) -> dict[tuple[int, str], _Option] | None:
+def cheapest_options(
+    options: dict[tuple[int, str], list[WidthOption]], target: int
+) -> dict[tuple[int, str], WidthOption] | None:
     """One option per structure that together remove ``target`` parameters or little more; ``None`` if none do."""
 
-    def choice(price: float) -> dict[tuple[int, str], _Option]:
+    def choice(price: float) -> dict[tuple[int, str], WidthOption]:
         return {
             key: min(steps, key=lambda option: option.cost - price * option.removed) for key, steps in options.items()
         }
@@ -186,7 +188,9 @@ def _cheapest_options(
 
 
 @dataclass(frozen=True)
-class _Option:
+class WidthOption:
+    """One width that a structure may get: what stays, the parameters that go, and what that costs."""
+
     keep: int
     removed: int
     cost: float
@@ -194,20 +198,20 @@ class _Option:
 
 def _options(
     shape: ModelShape, costs: Sequence[StructureCost], head_unit: str, round_to: int, kv_heads: Sequence[int] | None
-) -> dict[tuple[int, str], list[_Option]]:
+) -> dict[tuple[int, str], list[WidthOption]]:
     """The candidate widths of every structure, by layer and unit."""
-    options: dict[tuple[int, str], list[_Option]] = {}
+    options: dict[tuple[int, str], list[WidthOption]] = {}
     for cost in costs:
         layer = shape.layers[cost.layer]
         if cost.unit == "ffn":
             size, each = layer.sizes[CHANNELS], layer.unit_parameters["ffn"]
             step = max(size // STEPS // round_to, 1) * round_to
             widths = [w for w in range(size // round_to * round_to, 0, -step) if w >= (1 - MAX_FFN_REMOVED) * size]
-            options[cost.layer, "ffn"] = [_Option(w, (size - w) * each, cost.at(1 - w / size)) for w in widths]
+            options[cost.layer, "ffn"] = [WidthOption(w, (size - w) * each, cost.at(1 - w / size)) for w in widths]
         elif cost.unit == head_unit:
             units, each = head_units(layer.sizes, head_unit), layer.unit_parameters[head_unit]
             keeps = range(units, 0, -1) if kv_heads is None else [kv_heads[cost.layer]]
-            options[cost.layer, head_unit] = [_Option(k, (units - k) * each, cost.at(1 - k / units)) for k in keeps]
+            options[cost.layer, head_unit] = [WidthOption(k, (units - k) * each, cost.at(1 - k / units)) for k in keeps]
     return options
 
 

@@ -26,12 +26,14 @@ from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device
 from slimgpt.layerwise.passes import LayerPasses, LayerVariant
 from slimgpt.models.architecture import Structure
 from slimgpt.models.build import architecture_of, decoder_layers
+from slimgpt.models.families.moe import Experts
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.slicing import output_matrix, unit_rows
 from slimgpt.planning.allocation import Sensitivity, StructureCost
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.layer import matrix_of
 from slimgpt.pruning.loop import prune_layers
+from slimgpt.pruning.report import units_of
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import DEVICE, malloc_trim
 
@@ -61,7 +63,8 @@ OnMeasured = Callable[[int, int, float], None]
 
 @dataclass
 class PrunedWeight:
-    """A structure after the trial run: the kept columns, and the number of its matrix in the activation store."""
+    """A structure after the trial run: the kept columns, ``(keep,)`` or ``(experts, keep)``, and the number of its
+    matrix, or stack of matrices, in the activation store."""
 
     structure: Structure
     columns: Tensor
@@ -167,6 +170,15 @@ class _Measurement:
         for finished in self._steps(prune_layers(self.model, self.load_layer, fit, self.plan, self.config, self.run)):
             index, sizes, weights = finished.report.layer, self.sizes[finished.report.layer], []
             for structure in self.structures:
+                if isinstance(structure, Experts):
+                    if finished.report.experts is not None and finished.report.experts.channels:
+                        masks = finished.report.experts.channels
+                        columns = torch.tensor([units_of(mask) for mask in masks])  # (experts, keep)
+                        weights.append(PrunedWeight(structure, columns, count))
+                        down = finished.state[structure.key]
+                        self.matrices.put(count, (down.mT if structure.transposed else down).contiguous())
+                        count += 1
+                    continue
                 kept = finished.report.kept.get(structure.name)
                 if kept is None or len(kept) == structure.units(sizes):
                     continue
@@ -218,11 +230,17 @@ class _Measurement:
             yield PathVariant(layer, [], [], 0.0)
         steps = []
         for narrow in self.narrow[index]:
-            W, _ = matrix_of(layer, narrow.structure)
+            structure, columns = narrow.structure, narrow.columns
+            if isinstance(structure, Experts):
+                W = layer.get_parameter(structure.key).detach()
+                W = W.mT if structure.transposed else W  # (experts, hidden, width)
+            else:
+                W, _ = matrix_of(layer, structure)
             full = torch.zeros_like(W, dtype=torch.promote_types(W.dtype, torch.float32))
-            full[:, narrow.columns.to(W.device)] = self.matrices.get(narrow.number).to(full)
-            step = full.sub_(W)
-            steps.append(step.T.contiguous() if narrow.structure.transposed else step)
+            kept = self.matrices.get(narrow.number).to(full)
+            places = columns.to(W.device).unsqueeze(-2).expand(kept.shape)
+            step = full.scatter_(-1, places, kept).sub_(W)
+            steps.append(step.mT.contiguous() if structure.transposed else step)
         names = [narrow.structure.key for narrow in self.narrow[index]]
         dense = [layer.get_parameter(name).detach() for name in names]
         for path in filter(None, paths):
