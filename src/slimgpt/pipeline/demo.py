@@ -62,6 +62,8 @@ class DemoResult:
             "slim": asdict(self.slim),
             "ratio": self.report.plan.achieved,
             "pruning_seconds": self.report.seconds,
+            "divergence": self.report.divergence,
+            "calibration": self.report.calibration,
             "protocol": {
                 "model": assets.MODEL_NAME,
                 "text": "held-out State of the Union addresses",
