@@ -129,13 +129,8 @@ def table(content: dict[str, Any]) -> str:
         "",
         "`slimgpt verify --engine`: log-probabilities of the tokens of five prompts and of a paragraph, in nats, and "
         "five greedy continuations of 16 tokens, in the engine and in transformers, both in float32 on a CPU. Pruned "
-<<<<<<< HEAD
-        "by 20% (FFN alone: 10%) with 2,048 calibration tokens, so the perplexities say nothing about quality. "
-        "Written by `benchmarks/serving.py`.",
-=======
         "by 20% (FFN alone: 10%) with 2,048 calibration tokens, so the perplexities say nothing about quality. Written "
         "by `benchmarks/serving.py`.",
->>>>>>> engines26
         "",
         "| form | engine | with | log-probabilities | at most apart | on average | continuations | tokenizer agrees |",
         "|---|---|---|---|---|---|---|---|",

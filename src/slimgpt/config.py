@@ -11,7 +11,7 @@ from slimgpt.errors import UsageError
 from slimgpt.runtime.settings import documents_settings, run_checks, setting
 from slimgpt.runtime.units import CacheTarget, parse_cache, parse_count, parse_size
 
-METHODS = ("slimgpt", "paper", "paper-no-gcd", "paper-no-dgs", "magnitude", "wanda", "random", "reap")
+METHODS = ("slimgpt", "paper", "paper-no-gcd", "paper-no-dgs", "magnitude", "wanda", "reap", "random")
 """The keys of :data:`slimgpt.solver.CRITERIA`, which imports torch."""
 
 ALLOCATIONS = ("auto", "schedule", "sensitivity", "search")
