@@ -21,7 +21,7 @@ TRIED = 2
 
 NEARLY = 1.5
 """A pair is worth a trial if it costs at most so many times what the cheapest does. Costs are extrapolated from one
-trial plan: on SmolLM2 at 20% two pairs cost the same to 0.4%, and one loses 1.13 to 1.35 times as much as the other
+trial plan: on SmolLM2 at 20% two pairs cost the same to 0.4%, and one loses 1.17 to 1.40 times as much as the other
 on text (docs/lab-notes.md)."""
 
 
