@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -158,6 +159,11 @@ class PruneConfig:
         commands=BOTH,
     )
     uniform: bool = setting(False, "Equal layers: the result loads as a stock class.", commands=BOTH)
+    ffn_only: bool = setting(False, "Remove FFN channels and experts only.", commands=BOTH)
+    heads_only: bool = setting(False, "Remove attention heads only.", commands=BOTH)
+    skip_layers: str | tuple[int, ...] | None = setting(
+        None, "Layers that stay as they are: 0,1,-1 (from the end).", commands=BOTH
+    )
     forward_dtype: str = setting(
         "auto",
         "Of passes over the text: auto, float32, float16, bfloat16.",
@@ -229,6 +235,8 @@ class PruneConfig:
         check_plan_file(self)
         if self.round_to != AUTO:
             object.__setattr__(self, "round_to", int(self.round_to))
+        object.__setattr__(self, "skip_layers", parse_layers(self.skip_layers))
+        check_kept(self)
         object.__setattr__(self, "allocation", allocation_of(self))
         object.__setattr__(self, "whole_experts", whole_experts_of(self))
         check_measured_allocation(self)
@@ -277,6 +285,35 @@ def check_plan_file(config: PruneConfig) -> None:
             "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "
             "round_to, which engines named with --for may set"
         )
+
+
+def check_kept(config: PruneConfig) -> None:
+    """Refuse settings that keep what others remove."""
+    if config.ffn_only and config.heads_only:
+        raise UsageError("ffn_only and heads_only exclude each other; leave one of them out")
+    if config.ffn_only and config.kv_cache is not None:
+        raise UsageError("kv_cache removes KV heads, and ffn_only keeps them; leave one of them out")
+    if config.heads_only and config.whole_experts:
+        raise UsageError("whole_experts removes experts, and heads_only keeps them; leave one of them out")
+    if config.uniform and config.skip_layers:
+        raise UsageError("skip_layers makes layers differ, and uniform keeps them equal; leave one of them out")
+    if config.plan is not None and (config.ffn_only or config.heads_only or config.skip_layers):
+        raise UsageError("a plan file says every width; leave out ffn_only, heads_only and skip_layers")
+
+
+def parse_layers(layers: str | Iterable[int] | None) -> tuple[int, ...] | None:
+    """Layers from the command line, such as ``0,1,-1``, or from Python.
+
+    Raises:
+        UsageError: something in it is no whole number.
+    """
+    if layers is None:
+        return None
+    try:
+        parts = layers.split(",") if isinstance(layers, str) else layers
+        return tuple(int(part) for part in parts) or None
+    except (TypeError, ValueError):
+        raise UsageError(f"skip_layers '{layers}' is no list of layers such as 0,1,-1") from None
 
 
 def cache_alone(config: PruneConfig) -> bool:

@@ -49,7 +49,10 @@ def _prune_command(report: PruneReport) -> str:
         names = settings.schedule if isinstance(settings.schedule, str) else map(str, settings.schedule)
         options["schedule"] = names if isinstance(names, str) else ",".join(names)
     words = [f"--{name} {shlex.quote(str(value))}" for name, value in options.items()]
-    words += ["--uniform"] * settings.uniform
+    words += (
+        ["--uniform"] * settings.uniform + ["--ffn-only"] * settings.ffn_only + ["--heads-only"] * settings.heads_only
+    )
+    words += [f"--skip-layers={','.join(map(str, settings.skip_layers))}"] if settings.skip_layers else []
     words += [] if settings.evaluate else ["--no-evaluate"]
     words += [] if settings.repair is None else ["--repair" if settings.repair else "--no-repair"]
     model = assets.DEMO if report.base_model == assets.MODEL_NAME else public_name(report.base_model)

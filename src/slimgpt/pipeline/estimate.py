@@ -25,6 +25,7 @@ from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, prun
 from slimgpt.planning.engines import EngineSupport, engine_support
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import plan_for
+from slimgpt.planning.restriction import restricted
 from slimgpt.planning.targets import cache_bytes
 from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.runtime.devices import as_device, as_dtype
@@ -152,7 +153,7 @@ def forecast(
         check_files(source)
     model_config = load_config(source, trust_remote_code)
     empty = empty_model(model_config)
-    shape = describe(model_config, empty)
+    shape = restricted(describe(model_config, empty), config)
     stored = stored_dtype(source, model_config, dtype)
     plan = plan_for(model_config, config, shape, stored)
     quantization = source.quantization

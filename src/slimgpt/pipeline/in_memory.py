@@ -25,6 +25,7 @@ from slimgpt.pipeline.callbacks import WRITING, Callbacks, OnLayer, with_bars
 from slimgpt.pipeline.memory_sink import ModelInMemory
 from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.planning.planner import plan_for
+from slimgpt.planning.restriction import restricted
 from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.devices import as_device, as_dtype
 from slimgpt.runtime.devices import forward_dtype as choose_forward_dtype
@@ -94,7 +95,7 @@ def prune(
     budget = parse_bytes(memory) if memory else None
     target, weight_dtype = as_device(device), as_dtype(dtype)
     untie_as_held(model)
-    shape = describe(model.config, model)
+    shape = restricted(describe(model.config, model), config)
     kept_dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else next(model.parameters()).dtype
     widths = plan_for(model.config, config, shape, kept_dtype)
     vocab_size = text_config(model.config).vocab_size

@@ -27,6 +27,7 @@ from slimgpt.models.streaming import stored_dtype
 from slimgpt.pipeline.stages import PruneJob
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import plan_for
+from slimgpt.planning.restriction import restricted
 from slimgpt.runtime.devices import DTYPES, as_device, as_dtype, forward_dtype
 from slimgpt.runtime.distributed import Ranks, local_device, rank_of_environment
 from slimgpt.runtime.units import parse_bytes
@@ -143,7 +144,7 @@ def _planned(source: Source, config: PruneConfig, dtype: str, trust_remote_code:
     model_config = load_config(source, trust_remote_code)
     if (quantization := source.quantization) is not None:
         quantization.check_library(source.name)
-    shape = describe(model_config)
+    shape = restricted(describe(model_config), config)
     return model_config, shape, plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
 
 

@@ -204,8 +204,9 @@ class PruneReport:
             TypeError: a field that is not known, or one that lacks.
         """
         settings = dict(values["settings"])
-        if isinstance(settings["schedule"], list):
-            settings["schedule"] = tuple(settings["schedule"])
+        for name in ("schedule", "skip_layers"):
+            if isinstance(settings.get(name), list):
+                settings[name] = tuple(settings[name])
         plan: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values["plan"].items()
         }

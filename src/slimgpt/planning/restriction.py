@@ -1,0 +1,58 @@
+"""A model's shape without the units that the settings keep: ``ffn_only``, ``heads_only``, ``skip_layers``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from slimgpt.config import PruneConfig
+from slimgpt.errors import PlanError
+from slimgpt.models.parameter_counts import LayerShape, ModelShape
+
+HEAD_UNITS = ("kv", "query")
+
+
+def restricted(shape: ModelShape, config: PruneConfig) -> ModelShape:
+    """The shape in which only those units can be removed that the settings let go.
+
+    What is kept looks like a layer of a hybrid that lacks it, so that planning and allocation need not know.
+
+    Raises:
+        PlanError: a layer that is not there, or nothing is left that can be removed.
+    """
+    skipped = skipped_layers(config.skip_layers or (), len(shape.layers))
+    if not (skipped or config.ffn_only or config.heads_only):
+        return shape
+    layers = tuple(
+        _kept(layer) if index in skipped else _some_kept(layer, config) for index, layer in enumerate(shape.layers)
+    )
+    if not any(layer.unit_parameters for layer in layers):
+        raise PlanError(
+            "skip_layers, ffn_only and heads_only together leave nothing that can be removed; leave one out"
+        )
+    return replace(shape, layers=layers)
+
+
+def skipped_layers(indices: tuple[int, ...], count: int) -> set[int]:
+    """Indices from 0 for those given, of which negative ones count from the end.
+
+    Raises:
+        PlanError: a layer that is not there.
+    """
+    for index in indices:
+        if not -count <= index < count:
+            raise PlanError(f"skip_layers names layer {index}, but the model has {count}: 0 to {count - 1}")
+    return {index % count for index in indices}
+
+
+def _some_kept(layer: LayerShape, config: PruneConfig) -> LayerShape:
+    if config.heads_only:
+        units = {unit: numel for unit, numel in layer.unit_parameters.items() if unit in HEAD_UNITS}
+        return replace(layer, unit_parameters=units, experts=None)
+    if config.ffn_only:
+        units = {unit: numel for unit, numel in layer.unit_parameters.items() if unit not in HEAD_UNITS}
+        return replace(layer, unit_parameters=units)
+    return layer
+
+
+def _kept(layer: LayerShape) -> LayerShape:
+    return replace(layer, unit_parameters={}, experts=None)
