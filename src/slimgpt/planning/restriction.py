@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from slimgpt.config import PruneConfig
+from slimgpt.config import PruneConfig, parse_layers
 from slimgpt.errors import PlanError
 from slimgpt.models.parameter_counts import LayerShape, ModelShape
 
@@ -19,7 +19,7 @@ def restricted(shape: ModelShape, config: PruneConfig) -> ModelShape:
     Raises:
         PlanError: a layer that is not there, or nothing is left that can be removed.
     """
-    skipped = skipped_layers(config.skip_layers or (), len(shape.layers))
+    skipped = skipped_layers(parse_layers(config.skip_layers) or (), len(shape.layers))
     if not (skipped or config.ffn_only or config.heads_only):
         return shape
     layers = tuple(
