@@ -60,7 +60,7 @@ def test_equal_layers(folders, long_text, tmp_path):
 
 
 def test_mixture(folders, long_text, tmp_path):
-    assert "layer 0: experts" in run("mixture_of_experts.py", folders / "mixture", tmp_path / "slim", long_text)
+    assert "layer 1: experts" in run("mixture_of_experts.py", folders / "mixture", tmp_path / "slim", long_text)
 
 
 @pytest.mark.slow

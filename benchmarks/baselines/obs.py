@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from baselines.package import pruned
 from baselines.units import Job
+from slimgpt import config
 from slimgpt.solver import CRITERIA, Criterion, select_channels, select_heads
 
 NAME = "obs-uniform"
@@ -30,6 +31,7 @@ def _channels(W: Tensor, H: Tensor, keep: int, generator: torch.Generator) -> Te
 
 
 CRITERIA[NAME] = Criterion(_heads, _channels, True, "ZipLM, arXiv 2302.04089; OSSCAR, arXiv 2403.12983")
+config.METHODS = (*config.METHODS, NAME)
 
 
 def obs_uniform(model: PreTrainedModel, job: Job) -> None:

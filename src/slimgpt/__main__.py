@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 
@@ -12,6 +13,7 @@ def main() -> None:
         signal.signal(signal.SIGINT, _leave)  # until a command begins, which has files to clear away
     # Bars of libraries beside ours; those of downloads from the hub are not meant by it.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it misses a kernel
     from slimgpt.cli import main as run
 
     run()

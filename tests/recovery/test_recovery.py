@@ -124,7 +124,7 @@ def test_a_killed_run_ends_with_the_same_weights(settings, recover, slim_folder,
     )
     with process:
         for line in process.stdout:
-            if line.startswith("step 8/12"):
+            if line.startswith("training  step 8/12"):
                 process.send_signal(signal.SIGKILL)
                 break
         _, stderr = process.communicate(timeout=120)

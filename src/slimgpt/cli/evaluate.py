@@ -128,7 +128,7 @@ def evaluate(
         check_context(loaded.config, "a text", length)
     values: dict[str, Any] = {"model": model}
     if content is not None:
-        with bar("perplexity") as step:
+        with bar("windows") as step:
             result = run(
                 loaded,
                 tokenizer,
