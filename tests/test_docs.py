@@ -109,6 +109,16 @@ def test_the_site_builds_without_a_dead_link(tmp_path):
     assert (tmp_path / "site/benchmarks/results/quality-ratio.png").is_file()
 
 
+def test_messages_on_the_page_are_those_of_the_code():
+    code = "".join(
+        re.sub(r'"\s*\n\s*f?"', "", file.read_text(encoding="utf-8")) for file in (ROOT / "src").rglob("*.py")
+    )
+    rows = [line for line in prose(DOCS / "guides/troubleshooting.md") if line.startswith("| `")]
+    messages = [part for row in rows for part in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    assert len(messages) > 15
+    assert [message for message in messages if message not in code] == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
