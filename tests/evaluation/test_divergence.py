@@ -102,6 +102,7 @@ def test_divergence_is_that_of_a_plain_computation(stride, pair, tokenizer, text
 
 
 @pytest.mark.network
+@pytest.mark.slow  # tiny models hold the same in the default level
 def test_divergence_of_smollm2_is_that_of_a_plain_computation(smollm2):
     base, tokenizer = smollm2
     model, _ = slimgpt.load("demo", "bfloat16")

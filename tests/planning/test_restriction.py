@@ -30,7 +30,8 @@ def test_the_rest_makes_up_for_what_is_kept(family, kept, schedule):
     model = tiny_model(family)
     dense = [layer.sizes for layer in describe(model.config, model).layers]
     settings = {"ffn_only": True} if kept == "ffn_only" else {"skip_layers": (0, -1)}
-    plan = plan_with(model, ratio=0.1, schedule=schedule, **settings)
+    ratio = 0.1 if family == "lfm2" else 0.15  # what is left of so small a hybrid can lose no more
+    plan = plan_with(model, ratio=ratio, schedule=schedule, **settings)
     if kept == "ffn_only":
         names = ("num_attention_heads", "num_key_value_heads")
         assert all(new[n] == old[n] for new, old in zip(plan.layers, dense) for n in names)
@@ -38,7 +39,7 @@ def test_the_rest_makes_up_for_what_is_kept(family, kept, schedule):
         assert plan.layers[0] == dense[0]
         assert plan.layers[-1] == dense[-1]
     assert plan.layers != tuple(dense)
-    assert plan.achieved == pytest.approx(0.1, abs=0.02)
+    assert plan.achieved == pytest.approx(ratio, abs=0.02)
 
 
 def test_heads_only_keeps_every_channel():
