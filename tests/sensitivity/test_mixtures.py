@@ -13,8 +13,8 @@ from slimgpt.models.families.moe import SHARED, Experts
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.parameter_counts import describe
 from slimgpt.planning import Sensitivity
-from slimgpt.planning.allocation import StructureCost
-from slimgpt.planning.mixture_allocation import FIELDS, allocate_mixture, free_units, interpolate_mixture, trial_mixture
+from slimgpt.planning.allocation import StructureCost, allocate_budget, interpolate, trial_plan
+from slimgpt.planning.ffn import FIELDS, free_units
 from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.pruning.report import units_of
@@ -32,7 +32,7 @@ def mixture_case(family):
     model = tiny_mixture(family).double()
     model.set_experts_implementation("eager")
     shape = describe(model.config, model)
-    return model, shape, trial_mixture(plan_for(model.config, CONFIG, shape), shape)
+    return model, shape, trial_plan(plan_for(model.config, CONFIG, shape), shape)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -98,8 +98,8 @@ def test_the_budget_is_met_and_goes_where_it_costs_little(family):
     last = len(shape.layers) - 1
     units = [(i, u) for i, layer in enumerate(shape.layers) for u in (plan.head_unit, *free_units(layer))]
     costs = Sensitivity(1.0, tuple(StructureCost(i, u, 0.3, 0.01 if i == last else 0.1) for i, u in units))
-    cheapest = allocate_mixture(plan, shape, costs)
-    mixed = interpolate_mixture(plan, cheapest, shape, 0.5)
+    cheapest = allocate_budget(plan, shape, costs)
+    mixed = interpolate(plan, cheapest, shape, 0.5)
     largest = max(layer.unit_parameters[u] * 8 for layer in shape.layers for u in free_units(layer))
     for allocated in (cheapest, mixed):
         removed = allocated.parameters_before - allocated.parameters

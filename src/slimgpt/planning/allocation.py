@@ -2,19 +2,19 @@
 
 The costs of structures narrowed alone do not add up: heads compensate for each other, and errors of neighbouring
 layers compound. So one trial plan narrows *every* structure, and its loss is attributed to the structures; from there
-each structure's cost is extrapolated by a power of the share of it that is removed.
+each structure's cost is extrapolated by a power of the share of it that is removed. In a mixture all experts of a layer
+are one structure and stay; a shared expert is one of its own, or follows their width.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from slimgpt.models.architecture import CHANNELS
-from slimgpt.models.parameter_counts import ModelShape
-from slimgpt.planning.ffn import nearest, widths_of
+from slimgpt.models.parameter_counts import LayerShape, ModelShape
+from slimgpt.planning.ffn import FIELDS, free_units, nearest, step_of_unit, tied_to, widths_of
 from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
 
 MAX_FFN_REMOVED, MIN_FFN_REMOVED = 0.75, 0.02
@@ -90,15 +90,17 @@ def trial_plan(plan: Plan, shape: ModelShape, heads: bool = True) -> Plan:
     layers = []
     for layer, sizes in zip(shape.layers, plan.layers, strict=True):
         units = head_units(layer.sizes, plan.head_unit)
-        keep = max(units - max(int(share * units), 1), min(units, 1))
-        dense = {CHANNELS: layer.sizes[CHANNELS]}
-        layers.append(with_heads(layer, plan.head_unit, keep, dense) if heads else {**sizes, **dense})
+        keep = max(units - max(int(share * units), 1), min(units, 1)) if heads else head_units(sizes, plan.head_unit)
+        layers.append(with_heads(layer, plan.head_unit, keep, {}))
     left = target - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
-    channels = sum(layer.unit_parameters.get("ffn", 0) * layer.sizes[CHANNELS] for layer in shape.layers)
-    narrowed = min(max(left / max(channels, 1), MIN_FFN_REMOVED), MAX_FFN_REMOVED)
-    for layer, sizes in zip(shape.layers, layers):
-        if "ffn" in layer.unit_parameters:
-            sizes[CHANNELS] = max(layer.sizes[CHANNELS] - max(round(narrowed * layer.sizes[CHANNELS]), 1), 1)
+    wide = sum(layer.unit_parameters[u] * layer.sizes[FIELDS[u]] for layer in shape.layers for u in free_units(layer))
+    narrowed = min(max(left / max(wide, 1), MIN_FFN_REMOVED), MAX_FFN_REMOVED)
+    for index, layer in enumerate(shape.layers):
+        for unit in free_units(layer):
+            size, step = layer.sizes[FIELDS[unit]], step_of_unit(layer, unit, 1)
+            gone = max(round(narrowed * size / step), 1) * step
+            layers[index][FIELDS[unit]] = max(size - gone, min(step, size))
+        layers[index] = tied_to(layer, layers[index])
     return plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio)
 
 
@@ -122,16 +124,14 @@ def allocate_budget(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to:
         return plan  # the measured structures cannot remove as much
     layers = []
     for index, layer in enumerate(shape.layers):
-        heads_kept = chosen.get(
-            (index, plan.head_unit), WidthOption(head_units(layer.sizes, plan.head_unit), 0, 0.0)
-        ).keep
-        channels = chosen.get((index, "ffn"), WidthOption(layer.sizes[CHANNELS], 0, 0.0)).keep
-        layers.append(with_heads(layer, plan.head_unit, heads_kept, {CHANNELS: channels}))
+        kept = {unit: option.keep for (at, unit), option in chosen.items() if at == index}
+        ffn = {FIELDS[unit]: keep for unit, keep in kept.items() if unit in FIELDS}
+        count = kept.get(plan.head_unit, head_units(layer.sizes, plan.head_unit))
+        layers.append(tied_to(layer, with_heads(layer, plan.head_unit, count, ffn)))
     adjust_to_target(shape, layers, target, round_to)
     cheapest = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=round_to)
-    return (
-        cheapest if cheapest.achieved - plan.achieved <= TOLERANCE else plan
-    )  # heads can be too coarse for a small budget
+    # Heads can be too coarse for a small budget.
+    return cheapest if cheapest.achieved - plan.achieved <= TOLERANCE else plan
 
 
 def interpolate(plan: Plan, cheapest: Plan, shape: ModelShape, share: float, round_to: int = 1) -> Plan:
@@ -154,10 +154,12 @@ def interpolate(plan: Plan, cheapest: Plan, shape: ModelShape, share: float, rou
     layers = []
     for layer, one, two in zip(shape.layers, plan.layers, cheapest.layers, strict=True):
         heads = round(mean(head_units(one, plan.head_unit), head_units(two, plan.head_unit)))
-        channels = layer.sizes[CHANNELS]
-        if layer.has_ffn:
-            channels = nearest(widths_of(channels, round_to), mean(one[CHANNELS], two[CHANNELS]))
-        layers.append(with_heads(layer, plan.head_unit, heads, {CHANNELS: channels}))
+        ffn = {}
+        for unit in free_units(layer):
+            field = FIELDS[unit]
+            widths = widths_of(layer.sizes[field], step_of_unit(layer, unit, round_to))
+            ffn[field] = nearest(widths, mean(one[field], two[field]))
+        layers.append(tied_to(layer, with_heads(layer, plan.head_unit, heads, ffn)))
     adjust_to_target(shape, layers, target, round_to)
     mixed = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=round_to)
     return mixed if abs(mixed.achieved - plan.achieved) <= TOLERANCE else cheapest
@@ -199,43 +201,49 @@ class WidthOption:
 def _options(
     shape: ModelShape, costs: Sequence[StructureCost], head_unit: str, round_to: int, kv_heads: Sequence[int] | None
 ) -> dict[tuple[int, str], list[WidthOption]]:
-    """The candidate widths of every structure, by layer and unit."""
+    """The candidate widths of every structure, by layer and unit; a shared expert that follows the others' width is
+    paid for with them."""
+    shared = {cost.layer: cost.cost for cost in costs if cost.unit == "shared"}
     options: dict[tuple[int, str], list[WidthOption]] = {}
     for cost in costs:
         layer = shape.layers[cost.layer]
-        if cost.unit == "ffn":
-            size, each = layer.sizes[CHANNELS], layer.unit_parameters["ffn"]
-            step = max(size // STEPS // round_to, 1) * round_to
-            widths = [w for w in range(size // round_to * round_to, 0, -step) if w >= (1 - MAX_FFN_REMOVED) * size]
-            options[cost.layer, "ffn"] = [WidthOption(w, (size - w) * each, cost.at(1 - w / size)) for w in widths]
-        elif cost.unit == head_unit:
+        if cost.unit == head_unit:
             units, each = head_units(layer.sizes, head_unit), layer.unit_parameters[head_unit]
             keeps = range(units, 0, -1) if kv_heads is None else [kv_heads[cost.layer]]
             options[cost.layer, head_unit] = [WidthOption(k, (units - k) * each, cost.at(1 - k / units)) for k in keeps]
+        elif cost.unit in free_units(layer):
+            paid = cost
+            if cost.unit == "ffn" and "shared" not in free_units(layer):
+                paid = replace(cost, cost=cost.cost + shared.get(cost.layer, 0.0))
+            options[cost.layer, cost.unit] = _widths(layer, paid, round_to)
     return options
+
+
+def _widths(layer: LayerShape, cost: StructureCost, round_to: int) -> list[WidthOption]:
+    """The candidate widths of an FFN, of all experts or of a shared expert."""
+    size, each = layer.sizes[FIELDS[cost.unit]], layer.unit_parameters[cost.unit]
+    step = step_of_unit(layer, cost.unit, round_to)
+    stride = max(size // STEPS // step, 1) * step
+    widths = [w for w in range(size // step * step, 0, -stride) if w >= (1 - MAX_FFN_REMOVED) * size]
+    return [WidthOption(w, (size - w) * each, cost.at(1 - w / size)) for w in widths]
 
 
 def adjust_to_target(shape: ModelShape, layers: list[dict[str, int]], target: int, round_to: int) -> None:
     """Meet the target in place, round robin over FFNs: narrow by one step each, then widen while it stays met."""
     over = sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers)) - target
     steps = [
-        (round_to * layer.unit_parameters["ffn"], layer, sizes)
-        for layer, sizes in zip(shape.layers, layers)
-        if "ffn" in layer.unit_parameters
+        (index, FIELDS[unit], step_of_unit(layer, unit, round_to), layer.unit_parameters[unit])
+        for index, layer in enumerate(shape.layers)
+        for unit in free_units(layer)
     ]
-    moved = True
-    while moved and over < 0:
-        moved = False
-        for each, _, sizes in steps:
-            if over < 0 and sizes[CHANNELS] > round_to:
-                sizes[CHANNELS] -= round_to
-                over += each
-                moved = True
-    moved = True
-    while moved:
-        moved = False
-        for each, layer, sizes in steps:
-            if over >= each and sizes[CHANNELS] + round_to <= layer.sizes[CHANNELS]:
-                sizes[CHANNELS] += round_to
-                over -= each
-                moved = True
+    for direction in (-1, 1):
+        moved = True
+        while moved:
+            moved = False
+            for index, field, step, each in steps:
+                width = layers[index][field] + direction * step
+                wanted = over < 0 if direction < 0 else over >= step * each
+                if wanted and 0 < width <= shape.layers[index].sizes[field]:
+                    layers[index] = tied_to(shape.layers[index], {**layers[index], field: width})
+                    over -= direction * step * each
+                    moved = True

@@ -12,6 +12,9 @@ from slimgpt.models.parameter_counts import LayerShape
 EXPERT_STEP = 8
 """transformers multiplies all experts at once by a kernel that wants rows of a multiple of 16 bytes."""
 
+FIELDS = {"ffn": CHANNELS, "shared": SHARED}
+"""The size that a unit of an FFN counts."""
+
 
 def step_of(layer: LayerShape, round_to: int) -> int:
     """The number that the width of the layer's FFN shall be a multiple of.
@@ -22,6 +25,18 @@ def step_of(layer: LayerShape, round_to: int) -> int:
     if layer.experts is None or layer.sizes[CHANNELS] % EXPERT_STEP:
         return round_to
     return math.lcm(round_to, EXPERT_STEP)
+
+
+def free_units(layer: LayerShape) -> list[str]:
+    """The units of a layer's FFN whose widths can be chosen: channels (of all experts at once, in a mixture), and those
+    of a shared expert of its own width."""
+    own = layer.experts is not None and not layer.experts.tied and SHARED in layer.sizes
+    return [*(["ffn"] if layer.has_ffn else []), *(["shared"] if own else [])]
+
+
+def step_of_unit(layer: LayerShape, unit: str, round_to: int) -> int:
+    """The number that a width is a multiple of."""
+    return step_of(layer, round_to) if unit == "ffn" else min(round_to, layer.sizes[SHARED])
 
 
 def widths_of(size: int, round_to: int) -> range:

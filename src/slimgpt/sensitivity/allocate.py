@@ -13,7 +13,6 @@ from slimgpt.config import PruneConfig
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.allocation import Sensitivity, allocate_budget, interpolate, trial_plan
-from slimgpt.planning.mixture_allocation import allocate_mixture, interpolate_mixture, trial_mixture
 from slimgpt.planning.plan import Plan
 from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.sensitivity.measure import (
@@ -64,20 +63,16 @@ def allocate(
     def measure_plan(widths: Plan, points: Points) -> Sensitivity:
         return measure(model, load_layer, windows, widths, config, run, on_step, points=points)
 
-    if measurable(shape):
-        trial, spend, between = trial_plan, allocate_budget, interpolate
-    else:
-        trial, spend, between = trial_mixture, allocate_mixture, interpolate_mixture
-    costs = measure_plan(trial(plan, shape, heads), first)
+    costs = measure_plan(trial_plan(plan, shape, heads), first)
     info = {"by": "search" if config.allocation == "search" else "sensitivity", **costs.to_json()}
     if config.uniform:
         candidates, pairs = equal_candidates(plan, shape, costs, config, model.config)
         info |= pairs
         chosen = candidates[0]
     else:
-        cheapest = spend(plan, shape, costs, plan.round_to, heads)
+        cheapest = allocate_budget(plan, shape, costs, plan.round_to, heads)
         # The more is removed, the more it costs to overfit the measured costs.
-        chosen = between(plan, cheapest, shape, 1 - plan.achieved, plan.round_to)
+        chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, plan.round_to)
         candidates = [plan, chosen]
     if others and len(candidates) > 1:
         tried = [measure_plan(widths, points).divergence for widths, points in zip(candidates, others)]
