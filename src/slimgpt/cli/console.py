@@ -16,23 +16,13 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from slimgpt.errors import DISK_FULL, NumericalError, OutputError, RankError, SlimGPTError, VerificationError
-
-if TYPE_CHECKING:
-    from slimgpt.planning.plan import Plan
-    from slimgpt.pruning.report import LayerReport
-
-    OnLayer = Callable[[LayerReport, Plan], None]
-    OnMeasured = Callable[[int, int, float], None]
-    OnDistilled = Callable[[int, int, float, float], None]
-    OnRehearsed = Callable[[str, int, int, float], None]
-    Calls = tuple[OnLayer, OnMeasured, OnDistilled, OnRehearsed]
 
 app = typer.Typer(
     no_args_is_help=True,

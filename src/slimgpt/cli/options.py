@@ -5,23 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from slimgpt.cli.console import set_parameters, with_option
 from slimgpt.runtime.settings import Setting, interleave, settings_of
-
-if TYPE_CHECKING:
-    from slimgpt.planning.plan import Plan
-    from slimgpt.pruning.report import LayerReport
-
-    OnLayer = Callable[[LayerReport, Plan], None]
-    OnMeasured = Callable[[int, int, float], None]
-    OnDistilled = Callable[[int, int, float, float], None]
-    OnRehearsed = Callable[[str, int, int, float], None]
-    Calls = tuple[OnLayer, OnMeasured, OnDistilled, OnRehearsed]
-
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A hub id, a local folder, a .gguf file, or 'demo'.")

@@ -190,10 +190,12 @@ def _print_estimate(request: PruneRequest, seconds: float) -> None:
 
     windows = len(request.windows)
     about = f"about {duration(seconds)}" if seconds >= 1 else "less than a second"
-    fewer = f"; --num-samples {windows // 4} takes about {duration(run_seconds(request, windows // 4))}"
+    fewer = ""
+    if seconds > LONG and windows >= 8:
+        fewer = f"; --num-samples {windows // 4} takes about {duration(run_seconds(request, windows // 4))}"
     out.print(
         f"{about} on this {'CPU' if request.device.type == 'cpu' else 'GPU'} for {windows} x "
-        f"{request.windows.shape[1]} tokens{fewer if seconds > LONG and windows >= 8 else ''}",
+        f"{request.windows.shape[1]} tokens{fewer}",
         soft_wrap=True,
         highlight=False,
     )

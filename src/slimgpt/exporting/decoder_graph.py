@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
@@ -20,6 +21,15 @@ def check_graph(exported: ExportSource) -> None:
     """
     if (problem := graph_problem(exported.config)) is not None:
         raise ExportError(f"{exported.source.name} cannot become a graph: {problem}")
+
+
+def window_inputs(ids: list[int]) -> dict[str, np.ndarray]:
+    """The inputs of a graph before its cache, for a window with nothing before it."""
+    return {
+        "input_ids": np.array([ids], dtype=np.int64),
+        "attention_mask": np.ones((1, len(ids)), dtype=np.int64),
+        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+    }
 
 
 class DecoderGraph(nn.Module):

@@ -22,7 +22,15 @@ from slimgpt.exporting.engine_process import (
     is_nemotron,
     program,
 )
-from slimgpt.exporting.verification import EXACT, NEW_TOKENS, PROMPTS, check_lengths, gguf_limit, text_of
+from slimgpt.exporting.verification import (
+    EXACT,
+    NEW_TOKENS,
+    PROMPTS,
+    check_lengths,
+    gguf_limit,
+    perplexity_problem,
+    text_of,
+)
 from slimgpt.models.loading import load
 
 TOLERANCE = 1e-3
@@ -101,12 +109,7 @@ class EngineVerification:
     def problem(self) -> str | None:
         """Why the engine counts as computing another model; ``None`` if it computes the same within the tolerance."""
         if self.tolerance is None:
-            if abs(self.difference) <= self.allowed:
-                return None
-            return (
-                f"perplexity is {self.perplexity:.4f} against {self.reference:.4f} of the slim folder "
-                f"({self.difference:+.2%}), and this form allows {self.allowed:.2%}"
-            )
+            return perplexity_problem(self.perplexity, self.reference, self.allowed)
         if self.largest > self.tolerance:
             return f"a log-probability differs by {self.largest:.2g}, and the tolerance is {self.tolerance:.2g}"
         for prompt in self.prompts:

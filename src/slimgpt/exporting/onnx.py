@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.decoder_graph import DecoderGraph, check_graph
+from slimgpt.exporting.decoder_graph import DecoderGraph, check_graph, window_inputs
 from slimgpt.exporting.hf_folder import write_rest
 from slimgpt.exporting.source import ExportSource
 from slimgpt.models.loading import load
@@ -84,11 +84,7 @@ class OnnxRuntime:
 
     def logits(self, ids: list[int]) -> Tensor:
         """Logits ``(tokens, vocabulary)`` of a window that knows nothing of those before it."""
-        values = {
-            "input_ids": np.array([ids], dtype=np.int64),
-            "attention_mask": np.ones((1, len(ids)), dtype=np.int64),
-            "position_ids": np.arange(len(ids), dtype=np.int64)[None],
-        }
+        values = window_inputs(ids)
         for port in self.session.get_inputs():
             if port.name.startswith("past_key_values."):
                 _, heads, _, size = port.shape

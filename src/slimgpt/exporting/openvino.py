@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimgpt.errors import ExportError
-from slimgpt.exporting.decoder_graph import DecoderGraph, check_graph
+from slimgpt.exporting.decoder_graph import DecoderGraph, check_graph, window_inputs
 from slimgpt.exporting.hf_folder import write_rest
 from slimgpt.exporting.source import ExportSource
 from slimgpt.models.loading import load
@@ -91,10 +91,5 @@ class OpenVino:
     def logits(self, ids: list[int]) -> Tensor:
         """Logits ``(tokens, vocabulary)`` of a window that knows nothing of those before it."""
         self.request.reset_state()
-        values = {
-            "input_ids": np.array([ids], dtype=np.int64),
-            "attention_mask": np.ones((1, len(ids)), dtype=np.int64),
-            "position_ids": np.arange(len(ids), dtype=np.int64)[None],
-            "beam_idx": np.zeros(1, dtype=np.int32),
-        }
+        values = {**window_inputs(ids), "beam_idx": np.zeros(1, dtype=np.int32)}
         return torch.from_numpy(self.request.infer(values)["logits"][0].copy())

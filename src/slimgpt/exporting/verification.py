@@ -51,6 +51,21 @@ FEW_BITS = frozenset({10, 11, 12, 13, 19, 20, 21, 22, 23, 24, 26, 27, 28, 29, 31
 """The ``general.file_type`` of three bits and fewer."""
 
 
+def perplexity_problem(perplexity: float, reference: float, allowed: float) -> str | None:
+    """Why a perplexity is that of another model than the slim folder; ``None`` if it differs by no more than allowed.
+
+    Args:
+        allowed: the largest relative difference.
+    """
+    difference = perplexity / reference - 1
+    if abs(difference) <= allowed:
+        return None
+    return (
+        f"perplexity is {perplexity:.4f} against {reference:.4f} of the slim folder ({difference:+.2%}), and this form "
+        f"allows {allowed:.2%}"
+    )
+
+
 @dataclass(frozen=True)
 class Verification:
     """Comparison of an exported model with the slim folder on the same token ids.
@@ -89,11 +104,8 @@ class Verification:
 
     def problem(self) -> str | None:
         """Why the exported model counts as another one; ``None`` if it is the same within what the form allows."""
-        if abs(self.difference) > self.allowed:
-            return (
-                f"perplexity is {self.perplexity:.4f} against {self.reference:.4f} of the slim folder "
-                f"({self.difference:+.2%}), and this form allows {self.allowed:.2%}"
-            )
+        if (problem := perplexity_problem(self.perplexity, self.reference, self.allowed)) is not None:
+            return problem
         if self.allowed_logit is not None and self.largest > self.allowed_logit:
             return f"a logit differs by {self.largest:.2g}, and this form allows {self.allowed_logit:.2g}"
         return None

@@ -11,7 +11,8 @@ from slimgpt.models.architecture import HEADS, KV_HEADS, is_uniform
 from slimgpt.models.parameter_counts import LayerShape, ModelShape
 from slimgpt.planning.ffn import check_experts
 
-HEAD_UNITS = ("auto", "kv", "query")
+UNITS_OF_HEADS = ("kv", "query")
+HEAD_UNITS = ("auto", *UNITS_OF_HEADS)
 TOLERANCE = 0.002
 """How far the achieved share may be from the one asked for, wherever the units allow."""
 
@@ -72,7 +73,7 @@ def plan_of_widths(
         PlanError: another number of layers, a width outside what the dense layer has, or heads that are removed in
             another unit than ``head_unit``.
     """
-    if head_unit not in ("kv", "query"):
+    if head_unit not in UNITS_OF_HEADS:
         raise PlanError(f"head unit '{head_unit}' is unknown; a plan names kv or query")
     if len(layers) != len(shape.layers):
         raise PlanError(f"the plan has {len(layers)} layers, the model {len(shape.layers)}")

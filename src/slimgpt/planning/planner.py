@@ -20,6 +20,7 @@ from slimgpt.planning.ffn import ffn_sizes, least_ffn, step_of, tied_to
 from slimgpt.planning.plan import (
     HEAD_UNITS,
     TOLERANCE,
+    UNITS_OF_HEADS,
     Plan,
     head_units,
     plan_of_widths,
@@ -187,7 +188,7 @@ def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cac
     if unit == "auto" or any(unit in layer.unit_parameters for layer in shape.layers):
         return
     architecture = lookup(config)
-    units = sorted({name for layer in shape.layers for name in layer.unit_parameters if name in ("kv", "query")})
+    units = sorted({name for layer in shape.layers for name in layer.unit_parameters if name in UNITS_OF_HEADS})
     reason = architecture.refused.get("heads") if architecture is not None else None
     if reason is not None:
         raise PlanError(f"heads of '{config.model_type}' cannot be removed: {reason}")
@@ -198,7 +199,7 @@ def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cac
 
 def _natural_unit(shape: ModelShape) -> str:
     """Query heads where several share a KV head in every layer that has heads, else whole heads."""
-    with_heads = [layer for layer in shape.layers if {"kv", "query"} & set(layer.unit_parameters)]
+    with_heads = [layer for layer in shape.layers if set(UNITS_OF_HEADS) & set(layer.unit_parameters)]
     grouped = all(
         layer.sizes[HEADS] > layer.sizes[KV_HEADS] and "query" in layer.unit_parameters for layer in with_heads
     )

@@ -7,8 +7,7 @@ from dataclasses import replace
 from slimgpt.config import PruneConfig, parse_layers
 from slimgpt.errors import PlanError
 from slimgpt.models.parameter_counts import LayerShape, ModelShape
-
-HEAD_UNITS = ("kv", "query")
+from slimgpt.planning.plan import UNITS_OF_HEADS
 
 
 def restricted(shape: ModelShape, config: PruneConfig) -> ModelShape:
@@ -46,10 +45,10 @@ def skipped_layers(indices: tuple[int, ...], count: int) -> set[int]:
 
 def _some_kept(layer: LayerShape, config: PruneConfig) -> LayerShape:
     if config.heads_only:
-        units = {unit: numel for unit, numel in layer.unit_parameters.items() if unit in HEAD_UNITS}
+        units = {unit: numel for unit, numel in layer.unit_parameters.items() if unit in UNITS_OF_HEADS}
         return replace(layer, unit_parameters=units, experts=None)
     if config.ffn_only:
-        units = {unit: numel for unit, numel in layer.unit_parameters.items() if unit not in HEAD_UNITS}
+        units = {unit: numel for unit, numel in layer.unit_parameters.items() if unit not in UNITS_OF_HEADS}
         return replace(layer, unit_parameters=units)
     return layer
 
