@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from slimgpt.pipeline.callbacks import Callbacks
-    from slimgpt.planning.plan import Plan
     from slimgpt.pruning.report import LayerReport
 
 LINES = 20
@@ -133,39 +132,26 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Callbacks]:
     The time left is that of the layers seen so far times those to come. Layers that a resumed run finds finished
     count with what they took when they were pruned, so the figure is right from the first of them on.
     """
-    from slimgpt.pipeline.callbacks import Callbacks
+    from slimgpt.pipeline.callbacks import by_phase
+    from slimgpt.pruning.report import LayerReport
+    from slimgpt.runtime.memory import used_bytes
 
     seconds: dict[str, list[float]] = {}
-
-    def left(phase: str, took: float, to_come: int) -> float:
-        """The time that what is to come will take if it takes what the others took."""
-        each = seconds.setdefault(phase, [])
-        each.append(took)
-        return sum(each) / len(each) * to_come
-
     with phases() as shown:
 
-        def on_layer(report: LayerReport, plan: Plan) -> None:
-            from slimgpt.runtime.memory import used_bytes
+        def step(phase: str, done: int, total: int, took: float, detail: LayerReport | float | None) -> None:
+            each = seconds.setdefault(phase, [])
+            each.append(took)
+            left, unit, state = sum(each) / len(each) * (total - done), "", ""
+            if isinstance(detail, LayerReport):
+                unit, state = "layer", f"{used_bytes(device) / 1e9:.2f} GB in use"
+                if shown.wide or not shown.terminal:
+                    state = f"{tokens / max(took, 1e-9):,.0f} tokens/s  {state}  {_describe(detail)}"
+            elif detail is not None:
+                state = f"KL {detail:.3f} nats"
+            shown.step(phase, done, total, left=left, state=state, unit=unit)
 
-            took, done, total = sum(report.seconds.values()), report.layer + 1, len(plan.layers)
-            rest = left("pruning", took, total - done)
-            state = f"{used_bytes(device) / 1e9:.2f} GB in use"
-            if shown.wide or not shown.terminal:
-                state = f"{tokens / max(took, 1e-9):,.0f} tokens/s  {state}  {_describe(report)}"
-            shown.step("pruning", done, total, left=rest, state=state, unit="layer")
-
-        def on_measured(step: int, steps: int, took: float) -> None:
-            shown.step("measuring", step + 1, steps, left=left("measuring", took, steps - step - 1))
-
-        def on_distilled(step: int, steps: int, divergence: float, took: float) -> None:
-            state = f"KL {divergence:.3f} nats"
-            shown.step("training", step + 1, steps, left=left("training", took, steps - step - 1), state=state)
-
-        def on_rehearsed(stage: str, step: int, steps: int, took: float) -> None:
-            shown.step(stage, step + 1, steps, left=left(stage, took, steps - step - 1))
-
-        yield Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
+        yield by_phase(step)
 
 
 def _describe(report: LayerReport) -> str:

@@ -22,6 +22,10 @@ OnLayer = Callable[[LayerReport, Plan], None]
 OnStart = Callable[[Placement, int], None]
 """Called before the first layer, with where activations are kept and the number of layers that are finished."""
 
+OnPhase = Callable[[str, int, int, float, LayerReport | float | None], None]
+"""Called after every step of every phase with the phase, the steps done and in all, the seconds it took, and what is
+known of it: a layer's report, or the divergence per token of the training."""
+
 
 @dataclass(frozen=True)
 class Callbacks:
@@ -42,39 +46,51 @@ class Callbacks:
     start: OnStart | None = None
 
 
+def by_phase(step: OnPhase) -> Callbacks:
+    """The callbacks of a run whose steps are all told in one way."""
+
+    def layer(report: LayerReport, plan: Plan) -> None:
+        step("pruning", report.layer + 1, len(plan.layers), sum(report.seconds.values()), report)
+
+    def measured(number: int, steps: int, seconds: float) -> None:
+        step("measuring", number + 1, steps, seconds, None)
+
+    def distilled(number: int, steps: int, divergence: float, seconds: float) -> None:
+        step("training", number + 1, steps, seconds, divergence)
+
+    def prepare_step(phase: str, number: int, steps: int, seconds: float) -> None:
+        step(phase, number + 1, steps, seconds, None)
+
+    return Callbacks(layer, measured, distilled, prepare_step)
+
+
 def with_bars(callbacks: Callbacks) -> Callbacks:
     """The same callbacks, with a bar of tqdm for every phase: on a terminal as in a notebook."""
     from tqdm.auto import tqdm
 
     bars: dict[str, Any] = {}
 
-    def step(phase: str, done: int, total: int, state: str = "") -> None:
+    def step(phase: str, done: int, total: int, _seconds: float, detail: LayerReport | float | None) -> None:
         if phase not in bars:
             bars[phase] = tqdm(total=total, desc=phase)
         bar = bars[phase]
-        bar.set_postfix_str(state, refresh=False)
+        if isinstance(detail, float):
+            bar.set_postfix_str(f"KL {detail:.3f} nats", refresh=False)
         bar.update(done - bar.n)
         if done >= total:
             bar.close()
 
-    def layer(report: LayerReport, plan: Plan) -> None:
-        step("pruning", report.layer + 1, len(plan.layers))
-        if callbacks.layer:
-            callbacks.layer(report, plan)
+    shown = by_phase(step)
+    names = ("layer", "measured", "distilled", "prepare_step")
+    return replace(callbacks, **{name: _both(getattr(shown, name), getattr(callbacks, name)) for name in names})
 
-    def measured(number: int, steps: int, seconds: float) -> None:
-        step("measuring", number + 1, steps)
-        if callbacks.measured:
-            callbacks.measured(number, steps, seconds)
 
-    def distilled(number: int, steps: int, divergence: float, seconds: float) -> None:
-        step("training", number + 1, steps, f"KL {divergence:.3f} nats")
-        if callbacks.distilled:
-            callbacks.distilled(number, steps, divergence, seconds)
+def _both(first: Callable[..., None], second: Callable[..., None] | None) -> Callable[..., None]:
+    """One call of two callbacks, of which the second may not be there."""
 
-    def prepare_step(phase: str, number: int, steps: int, seconds: float) -> None:
-        step(phase, number + 1, steps)
-        if callbacks.prepare_step:
-            callbacks.prepare_step(phase, number, steps, seconds)
+    def called(*values: Any) -> None:
+        first(*values)
+        if second is not None:
+            second(*values)
 
-    return replace(callbacks, layer=layer, measured=measured, distilled=distilled, prepare_step=prepare_step)
+    return called
