@@ -9,8 +9,8 @@ from typing import Any
 
 from slimgpt import assets
 from slimgpt.calibration.documents import IN_MEMORY
-from slimgpt.config import AUTO
 from slimgpt.pruning.report import PruneReport
+from slimgpt.runtime.setting_checks import AUTO
 
 
 def commands(report: PruneReport) -> list[str]:

@@ -13,8 +13,9 @@ from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.divergence import print_dense_comparison, print_next
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, help_panels, setting_options
 from slimgpt.cli.progress import duration, layer_progress
-from slimgpt.config import AUTO, PruneConfig, make_config
+from slimgpt.config import PruneConfig, make_config
 from slimgpt.errors import OutputError
+from slimgpt.runtime.setting_checks import AUTO
 
 if TYPE_CHECKING:
     from slimgpt.models.parameter_counts import ModelShape

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from slimgpt.config import check_seed
 from slimgpt.errors import UsageError
+from slimgpt.runtime.setting_checks import check_seed
 
 
 @dataclass(frozen=True)

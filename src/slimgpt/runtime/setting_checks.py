@@ -1,0 +1,82 @@
+"""Checks of one setting by itself: each takes its name and value, and raises what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+
+from slimgpt.errors import UsageError
+
+AUTO = "auto"
+"""The value of settings that are chosen by the model and the text."""
+
+ALLOCATIONS = (AUTO, "schedule", "sensitivity", "search")
+SEEDS = 2**63
+"""Seeds are below it: a seed is a 64-bit number with a sign."""
+
+
+def check_at_least_one(name: str, value: int) -> None:
+    """Refuse a count below one."""
+    if value < 1:
+        raise UsageError(f"{name} is {value}; it must be at least 1")
+
+
+def check_ratio(name: str, value: float | None) -> None:
+    """Refuse what is no share above 0 and below 1."""
+    if value is None or 0 < value < 1:
+        return
+    hint = f"; did you mean {value / 100:g}?" if 1 <= value < 100 else ""
+    raise UsageError(f"{name} {value:g} is outside (0, 1): it is the share of the decoder layers to remove{hint}")
+
+
+def check_round_to(name: str, value: int | str) -> None:
+    """Refuse what is neither ``auto`` nor a number of at least one."""
+    if value == AUTO:
+        return
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UsageError(f"{name} is {value}; it must be {AUTO} or a number of at least 1")
+
+
+def check_damping(name: str, value: float) -> None:
+    """Refuse a damping below zero or without bound."""
+    if not (math.isfinite(value) and value >= 0):
+        raise UsageError(f"{name} is {value}; it must be 0 or more (the paper uses 0 to 0.01)")
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse what is no share."""
+    if not 0 <= value <= 1:
+        raise UsageError(f"{name} is {value}; it is a share between 0 and 1")
+
+
+def check_seed(name: str, value: int) -> None:
+    """Refuse a seed that generators do not take.
+
+    Raises:
+        UsageError: it is below 0, or takes more than 63 bits.
+    """
+    if value < 0:
+        raise UsageError(f"{name} is {value}; it must be 0 or more")
+    if value >= SEEDS:
+        raise UsageError(f"{name} is {value}; it must be below 2**63; give a smaller number")
+
+
+def check_allocation(name: str, value: str) -> None:
+    """Refuse an unknown allocation."""
+    if value not in ALLOCATIONS:
+        raise UsageError(f"{name} '{value}' is unknown; choose {', '.join(ALLOCATIONS)}")
+
+
+def check_distill(name: str, value: str | int) -> None:
+    """Refuse what is no number of tokens, ``auto`` or ``off``."""
+    if value in ("auto", "off"):
+        return
+    try:
+        refused = int(value) < 0
+    except ValueError:
+        refused = True
+    if refused:
+        raise UsageError(f"{name} is {value}; it must be auto, off, or a number of tokens")
