@@ -17,7 +17,6 @@ from slimgpt.calibration import self_calibration
 from slimgpt.calibration.batch_generation import (
     Start,
     TurnTokens,
-    draw,
     folded_attention,
     generate_documents,
     parameters_moved,
@@ -30,6 +29,7 @@ from slimgpt.calibration.template_tokens import turn_tokens
 from slimgpt.calibration.windows import digest
 from slimgpt.errors import CalibrationError, NumericalError, ResumeError
 from slimgpt.models.eval_mode import in_eval_mode
+from slimgpt.models.sampling import draw
 from slimgpt.pipeline import self_written
 from tests.models.families import tiny_model
 

@@ -21,8 +21,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from slimgpt.errors import NumericalError
 from slimgpt.models.kv_cache import preallocated
+from slimgpt.models.sampling import draw
 
 OnGenerated = Callable[[int, int, float], None]
 """Called after every token of a batch with its number, the number of all and the seconds it took."""
@@ -167,23 +167,6 @@ def generate_documents(
 def _drops_rows(cache: Any) -> bool:
     """Whether sequences can be taken out of a cache; states of linear attention and convolutions stay whole."""
     return all(isinstance(layer, DynamicLayer) for layer in getattr(cache, "layers", [None]))
-
-
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Sampled tokens, ``(sequences,)``, by inversion of the cumulative distribution.
-
-    Args:
-        logits: ``(sequences, vocabulary)``.
-        uniforms: between 0 and 1, ``(sequences,)``.
-
-    Raises:
-        NumericalError: logits that are NaN or infinite.
-    """
-    below = logits.softmax(-1).cumsum(-1)  # of a vocabulary this is several times faster than torch.multinomial
-    if bool(torch.isnan(below[:, -1].sum())):
-        raise NumericalError("the model's predictions hold NaN or infinity on text of its own")
-    places = torch.searchsorted(below, uniforms[:, None] * below[:, -1:], right=True)
-    return places.clamp_max(below.shape[-1] - 1)[:, 0]
 
 
 def folded_attention(

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.errors import NumericalError
 from slimgpt.layerwise.capture import patched_layers
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.divergence import on_device
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.kv_cache import preallocated
 from slimgpt.models.lookup import layer_sizes, text_config
+from slimgpt.models.sampling import draw
 from slimgpt.planning.targets import CACHE_BYTES, cache_bytes
 from slimgpt.runtime.memory import used_bytes
 
@@ -156,7 +156,4 @@ def _draw(model: PreTrainedModel, logits: Tensor, uniforms: Tensor) -> Tensor:
     for token in ended if isinstance(ended, list) else [ended]:
         if token is not None and token < logits.shape[-1]:
             logits[:, token] = float("-inf")  # a piece goes on to its end
-    below = logits.softmax(-1).cumsum(-1)  # of a vocabulary this is several times faster than torch.multinomial
-    if bool(torch.isnan(below[:, -1].sum())):
-        raise NumericalError("the dense model's predictions hold NaN or infinity on text of its own")
-    return torch.searchsorted(below, uniforms * below[:, -1:], right=True).clamp_max(below.shape[-1] - 1)
+    return draw(logits, uniforms[:, 0], "the dense model")[:, None]
