@@ -3,11 +3,13 @@ PYTHON ?= $(shell for v in 3.11 3.12 3.13 3.14; do python$$v -c "" 2>/dev/null &
 BIN = .venv/bin
 OUT ?= slimgpt-demo
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs clean
+.PHONY: help demo test test-oldest test-slow wheel lint docs clean
 
 help:
 	@echo "make demo   prune SmolLM2-135M-Instruct and compare it with itself, into $(OUT)/"
 	@echo "make test   run the tests"
+	@echo "make wheel  build the package, install it into a fresh environment, prune a model with it"
+	@echo "make test-oldest   some tests with the lowest versions that pyproject.toml allows"
 	@echo "make lint   ruff, import contract, types"
 	@echo "make docs   the reference pages, and the site into site/"
 
@@ -27,6 +29,19 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
 
+# The oldest versions live in an environment of their own.
+.venv-oldest/ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt $(TORCH) torch
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[hub,recover]" pytest pytest-xdist hypothesis filelock
+	touch $@
+
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/python -m pytest -q -n auto tests/calibration tests/checkpoint tests/cli tests/export tests/pipeline tests/planning tests/pruning tests/recovery tests/solver
+
+wheel:
+	sh .github/try_wheel.sh $(PYTHON) $(TORCH)
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,4 +53,4 @@ docs: .venv/ready
 	$(BIN)/python docs/build_site.py
 
 clean:
-	rm -rf .venv build dist site
+	rm -rf .venv .venv-oldest build dist site

@@ -14,6 +14,7 @@ from typing import IO, Any, cast
 
 from slimgpt import assets
 from slimgpt.errors import CalibrationError, one_line
+from slimgpt.io.arrow import check_pyarrow
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,7 @@ def _json_list(path: Path) -> Iterator[tuple[object, str]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[object, str]]:
+    check_pyarrow(path)
     import pyarrow.parquet as pq  # heavy, and seldom needed
 
     number = 0

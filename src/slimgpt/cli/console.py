@@ -29,8 +29,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
-err = Console(stderr=True)
+
+
+class TerminalConsole(Console):
+    """A console that keeps long lines whole in files and pipes; on a terminal it breaks them between words."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As of rich; ``soft_wrap`` counts where the output is no terminal."""
+        soft_wrap = options.pop("soft_wrap", None)
+        super().print(*objects, soft_wrap=False if self.is_terminal else soft_wrap, **options)
+
+    def print_commands(self, *lines: str) -> None:
+        """Print what is there to be copied: never broken."""
+        super().print("\n".join(map(escape, lines)), soft_wrap=True, highlight=False)
+
+
+out = TerminalConsole()
+err = TerminalConsole(stderr=True)
 
 
 def show(path: object) -> str:

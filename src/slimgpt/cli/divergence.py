@@ -75,8 +75,11 @@ def print_next(model: str, folder: object) -> None:
     base, slim = shlex.quote(model), shlex.quote(str(folder))
     trained = shlex.quote(f"{folder}-recovered")
     commands = (
-        f"slimgpt evaluate {slim} --against {base} --text FILE --window 512   # the same on a text of yours",
-        f"slimgpt compare {base} {slim}   # perplexity, speed and memory side by side",
-        f"slimgpt recover {slim} {trained} --data FILE   # train it for a while",
+        ("the same on a text of yours", f"slimgpt evaluate {slim} --against {base} --text FILE --window 512"),
+        ("perplexity, speed and memory side by side", f"slimgpt compare {base} {slim}"),
+        ("train it for a while", f"slimgpt recover {slim} {trained} --data FILE"),
+        ("talk to it", f"slimgpt chat {slim}"),
     )
-    out.print("\n".join(["next:", *(f"  {show(command)}" for command in commands)]), soft_wrap=True, highlight=False)
+    out.print("next:")
+    for purpose, command in commands:
+        out.print_commands(f"  {command}   # {purpose}" if len(command) + len(purpose) < 70 else f"  {command}")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
-from slimgpt.cli.options import TrustOption
+from slimgpt.cli.options import PrivateOption, PushOption, TrustOption
+from slimgpt.cli.progress import bar, phases
 from slimgpt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Compare with SLIM in the real engine where it is installed.")
     ] = True,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     json_file: JsonOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
@@ -48,12 +53,15 @@ def export(
 
     silence_libraries()
     check_json(json_file, overwrite)
-    with out.status(f"writing {show(output)}"):
+    with export_phases() as told:
         report = run(
-            slim, output, to, quantize=quantize, tokenizer_pre=tokenizer_pre, overwrite=overwrite, check=verify
-        )
+            slim, output, to, quantize=quantize, tokenizer_pre=tokenizer_pre, overwrite=overwrite, check=verify,
+            push_to_hub=push_to_hub, private=private, **told,
+        )  # fmt: skip
     write_json(json_file, report.to_json())
     print_export(report)
+    if push_to_hub is not None:
+        out.print(f"uploaded to {show(push_to_hub)}", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -114,8 +122,8 @@ def verify(
                 raise UsageError(f"{option} is for an engine in a process of its own; name it with --engine")
         if against is None:
             raise UsageError("without --engine there is nothing to compare with; name the slim folder with --against")
-        with out.status("running both"):
-            result = run(exported, against, text=text, max_tokens=max_tokens, window=window)
+        with bar("comparing") as step:
+            result = run(exported, against, text=text, max_tokens=max_tokens, window=window, progress=step)
         write_json(json_file, result.to_json())
         print_verification(result)
         result.check(exported)
@@ -138,6 +146,30 @@ def verify(
     write_json(json_file, compared.to_json())
     print_engine_verification(compared)
     compared.check(exported)
+
+
+@contextmanager
+def export_phases() -> Iterator[dict[str, Any]]:
+    """The bars of an export; yields the callbacks of :func:`slimgpt.export`."""
+    with phases() as shown:
+        shown.step("writing", 0, None)
+        counted = False
+
+        def on_written(done: int, total: int) -> None:
+            nonlocal counted
+            counted = True
+            shown.step("writing", done, total)
+
+        def end_writing() -> None:
+            if not counted:  # a converter that tells nothing
+                on_written(1, 1)
+
+        def on_compared(done: int, total: int) -> None:
+            end_writing()
+            shown.step("comparing", done, total)
+
+        yield {"on_written": on_written, "on_compared": on_compared}
+        end_writing()
 
 
 def print_export(report: ExportReport) -> None:

@@ -28,6 +28,15 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")
 DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32, float16 or bfloat16.")]
 
 
+PushOption = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub (me/slim)."),
+]
+
+
+PrivateOption = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")]
+
+
 def setting_options(
     owner: type, command: str, before: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -33,6 +33,8 @@ class TimeColumn(ProgressColumn):
         """``ETA 0:45`` or ``in 1:02``."""
         if task.finished:
             return Text(f"in {duration(task.finished_time or 0)}")
+        if task.total is None:  # nobody knows
+            return Text("")
         left = task.fields.get("left", task.time_remaining)
         return Text("ETA -:--" if left is None else f"ETA {duration(left)}")
 
@@ -44,7 +46,7 @@ class Phases:
         self.wide = out.width >= WIDE
         self.terminal = out.is_terminal
         self.progress = Progress(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
             TextColumn("{task.fields[count]}", justify="right", table_column=Column(no_wrap=True)),
             TimeColumn(table_column=Column(no_wrap=True, min_width=len("ETA 00:00"))),
             BarColumn(bar_width=None if self.wide else 20),
@@ -69,7 +71,7 @@ class Phases:
             unit: what is counted.
         """
         start = self.started.setdefault(phase, time.perf_counter())
-        count = f"{unit} {done}/{'?' if total is None else total}".strip()
+        count = "" if total is None else f"{unit} {done}/{total}".strip()
         if not self.terminal:
             if total is not None and (done == total or done % max(1, total // LINES) == 0) and done:
                 rest = (time.perf_counter() - start) / done * (total - done) if left is None else left

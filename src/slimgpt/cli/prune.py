@@ -11,7 +11,16 @@ from rich.table import Table
 
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.divergence import print_dense_comparison, print_next
-from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, help_panels, setting_options
+from slimgpt.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    ModelArgument,
+    PrivateOption,
+    PushOption,
+    TrustOption,
+    help_panels,
+    setting_options,
+)
 from slimgpt.cli.progress import duration, layer_progress
 from slimgpt.config import PruneConfig, make_config
 from slimgpt.errors import OutputError
@@ -50,7 +59,7 @@ WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed t
         "Method": "method allocation schedule head_unit whole_experts ffn_only heads_only skip_layers repair damping",
         "Training": "distill",
         "Resources": "device dtype forward_dtype batch_size memory",
-        "Output": "export_to evaluate resume overwrite dry_run verbose",
+        "Output": "export_to push_to_hub private evaluate resume overwrite dry_run verbose",
     }
 )
 @setting_options(
@@ -73,6 +82,8 @@ def prune(
         str | None,
         typer.Option("--export", help="Also write OUT-FORMAT: gguf, hf-uniform, padded, nemotron-nas, onnx, openvino."),
     ] = None,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     calibration: Annotated[
         str,
         typer.Option(
@@ -97,6 +108,7 @@ def prune(
     """Prune MODEL and save the smaller model as the folder OUT."""
     for_engines(engines, settings)
     config = make_config(**settings)  # before torch is imported: what is wrong in it is said at once
+    from slimgpt.checkpoint.hub import check_repository
     from slimgpt.io.weight_files import weight_bytes
     from slimgpt.pipeline.estimate import run_seconds
     from slimgpt.pipeline.prepare import prepare
@@ -104,6 +116,7 @@ def prune(
     from slimgpt.runtime.distributed import rank_of_environment
 
     silence_libraries()
+    main = rank_of_environment() == 0
     with out.status("checking the request and reading the text"):
         prepared = prepare(
             model,
@@ -134,20 +147,25 @@ def prune(
         )
     estimated = run_seconds(prepared)
     _print_estimate(prepared, estimated)
+    repository = check_repository(push_to_hub, private=private, overwrite=overwrite) if main else None
     if dry_run:
         return
     with layer_progress(prepared.windows.numel(), prepared.device) as callbacks:
         report = run_to_folder(prepared, replace(callbacks, start=_print_start))
-    if rank_of_environment() != 0:  # the first process writes the folder, and may still be at it
+    if not main:  # the first process writes the folder, and may still be at it
         return
     _print_report(report, weight_bytes(prepared.output), prepared.output, verbose=verbose, estimated=estimated)
     if export_to is not None:
-        from slimgpt.cli.export import print_export
+        from slimgpt.cli.export import export_phases, print_export
         from slimgpt.exporting.run import export
 
-        with out.status(f"exporting to {show(export_to)}"):
-            written = export(prepared.output, export_path(prepared.output, export_to), export_to, overwrite=overwrite)
+        with export_phases() as told:
+            written = export(
+                prepared.output, export_path(prepared.output, export_to), export_to, overwrite=overwrite, **told
+            )
         print_export(written)
+    if repository is not None:
+        out.print(f"uploaded to {show(repository.upload(prepared.output))}", soft_wrap=True, highlight=False)
     print_next(model, output)
 
 

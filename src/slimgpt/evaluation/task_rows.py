@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimgpt.errors import UsageError
+from slimgpt.io.arrow import check_pyarrow
 
 TaskRow = dict[str, Any]
 
@@ -83,6 +84,7 @@ def _json(file: Path) -> list[TaskRow]:
 
 
 def _parquet(file: Path) -> list[TaskRow]:
+    check_pyarrow(file)
     import pyarrow.parquet as pq
 
     return pq.read_table(file).to_pylist()

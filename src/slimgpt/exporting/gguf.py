@@ -107,11 +107,12 @@ def _write(exported: ExportSource, file: Path, quantize: str, pre: str | None) -
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, read in tensors:  # one tensor in memory at a time
+        for number, (_, read) in enumerate(tensors, start=1):  # one tensor in memory at a time
             tensor = read(shape_only=False)
             data = np.ascontiguousarray(tensor.float().numpy())
             kind = _kind(tuple(tensor.shape), quantize)
             writer.write_tensor_data(data if kind.name == "F32" else gguf.quantize(data, kind))
+            exported.written(number, len(tensors))
     finally:
         writer.close()
     if wide:

@@ -47,11 +47,14 @@ def write_weights(
     take = layer or exported.layer
 
     def groups():
+        layers = len(exported.sizes)
         yield around
-        for index in range(len(exported.sizes)):
+        for index in range(layers):
+            exported.written(index + 1, layers + 1)
             yield {f"{start}{index}.{name}": tensor for name, tensor in take(index).items()}
 
     write_shards(folder, groups(), thresholds().shard_bytes)
+    exported.written(len(exported.sizes) + 1, len(exported.sizes) + 1)
 
 
 def write_rest(exported: ExportSource, folder: Path) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from slimgpt.checkpoint.card import EXPORTS
+from slimgpt.checkpoint.hub import check_repository
 from slimgpt.checkpoint.journal import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
@@ -124,6 +125,10 @@ def export(
     tokenizer_pre: str | None = None,
     overwrite: bool = False,
     check: bool = True,
+    on_written: Callable[[int, int], None] | None = None,
+    on_compared: Callable[[int, int], None] | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> ExportReport:
     """Write a model folder in another form.
 
@@ -135,6 +140,13 @@ def export(
         tokenizer_pre: for GGUF: llama.cpp's name of how the tokenizer splits text, where it cannot be told.
         overwrite: replace what is there.
         check: compare with the slim model in the real engine, where it is installed.
+        on_written: called after every part that is written, a tensor or a layer, with parts done and in all; not for
+            ONNX and OpenVINO, whose converters tell nothing.
+        on_compared: called after every window and continuation that is compared, with those done and in all.
+        push_to_hub: a repository of the hub, such as ``me/slim``, that the result is uploaded to once it is written and
+            compared; token and name are checked first. With ``overwrite``, files that are there give way: all for a
+            folder, the one of the same name for a GGUF file.
+        private: a new repository is seen by its owner only.
 
     Raises:
         ExportError: the form cannot hold the model; it names one that can.
@@ -149,15 +161,17 @@ def export(
         _check_file(path, overwrite)
     else:
         _check_folder(path, overwrite, Path(slim).expanduser())
-    exported = open_folder(slim)
+    exported = open_folder(slim, on_written)
     form.check(exported)
+    file = path.name if form.single else None
+    repository = check_repository(push_to_hub, private=private, overwrite=overwrite, file=file)
     comparisons: list[Verification] = []
 
     def compare(work: Path) -> str:
         """Compare under the working name; returns why it was not done."""
         problem = engine_problem(work) if check else "not asked for"
         if problem is None:
-            comparisons.append(verify(work, slim))
+            comparisons.append(verify(work, slim, progress=on_compared))
             comparisons[0].check(path)
         return problem or ""
 
@@ -166,6 +180,8 @@ def export(
     size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
     report = ExportReport(path, to, size, tuple(notes), comparisons[0] if comparisons else None, unverified)
     record(report, exported.folder)
+    if repository is not None:
+        repository.upload(path)
     return report
 
 

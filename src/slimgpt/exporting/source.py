@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class ExportSource:
     Args:
         sizes: the widths of every layer.
         names: the model's tensors in order, tied ones left out.
+        on_written: called after every part that is written, a tensor or a layer, with parts done and in all.
     """
 
     source: Source
@@ -35,6 +37,12 @@ class ExportSource:
     sizes: list[dict[str, int]]
     weights: WeightFiles
     names: list[str]
+    on_written: Callable[[int, int], None] | None = None
+
+    def written(self, done: int, total: int) -> None:
+        """Tell that so many parts are written."""
+        if self.on_written is not None:
+            self.on_written(done, total)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[name]
@@ -49,8 +57,11 @@ class ExportSource:
         return {name[len(start) :]: self.weights[name] for name in self.names if name.startswith(start)}
 
 
-def open_folder(name: str | Path) -> ExportSource:
+def open_folder(name: str | Path, on_written: Callable[[int, int], None] | None = None) -> ExportSource:
     """Open a model folder, dense or slim, without reading its weights.
+
+    Args:
+        on_written: see :class:`ExportSource`.
 
     Raises:
         ExportError: it is no local folder of safetensors files with the tensors of its config.
@@ -72,4 +83,4 @@ def open_folder(name: str | Path) -> ExportSource:
         raise ExportError(f"{name} cannot be exported: it {unknown_text(unknown)}")
     tied = model.all_tied_weights_keys or {}
     names = [tensor for tensor in model.state_dict() if tensor not in tied]
-    return ExportSource(source, source.folder, config, architecture, layer_sizes(config), weights, names)
+    return ExportSource(source, source.folder, config, architecture, layer_sizes(config), weights, names, on_written)

@@ -155,7 +155,13 @@ def engine_problem(path: str | Path) -> str | None:
 
 
 def verify(
-    exported: str | Path, slim: str | Path, *, text: str | None = None, max_tokens: int = 1024, window: int = 256
+    exported: str | Path,
+    slim: str | Path,
+    *,
+    text: str | None = None,
+    max_tokens: int = 1024,
+    window: int = 256,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
     """Run both models on the same tokens and compare.
 
@@ -165,6 +171,7 @@ def verify(
         text: a text file, or ``demo``; a paragraph of ours if not given.
         max_tokens: how much of it.
         window: tokens per window, without overlap.
+        progress: called after every window and continuation, with those done and in all.
 
     Raises:
         ExportError: the engine is not installed, or the vocabularies differ.
@@ -186,7 +193,10 @@ def verify(
     left = _exported(Path(exported), window)
     losses = [0.0, 0.0]
     largest, identical, count, done = 0.0, True, 0, 0
-    for end in [*range(window, len(ids), window), len(ids)]:
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    ends = [*range(window, len(ids), window), len(ids)]
+    steps = len(ends) + len(prompts)
+    for number, end in enumerate(ends, start=1):
         part = ids[end - window : end]  # the last one reaches back, so that every token counts and all are as long
         scored = min(end - done, window - 1)
         done = end
@@ -202,8 +212,13 @@ def verify(
         largest = max(largest, float((a - b).abs().max()))
         identical = identical and torch.equal(a, b)
         count += scored
-    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    agree = sum(left.continuation(prompt) == reference.continuation(prompt) for prompt in prompts)
+        if progress:
+            progress(number, steps)
+    agree = 0
+    for number, prompt in enumerate(prompts, start=1):
+        agree += left.continuation(prompt) == reference.continuation(prompt)
+        if progress:
+            progress(len(ends) + number, steps)
     perplexities = [math.exp(loss / count) for loss in losses]
     templates = left.chat_template, reference.chat_template
     return Verification(

@@ -3,6 +3,7 @@
 """A Hugging Face causal LM whose decoder layers have different widths, built from ``config.per_layer_config``."""
 
 import copy
+import logging
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 if not hasattr(PreTrainedConfig, "per_layer_config"):
     raise ImportError("this checkpoint needs a transformers release with PreTrainedConfig.per_layer_config (5.14+)")
+
+
+def is_no_note_on_global_values(record: logging.LogRecord) -> bool:
+    """Filter of log records: drops transformers' note that a config's global value is read where layers have their own.
+
+    It means nothing here: the model around the layers reads those values, and the layers read their own.
+    """
+    return not str(record.msg).startswith("Reading global config value for per-layer attribute")
+
+
+logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(is_no_note_on_global_values)
 
 
 def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = None) -> Any:

@@ -22,6 +22,9 @@ OnLayer = Callable[[LayerReport, Plan], None]
 OnStart = Callable[[Placement, int], None]
 """Called before the first layer, with where activations are kept and the number of layers that are finished."""
 
+OnCompared = Callable[[int, int, float], None]
+"""Called after every step of the comparison with the dense model, with its number, that of all steps, and seconds."""
+
 OnPhase = Callable[[str, int, int, float, LayerReport | float | None], None]
 """Called after every step of every phase with the phase, the steps done and in all, the seconds it took, and what is
 known of it: a layer's report, or the divergence per token of the training."""
@@ -37,6 +40,8 @@ class Callbacks:
         measured: after every step of measuring.
         prepare_step: after every step of writing calibration text or other text, and of the dense model's pass over it.
         distilled: after every step of the training.
+        compared: after every step of the comparison with the dense model, with its number, the number of all steps and
+            the seconds it took.
     """
 
     layer: OnLayer | None = None
@@ -44,6 +49,7 @@ class Callbacks:
     distilled: OnDistilled | None = None
     prepare_step: OnRehearsed | None = None
     start: OnStart | None = None
+    compared: OnCompared | None = None
 
 
 def by_phase(step: OnPhase) -> Callbacks:
@@ -61,7 +67,10 @@ def by_phase(step: OnPhase) -> Callbacks:
     def prepare_step(phase: str, number: int, steps: int, seconds: float) -> None:
         step(phase, number + 1, steps, seconds, None)
 
-    return Callbacks(layer, measured, distilled, prepare_step)
+    def compared(number: int, steps: int, seconds: float) -> None:
+        step("comparing", number + 1, steps, seconds, None)
+
+    return Callbacks(layer, measured, distilled, prepare_step, compared=compared)
 
 
 def with_bars(callbacks: Callbacks) -> Callbacks:
@@ -81,7 +90,7 @@ def with_bars(callbacks: Callbacks) -> Callbacks:
             bar.close()
 
     shown = by_phase(step)
-    names = ("layer", "measured", "distilled", "prepare_step")
+    names = ("layer", "measured", "distilled", "prepare_step", "compared")
     return replace(callbacks, **{name: _both(getattr(shown, name), getattr(callbacks, name)) for name in names})
 
 

@@ -71,27 +71,44 @@ class DenseComparison:
         for number, arguments in enumerate(self.inputs.arguments):
             self.dense.put(number, run_layer(running, self.dense.get(number), arguments[index]))
 
-    def __call__(self, slim_layer: Callable[[int], nn.Module], plan: Plan) -> dict[str, Any]:
+    def __call__(
+        self,
+        slim_layer: Callable[[int], nn.Module],
+        plan: Plan,
+        on_compared: Callable[[int, int, float], None] | None = None,
+    ) -> dict[str, Any]:
         """Run the pruned layers and compare; what a report says of it.
 
         Args:
             slim_layer: gives the final layer of an index.
             plan: its widths.
+            on_compared: called after every step, a layer or a batch of predictions, with its number, the number of all
+                steps and the seconds it took.
         """
-        start = time.perf_counter()
+        start = last = time.perf_counter()
+        steps = len(plan.layers) + len(self.inputs)
+
+        def step(number: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            if on_compared is not None:
+                on_compared(number, steps, now - last)
+            last = now
 
         def variants(index: int, _paths: Sequence[int]) -> Iterator[LayerVariant]:
             layer = running_layer(slim_layer(index), self.model.config, index, self.run, plan.layers[index])
             yield LayerVariant(layer, [])
 
         passes = LayerPasses(variants, self.inputs.arguments, range(len(self.inputs)), self.run)
-        for _ in passes.forward([self.inputs.hidden]):
+        for index in passes.forward([self.inputs.hidden]):
             malloc_trim()
+            step(index)
         pieces = []
         with on_device(self.model, self.run.device, self.run.dtype):
             for number, ids in enumerate(self.windows.split(self.batch_size)):
                 dense, slim = (store.get(number) for store in (self.dense, self.inputs.hidden))
                 pieces.append(predicted_tokens(self.model, dense, slim, ids, passes.tuple_length))
+                step(len(plan.layers) + number)
         predicted = self.windows.shape[1] - 1
         rows = [torch.cat(parts).split(predicted) for parts in zip(*pieces, strict=True)]
         values, first = {}, 0

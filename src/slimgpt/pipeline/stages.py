@@ -213,7 +213,7 @@ def run_stages(
     finally:
         sink.close_layers()
     distillation = distil(plan) if distil is not None else {}
-    divergence = comparison(sink.final_layers(plan), plan) if comparison is not None else {}
+    divergence = comparison(sink.final_layers(plan), plan, callbacks.compared) if comparison is not None else {}
     earlier = sum(sum(report.seconds.values()) for report in reports[:finished])
     report = PruneReport(
         base_model=job.name,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.calibration.mixture import AUTO
 from slimgpt.calibration.windows import Calibration
+from slimgpt.checkpoint.hub import check_repository
 from slimgpt.checkpoint.journal import SELF_WRITTEN, Journal
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import make_config
@@ -165,6 +166,8 @@ def prune_folder(
     on_distilled: OnDistilled | None = None,
     on_rehearsed: OnRehearsed | None = None,
     progress: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = False,
     **settings: Any,
 ) -> PruneReport:
     """Prune from a model's name to a new folder, layer by layer; the model need not fit into memory.
@@ -177,6 +180,9 @@ def prune_folder(
         overwrite: replace a model folder of that name.
         resume: go on with a run that was killed; a first run simply begins.
         progress: show a bar for every phase.
+        push_to_hub: a repository of the hub, such as ``me/slim``, that the finished folder is uploaded to; token and
+            name are checked before the run. With ``overwrite``, files that are there give way.
+        private: a new repository is seen by its owner only.
         settings: the other keywords of :func:`prune`.
 
     Raises:
@@ -195,5 +201,10 @@ def prune_folder(
         resume=resume,
         memory=memory,
     )
+    main = rank_of_environment() == 0
+    repository = check_repository(push_to_hub, private=private, overwrite=overwrite) if main else None
     callbacks = Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
-    return run_to_folder(request, with_bars(callbacks) if progress and rank_of_environment() == 0 else callbacks)
+    report = run_to_folder(request, with_bars(callbacks) if progress and main else callbacks)
+    if repository is not None:
+        repository.upload(request.output)
+    return report

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from slimgpt.calibration.documents import hub_dataset
+from slimgpt.checkpoint.hub import check_repository
 from slimgpt.checkpoint.saving import save
 from slimgpt.errors import UsageError
 from slimgpt.io.folders import output_lock
@@ -35,7 +36,7 @@ from slimgpt.recovery.trainer import (
     total_steps,
 )
 from slimgpt.runtime.devices import forward_dtype
-from slimgpt.runtime.distributed import Ranks, join
+from slimgpt.runtime.distributed import Ranks, join, rank_of_environment
 from slimgpt.runtime.versions import resume_versions, versions
 
 OnTeacher = Callable[[int, int], None]
@@ -84,6 +85,8 @@ def recover(
     trust_remote_code: bool = False,
     on_teacher: OnTeacher | None = None,
     on_step: OnStep | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
     **settings: Any,
 ) -> Recovery:
     """Train a slim model to win back what pruning lost, and save it as a checkpoint like any other.
@@ -102,6 +105,9 @@ def recover(
         trust_remote_code: let code from the teacher's or the tokenizer's repository run.
         on_teacher: called while the teacher's predictions are taken.
         on_step: called after every update.
+        push_to_hub: a repository of the hub, such as ``me/slim``, that the finished folder is uploaded to; token and
+            name are checked before the training. With ``overwrite``, files that are there give way.
+        private: a new repository is seen by its owner only.
         **settings: fields of :class:`slimgpt.recovery.RecoverConfig`.
 
     Raises:
@@ -123,8 +129,13 @@ def recover(
         trust_remote_code=trust_remote_code,
         config=config,
     )
+    main = rank_of_environment() == 0
+    repository = check_repository(push_to_hub, private=private, overwrite=overwrite) if main else None
     with join(request.device) as ranks, output_lock(request.output) if ranks.main else nullcontext():
-        return _run(request, ranks, resume, overwrite, on_teacher, on_step)
+        recovery = _run(request, ranks, resume, overwrite, on_teacher, on_step)
+    if repository is not None:
+        repository.upload(request.output)
+    return recovery
 
 
 def _run(
