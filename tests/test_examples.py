@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -68,6 +69,37 @@ def test_training(folders, long_text, tmp_path):
     slim = tmp_path / "slim"
     run("own_text.py", folders / "dense", slim, long_text, long_text)
     assert "slim" in run("train_afterwards.py", folders / "dense", slim, tmp_path / "better", long_text)
+
+
+def test_the_notebook_runs(folders, long_text, tmp_path, monkeypatch):
+    """Every cell, in a kernel of its own, with a tiny model and text in place of the demo's."""
+    nbformat = pytest.importorskip("nbformat")
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(ROOT / "examples/prune_and_look.ipynb", as_version=4)
+    nbformat.validate(notebook)
+    settings = notebook.cells[1]
+    assert settings.source.startswith('MODEL = "demo"')
+    settings.source = (
+        f"MODEL = {str(folders / 'dense')!r}\nCALIBRATION = {str(long_text)!r}\nNUM_SAMPLES, SEQ_LEN = 16, 64"
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    shown = [output.data for output in outputs if "data" in output]
+    assert any("<table" in data.get("text/html", "") for data in shown)  # the report
+    assert any("image/png" in data for data in shown)  # its plot
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert "nats per token" in printed
+    assert (tmp_path / "slim/model.safetensors").is_file()
+    assert not any(output.output_type == "error" for output in outputs)
+
+
+def test_the_notebook_is_kept_without_outputs():
+    cells = json.loads((ROOT / "examples/prune_and_look.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
 def test_no_example_is_long_or_forgotten():

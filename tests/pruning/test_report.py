@@ -44,6 +44,7 @@ def test_the_table_is_escaped_html(report):
 
 def test_the_figure_has_a_bar_per_layer(report):
     figure = report.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")  # as a notebook shows it
     for axes in figure.axes:
         assert len(axes.patches) == 2 * len(report.layers)
     heights = [bar.get_height() for bar in figure.axes[1].patches[len(report.layers) :]]

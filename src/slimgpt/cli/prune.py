@@ -173,15 +173,9 @@ def for_engines(engines: str | None, settings: dict[str, Any]) -> list[str] | No
     """The names of engines; the step of FFN widths and equal layers become what they ask for where nothing is said."""
     names = [name.strip() for name in engines.split(",")] if engines else None
     if names is not None:
-        from slimgpt.planning.engines import constraints_for  # imports transformers
+        from slimgpt.planning.engines import suit_engines  # imports transformers
 
-        profile = constraints_for(names)
-        settings["uniform"] = settings["uniform"] or profile.uniform
-        if settings["round_to"] is None:
-            # Equal layers of our own method have the engine's step by default, or a part of it where that meets the
-            # target.
-            auto = (profile.uniform and settings["method"] == "slimgpt") or profile.round_to == 1
-            settings["round_to"] = AUTO if auto else profile.round_to
+        suit_engines(names, settings)
     if settings["round_to"] is None:
         settings["round_to"] = AUTO
     return names

@@ -171,6 +171,51 @@ def time_models(
     )
 
 
+def speed(
+    model: str,
+    against: str | None = None,
+    *,
+    batches: Sequence[int] = (1,),
+    prompt: int = 512,
+    new_tokens: int = 128,
+    rounds: int = 5,
+    memory: bool = True,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Timings:
+    """Prefill and decode in tokens per second, time to the first token, peak memory, bytes and FLOPs of a model.
+
+    Args:
+        model: a hub id, a local folder, a ``.gguf`` file, or ``demo``.
+        against: the dense model, timed in turn with it; ratios are taken to it.
+        batches: prompts at once.
+        prompt: tokens per prompt.
+        new_tokens: tokens decoded after it.
+        rounds: timed rounds; medians count.
+        memory: also load every model in a fresh process for its peak memory.
+        progress: called with rounds done and rounds in all, over all batch sizes.
+
+    Raises:
+        ModelError: a model cannot be loaded.
+        UsageError: a number out of range, or more tokens than a model's context.
+    """
+    return time_models(
+        [model] if against is None else [against, model],
+        against,
+        batches,
+        prompt,
+        new_tokens,
+        rounds,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        memory=memory,
+        progress=progress,
+    )
+
+
 def _model_columns(source: Source, model: PreTrainedModel, prompt: int, new_tokens: int) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     size = parameters * model.dtype.itemsize

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from slimgpt.calibration.windows import evaluation_tokens
-from slimgpt.config import PruneConfig
+from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.schedule import BACKWARD_COST, passes_to_distill, tokens_to_distill
 from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.build import empty_model
@@ -22,13 +22,14 @@ from slimgpt.models.source import check_files, has_weights, locate
 from slimgpt.models.streaming import stored_dtype
 from slimgpt.planning.alignment import why_not_nearer
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
-from slimgpt.planning.engines import EngineSupport, engine_support
+from slimgpt.planning.engines import EngineSupport, engine_support, suit_engines
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import plan_for
 from slimgpt.planning.restriction import restricted
 from slimgpt.planning.targets import cache_bytes
 from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.runtime.devices import as_device, as_dtype
+from slimgpt.runtime.settings import has_settings
 from slimgpt.sensitivity.allocate import quadrature, uses_sensitivity
 from slimgpt.sensitivity.measure import num_gradient_nodes, split_windows
 
@@ -180,3 +181,36 @@ def forecast(
         quantization=None if quantization is None else quantization.to_json(stored),
         note=why_not_nearer(config, shape, plan),
     )
+
+
+@has_settings(PruneConfig, before={"dtype": "params bytes kv_cache", "device": ""})
+def plan(
+    model: str,
+    ratio: float | None = None,
+    *,
+    engines: str | Sequence[str] | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    **settings: Any,
+) -> Estimate:
+    """What pruning a model would give, before any weight is loaded: widths, sizes, cost, and which engines run it.
+
+    Args:
+        model: a hub id, a local folder, a ``.gguf`` file, or ``demo``.
+        engines: engines to suit, such as ``vllm`` or ``["vllm", "llama.cpp"]``: ``uniform`` and ``round_to`` become
+            what they ask for where nothing is said, and only they are judged.
+        dtype: of the weights on disk: ``auto`` (as stored), ``float32``, ``float16`` or ``bfloat16``.
+        trust_remote_code: let the config run Python code from the model's repository.
+        device: where the time is estimated for.
+        **settings: the fields of :class:`slimgpt.PruneConfig`.
+
+    Raises:
+        UsageError: a setting outside its range, an unknown engine, or a ratio that no widths can meet.
+        ModelError: the model cannot be found, or its family is not described.
+    """
+    names = [engines] if isinstance(engines, str) else None if engines is None else list(engines)
+    chosen: dict[str, Any] = {"ratio": ratio, **settings}
+    if names is not None:
+        suit_engines(names, chosen)
+    return forecast(model, make_config(**chosen), dtype, names, trust_remote_code, device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -14,6 +15,7 @@ from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes, is_uniform
 from slimgpt.models.lookup import head_dim, text_config
 from slimgpt.models.stock_config import stock_config
+from slimgpt.runtime.setting_checks import AUTO
 
 NEMOTRON_STEP = 256
 """FFN widths that ``block_configs`` can express are multiples of it."""
@@ -229,3 +231,21 @@ def constraints_for(engines: Sequence[str]) -> EngineConstraints:
             raise PlanError(f"engine '{name}' is unknown; choose {', '.join(PROFILES)}")
     chosen = [PROFILES[name] for name in engines] or [PROFILES["hf"]]
     return EngineConstraints(max(profile.round_to for profile in chosen), any(profile.uniform for profile in chosen))
+
+
+def suit_engines(names: Sequence[str], settings: dict[str, Any]) -> None:
+    """Give settings the step of FFN widths and the equal layers that engines ask for, where nothing is said.
+
+    Args:
+        settings: keywords of a pruning; changed in place.
+
+    Raises:
+        PlanError: an engine is unknown.
+    """
+    constraints = constraints_for(names)
+    settings["uniform"] = settings.get("uniform") or constraints.uniform
+    if settings.get("round_to") is None:
+        # Equal layers of our own method have the engine's step by default, or a part of it where that meets the target.
+        own = settings.get("method", "slimgpt") == "slimgpt"
+        auto = (constraints.uniform and own) or constraints.round_to == 1
+        settings["round_to"] = AUTO if auto else constraints.round_to

@@ -21,9 +21,11 @@ def plot_widths(dense: Sequence[Sizes], slim: Sequence[Sizes], file: Path) -> No
 
 def widths_figure(dense: Sequence[Sizes], slim: Sequence[Sizes]) -> Figure:
     """Query heads and FFN channels per layer, before (grey) and after."""
-    from matplotlib.figure import Figure  # takes a while to import, and most commands draw nothing
+    from matplotlib.ticker import MaxNLocator  # takes a while to import, and most commands draw nothing
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    from slimgpt.pruning.notebook_figure import NotebookFigure
+
+    figure = NotebookFigure(figsize=(9, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     layers = range(len(slim))
     for axes, field, label, color in (
@@ -37,5 +39,6 @@ def widths_figure(dense: Sequence[Sizes], slim: Sequence[Sizes]) -> Figure:
         axes.legend(loc="lower left", framealpha=0.9)
     lower.set_xlabel("layer")
     lower.set_xlim(-0.6, len(slim) - 0.4)
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no layer 0.5
     figure.suptitle("Width of every decoder layer")
     return figure
