@@ -159,7 +159,14 @@ def test_the_page_in_a_real_browser(compared, tmp_path):
     dom = done.stdout
     assert dom.count("<svg") == dom.count("<figure>") >= 2
     assert dom.count("<table>") == 1
-    for text in ("dense", "slim-20", "slim-50", "piqa (acc_norm)", "decode, tokens per second", "parameters, millions"):
+    for text in (
+        "dense",
+        "slim-20",
+        "slim-50",
+        "piqa (acc_norm)",
+        "decode, tokens per second",
+        "parameters, % of dense",
+    ):
         assert text in dom
     # Every plotted line is drawn in a colour that the page knows in both of its schemes.
     used = set(re.findall(r"var\((--c\d)\)", dom))
@@ -393,12 +400,12 @@ def test_bytes_are_compared_like_with_like(bytes_each):
     sides = tuple(ModelResult(row.model, row.parameters, None) for row in rows)
     table = {row.name: row for row in Comparison(sides, Timings(tuple(rows), "base", {}), CompareConfig()).table()}
     alike = bytes_each[0] == 4.0
-    assert (table["bytes on disk"].change(1) is not None) == alike
-    assert ("bytes with 16 bits per parameter" in table) != alike
+    assert (table["MB on disk"].change(1) is not None) == alike
+    assert ("MB with 16 bits per parameter" in table) != alike
     if not alike:
-        assert table["bytes with 16 bits per parameter"].change(1) == 0.8
-        assert (table["bytes on disk"].verdict(1), table["bytes on disk"].change_text(1)) == ("", "")
-        assert "0.6, 4 bytes per parameter" in table["bytes on disk"].note
+        assert table["MB with 16 bits per parameter"].change(1) == 0.8
+        assert (table["MB on disk"].verdict(1), table["MB on disk"].change_text(1)) == ("", "")
+        assert "0.6, 4 bytes per parameter" in table["MB on disk"].note
 
 
 def test_differences_of_tasks_are_those_of_their_questions(folders, data_dir):  # noqa: F811

@@ -23,7 +23,6 @@ def commands(report: PruneReport) -> list[str]:
 
 def _prune_command(report: PruneReport) -> str:
     settings, calibration = report.settings, report.calibration
-    known = [calibration["dataset"]] if "dataset" in calibration else None
     targets = {name: getattr(settings, name) for name in ("params", "bytes", "plan", "kv_cache")}
     size = {name.replace("_", "-"): value for name, value in targets.items() if value is not None}
     if settings.plan is not None:
@@ -36,7 +35,7 @@ def _prune_command(report: PruneReport) -> str:
         "allocation": settings.allocation,
         "distill": settings.distill or "off",
         "head-unit": report.plan.head_unit,
-        "calibration": _public_calibration(calibration, known),
+        "calibration": public_calibration(calibration),
         "num-samples": calibration["num_samples"],
         "seq-len": calibration["seq_len"],
         "damping": f"{settings.damping:g}",
@@ -59,9 +58,10 @@ def _prune_command(report: PruneReport) -> str:
     return " \\\n    ".join([f"slimgpt prune {shlex.quote(model)} OUT", *words])
 
 
-def _public_calibration(calibration: Mapping[str, Any], known: Sequence[str | None] | None) -> str:
+def public_calibration(calibration: Mapping[str, Any]) -> str:
     """A report's calibration source, or all sources of its mixture with their shares."""
     if "mixture" not in calibration:
+        known = [calibration["dataset"]] if "dataset" in calibration else None
         return public_source(calibration["source"], known)
     parts = calibration["mixture"]
     return ",".join(f"{public_source(part['source'], [part['dataset']])}:{part['share']:g}" for part in parts)

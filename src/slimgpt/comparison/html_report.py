@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimgpt.comparison.plots import COLORS, position_figures, quality_figures
+from slimgpt.comparison.plots import COLORS, figures
 from slimgpt.comparison.protocols import in_words, protocols
 
 if TYPE_CHECKING:
+    from slimgpt.comparison.measure import ModelResult
     from slimgpt.comparison.result import Comparison, ComparisonRow
 
 _STYLE = """
@@ -39,7 +40,12 @@ td:first-child { white-space: normal; min-width: 9rem; }
 thead th { border-bottom: 2px solid var(--line); background: var(--card) !important; cursor: default; }
 tbody tr + tr td, tbody tr + tr th { border-top: 1px solid var(--line); }
 tr.group th { text-align: left; background: var(--card); font-size: .8rem; letter-spacing: .03em; color: var(--soft); }
-@media (max-width: 40rem) { th, td { padding: .35rem .4rem; } td:first-child { min-width: 7.5rem; } }
+thead th small { white-space: normal; font-weight: normal; }
+/* On a phone the slim models stand beside the names of the rows, and the base behind them. */
+@media (max-width: 40rem) { tr { display: flex; }
+  th, td { flex: 0 0 6.6rem; padding: .35rem .4rem; white-space: normal; overflow-wrap: anywhere; }
+  th:first-child, td:first-child { flex: 0 0 8rem; min-width: 0; z-index: 1; }
+  tr.group th { flex: 1 0 100%%; } .base { order: 1; } }
 small { display: block; color: var(--soft); font-size: .78rem; }
 small.good { color: var(--good); } small.bad { color: var(--bad); }
 small.note { color: var(--note); white-space: normal; }
@@ -52,6 +58,9 @@ summary { cursor: pointer; white-space: pre-wrap; }
   border-radius: .5rem; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
+_BASE = ' class="base"'
+"""Of the cells of the base."""
+
 _DARK = ("#58a6ff", "#f0883e", "#3fb68b", "#c586e0", "#f06595", "#9ca3af")
 """The colours of the plots on a dark page."""
 
@@ -63,19 +72,19 @@ def write_page(comparison: Comparison, file: Path) -> None:
         "light": " ".join(f"--c{i}: {color};" for i, color in enumerate(COLORS)),
         "dark": " ".join(f"--c{i}: {color};" for i, color in enumerate(_DARK)),
     }
-    plots = [*quality_figures(comparison), *position_figures(comparison)]
     details = json.dumps(protocols(comparison), indent=1)
     body = [
         f"<h1>{_escape(names[0])} and its slim versions</h1>",
         f"<p>{_escape(_summary(comparison))}</p>",
-        '<h2>Quality against size, and over long texts</h2>\n<div class="plots">',
-        *(f"<figure>{_svg(figure)}</figure>" for figure in plots),
+        '<h2>In pictures</h2>\n<div class="plots">',
+        *(f"<figure>{_svg(figure)}</figure>" for figure in figures(comparison)),
         "</div>",
         "<h2>All figures</h2>",
         f'<div class="scroll">{_table(comparison, names)}</div>',
         "<p>Under a value of a slim model: its ratio to the first column, of scores what is left of them, and the "
         "difference with its standard error on the same questions or tokens. Grey where the difference is within 1.96 "
         "standard errors or there were fewer than 20 questions: it may be chance.</p>",
+        f"<details><summary>the table as Markdown</summary><pre>{_escape(comparison.markdown())}</pre></details>",
         *_samples(comparison),
         *_commands(comparison),
         "<h2>How the figures were taken</h2>",
@@ -112,7 +121,7 @@ def _summary(comparison: Comparison) -> str:
 def _table(comparison: Comparison, names: list[str]) -> str:
     lines = [
         "<table>",
-        "<thead><tr><th></th>" + "".join(f"<th>{_escape(name)}</th>" for name in names) + "</tr></thead>",
+        "<thead><tr><th></th>" + "".join(map(_heading, comparison.sides)) + "</tr></thead>",
     ]
     group = None
     lines.append("<tbody>")
@@ -121,9 +130,21 @@ def _table(comparison: Comparison, names: list[str]) -> str:
             group = row.group
             lines.append(f'<tr class="group"><th colspan="{len(names) + 1}">{_escape(group)}</th></tr>')
         note = f'<small class="note">{_escape(row.note)}</small>' if row.note else ""
-        cells = "".join(f"<td>{_escape(row.text(i))}{_change(row, i)}</td>" for i in range(len(names)))
+        # The first column is the base's; a phone shows it last.
+        cells = "".join(
+            f"<td{_BASE if i == 0 else ''}>{_escape(row.text(i))}{_change(row, i)}</td>" for i in range(len(names))
+        )
         lines.append(f"<tr><td>{_escape(row.name)}{note}</td>{cells}</tr>")
     return "\n".join([*lines, "</tbody>", "</table>"])
+
+
+def _heading(side: ModelResult) -> str:
+    """A model's name, and how it was made."""
+    made = [side.method] if side.method else []
+    made += [f"{side.removed:.1%} removed"] if side.removed is not None else []
+    made += [f"on {side.calibration}"] if side.calibration else []
+    line = f"<small>{_escape(', '.join(made))}</small>" if made else "<small>dense</small>"
+    return f"<th{'' if made else _BASE}>{_escape(side.name)}{line}</th>"
 
 
 def _change(row: ComparisonRow, index: int) -> str:

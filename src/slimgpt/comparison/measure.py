@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt.checkpoint.commands import commands
+from slimgpt.checkpoint.commands import commands, public_calibration
 from slimgpt.checkpoint.inspecting import read_report
 from slimgpt.comparison.cache import MeasurementCache
 from slimgpt.errors import UsageError
@@ -78,6 +78,9 @@ class ModelResult:
         leaks: contamination note by text name.
         samples: what it writes.
         commands: those that made it, from its report; none for a model without.
+        method: how it was pruned; empty for a model without a report, as the next two.
+        calibration: the text that it was calibrated on.
+        kept: share of every layer's parameters that stayed.
     """
 
     name: str
@@ -90,6 +93,9 @@ class ModelResult:
     passkey: Passkey | None = None
     samples: list[Sample] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
+    method: str = ""
+    calibration: str = ""
+    kept: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -101,6 +107,9 @@ class ModelResult:
             "passkey": self.passkey and self.passkey.to_json(),
             "samples": [sample.to_json() for sample in self.samples],
             "commands": self.commands,
+            "method": self.method,
+            "calibration": self.calibration,
+            "kept": self.kept,
         }
 
 
@@ -179,7 +188,10 @@ class _ModelMeasurer:
         )
         result = ModelResult(label, parameters, plan.get("achieved"))
         if report is not None and self.source.gguf_file is None:
-            result.commands = commands(PruneReport.from_json(report))
+            made = PruneReport.from_json(report)
+            result.commands = commands(made)
+            result.method, result.calibration = made.settings.method, public_calibration(made.calibration)
+            result.kept = [layer.parameters / layer.parameters_before for layer in made.layers]
         for text in texts:
             note = contamination_note(report, text)
             if note:

@@ -1,9 +1,16 @@
-"""Plots of a comparison: quality against size, and perplexity by position."""
+"""Plots of a comparison: quality against size, tasks, widths, speed, and perplexity by position.
+
+Every model has a colour and a marker of its own, in all plots; a legend below names them. Lines join only what belongs
+to one model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from slimgpt.evaluation.tasks import metric_of
 
 if TYPE_CHECKING:
     from slimgpt.comparison.result import Comparison
@@ -11,113 +18,183 @@ if TYPE_CHECKING:
 COLORS = ("#1f6feb", "#d9730d", "#2f9e6e", "#a44cc4", "#c2255c", "#6b7280")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 
+LONG_NAME = 18
+"""Characters of a name from which on a legend has one column."""
 
-def quality_figures(comparison: Comparison) -> list[Any]:
-    """Perplexity, and the mean of the tasks where there is one, against parameters."""
-    figure, axis = _figure()
-    _perplexity(axis, comparison)
-    figures = [figure]
-    if _has_tasks(comparison):
+WIDE_RANGE = 5.0
+"""Ratio of the largest to the smallest value from which on a logarithmic axis has ticks at 1, 2, 5, 10."""
+
+
+def figures(comparison: Comparison) -> list[Any]:
+    """All plots that the measurements allow, one figure each."""
+    drawn = []
+    for panel in [*_quality_panels(comparison), *_other_panels(comparison)]:
         figure, axis = _figure()
-        _tasks(axis, comparison)
-        figures.append(figure)
-    return figures
-
-
-def position_figures(comparison: Comparison) -> list[Any]:
-    """Perplexity by position in the window, if it was measured."""
-    if any(result.by_position is None for result in comparison.sides):
-        return []
-    figure, axis = _figure()
-    for index, result in enumerate(comparison.sides):
-        values = (result.by_position.by_position or {}) if result.by_position else {}
-        _line(axis, list(values), list(values.values()), index, result.name)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    _plain_ticks(axis)
-    axis.xaxis.set_major_formatter("{x:.0f}")
-    axis.set_xlabel("position in the window")
-    axis.set_ylabel("perplexity (lower is better)")
-    return [figure]
+        panel(axis)
+        _legend(figure, axis)
+        drawn.append(figure)
+    return drawn
 
 
 def plot_quality(comparison: Comparison, file: Path) -> None:
-    """Write the picture as a PNG or SVG by the file's suffix."""
-    figure, axes = _figure(2 if _has_tasks(comparison) else 1)
-    _perplexity(axes[0] if _has_tasks(comparison) else axes, comparison)
-    if _has_tasks(comparison):
-        _tasks(axes[1], comparison)
+    """Write quality against size, a panel per text and one for tasks, as a PNG or SVG by the file's suffix."""
+    panels = _quality_panels(comparison)
+    figure, axes = _figure(len(panels))
+    for panel, axis in zip(panels, axes if len(panels) > 1 else [axes]):
+        panel(axis)
+    _legend(figure, axes[0] if len(panels) > 1 else axes)
     figure.savefig(file, dpi=130)
+
+
+Panel = Callable[[Any], None]
+
+
+def _quality_panels(comparison: Comparison) -> list[Panel]:
+    panels: list[Panel] = []
+    for index, (text, base) in enumerate(comparison.sides[0].perplexities):
+        values = [side.perplexities[index][1].perplexity for side in comparison.sides]
+        label = f"perplexity of {Path(text).name},\nwindow {base.window} (lower is better)"
+        panels.append(lambda axis, values=values, label=label: _by_size(axis, comparison, values, label, log=True))
+    means = [side.tasks.mean if side.tasks else None for side in comparison.sides]
+    tasks = comparison.sides[0].tasks
+    if tasks is not None and all(mean is not None for mean in means):
+        label = f"mean of {len(tasks.protocol['tasks'])} tasks, %\n(higher is better)"
+        percent = [100 * mean for mean in means if mean is not None]
+        panels.append(lambda axis: _by_size(axis, comparison, percent, label, log=False))
+    return panels
+
+
+def _other_panels(comparison: Comparison) -> list[Panel]:
+    sides, panels = comparison.sides, []
+    if all(side.tasks is not None for side in sides):
+        panels.append(lambda axis: _tasks(axis, comparison))
+    if any(side.kept for side in sides):
+        panels.append(lambda axis: _kept(axis, comparison))
+    if comparison.timings:
+        panels.append(lambda axis: _speed(axis, comparison))
+    if all(side.by_position is not None for side in sides):
+        panels.append(lambda axis: _positions(axis, comparison))
+    return panels
+
+
+def _by_size(axis: Any, comparison: Comparison, values: Sequence[float], label: str, *, log: bool) -> None:
+    """A point for every model against its size. No line: what one leads to is not what another is."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    base = comparison.sides[0].parameters
+    for index, (side, value) in enumerate(zip(comparison.sides, values)):
+        axis.plot([100 * side.parameters / base], [value], label=side.name, linestyle="none", **_style(index))
+    axis.set_xlabel(f"parameters, % of {comparison.sides[0].name}")
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axis.margins(0.12)
+    axis.set_ylabel(label)
+    if log:
+        axis.set_yscale("log")
+        _plain_ticks(axis, values)
+
+
+def _tasks(axis: Any, comparison: Comparison) -> None:
+    """Bars per task, one per model, with the standard error of the score."""
+    base = comparison.sides[0].tasks
+    names = list(base.scores) if base else []
+    groups = []
+    for side in comparison.sides:
+        scores = side.tasks.scores if side.tasks else {}
+        metrics = [(scores.get(name, {}), metric_of(scores.get(name, {}))) for name in names]
+        values = [100 * of_task[metric] if metric else 0.0 for of_task, metric in metrics]
+        errors = [100 * of_task.get(f"{metric}_stderr", 0.0) for of_task, metric in metrics]
+        groups.append((side.name, values, errors))
+    _bars(axis, names, groups)
+    axis.set_ylabel("score, % (with its standard error)")
+
+
+def _speed(axis: Any, comparison: Comparison) -> None:
+    """Prefill and decode of every model in per cent of the base's, by batch size."""
+    assert comparison.timings is not None
+    batches = comparison.wanted.batches
+    kinds = [(kind, batch) for batch in batches for kind in ("prefill", "decode")]
+    names = [f"{kind},\nbatch {batch}" for kind, batch in kinds]
+    rows = {batch: [row for row in comparison.timings.rows if row.batch == batch] for batch in batches}
+    groups = []
+    for index, side in enumerate(comparison.sides):
+        ratios = [getattr(rows[batch][index], kind) / getattr(rows[batch][0], kind) for kind, batch in kinds]
+        groups.append((side.name, [100 * ratio for ratio in ratios], None))
+    _bars(axis, names, groups)
+    axis.set_ylabel(f"tokens per second,\n% of {comparison.sides[0].name}")
+
+
+def _bars(axis: Any, names: Sequence[str], groups: Sequence[tuple[str, list[float], list[float] | None]]) -> None:
+    width = 0.8 / max(len(groups), 1)
+    hatches = ("", "///", "...", "xxx", "\\\\\\", "+++")  # they tell without colour
+    for index, (label, values, errors) in enumerate(groups):
+        places = [number - 0.4 + width * (index + 0.5) for number in range(len(names))]
+        axis.bar(
+            places, values, width * 0.92, yerr=errors, label=label, color=COLORS[index % len(COLORS)],
+            hatch=hatches[index % len(hatches)], edgecolor="white", linewidth=0.4, error_kw={"elinewidth": 1.0},
+        )  # fmt: skip
+    turned = len(names) > 4
+    axis.set_xticks(range(len(names)), names, rotation=30 if turned else 0, ha="right" if turned else "center")
+
+
+def _kept(axis: Any, comparison: Comparison) -> None:
+    """Share of every layer's parameters that a slim model has kept."""
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    for index, side in enumerate(comparison.sides):
+        if side.kept:
+            axis.plot([100 * share for share in side.kept], label=side.name, linewidth=1.4, **_style(index, 4))
+    axis.set_xlabel("layer")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    axis.set_ylabel("parameters that stay, by layer")
+
+
+def _positions(axis: Any, comparison: Comparison) -> None:
+    """Perplexity by position in the window."""
+    every: list[float] = []
+    for index, side in enumerate(comparison.sides):
+        values = (side.by_position.by_position or {}) if side.by_position else {}
+        every += values.values()
+        axis.plot(list(values), list(values.values()), label=side.name, linewidth=1.4, **_style(index))
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:.0f}")
+    axis.set_yscale("log")
+    _plain_ticks(axis, every)
+    axis.set_xlabel("position in the window")
+    axis.set_ylabel("perplexity (lower is better)")
+
+
+def _style(index: int, size: float = 7) -> dict[str, Any]:
+    turn = index // len(COLORS)  # the seventh model has the first one's colour and another marker
+    return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[(index + turn) % len(MARKERS)], "markersize": size}
 
 
 def _figure(columns: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure  # takes a while to import
 
-    figure = Figure(figsize=(5 * columns, 3.5), layout="constrained")
-    return figure, figure.subplots(1, columns)
+    figure = Figure(figsize=(5 * columns, 3.8), layout="constrained")
+    axes = figure.subplots(1, columns)
+    for axis in axes if columns > 1 else [axes]:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(visible=True, alpha=0.25)
+        axis.set_axisbelow(True)
+    return figure, axes
 
 
-def _has_tasks(comparison: Comparison) -> bool:
-    return all(result.tasks is not None and result.tasks.mean is not None for result in comparison.sides)
+def _legend(figure: Any, axis: Any) -> None:
+    """Names of the models below the axes, where nothing is drawn."""
+    handles, labels = axis.get_legend_handles_labels()
+    columns = 1 if max(map(len, labels), default=0) > LONG_NAME else 3
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
-def _perplexity(axis: Any, comparison: Comparison) -> None:
-    for index, (text, base) in enumerate(comparison.sides[0].perplexities):
-        values = [result.perplexities[index][1].perplexity for result in comparison.sides]
-        _by_size(axis, comparison, values, min, index, f"{Path(text).name}, window {base.window}")
-    axis.set_ylabel("perplexity (lower is better)")
-    axis.set_yscale("log")
-    _plain_ticks(axis)
-    _names(axis, comparison)
+def _plain_ticks(axis: Any, values: Sequence[float]) -> None:
+    """Ticks with plain numbers that keep apart on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 
-
-def _tasks(axis: Any, comparison: Comparison) -> None:
-    means = [100 * result.tasks.mean for result in comparison.sides if result.tasks and result.tasks.mean is not None]
-    tasks = comparison.sides[0].tasks
-    _by_size(axis, comparison, means, max, 0, f"mean of {len(tasks.protocol['tasks']) if tasks else 0} tasks")
-    axis.set_ylabel("accuracy, % (higher is better)")
-    _names(axis, comparison)
-
-
-def _sizes(comparison: Comparison) -> list[float]:
-    return [result.parameters / 1e6 for result in comparison.sides]
-
-
-def _by_size(axis: Any, comparison: Comparison, values: list[float], best: Any, index: int, label: str) -> None:
-    """A point for every model, and a line through the best of every size."""
-    sizes = _sizes(comparison)
-    through = [(size, best(v for s, v in zip(sizes, values) if s == size)) for size in sorted(set(sizes))]
-    _line(axis, [size for size, _ in through], [value for _, value in through], index, label)
-    axis.plot(sizes, values, color=COLORS[index % len(COLORS)], marker=MARKERS[index % len(MARKERS)], linestyle="none")
-
-
-def _line(axis: Any, x: list[float], y: list[float], index: int, label: str) -> None:
-    color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
-    axis.plot(x, y, color=color, marker=marker, markersize=6, linewidth=1.8, label=label)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(visible=True, alpha=0.25)
-    axis.legend(frameon=False)
-
-
-def _plain_ticks(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
-
-    axis.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    wide = bool(values) and max(values) > WIDE_RANGE * min(values)
+    locator = LogLocator(subs=(1.0, 2.0, 5.0)) if wide else MaxNLocator(nbins=6, steps=[1, 2, 5, 10])
+    axis.yaxis.set_major_locator(locator)
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_locator(NullLocator())
-
-
-def _names(axis: Any, comparison: Comparison) -> None:
-    """Label the axis below with parameters and the one above with model names."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_xlabel("parameters, millions")
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    upper = axis.secondary_xaxis("top")
-    names: dict[float, list[str]] = {}
-    for size, result in zip(_sizes(comparison), comparison.sides):
-        names.setdefault(size, []).append(result.name)
-    labels = ["\n".join(same) for same in names.values()]
-    upper.set_xticks(list(names), labels, rotation=20, ha="left", fontsize=8)
-    upper.tick_params(length=0)
-    upper.spines["top"].set_visible(False)

@@ -45,6 +45,18 @@ class Comparison:
             "wanted": asdict(self.wanted),
         }
 
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        names = [side.name for side in self.sides]
+        lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+        for row in self.table():
+            cells = []
+            for index in range(len(names)):
+                change = row.change_text(index)
+                cells.append(row.text(index) + (f" ({change})" if change else ""))
+            lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines)
+
     def table(self) -> list[ComparisonRow]:
         """The rows of the table, each with one value per model."""
         return list(_rows(self))
@@ -120,11 +132,11 @@ def _rows(comparison: Comparison) -> Iterator[ComparisonRow]:
         alike = same_type(rows)
         stored = ", ".join(f"{row.bytes / row.parameters:.2g}" for row in rows)
         note = "" if alike else f"stored with {stored} bytes per parameter, so these are not set against each other"
-        sizes = tuple(float(row.bytes) for row in rows)
-        yield ComparisonRow("size", "bytes on disk", sizes, ",.0f", "less", note, comparable=alike)
+        sizes = tuple(row.bytes / 1e6 for row in rows)
+        yield ComparisonRow("size", "MB on disk", sizes, ",.1f", "less", note, comparable=alike)
         if not alike:
-            halves = tuple(2.0 * row.parameters for row in rows)
-            yield ComparisonRow("size", "bytes with 16 bits per parameter", halves, ",.0f", "less")
+            halves = tuple(2.0 * row.parameters / 1e6 for row in rows)
+            yield ComparisonRow("size", "MB with 16 bits per parameter", halves, ",.1f", "less")
     for index, (text, first) in enumerate(sides[0].perplexities):
         values = tuple(side.perplexities[index][1] for side in sides)
         notes = [f"{side.name}: {side.leaks[text]}" for side in sides if text in side.leaks]
