@@ -20,16 +20,32 @@
 from __future__ import annotations
 
 import errno
+import re
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where there is no room: on the disk, in a quota, or for a file so large."""
+
+_FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
+
+_KEYWORDS = {"for": "engines", "export": "slimgpt.export(...)", "against": "the second argument"}
+"""Of options that are not the name of their keyword."""
 
 LONGEST_REASON = 400
 """Characters of another library's error that are repeated, about."""
 
 
 class SlimGPTError(Exception):
-    """Base of every error this package raises on purpose; the command line turns it into exit code 2."""
+    """Base of every error this package raises on purpose; the command line turns it into exit code 2.
+
+    Messages name options as they are typed; where Python shows the error, a note below gives the keywords.
+    """
+
+    def __init__(self, *args: object):
+        super().__init__(*args)
+        flags = dict.fromkeys(_FLAG.findall(str(args[0]) if args else ""))
+        if flags:
+            keywords = (f"{_KEYWORDS.get(flag, flag.replace('-', '_'))} for --{flag}" for flag in flags)
+            self.add_note(f"In Python, options are keywords: {', '.join(keywords)}.")
 
 
 class UsageError(SlimGPTError, ValueError):

@@ -85,7 +85,7 @@ def check_repository(
     """
     if push_to_hub is None:
         if private:
-            raise UsageError("private is for a repository of the hub; name it with --push-to-hub (push_to_hub=...)")
+            raise UsageError("private is for a repository of the hub; name it with --push-to-hub")
         return None
     try:
         validate_repo_id(push_to_hub)
