@@ -16,7 +16,9 @@ def test_python_shows_the_keywords_of_the_options_that_a_message_names():
         slimgpt.recover("slim", "out", "text", method="full", push_to_hub=None, rank=8)
     error = OutputError("OUT exists; pass --overwrite to replace it, or raise --num-samples (--overwrite)")
     shown = "".join(traceback.format_exception(error))
-    assert shown.endswith("In Python, options are keywords: overwrite for --overwrite, num_samples for --num-samples.\n")
+    assert shown.endswith(
+        "In Python, options are keywords: overwrite for --overwrite, num_samples for --num-samples.\n"
+    )
     assert "In Python" not in str(error)  # what the command line prints
     assert not hasattr(UsageError("nothing to name"), "__notes__")
     assert not [note for note in getattr(refused.value, "__notes__", []) if "--" not in note]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from slimgpt.recovery import recover
     from slimgpt.recovery.run import Recovery
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "ARCHITECTURES": "models",

@@ -66,7 +66,7 @@ def test_prune_writes_a_whole_folder(prune, dense_folder):
     assert len(report["layers"]) == LAYERS
     assert {"kept", "error", "seconds", "sizes"} <= set(report["layers"][0])
     assert len(report["calibration"]["sha256"]) == 64
-    assert report["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["versions"]["torch"])  # builds add +cpu, +cu128
     assert "slimgpt prune" in (folder / "README.md").read_text()
     assert str(dense_folder.parent) not in (folder / "README.md").read_text()
     model, _ = slimgpt.load(str(folder))
