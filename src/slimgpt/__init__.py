@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from slimgpt.planning import Plan, make_plan
     from slimgpt.pruning import PruneReport
     from slimgpt.recovery import recover
+    from slimgpt.scanning.run import scan
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ _HOME = {
     "recover": "recovery",
     "register": "models",
     "save": "checkpoint",
+    "scan": "scanning.run",
     "verify": "exporting",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "recover",
     "register",
     "save",
+    "scan",
     "verify",
 ]
 
