@@ -28,7 +28,7 @@ def prompts(*lengths: int) -> list[list[int]]:
     return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
 
 
-def one_by_one(model, ids, count, choose=lambda logits, step: int(logits.argmax())):
+def one_by_one(model, ids, count, choose=lambda logits, _step: int(logits.argmax())):
     written = []
     for step in range(count):
         with torch.no_grad():
