@@ -142,7 +142,7 @@ def test_ifeval_scores_of_given_answers_are_the_harness_s_own(model, tokenizer, 
     assert difference(answers(found), answers(found)) == (0.0, 0.0)
 
 
-def test_sentences_of_ifeval_need_a_model_that_may_not_be_there(rows, tmp_path, monkeypatch):
+def test_sentences_of_ifeval_need_a_model_that_may_not_be_there(tmp_path, monkeypatch):
     pytest.importorskip("immutabledict")
     pytest.importorskip("langdetect")
     nltk = pytest.importorskip("nltk")
