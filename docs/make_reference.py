@@ -72,7 +72,8 @@ def command_sections(command: Any, words: str) -> Iterator[str]:
         for name, below in command.commands.items():
             yield from command_sections(below, f"{words} {name}")
         return
-    details = {name: entry.detail for name, entry in settings_of(PruneConfig).items()} if "pru" in words else {}
+    details = {name: entry.detail for name, entry in settings_of(PruneConfig).items()}
+    details = details if words.split()[-1] in ("prune", "scan") else {}
     yield f"## {words}\n"
     yield f"{command.help}\n"
     yield from rows(command, details)

@@ -34,10 +34,10 @@ LISTED = Path(__file__).with_name("public_surface.json")
 
 FUNCTIONS = (
     "prune", "prune_folder", "recover", "compare", "export", "verify", "evaluate", "evaluate_tasks", "load", "save",
-    "inspect",
+    "inspect", "scan",
 )  # fmt: skip
 
-NAMED_BY_DATA = ("leaks", "scores")
+NAMED_BY_DATA = ("leaks", "scores", "omitted")
 """Keys of objects whose own keys are no field names but texts or tasks."""
 
 ROWS = {"question": "is the mill old", "answer": True, "passage": "The river runs past the old mill."}
@@ -139,11 +139,16 @@ def files() -> dict[str, list[str]]:
         "evaluate", "slim", "--against", "dense", "--text", "text.txt", "--window", 32, "--max-tokens", 256,
         "--json", "evaluate.json", "--device", "cpu",
     )  # fmt: skip
+    call(
+        "scan", "dense", "--calibration", "text.txt", "--points", "0.1,0.3", "--num-samples", 24, "--seq-len", 48,
+        "--allocation", "sensitivity", "--distill", 500, "--out", "scanned", "--device", "cpu",
+    )  # fmt: skip
     return {
         "slimgpt.json": keys_of(*(Path(name, "slimgpt.json") for name in ("slim", "slim-mixture", "recovered"))),
         "recovery.json": keys_of(Path("recovered/recovery.json")),
         "compare.json": keys_of(Path("compared/compare.json")),
         "evaluate.json": keys_of(Path("evaluate.json")),
+        "scan.json": keys_of(Path("scanned/scan.json")),
     }
 
 

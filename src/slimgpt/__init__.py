@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from slimgpt.pruning import PruneReport
     from slimgpt.recovery import recover
     from slimgpt.recovery.run import Recovery
+    from slimgpt.scanning.run import scan
 
 __version__ = "0.2.0"
 
@@ -71,6 +72,7 @@ _HOME = {
     "recover": "recovery",
     "register": "models",
     "save": "checkpoint",
+    "scan": "scanning.run",
     "speed": "comparison.timing",
     "verify": "exporting",
     "verify_in_engine": "exporting.engine_verification",
@@ -110,6 +112,7 @@ __all__ = [
     "recover",
     "register",
     "save",
+    "scan",
     "speed",
     "verify",
     "verify_in_engine",

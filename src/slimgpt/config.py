@@ -28,6 +28,11 @@ METHODS = ("slimgpt", "paper", "paper-no-gcd", "paper-no-dgs", "magnitude", "wan
 BOTH = ("prune", "plan")
 """The commands with an option for whatever decides the widths or what they cost."""
 
+RUNS = ("prune", "scan")
+"""The commands that prune."""
+
+ALL = ("prune", "plan", "scan")
+
 
 @dataclass(frozen=True)
 class PruneConfig:
@@ -54,30 +59,33 @@ class PruneConfig:
         detail="The rules: log_increase (the paper's Incremental Pruning Ratio), linear_increase, uniform, "
         "log_decrease, linear_decrease.",
         unset="log_increase",
-        commands=BOTH,
+        commands=ALL,
     )
     method: str = setting(
         "slimgpt",
         "slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda, random, or reap: whole experts of mixtures.",
-        commands=BOTH,
+        commands=ALL,
     )
-    repair: bool | None = setting(None, "Solve for the weights that stay.", unset="as the method")
+    repair: bool | None = setting(None, "Solve for the weights that stay.", unset="as the method", commands=RUNS)
     head_unit: str = setting(
         "auto",
         "auto, kv (KV heads with their query heads) or query.",
         detail="query: query heads, equally many per KV head. auto: whole KV heads for the paper's methods, else "
         "query heads where several share a KV head.",
-        commands=BOTH,
+        commands=ALL,
     )
-    num_samples: int = setting(128, "Calibration windows.", check=check_at_least_one, commands=BOTH)
-    seq_len: int = setting(2048, "Tokens per window.", check=check_at_least_one, commands=BOTH)
-    batch_size: int = setting(4, "Windows that go through a layer together.", check=check_at_least_one)
-    damping: float = setting(0.01, "Share of its mean added to the Hessian's diagonal.", check=check_damping)
+    num_samples: int = setting(128, "Calibration windows.", check=check_at_least_one, commands=ALL)
+    seq_len: int = setting(2048, "Tokens per window.", check=check_at_least_one, commands=ALL)
+    batch_size: int = setting(4, "Windows that go through a layer together.", check=check_at_least_one, commands=RUNS)
+    damping: float = setting(
+        0.01, "Share of its mean added to the Hessian's diagonal.", check=check_damping, commands=RUNS
+    )
     seed: int = setting(
         0,
         "For the choice of text.",
         detail="Also for the method random and for text that is generated.",
         check=check_seed,
+        commands=RUNS,
     )
     round_to: str | int = setting(
         AUTO,
@@ -88,19 +96,20 @@ class PruneConfig:
         unset="auto, or as --for asks",
         metavar="STEP",
         check=check_round_to,
-        commands=BOTH,
+        commands=ALL,
     )
-    uniform: bool = setting(False, "Equal layers: the result loads as a stock class.", commands=BOTH)
-    ffn_only: bool = setting(False, "Remove FFN channels and experts only.", commands=BOTH)
-    heads_only: bool = setting(False, "Remove attention heads only.", commands=BOTH)
+    uniform: bool = setting(False, "Equal layers: the result loads as a stock class.", commands=ALL)
+    ffn_only: bool = setting(False, "Remove FFN channels and experts only.", commands=ALL)
+    heads_only: bool = setting(False, "Remove attention heads only.", commands=ALL)
     skip_layers: str | tuple[int, ...] | None = setting(
-        None, "Layers that stay as they are: 0,1,-1 (from the end).", commands=BOTH
+        None, "Layers that stay as they are: 0,1,-1 (from the end).", commands=ALL
     )
     forward_dtype: str = setting(
         "auto",
         "Of passes over the text: auto, float32, float16, bfloat16.",
         detail="auto: as stored; on a CPU the faster one. Weights are scored, repaired and saved in their own type "
         "whatever it is.",
+        commands=RUNS,
     )
     params: str | int | None = setting(
         None,
@@ -129,6 +138,7 @@ class PruneConfig:
         "text that the dense model writes. With a schedule or a plan, auto is schedule. Equal layers: the numbers of "
         "heads and channels that cost least, summed over the layers.",
         check=check_allocation,
+        commands=RUNS,
     )
     plan: str | None = setting(
         None, "A file that `slimgpt plan --save` wrote.", detail="In place of every other choice of widths."
@@ -139,7 +149,7 @@ class PruneConfig:
         detail="The share of what experts lose. The rest is channels inside the experts that stay. With the method "
         "reap: 1.",
         check=check_share,
-        commands=BOTH,
+        commands=ALL,
     )
     distill: str | int = setting(
         "auto",
@@ -150,6 +160,7 @@ class PruneConfig:
         "rest. With auto, not at all for the other methods and without repair.",
         metavar="TOKENS",
         check=check_distill,
+        commands=RUNS,
     )
 
     evaluate: bool = setting(

@@ -23,6 +23,7 @@ from slimgpt.cli import (  # importing a module registers its commands
     prune,
     recover,
     reproduce,
+    scan,
     speed,
 )
 from slimgpt.cli.console import app, say_disk_full
@@ -44,6 +45,7 @@ __all__ = [
     "prune",
     "recover",
     "reproduce",
+    "scan",
     "speed",
 ]
 

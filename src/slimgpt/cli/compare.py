@@ -10,7 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
-from slimgpt.cli.evaluate import DataOption, FewshotOption, LimitOption, PasskeyOption, TasksHelp, whole_numbers
+from slimgpt.cli.evaluate import (
+    CodeOption,
+    DataOption,
+    FewshotOption,
+    LimitOption,
+    PasskeyOption,
+    TasksHelp,
+    TemplateOption,
+    whole_numbers,
+)
 from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption
 from slimgpt.cli.progress import count_bar
 from slimgpt.cli.speed import BatchOption, NewOption, PromptOption, RoundsOption
@@ -39,6 +48,8 @@ def compare(
     limit: LimitOption = None,
     num_fewshot: FewshotOption = None,
     data_dir: DataOption = None,
+    chat_template: TemplateOption = False,
+    confirm_run_unsafe_code: CodeOption = False,
     long: Annotated[int | None, typer.Option(help="Also perplexity by position, in windows of so many tokens.")] = None,
     passkey: PasskeyOption = None,
     samples: Annotated[int, typer.Option(help="Short texts that every model writes (0 to 4).")] = 3,
@@ -65,6 +76,8 @@ def compare(
         tasks=tuple(task_names(tasks)) if tasks is not None else (),
         limit=limit,
         num_fewshot=num_fewshot,
+        chat_template=chat_template,
+        confirm_run_unsafe_code=confirm_run_unsafe_code,
         long_window=long,
         passkey=tuple(whole_numbers(passkey, "--passkey")) if passkey else (),
         batches=tuple(whole_numbers(batch, "--batch")) if speed else (),

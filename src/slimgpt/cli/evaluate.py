@@ -30,6 +30,12 @@ FewshotOption = Annotated[
 PasskeyOption = Annotated[
     str | None, typer.Option(metavar="LENGTHS", help="Hide a number in texts of 512,1024,... tokens; ask for it.")
 ]
+TemplateOption = Annotated[
+    bool, typer.Option("--chat-template", help="Put the questions of tasks through the chat template.")
+]
+CodeOption = Annotated[
+    bool, typer.Option("--confirm-run-unsafe-code", help="Let tasks such as humaneval run the code a model writes.")
+]
 TasksHelp = "Tasks of lm-evaluation-harness by name, separated by commas; 'commonsense' is the usual seven."
 
 
@@ -57,6 +63,8 @@ def evaluate(
     limit: LimitOption = None,
     num_fewshot: FewshotOption = None,
     data_dir: DataOption = None,
+    chat_template: TemplateOption = False,
+    confirm_run_unsafe_code: CodeOption = False,
     passkey: PasskeyOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
     device: DeviceOption = "auto",
@@ -100,7 +108,11 @@ def evaluate(
         raise UsageError("--against tells a divergence on a text: give --text, too")
     check_protocol(window, bos, max_tokens, batch_size)
     lengths = whole_numbers(passkey, "--passkey") if passkey else []
-    names = check_tasks(tasks, limit, num_fewshot, data_dir)[0] if tasks is not None else []
+    names = (
+        check_tasks(tasks, limit, num_fewshot, data_dir, confirm_run_unsafe_code=confirm_run_unsafe_code)[0]
+        if tasks is not None
+        else []
+    )
     if data_dir is not None and not data_dir.is_dir():
         raise UsageError(f"the data folder {data_dir} does not exist")
     content = read_text(text, data_dir) if text is not None else None
@@ -151,7 +163,17 @@ def evaluate(
             print_divergence(result.divergence, result)
     if names:
         with count_bar("tasks") as on_start:
-            scores = evaluate_tasks(loaded, tokenizer, names, limit, num_fewshot, data_dir, on_start)
+            scores = evaluate_tasks(
+                loaded,
+                tokenizer,
+                names,
+                limit,
+                num_fewshot,
+                data_dir,
+                on_start,
+                chat_template=chat_template,
+                confirm_run_unsafe_code=confirm_run_unsafe_code,
+            )
         values["tasks"] = scores.to_json()
         print_scores(scores)
         figures += task_figures(scores)
@@ -219,6 +241,13 @@ def print_scores(scores: TaskScores) -> None:
             ", ".join(f"{key} {value:.4g}" for key, value in rest.items()),
         )
     out.print(table)
+    for name, ending in scores.endings.items():
+        out.print(
+            f"{show(name)}: {ending.either:.1%} of {ending.answers:,} answers loop ({ending.loops:.1%}) or never stop "
+            f"({ending.unstopped:.1%})",
+            soft_wrap=True,
+            highlight=False,
+        )
     for name, words in scores.degenerate_tasks().items():
         out.print(
             f"[yellow]{show(name)}: the model answers {words} of the questions, right or wrong[/]", soft_wrap=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,8 @@ from slimgpt.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from slimgpt.models.text_generation import Sampling
 
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")]
@@ -36,6 +38,7 @@ def generate(
 ) -> None:
     """Print what MODEL answers to PROMPT, or how it goes on where it has no chat template."""
     from slimgpt.models.loading import load
+    from slimgpt.models.text_generation import Sampling
 
     silence_libraries()
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -44,7 +47,7 @@ def generate(
     with out.status(f"loading {show(model)}"):
         loaded, tokenizer = load(model, dtype, device, trust_remote_code)
     messages = None if raw or not tokenizer.chat_template else [{"role": "user", "content": text}]
-    _answer(loaded, tokenizer, messages or text, _sampling(max_new_tokens, temperature, top_p, seed))
+    _answer(loaded, tokenizer, messages or text, Sampling(max_new_tokens, temperature, top_p, seed))
 
 
 @app.command()
@@ -62,6 +65,7 @@ def chat(
 ) -> None:
     """Talk to MODEL; an empty line or Ctrl-D ends it."""
     from slimgpt.models.loading import load
+    from slimgpt.models.text_generation import Sampling
 
     silence_libraries()
     with out.status(f"loading {show(model)}"):
@@ -69,10 +73,10 @@ def chat(
     if not tokenizer.chat_template:
         raise UsageError(f"{model} has no chat template; use slimgpt generate")
     messages: list[dict[str, str]] = [] if system is None else [{"role": "system", "content": system}]
-    sampling = _sampling(max_new_tokens, temperature, top_p, seed)
     err.print("[dim]an empty line or Ctrl-D ends it[/]")
     while line := _read_line():
         messages.append({"role": "user", "content": line})
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed + len(messages) // 2)
         messages.append({"role": "assistant", "content": _answer(loaded, tokenizer, messages, sampling)})
 
 
@@ -84,50 +88,20 @@ def _read_line() -> str:
     return line
 
 
-def _sampling(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> dict[str, Any]:
-    """Keywords of ``model.generate``; sampling is seeded."""
-    import torch
-
-    torch.manual_seed(seed)
-    if temperature == 0:
-        return {"max_new_tokens": max_new_tokens, "do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_p": top_p}
-
-
 def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[dict[str, str]],
-    sampling: dict[str, Any],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], sampling: Sampling
 ) -> str:
     """Write an answer to standard output, token by token, and return it.
 
     Raises:
         UsageError: the prompt fills the context.
     """
-    import torch
     from transformers import TextStreamer
 
-    from slimgpt.models.lookup import check_context
+    from slimgpt.models.text_generation import generate_answers, prompt_ids
 
-    if isinstance(prompt, str):
-        inputs: Any = tokenizer(prompt, return_tensors="pt")
-    else:
-        inputs = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    ids, mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
-    check_context(model.config, "the prompt and its answer", ids.shape[1] + 1)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with torch.no_grad():
-        output: Any = model.generate(  # type: ignore[operator]
-            ids,
-            attention_mask=mask,
-            pad_token_id=pad,
-            streamer=None if out.quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),  # type: ignore[arg-type]
-            **sampling,
-        )
-    answer = str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    streamer = None if out.quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
+    (answer,) = generate_answers(model, tokenizer, [prompt_ids(tokenizer, prompt)], sampling, streamer=streamer)
     if out.quiet:
-        typer.echo(answer)
-    return answer.strip()
+        typer.echo(answer.text)
+    return answer.text.strip()

@@ -58,8 +58,7 @@ def setting_options(
         types = get_type_hints(owner)
         options = {
             name: _option(name, entry, types[name], getattr(owner, name))
-            for name, entry in settings_of(owner).items()
-            if command in entry.commands
+            for name, entry in settings_of(owner, command).items()
         }
         parameters = interleave(own, options, before)
         set_parameters(function, parameters)

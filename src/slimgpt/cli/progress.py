@@ -16,7 +16,7 @@ from slimgpt.cli.console import out
 if TYPE_CHECKING:
     import torch
 
-    from slimgpt.pipeline.callbacks import Callbacks
+    from slimgpt.pipeline.callbacks import Callbacks, OnPhase
     from slimgpt.pruning.report import LayerReport
 
 LINES = 20
@@ -129,12 +129,20 @@ def count_bar(phase: str) -> Iterator[Callable[[int], Callable[[int], None]]]:
 
 @contextmanager
 def layer_progress(tokens: int, device: torch.device) -> Iterator[Callbacks]:
-    """Progress of a pruning run; yields the callbacks.
+    """Progress of a pruning run; yields the callbacks."""
+    from slimgpt.pipeline.callbacks import by_phase
+
+    with phase_progress(tokens, device) as step:
+        yield by_phase(step)
+
+
+@contextmanager
+def phase_progress(tokens: int, device: torch.device) -> Iterator[OnPhase]:
+    """Progress of one pruning run or several; yields what is called after every step of every phase.
 
     The time left is that of the layers seen so far times those to come. Layers that a resumed run finds finished
     count with what they took when they were pruned, so the figure is right from the first of them on.
     """
-    from slimgpt.pipeline.callbacks import by_phase
     from slimgpt.pruning.report import LayerReport
     from slimgpt.runtime.memory import used_bytes
 
@@ -153,7 +161,7 @@ def layer_progress(tokens: int, device: torch.device) -> Iterator[Callbacks]:
                 state = f"KL {detail:.3f} nats"
             shown.step(phase, done, total, left=left, state=state, unit=unit)
 
-        yield by_phase(step)
+        yield step
 
 
 def _describe(report: LayerReport) -> str:

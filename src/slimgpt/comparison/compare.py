@@ -116,7 +116,13 @@ def _check(names: Sequence[str], config: CompareConfig, data_dir: str | Path | N
         for batch in config.batches:
             check_generation(model_config, config.prompt, config.new_tokens, config.rounds, batch)
     if config.tasks:
-        check_tasks(config.tasks, config.limit, config.num_fewshot, data_dir)
+        check_tasks(
+            config.tasks,
+            config.limit,
+            config.num_fewshot,
+            data_dir,
+            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+        )
 
 
 def _labels(names: Sequence[str]) -> list[str]:

@@ -45,6 +45,8 @@ class CompareConfig:
         max_tokens: tokens read of every text; all if ``None``.
         tasks: of lm-evaluation-harness; none if empty.
         limit: rows of every task.
+        chat_template: put the questions of tasks through the chat template.
+        confirm_run_unsafe_code: let tasks run the code that the models write.
         long_window: also perplexity by position up to here, on the first text; left out if ``None``.
         passkey: lengths of texts that hide a number.
         samples: how many texts every model writes; see :func:`slimgpt.evaluation.write_samples`.
@@ -57,6 +59,8 @@ class CompareConfig:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     num_fewshot: int | None = None
+    chat_template: bool = False
+    confirm_run_unsafe_code: bool = False
     long_window: int | None = None
     passkey: tuple[int, ...] = ()
     batches: tuple[int, ...] = (1,)
@@ -253,14 +257,20 @@ class _ModelMeasurer:
         def measure() -> dict[str, Any]:
             with self.common.progress_bar("tasks") as on_start:
                 scores = evaluate_tasks(
-                    *self.loaded, config.tasks, config.limit, config.num_fewshot, data_dir, on_start
+                    *self.loaded,
+                    config.tasks,
+                    config.limit,
+                    config.num_fewshot,
+                    data_dir,
+                    on_start,
+                    chat_template=config.chat_template,
+                    confirm_run_unsafe_code=config.confirm_run_unsafe_code,
                 )
             return scores.with_answers()
 
         rows = None if data_dir is None else stamp_rows(Path(data_dir).expanduser())
-        return TaskScores.from_json(
-            self.cache.get_or_measure(["tasks", config.tasks, config.limit, config.num_fewshot, rows], measure)
-        )
+        settings = ["tasks", config.tasks, config.limit, config.num_fewshot, rows, config.chat_template]
+        return TaskScores.from_json(self.cache.get_or_measure(settings, measure))
 
     def _passkey(self) -> Passkey:
         lengths = self.common.config.passkey

@@ -16,7 +16,7 @@ from slimgpt.comparison.differences import (
 )
 from slimgpt.comparison.measure import CompareConfig, ModelResult
 from slimgpt.comparison.timing import METRIC_FORMATS, Timings, same_type
-from slimgpt.evaluation.tasks import answers, flips, metric_of
+from slimgpt.evaluation.tasks import GENERATED_METRICS, answers, flips, metric_of
 
 SMALLEST_CHANGE = 0.005
 """A ratio nearer to 1 is no change where no standard error is known."""
@@ -170,9 +170,20 @@ def _rows(comparison: Comparison) -> Iterator[ComparisonRow]:
             values = tuple(t.scores[task].get(metric) if t else None for t in tasks)
             degenerate = [(side.name, side.tasks.degenerate_tasks().get(task)) for side in sides if side.tasks]
             notes = [f"{name} answers {words} of the questions" for name, words in degenerate if words]
-            style = ".1%" if metric.startswith("acc") else ".4g"
+            style = ".1%" if metric.startswith("acc") or metric in GENERATED_METRICS else ".4g"
             apart = tuple(task_difference(tasks[0], t, task) for t in tasks)
             yield ComparisonRow("tasks", f"{task} ({metric})", values, style, "more", "; ".join(notes), apart)
+            if task in tasks[0].endings:
+                endings = [t.endings.get(task) if t else None for t in tasks]
+                bad = tuple(each and each.either for each in endings)
+                apart = [
+                    f"{side.name}: {e.loops:.1%} loop, {e.unstopped:.1%} are cut"
+                    for side, e in zip(sides, endings)
+                    if e
+                ]
+                yield ComparisonRow(
+                    "tasks", f"{task}: loop or never stop", bad, ".1%", "less", "; ".join(apart), (None,) * len(sides)
+                )
         if tasks[0].mean is not None:
             base = answers(tasks[0])
             means = tuple(t.mean if t else None for t in tasks)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-import torch
 from jinja2 import TemplateError
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt.models.eval_mode import in_eval_mode
-from slimgpt.models.lookup import text_config
+from slimgpt.models.text_generation import Sampling, generate_answers, prompt_ids, room_for
 
 QUESTIONS = (
     "Explain in three sentences why leaves change their colour in autumn.",
@@ -57,8 +55,6 @@ class Sample:
         return cls(**values)
 
 
-@torch.no_grad()
-@in_eval_mode
 def write_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -76,42 +72,21 @@ def write_samples(
     for question, opening in list(zip(QUESTIONS, OPENINGS))[:count]:
         templated = _through_template(tokenizer, question)
         prompt = opening if templated is None else question
-        ids = tokenizer(templated or opening, add_special_tokens=templated is None)["input_ids"]
-        samples.append(_answer(model, tokenizer, prompt, ids, new_tokens))
+        ids = prompt_ids(tokenizer, opening) if templated is None else templated
+        if ids and room_for(model, ids, new_tokens) > 0:
+            (answer,) = generate_answers(model, tokenizer, [ids], Sampling(new_tokens))
+            samples.append(Sample(prompt, answer.text, answer.stopped))
+        else:
+            samples.append(Sample(prompt, None, False))
         if progress:
             progress(1)
     return samples
 
 
-def _through_template(tokenizer: PreTrainedTokenizerBase, question: str) -> str | None:
+def _through_template(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int] | None:
     if tokenizer.chat_template is None:
         return None
-    messages = [{"role": "user", "content": question}]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return prompt_ids(tokenizer, [{"role": "user", "content": question}])
     except (TemplateError, TypeError, ValueError):  # a template for something else
         return None
-
-
-def _answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, ids: Sequence[int], new_tokens: int
-) -> Sample:
-    longest = getattr(text_config(model.config), "max_position_embeddings", None)
-    room = new_tokens if longest is None else min(new_tokens, longest - len(ids))
-    if room < 1 or not ids:
-        return Sample(prompt, None, False)
-    ends = _end_ids(model, tokenizer)
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=room, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0
-    )
-    given = torch.tensor([list(ids)], device=model.device)
-    output: Any = model.generate(given, attention_mask=torch.ones_like(given), generation_config=settings)  # type: ignore[operator]
-    written = output[0, len(ids) :].tolist()
-    text = tokenizer.decode(written, skip_special_tokens=True)
-    return Sample(prompt, str(text), bool(written) and written[-1] in ends)
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    own: Any = getattr(model.generation_config, "eos_token_id", None)
-    ids: list[Any] = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]
-    return sorted({int(i) for i in ids if i is not None})

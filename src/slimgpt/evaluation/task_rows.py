@@ -22,13 +22,17 @@ ADAPTERS: dict[str, Callable[[TaskRow], TaskRow]] = {"boolq": _boolq}
 """Tasks whose rows are published in two schemas."""
 
 
+FILES = {"ifeval": ("input_data", "ifeval_input_data"), "humaneval": ("HumanEval",)}
+"""Names of files that tasks of a single split are published under."""
+
+
 def read_rows(
     data_dir: Path, task: str, dataset: str | None, config: str | None, splits: Mapping[str, str]
 ) -> dict[str, Any]:
     """The splits of a task as ``datasets``; those that are not there and not needed are empty.
 
     They are looked for in ``data_dir/task`` and in ``data_dir/dataset/config`` (``mmlu/anatomy``), as
-    ``split.jsonl``, ``split.json`` (a list of rows) or ``split.parquet``.
+    ``split.jsonl``, ``split.json`` (a list of rows) or ``split.parquet``, or under a name of :data:`FILES`.
 
     Args:
         splits: by name, what the task needs them for; nothing if it can do without.
@@ -43,7 +47,8 @@ def read_rows(
         places += [data_dir / dataset.rsplit("/", 1)[-1] / (config or ""), data_dir / dataset.rsplit("/", 1)[-1]]
     rows: dict[str, list[TaskRow]] = {}
     for split, purpose in splits.items():
-        files = [place / f"{split}{suffix}" for place in places for suffix in _READERS]
+        names = (split, *FILES.get(task, ()))
+        files = [place / f"{name}{suffix}" for place in places for name in names for suffix in _READERS]
         file = next((file for file in files if file.is_file()), None)
         if file is not None:
             rows[split] = [ADAPTERS.get(task, dict)(row) for row in _read(file)]

@@ -14,6 +14,7 @@ from typing import Any, Self
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import UsageError
+from slimgpt.evaluation.answer_endings import AnswerEndings
 from slimgpt.runtime.thresholds import thresholds
 
 COMMONSENSE = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -22,6 +23,9 @@ ALIASES = {"commonsense": COMMONSENSE}
 
 MEAN_METRICS = ("acc_norm", "acc")
 """A task's score in means is the first of these that it has."""
+
+GENERATED_METRICS = ("prompt_level_strict_acc", "exact_match", "pass@1")
+"""The same of tasks whose answers are generated: IFEval, GSM8K, HumanEval."""
 
 MIN_QUESTIONS = 20
 """Fewer questions may have the same answer by chance."""
@@ -43,6 +47,8 @@ class TaskScores:
             :func:`stderr_of_mean`.
         commonest: by task, of those whose questions all have the same options, such as yes and no: the option that the
             model prefers most often, and the share of questions where it does. Not of tasks of a few questions.
+        endings: of generated answers, by task: how many loop or never stop; see
+            :class:`~slimgpt.evaluation.answer_endings.AnswerEndings`.
         samples: by task, what the harness logs of every row; left out of :meth:`to_json`.
         protocol: everything that changes the numbers.
     """
@@ -54,6 +60,7 @@ class TaskScores:
     protocol: dict[str, Any]
     samples: dict[str, list[dict[str, Any]]]
     commonest: dict[str, tuple[str, float]] = field(default_factory=dict)
+    endings: dict[str, AnswerEndings] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists, without the samples."""
@@ -71,7 +78,8 @@ class TaskScores:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Read the values of :meth:`with_answers`, also from a JSON file."""
         commonest = {name: (option, share) for name, (option, share) in values["commonest"].items()}
-        return cls(**{**values, "commonest": commonest})
+        endings = {name: AnswerEndings(**each) for name, each in values.get("endings", {}).items()}
+        return cls(**{**values, "commonest": commonest, "endings": endings})
 
     def degenerate_tasks(self, min_share: float | None = None) -> dict[str, str]:
         """Tasks whose score mostly reflects how often the model's preferred option is right.
@@ -97,6 +105,10 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     data_dir: str | Path | None = None,
     on_start: Callable[[int], Callable[[int], None]] | None = None,
+    *,
+    chat_template: bool = False,
+    confirm_run_unsafe_code: bool = False,
+    seed: int = 0,
 ) -> TaskScores:
     """Scores of a model in memory on tasks of lm-evaluation-harness.
 
@@ -106,12 +118,29 @@ def evaluate_tasks(
         num_fewshot: examples before every question; by default what the task says.
         data_dir: take the rows from files here instead of the hub; see :func:`slimgpt.evaluation.task_rows.read_rows`.
         on_start: told how many requests there are; gives what is called with the number answered since.
+        chat_template: put questions through the tokenizer's chat template.
+        confirm_run_unsafe_code: let tasks such as HumanEval run the code that the model writes, as this user.
+        seed: of tasks that sample.
 
     Raises:
-        UsageError: the harness is not installed, a task is unknown, or its rows cannot be had.
+        UsageError: the harness is not installed, a task is unknown, its rows cannot be had, it runs code and may not,
+            or there is no chat template.
     """
     names, folder = check_tasks(tasks, limit, num_fewshot, data_dir, rows=False)
-    output = _harness().run_harness(model, tokenizer, names, limit, num_fewshot, folder, on_start)
+    if chat_template and not tokenizer.chat_template:
+        raise UsageError("the tokenizer has no chat template; leave out --chat-template")
+    output = _harness().run_harness(
+        model,
+        tokenizer,
+        names,
+        limit,
+        num_fewshot,
+        folder,
+        on_start,
+        chat_template=chat_template,
+        run_code=confirm_run_unsafe_code,
+        seed=seed,
+    )
     scores = {name: _metrics(output, name) for name in {**output["results"], **(output.get("groups") or {})}}
     asked = [scores[name] for name in names if name in scores]
     return TaskScores(
@@ -123,6 +152,7 @@ def evaluate_tasks(
         commonest={
             name: one for name, rows in output["samples"].items() if (one := _majority_answer(rows)) is not None
         },
+        endings=output["endings"],
         protocol={
             "harness": f"lm_eval {output['lm_eval_version']}",
             "tasks": names,
@@ -130,7 +160,7 @@ def evaluate_tasks(
             "num_fewshot": output["n-shot"],
             "limit": limit,
             "rows_from": "the hub" if folder is None else "local files",
-            "chat_template": False,
+            "chat_template": chat_template,
             "bos": bool(getattr(tokenizer, "add_bos_token", False)),
             "mean_of": "acc_norm where the task has it, else acc",
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -145,6 +175,7 @@ def check_tasks(
     num_fewshot: int | None = None,
     data_dir: str | Path | None = None,
     rows: bool = True,
+    confirm_run_unsafe_code: bool = False,
 ) -> tuple[list[str], Path | None]:
     """Refuse what :func:`evaluate_tasks` would refuse, before anything long is done.
 
@@ -167,7 +198,7 @@ def check_tasks(
         raise UsageError(f"the data folder {folder} does not exist")
     harness = _harness()
     if rows:
-        harness.build_tasks(names, limit, num_fewshot, folder)
+        harness.build_tasks(names, limit, num_fewshot, folder, confirm_run_unsafe_code)
     return names, folder
 
 
@@ -232,21 +263,27 @@ def stderr_of_mean(scores: Sequence[dict[str, float]]) -> float | None:
     Args:
         scores: of every task its metrics and their ``_stderr``.
     """
-    errors = [score.get(f"{metric}_stderr") for score in scores if (metric := metric_of(score))]
+    errors = [score.get(f"{metric}_stderr") for score in scores if (metric := metric_of(score, MEAN_METRICS))]
     known = [error for error in errors if error is not None and math.isfinite(error)]
     return math.hypot(*known) / len(known) if known and len(known) == len(scores) else None
 
 
 def answers(result: TaskScores) -> Answers:
-    """Question scores behind a mean: ``acc_norm`` where a task has it, else ``acc``, of every question of the tasks.
+    """The score of every question of the tasks: ``acc_norm`` where a task has it, else ``acc``, or the metric of a task
+    whose answers are generated.
 
     Empty where a task has no questions of its own, as a group has.
     """
-    rows = {name: result.samples.get(name, []) for name in result.protocol["tasks"]}
+    rows = {name: _rows_of(result.samples.get(name, [])) for name in result.protocol["tasks"]}
     return {
         name: {row["doc_id"]: float(row[metric]) for row in rows[name] if (metric := metric_of(result.scores[name]))}
         for name in rows
     }
+
+
+def _rows_of(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for every question: the first of the filters through which the harness reads an answer."""
+    return [row for row in samples if row.get("filter") == samples[0].get("filter")]
 
 
 def difference(base: Answers, other: Answers) -> tuple[float, float] | None:
@@ -285,6 +322,6 @@ def mean_of(scores: Sequence[dict[str, float]], metrics: tuple[str, ...] = MEAN_
     return sum(values) / len(values) if values and len(values) == len(scores) else None
 
 
-def metric_of(score: dict[str, float], metrics: tuple[str, ...] = MEAN_METRICS) -> str | None:
+def metric_of(score: dict[str, float], metrics: tuple[str, ...] = (*MEAN_METRICS, *GENERATED_METRICS)) -> str | None:
     """The first of some metrics that a task has."""
     return next((metric for metric in metrics if metric in score), None)

@@ -73,8 +73,8 @@ def by_phase(step: OnPhase) -> Callbacks:
     return Callbacks(layer, measured, distilled, prepare_step, compared=compared)
 
 
-def with_bars(callbacks: Callbacks) -> Callbacks:
-    """The same callbacks, with a bar of tqdm for every phase: on a terminal as in a notebook."""
+def phase_bars() -> OnPhase:
+    """A bar of tqdm for every phase: on a terminal as in a notebook."""
     from tqdm.auto import tqdm
 
     bars: dict[str, Any] = {}
@@ -89,7 +89,12 @@ def with_bars(callbacks: Callbacks) -> Callbacks:
         if done >= total:
             bar.close()
 
-    shown = by_phase(step)
+    return step
+
+
+def with_bars(callbacks: Callbacks) -> Callbacks:
+    """The same callbacks, with the bars of :func:`phase_bars`."""
+    shown = by_phase(phase_bars())
     names = ("layer", "measured", "distilled", "prepare_step", "compared")
     return replace(callbacks, **{name: _both(getattr(shown, name), getattr(callbacks, name)) for name in names})
 

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt import assets
@@ -20,6 +19,7 @@ from slimgpt.evaluation.speed import measure_speed, peak_memory
 from slimgpt.io.weight_files import weight_bytes
 from slimgpt.models.loading import load, load_model
 from slimgpt.models.source import locate
+from slimgpt.models.text_generation import Sampling, generate_answers, prompt_ids
 from slimgpt.pipeline.callbacks import Callbacks
 from slimgpt.pipeline.in_memory import run_in_memory
 from slimgpt.pipeline.prepare import make_job, prepare
@@ -152,7 +152,5 @@ def run_demo(
 def _quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[float, str]:
     """Perplexity on the held-out speeches, and how it goes on after :data:`PROMPT`."""
     result = evaluate(model, tokenizer, assets.DEMO, window=WINDOW, max_tokens=EVALUATION_TOKENS)
-    inputs = tokenizer(PROMPT, return_tensors="pt")
-    with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=50, do_sample=False)  # type: ignore[operator]
-    return result.perplexity, str(tokenizer.decode(output[0], skip_special_tokens=True))
+    (answer,) = generate_answers(model, tokenizer, [prompt_ids(tokenizer, PROMPT)], Sampling(50))
+    return result.perplexity, PROMPT + answer.text

@@ -22,7 +22,7 @@ from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import describe
 from slimgpt.models.ties import untie_as_held
 from slimgpt.pipeline.callbacks import WRITING, Callbacks, OnLayer, with_bars
-from slimgpt.pipeline.memory_sink import ModelInMemory
+from slimgpt.pipeline.memory_sink import LayersInMemory, ModelInMemory
 from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.planning.planner import plan_for
 from slimgpt.planning.restriction import restricted
@@ -93,6 +93,32 @@ def prune(
     callbacks = Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
     callbacks = with_bars(callbacks) if progress else callbacks
     budget = parse_bytes(memory) if memory else None
+    job = job_in_memory(
+        model, tokenizer, config, calibration, callbacks.prepare_step, device=device, dtype=dtype, budget=budget
+    )
+    return run_in_memory(model, job, callbacks, budget)
+
+
+def job_in_memory(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: PruneConfig,
+    calibration: Calibration = AUTO,
+    on_rehearsed: OnRehearsed | None = None,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    budget: int | None = None,
+) -> PruneJob:
+    """Input of the stages for a model in memory: everything checked, the text read, or written by the model.
+
+    Args:
+        on_rehearsed: called after every step while the model writes.
+        budget: bytes that may be used on the device; ``None``: what is free.
+
+    Raises:
+        SlimGPTError: see :func:`prune`.
+    """
     target, weight_dtype = as_device(device), as_dtype(dtype)
     untie_as_held(model)
     shape = restricted(describe(model.config, model), config)
@@ -121,10 +147,10 @@ def prune(
             device=target,
             dtype=writing_dtype(config.forward_dtype, stored, target),
             budget=budget,
-            on_written=partial(callbacks.prepare_step, WRITING) if callbacks.prepare_step else None,
+            on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
         )
     )
-    job = PruneJob(
+    return PruneJob(
         name=name,
         config=config,
         shape=shape,
@@ -140,7 +166,6 @@ def prune(
         evaluation=evaluation_texts(text, tokenizer, vocab_size) if config.evaluate else {},
         calibration_info=info,
     )
-    return run_in_memory(model, job, callbacks, budget)
 
 
 @in_eval_mode
@@ -153,4 +178,15 @@ def run_in_memory(
         budget: bytes that may be used on the device; ``None``: what is free.
     """
     memory = ModelInMemory(model)
+    return run_stages(job, memory, memory, callbacks, Ranks(), budget)
+
+
+@in_eval_mode
+def run_beside(model: PreTrainedModel, job: PruneJob, callbacks: Callbacks, budget: int | None = None) -> PruneReport:
+    """Prune a copy of a model's layers in memory, measure it and drop it; the model is unchanged.
+
+    Args:
+        budget: bytes that may be used on the device; ``None``: what is free.
+    """
+    memory = LayersInMemory(model)
     return run_stages(job, memory, memory, callbacks, Ranks(), budget)

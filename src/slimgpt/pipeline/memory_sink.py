@@ -1,4 +1,4 @@
-"""A model in memory as the source and the sink of a run."""
+"""A model in memory as the source and the sink of a run, and its pruned layers beside it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.distillation.generate import GeneratedText
 from slimgpt.distillation.trainer import Distillation
-from slimgpt.models.build import decoder_layers
+from slimgpt.models.build import decoder_layers, rebuild_layer
 from slimgpt.models.slicing import State
 from slimgpt.models.streaming import check_finite
 from slimgpt.pipeline.stages import MeasuredPlan
@@ -72,3 +72,32 @@ class ModelInMemory:
 
     def finish(self, report: PruneReport) -> None:
         """The model is finished as it is."""
+
+
+class LayersInMemory(ModelInMemory):
+    """Both ends of a run whose pruned layers are kept beside the loaded model, which stays as it is."""
+
+    replaces_source = False
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.pruned: list[nn.Module] = []
+
+    def write(self, layer: PrunedLayer) -> None:
+        index = layer.report.layer
+        dense = decoder_layers(self.model)[index]
+        # Cloned: what is trained later may share its storage with the dense model.
+        state = {name: tensor.clone() for name, tensor in layer.state.items()}
+        self.pruned.append(rebuild_layer(dense, self.model.config, index, state, layer.report.sizes))
+
+    def close_layers(self) -> None:
+        """The model's config stays that of the dense one."""
+
+    def slim_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
+        return self.pruned.__getitem__
+
+    def write_trained(self, training: Distillation, info: dict[str, Any]) -> None:
+        if info["kept"]:
+            for index, layer in enumerate(self.pruned):
+                for name, trained in training.parameters(index).items():
+                    layer.get_parameter(name).data.copy_(trained)

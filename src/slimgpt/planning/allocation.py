@@ -165,6 +165,23 @@ def interpolate(plan: Plan, cheapest: Plan, shape: ModelShape, share: float, rou
     return mixed if abs(mixed.achieved - plan.achieved) <= TOLERANCE else cheapest
 
 
+def predicted_cost(plan: Plan, shape: ModelShape, costs: Sensitivity) -> float:
+    """The cost of a plan's widths, in nats per token: the sum over structures of their extrapolated contributions.
+
+    Args:
+        costs: with contributions of every structure that the plan narrows.
+    """
+    total = 0.0
+    for cost in costs.with_floor():
+        dense, sizes = shape.layers[cost.layer].sizes, plan.layers[cost.layer]
+        if cost.unit in FIELDS:
+            before, after = dense[FIELDS[cost.unit]], sizes[FIELDS[cost.unit]]
+        else:
+            before, after = head_units(dense, cost.unit), head_units(sizes, cost.unit)
+        total += cost.at(1 - after / before)
+    return total
+
+
 def cheapest_options(
     options: dict[tuple[int, str], list[WidthOption]], target: int
 ) -> dict[tuple[int, str], WidthOption] | None:

@@ -49,9 +49,14 @@ def setting(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={_KEY: Setting(help, **more)})
 
 
-def settings_of(owner: type) -> dict[str, Setting]:
-    """The settings that a dataclass has, by name and in order."""
-    return {entry.name: entry.metadata[_KEY] for entry in fields(owner) if _KEY in entry.metadata}
+def settings_of(owner: type, command: str | None = None) -> dict[str, Setting]:
+    """The settings that a dataclass has, by name and in order.
+
+    Args:
+        command: those with an option of this command alone.
+    """
+    all_settings = {entry.name: entry.metadata[_KEY] for entry in fields(owner) if _KEY in entry.metadata}
+    return {name: entry for name, entry in all_settings.items() if command is None or command in entry.commands}
 
 
 def run_checks(values: Any) -> None:
@@ -88,12 +93,15 @@ def interleave(
     return parameters
 
 
-def has_settings(owner: type, before: Mapping[str, str]) -> Callable[[Documented], Documented]:
+def has_settings(
+    owner: type, before: Mapping[str, str], command: str | None = None
+) -> Callable[[Documented], Documented]:
     """Give a function that takes ``**settings`` the keywords and the documentation of the settings.
 
     Args:
         owner: the dataclass of settings.
         before: where they stand; see :func:`interleave`.
+        command: the settings of this command alone.
     """
     types = {entry.name: (entry.type, entry.default) for entry in fields(owner)}
 
@@ -103,17 +111,17 @@ def has_settings(owner: type, before: Mapping[str, str]) -> Callable[[Documented
             name: inspect.Parameter(
                 name, inspect.Parameter.KEYWORD_ONLY, default=types[name][1], annotation=types[name][0]
             )
-            for name in settings_of(owner)
+            for name in settings_of(owner, command)
         }
         signature = inspect.signature(function).replace(parameters=interleave(own, keywords, before))
         function.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
-        function.__doc__ = documented(function.__doc__, owner)
+        function.__doc__ = documented(function.__doc__, owner, command)
         return function
 
     return decorate
 
 
-def documented(text: str | None, owner: type) -> str | None:
+def documented(text: str | None, owner: type, command: str | None = None) -> str | None:
     """A docstring with the documentation of every setting in place of its entry ``**settings``."""
 
     def lines(match: re.Match[str]) -> str:
@@ -124,7 +132,7 @@ def documented(text: str | None, owner: type) -> str | None:
                 initial_indent=match[1],
                 subsequent_indent=f"{match[1]}    ",
             )
-            for name, entry in settings_of(owner).items()
+            for name, entry in settings_of(owner, command).items()
         )
 
     return text and _MARK.sub(lines, text)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.layerwise.context import ExecutionContext
@@ -65,20 +65,31 @@ def allocate(
 
     costs = measure_plan(trial_plan(plan, shape, heads), first)
     info = {"by": "search" if config.allocation == "search" else "sensitivity", **costs.to_json()}
-    if config.uniform:
-        candidates, pairs = equal_candidates(plan, shape, costs, config, model.config)
-        info |= pairs
-        chosen = candidates[0]
-    else:
-        cheapest = allocate_budget(plan, shape, costs, plan.round_to, heads)
-        # The more is removed, the more it costs to overfit the measured costs.
-        chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, plan.round_to)
-        candidates = [plan, chosen]
+    chosen, candidates, pairs = allocated(plan, shape, costs, config, model.config)
+    info |= pairs
     if others and len(candidates) > 1:
         tried = [measure_plan(widths, points).divergence for widths, points in zip(candidates, others)]
         info["tried"], info["divergence"] = tried, min(tried)
         chosen = candidates[tried.index(min(tried))]
     return chosen, {**info, "seconds": time.perf_counter() - start}
+
+
+def allocated(
+    plan: Plan, shape: ModelShape, costs: Sensitivity, config: PruneConfig, model_config: PreTrainedConfig
+) -> tuple[Plan, list[Plan], dict[str, Any]]:
+    """The plan of given costs that removes as much as ``plan``, those that a search or equal layers choose among, and
+    what a report says of pairs of equal widths.
+
+    Args:
+        model_config: of the dense model.
+    """
+    if config.uniform:
+        candidates, pairs = equal_candidates(plan, shape, costs, config, model_config)
+        return candidates[0], candidates, pairs
+    cheapest = allocate_budget(plan, shape, costs, plan.round_to, heads=config.kv_cache is None)
+    # The more is removed, the more it costs to overfit the measured costs.
+    chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, plan.round_to)
+    return chosen, [plan, chosen], {}
 
 
 def quadrature(config: PruneConfig) -> list[Points]:

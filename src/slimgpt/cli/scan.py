@@ -1,0 +1,146 @@
+"""``slimgpt scan``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
+from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, help_panels, setting_options
+from slimgpt.cli.progress import phase_progress
+from slimgpt.cli.prune import for_engines
+from slimgpt.config import PruneConfig
+from slimgpt.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from slimgpt.scanning.report import ScanReport
+
+EXAMPLES = """Examples:
+
+slimgpt scan HuggingFaceTB/SmolLM2-1.7B
+
+slimgpt scan MODEL --calibration my.jsonl --max-kl 0.15 --num-samples 64 --seq-len 512
+"""
+
+
+@app.command(epilog=EXAMPLES)
+@handle_errors
+@help_panels(
+    {
+        "Sizes": "points max_kl engines uniform round_to",
+        "Calibration": "calibration num_samples seq_len seed",
+        "Method": "method allocation schedule head_unit whole_experts ffn_only heads_only skip_layers repair damping",
+        "Training": "distill",
+        "Resources": "device dtype forward_dtype batch_size memory",
+        "Output": "output overwrite",
+    }
+)
+@setting_options(PruneConfig, "scan", before={"device": "num_samples seq_len seed", "memory": ""})
+def scan(
+    model: ModelArgument,
+    points: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RATIOS",
+            help="Sizes to prune to and measure; the others are predicted.",
+            show_default="0.1,0.3,0.55",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float, typer.Option(metavar="NATS", help="The largest KL divergence per token to recommend.")
+    ] = 0.25,
+    engines: Annotated[
+        str | None, typer.Option("--for", help="Engines to suit: hf, vllm, llama.cpp, sglang, mlx, onnx; with commas.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.")] = Path("slimgpt-scan"),
+    calibration: Annotated[
+        str, typer.Option(metavar="SOURCE", help="auto: text that the model writes; or as for `slimgpt prune`.")
+    ] = "auto",
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    memory: Annotated[
+        str | None, typer.Option(help="Of the GPU or this process, such as 8GB.", show_default="what is free")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier scan in OUT.")] = False,
+    trust_remote_code: TrustOption = False,
+    **settings: Any,
+) -> None:
+    """How much can be removed from MODEL: what 5 to 60% cost and gain, and the largest size that loses little enough.
+
+    A few sizes are pruned in memory and measured, the others predicted from these. No model is written."""
+    from slimgpt.scanning.run import scan as run
+    from slimgpt.scanning.run import scan_config
+
+    table, plot = output / "scan.json", output / "scan.png"
+    for file in (table, plot):
+        if file.exists() and not overwrite:
+            raise OutputError(f"{file} exists; give another --out, or pass --overwrite to replace it")
+    for_engines(engines, settings)
+    ratios = None if points is None else parse_ratios(points)
+    config = scan_config(ratios, max_kl, settings)
+    silence_libraries()
+    from slimgpt.runtime.devices import as_device
+
+    with phase_progress(config.num_samples * config.seq_len, as_device(device)) as step:
+        report = run(
+            model,
+            None,
+            calibration,
+            points=ratios,
+            max_kl=max_kl,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            trust_remote_code=trust_remote_code,
+            on_phase=step,
+            **settings,
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    check_json(table, overwrite)
+    write_json(table, report.to_json())
+    report.plot().savefig(plot, dpi=120)
+    print_scan(report)
+    best = report.recommended
+    if best is not None:
+        out.print(
+            f"next: slimgpt prune {show(shlex.quote(model))} OUT --ratio {best.ratio:g}   # and the same options",
+            soft_wrap=True,
+            highlight=False,
+        )
+    out.print(f"table: {show(table)}\nplot:  {show(plot)}", soft_wrap=True, highlight=False)
+
+
+def parse_ratios(text: str) -> list[float]:
+    """Ratios from the command line, such as ``0.1,0.3,0.55``.
+
+    Raises:
+        UsageError: something in it is no number.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--points '{text}' is no list of ratios such as 0.1,0.3,0.55") from None
+
+
+def print_scan(report: ScanReport) -> None:
+    """A row for every size, and the recommendation; 80 columns are enough."""
+    from slimgpt.calibration.evaluation_text import FOR_PEOPLE
+    from slimgpt.scanning.report import MARKED
+
+    header, *rows = report.rows()
+    table = Table(title=f"{show(report.base_model)}, {FOR_PEOPLE[report.text]}", title_justify="left")
+    for column in header:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    out.print(MARKED, highlight=False)
+    if report.omitted:
+        sizes = ", ".join(f"{float(ratio):.0%}" for ratio in report.omitted)
+        reason = next(iter(report.omitted.values()))
+        out.print(f"[yellow]note:[/] left out: {sizes}; {show(reason)}", soft_wrap=True, highlight=False)
+    out.print(f"[bold]{show(report.reason)}[/]", soft_wrap=True, highlight=False)

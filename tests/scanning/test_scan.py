@@ -1,0 +1,201 @@
+"""A scan: what it measures is what a pruning reports, what it predicts goes through that, and the model stays."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import slimgpt
+from slimgpt.cli import app
+from slimgpt.config import make_config
+from slimgpt.errors import UsageError
+from slimgpt.models.parameter_counts import describe
+from slimgpt.planning.allocation import POWERS, Sensitivity, StructureCost, predicted_cost
+from slimgpt.planning.plan import plan_of_widths
+from slimgpt.planning.planner import make_plan
+from slimgpt.scanning.points import Loss
+from slimgpt.scanning.prediction import LossPredictor, MeasuredSize
+from tests.models.families import tiny_model
+
+OPTIONS = {"num_samples": 24, "seq_len": 48, "device": "cpu", "allocation": "sensitivity", "distill": 300}
+POINTS = [0.1, 0.3]
+
+
+@pytest.fixture(scope="module")
+def scanned(text_file, tokenizer):
+    model = tiny_model("llama")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.config.to_dict()
+    report = slimgpt.scan(model, tokenizer, str(text_file), points=POINTS, **OPTIONS)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+    assert model.config.to_dict() == config
+    return report
+
+
+def point(report, ratio):
+    return next(each for each in report.points if each.ratio == pytest.approx(ratio))
+
+
+@pytest.mark.parametrize("ratio", POINTS)
+def test_measured_sizes_are_what_a_pruning_reports(scanned, ratio, text_file, tokenizer):
+    model = tiny_model("llama")
+    report = slimgpt.prune(model, tokenizer, ratio, str(text_file), **OPTIONS)
+    own = point(scanned, ratio)
+    assert own.measured
+    assert own.parameters == sum(parameter.numel() for parameter in model.parameters())
+    for name in ("bundled", "held_out"):
+        values = report.divergence[name]
+        assert own.losses[name] == Loss(values["kl"]["mean"], values["bits_per_byte"], values["same_top"])
+
+
+def test_all_sizes_are_there_and_only_the_given_ones_are_measured(scanned):
+    ratios = [each.ratio for each in scanned.points]
+    assert ratios == sorted(ratios)
+    assert {each.ratio for each in scanned.points if each.measured} == set(POINTS)
+    shares = {round(ratio, 2) for ratio in ratios} | {float(ratio) for ratio in scanned.omitted}
+    assert shares == {number / 100 for number in range(5, 61, 5)}
+    parameters = [each.parameters for each in scanned.points]
+    assert parameters == sorted(parameters, reverse=True)
+    assert parameters[0] < scanned.parameters
+    for field in ("prefill", "decode"):
+        values = [getattr(each, field) for each in scanned.points]
+        assert values == sorted(values)
+        assert values[0] > 1
+
+
+def test_the_recommendation_is_the_largest_size_within_the_bound(scanned):
+    kls = [each.losses["bundled"].kl for each in scanned.points]
+    for bound in (min(kls) / 2, *[kl + 1e-9 for kl in kls]):
+        report = replace(scanned, max_kl=bound)
+        within = [each for count, each in enumerate(scanned.points) if max(kls[: count + 1]) <= bound]
+        assert report.recommended == (within[-1] if within else None)
+        assert f"{bound:g}" in report.reason
+        assert ("more calibration text" in report.reason) == (not within)
+
+
+def test_a_report_is_one_line_a_table_a_picture_and_json(scanned):
+    assert "\n" not in repr(scanned)
+    lines = scanned.summary().splitlines()
+    assert len(lines) == len(scanned.points) + 4
+    assert max(map(len, lines[:-1])) <= 80
+    values = json.loads(json.dumps(scanned.to_json()))
+    assert [each["ratio"] for each in values["points"]] == [each.ratio for each in scanned.points]
+    assert values["reason"] == scanned.reason
+    assert [each["ratio"] for each in values["prunings"]] == POINTS
+    divergence, agreement, speed = scanned.plot().axes
+    assert divergence.get_yscale() == "log"
+    assert "%" in agreement.get_ylabel()
+    lines = speed.get_lines()
+    assert len({line.get_marker() for line in lines} - {"None", ""}) == 2
+    assert scanned._repr_html_().count("<tr>") == len(scanned.points) + 1
+
+
+def synthetic(exponent: float):
+    """Sizes whose losses are a power of the predicted cost."""
+    model = tiny_model("llama")
+    shape = describe(model.config, model)
+    costs = Sensitivity(
+        0.2,
+        tuple(
+            StructureCost(layer, unit, 0.5, 0.01 * (layer + 1) * (2 if unit == "ffn" else 1))
+            for layer in range(len(shape.layers))
+            for unit in ("ffn", "query")
+        ),
+    )
+    plans = {ratio: make_plan(model.config, ratio, shape=shape, head_unit="query") for ratio in (0.1, 0.2, 0.3, 0.4)}
+
+    def losses(plan):
+        cost = predicted_cost(plan, shape, costs)
+        return {"bundled": Loss(cost**exponent, 2 * cost**exponent, 1 / (1 + cost))}
+
+    sizes = [MeasuredSize(plans[ratio], costs, losses(plans[ratio])) for ratio in (0.1, 0.3, 0.4)]
+    return LossPredictor(sizes, shape, make_config(), model.config), plans, losses
+
+
+@pytest.mark.parametrize("exponent", [0.8, 1.0, 1.7])
+def test_losses_that_are_a_power_of_the_cost_are_predicted_exactly(exponent):
+    predictor, plans, losses = synthetic(exponent)
+    for plan in plans.values():
+        predicted, exact = predictor.losses(plan)["bundled"], losses(plan)["bundled"]
+        assert predicted.kl == pytest.approx(exact.kl, rel=1e-6)
+        assert predicted.bits_per_byte == pytest.approx(exact.bits_per_byte, rel=1e-6)
+        assert predicted.same_top == pytest.approx(exact.same_top, rel=1e-6)
+
+
+def test_a_cost_is_the_sum_of_the_structures():
+    model = tiny_model("llama")
+    shape = describe(model.config, model)
+    first = shape.layers[0].sizes
+    costs = Sensitivity(0.3, (StructureCost(0, "ffn", 0.5, 0.1), StructureCost(1, "query", 0.5, 0.2)))
+    layers = [dict(layer.sizes) for layer in shape.layers]
+    layers[0]["intermediate_size"] = first["intermediate_size"] // 4
+    layers[1]["num_attention_heads"] = first["num_key_value_heads"]
+    plan = plan_of_widths(shape, layers, "query")
+    channels = 1 - layers[0]["intermediate_size"] / first["intermediate_size"]
+    heads = 1 - first["num_key_value_heads"] / first["num_attention_heads"]
+    expected = 0.1 * (channels / 0.5) ** POWERS["ffn"] + 0.2 * (heads / 0.5) ** POWERS["query"]
+    assert predicted_cost(plan, shape, costs) == pytest.approx(expected)
+
+
+def test_a_schedule_is_predicted_from_the_share_removed(text_file, tokenizer):
+    report = slimgpt.scan(
+        tiny_model("llama"), tokenizer, str(text_file), points=[0.1, 0.2, 0.3], **{**OPTIONS, "allocation": "schedule"}
+    )
+    kls = [each.losses["bundled"].kl for each in report.points if 0.1 <= each.ratio <= 0.3]
+    ends = [kls[0], kls[2], kls[4]]
+    if ends == sorted(ends):
+        assert kls == sorted(kls)
+    assert all(kl > 0 for kl in kls)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_kl": 0.0}, "max_kl 0.0 must be a number of nats above 0"),
+        ({"max_kl": float("nan")}, "max_kl nan must be"),
+        ({"points": [0.1]}, "at least two different ratios"),
+        ({"points": [0.1, 0.1]}, "at least two different ratios"),
+        ({"points": [0.1, 30]}, "did you mean 0.3"),
+        ({"ratio": 0.2}, "no setting ratio"),
+        ({"params": "1M"}, "no setting params"),
+        ({"schedule": [0.1, 0.2]}, "names one size"),
+        ({"dtype": "float16"}, "loaded by name"),
+        ({"points": [0.1, 0.99]}, "Ask for a smaller ratio"),
+    ],
+)
+def test_what_cannot_be_scanned_is_refused_at_once(given, message, tokenizer):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        slimgpt.scan(tiny_model("llama"), tokenizer, "no-such-file.txt", **given)
+
+
+def test_without_a_tokenizer_there_is_no_text_to_compare_on():
+    windows = torch.randint(50, (24, 48))
+    with pytest.raises(UsageError, match="give the tokenizer"):
+        slimgpt.scan(tiny_model("llama"), None, windows, points=POINTS, **OPTIONS)
+
+
+def test_the_command_writes_a_table_and_a_picture(dense_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    given = ["scan", dense_folder, "--calibration", text_file, "--points", "0.1,0.3", "--num-samples", 12]
+    given += ["--seq-len", 48, "--device", "cpu", "--max-kl", 5, "--out", tmp_path / "scan"]
+    words = [str(word) for word in given]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    values = json.loads((tmp_path / "scan/scan.json").read_text())
+    assert (tmp_path / "scan/scan.png").read_bytes().startswith(b"\x89PNG")
+    table = [line for line in done.output.splitlines() if re.match("[│┃┏┡└]", line)]
+    assert len(table) == len(values["points"]) + 4
+    assert max(map(len, table)) <= 80
+    assert f"--ratio {values['recommended']:g}" in done.output
+    assert values["reason"] in done.output
+    again = CliRunner().invoke(app, words)
+    assert again.exit_code == 2
+    assert "--overwrite" in again.output
+    bad = CliRunner().invoke(app, [*words, "--overwrite", "--points", "a,b"])
+    assert bad.exit_code == 2
+    assert "no list of ratios" in bad.output
