@@ -1,4 +1,4 @@
-"""A setting is one line of `PruneConfig`: its keyword, its option, its help and its check follow from there."""
+"""A setting is one line of `PruneConfig` or `RecoverConfig`: its keyword, its option, its help and its check follow from there."""
 
 import inspect
 import json
@@ -13,50 +13,75 @@ import slimgpt
 from slimgpt.cli import app
 from slimgpt.config import PruneConfig, make_config
 from slimgpt.errors import UsageError
+from slimgpt.recovery.checks import make_recovery_config
+from slimgpt.recovery.config import RecoverConfig
 from slimgpt.runtime.settings import settings_of
 from slimgpt.runtime.units import CacheTarget
 
 ONE_MORE = """
-import inspect, json
+import inspect, json, sys
 from dataclasses import dataclass
+from importlib import import_module
 import typer
-import slimgpt.config as config
+from slimgpt.runtime.setting_checks import check_at_least_one
 from slimgpt.runtime.settings import documents_settings, setting
 
+module, owner, maker, function, *commands = sys.argv[1:]
+module = import_module(module)
+
 @dataclass(frozen=True)
-class Extended(config.PruneConfig):
+class Extended(getattr(module, owner)):
     __doc__ = "Settings.\\n\\n    Args:\\n        **settings: all.\\n"
-    echo_layers: int = setting(3, "Layers to echo.", check=config.check_at_least_one, commands=config.BOTH)
+    echo_layers: int = setting(3, "Layers to echo.", check=check_at_least_one, commands=tuple(commands))
 
 documents_settings(Extended)
-config.PruneConfig = Extended
+setattr(module, owner, Extended)
 import slimgpt
 from slimgpt.cli import app
 made = {command.name: {p.name: p for p in command.params} for command in typer.main.get_command(app).commands.values()}
+home, _, name = maker.rpartition(".")
+make, called = getattr(import_module(home), name), getattr(slimgpt, function)
 try:
-    refused = config.make_config(echo_layers=0)
-except config.UsageError as error:
+    refused = make(echo_layers=0)
+except slimgpt.SlimGPTError as error:
     refused = str(error)
 print(json.dumps({
     "options": [(made[name]["echo_layers"].opts, made[name]["echo_layers"].default, made[name]["echo_layers"].help)
-                for name in ("prune", "plan")],
-    "keyword": str(inspect.signature(slimgpt.prune).parameters["echo_layers"]),
-    "documented": ["echo_layers: layers to echo." in text for text in (slimgpt.prune.__doc__, Extended.__doc__)],
-    "value": config.make_config(echo_layers=5).echo_layers,
+                for name in commands],
+    "keyword": str(inspect.signature(called).parameters["echo_layers"]),
+    "documented": ["echo_layers: layers to echo." in text for text in (called.__doc__, Extended.__doc__)],
+    "value": make(echo_layers=5).echo_layers,
     "refused": refused,
 }))
 """
+
+OWNERS = {"prune": PruneConfig, "recover": RecoverConfig}
+FIELDS = [(command, entry.name) for command, owner in OWNERS.items() for entry in fields(owner)]
 
 
 def options(command):
     return {p.name: p for p in typer.main.get_command(app).commands[command].params}
 
 
-def test_one_more_field_is_an_option_a_keyword_and_a_line_of_documentation():
-    done = subprocess.run([sys.executable, "-c", ONE_MORE], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("slimgpt.config", "PruneConfig", "slimgpt.config.make_config", "prune", "prune", "plan"),
+        (
+            "slimgpt.recovery.config",
+            "RecoverConfig",
+            "slimgpt.recovery.checks.make_recovery_config",
+            "recover",
+            "recover",
+        ),
+    ],
+    ids=["prune", "recover"],
+)
+def test_one_more_field_is_an_option_a_keyword_and_a_line_of_documentation(words):
+    done = subprocess.run([sys.executable, "-c", ONE_MORE, *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
-        "options": [[["--echo-layers"], 3, "Layers to echo."]] * 2,
+        "options": [[["--echo-layers"], 3, "Layers to echo."]] * len(words[4:]),
         "keyword": "echo_layers: int = 3",
         "documented": [True, True],
         "value": 5,
@@ -64,14 +89,15 @@ def test_one_more_field_is_an_option_a_keyword_and_a_line_of_documentation():
     }
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in fields(PruneConfig)])
-def test_every_setting_has_help_an_option_and_a_keyword(name):
-    setting = settings_of(PruneConfig)[name]
+@pytest.mark.parametrize(("command", "name"), FIELDS)
+def test_every_setting_has_help_an_option_and_a_keyword(command, name):
+    owner, function = OWNERS[command], getattr(slimgpt, command)
+    setting = settings_of(owner)[name]
     assert setting.help.endswith(".")
-    assert options("prune")[name].help == setting.help
-    keyword = inspect.signature(slimgpt.prune).parameters[name]
-    assert keyword.default == getattr(PruneConfig, name)
-    for text in (PruneConfig.__doc__, slimgpt.prune.__doc__):
+    assert options(command)[name].help == setting.help
+    keyword = inspect.signature(function).parameters[name]
+    assert keyword.default == getattr(owner, name)
+    for text in (owner.__doc__, function.__doc__):
         assert f"    {name}: " in text
         assert "**settings" not in text
 
@@ -100,6 +126,33 @@ def test_a_plan_has_the_options_that_decide_widths_or_their_cost():
 def test_settings_are_refused_when_they_are_made(settings, message):
     with pytest.raises(UsageError, match=message):
         make_config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "best"}, "method 'best' is unknown; choose lora, full, distill"),
+        ({"schedule": "step"}, "schedule 'step' is unknown; choose cosine, linear or constant"),
+        ({"shares": "4,a"}, "shares '4,a' is no list of numbers such as 4,1"),
+        ({"max_length": 7}, "max_length is 7; an example needs at least 8 tokens"),
+        ({"warmup": 1.0}, r"warmup is 1.0; it must be in \[0, 1\)"),
+        ({"dropout": float("nan")}, r"dropout is nan; it must be in \[0, 1\)"),
+        ({"max_steps": 0}, "max_steps is 0; it must be at least 1"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be more than 0"),
+        ({"held_out": -1}, "held_out is -1; it must be 0 or more"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808; it must be below 2\*\*63; give a smaller number"),
+        ({"batch_size": 6}, "batch_size 6 is no multiple of micro_batch 4"),
+        ({"rnak": 3}, "recover has no setting 'rnak'; it has method, epochs"),
+    ],
+)
+def test_settings_of_a_recovery_are_refused_when_they_are_made(settings, message):
+    with pytest.raises(UsageError, match=message):
+        make_recovery_config(**settings)
+
+
+@pytest.mark.parametrize("shares", ["4,1", [4, 1], (4.0, 1.0)])
+def test_shares_are_numbers_however_they_were_given(shares):
+    assert make_recovery_config(shares=shares).shares == (4.0, 1.0)
 
 
 def test_targets_are_read_once_and_kept_as_they_were_written():

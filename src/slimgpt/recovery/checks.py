@@ -58,8 +58,6 @@ def make_recovery_config(**settings: Any) -> RecoverConfig:
         raise UsageError(
             f"recover has no setting '{unknown[0]}'; it has {', '.join(RecoverConfig.__dataclass_fields__)}"
         )
-    if settings.get("shares") is not None:
-        settings["shares"] = tuple(settings["shares"])
     return RecoverConfig(**settings)
 
 

@@ -36,6 +36,7 @@ from slimgpt.recovery.trainer import (
 )
 from slimgpt.runtime.devices import forward_dtype
 from slimgpt.runtime.distributed import Ranks, join
+from slimgpt.runtime.settings import has_settings
 from slimgpt.runtime.versions import resume_versions, versions
 
 OnTeacher = Callable[[int, int], None]
@@ -71,6 +72,7 @@ class Recovery:
         return values
 
 
+@has_settings(RecoverConfig, before={"on_teacher": ""})
 def recover(
     slim: str | Path,
     out: str | Path,
@@ -102,7 +104,7 @@ def recover(
         trust_remote_code: let code from the teacher's or the tokenizer's repository run.
         on_teacher: called while the teacher's predictions are taken.
         on_step: called after every update.
-        **settings: fields of :class:`slimgpt.recovery.RecoverConfig`.
+        **settings: the fields of :class:`slimgpt.recovery.RecoverConfig`.
 
     Raises:
         UsageError: a setting outside its range, unusable text, or a teacher that does not fit.
