@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Under pytest-xdist every worker, and every process it starts, takes one thread: more would fight for the cores.
@@ -15,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import slimgpt
 from tests.models.families import VOCABULARY, tiny_model
 
 SENTENCES = [
@@ -56,11 +58,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def starting(tokenizer) -> PreTrainedTokenizerFast:
     """The same tokenizer with a start token before every text."""
-    found = copy.deepcopy(tokenizer)
-    found.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<start> $A", special_tokens=[("<start>", 2)]
     )
-    return found
+    return changed
+
+
+@pytest.fixture
+def registry() -> Iterator[dict[str, slimgpt.Architecture]]:
+    """The table of families, which a test may change."""
+    before = dict(slimgpt.ARCHITECTURES)
+    yield slimgpt.ARCHITECTURES
+    slimgpt.ARCHITECTURES.clear()
+    slimgpt.ARCHITECTURES.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A setting is one line of `PruneConfig` or `RecoverConfig`: its keyword, its option, its help and its check follow from there."""
+"""A setting is one line of its dataclass: its keyword, its option, its help and its check follow from there."""
 
 import inspect
 import json
@@ -19,40 +19,49 @@ from slimgpt.runtime.settings import settings_of
 from slimgpt.runtime.units import CacheTarget
 
 ONE_MORE = """
-import inspect, json, sys
+import inspect, json
 from dataclasses import dataclass
-from importlib import import_module
 import typer
+import slimgpt.config as pruning
+import slimgpt.recovery.config as recovering
 from slimgpt.runtime.setting_checks import check_at_least_one
 from slimgpt.runtime.settings import documents_settings, setting
 
-module, owner, maker, function, *commands = sys.argv[1:]
-module = import_module(module)
+def extend(module, name, commands):
+    @dataclass(frozen=True)
+    class Extended(getattr(module, name)):
+        __doc__ = "Settings.\\n\\n    Args:\\n        **settings: all.\\n"
+        echo_layers: int = setting(3, "Layers to echo.", check=check_at_least_one, commands=commands)
 
-@dataclass(frozen=True)
-class Extended(getattr(module, owner)):
-    __doc__ = "Settings.\\n\\n    Args:\\n        **settings: all.\\n"
-    echo_layers: int = setting(3, "Layers to echo.", check=check_at_least_one, commands=tuple(commands))
+    documents_settings(Extended)
+    setattr(module, name, Extended)
+    return Extended
 
-documents_settings(Extended)
-setattr(module, owner, Extended)
+extended = {
+    "prune": extend(pruning, "PruneConfig", pruning.BOTH),
+    "recover": extend(recovering, "RecoverConfig", ("recover",)),
+}
 import slimgpt
 from slimgpt.cli import app
+from slimgpt.recovery.checks import make_recovery_config
+
 made = {command.name: {p.name: p for p in command.params} for command in typer.main.get_command(app).commands.values()}
-home, _, name = maker.rpartition(".")
-make, called = getattr(import_module(home), name), getattr(slimgpt, function)
-try:
-    refused = make(echo_layers=0)
-except slimgpt.SlimGPTError as error:
-    refused = str(error)
-print(json.dumps({
-    "options": [(made[name]["echo_layers"].opts, made[name]["echo_layers"].default, made[name]["echo_layers"].help)
-                for name in commands],
-    "keyword": str(inspect.signature(called).parameters["echo_layers"]),
-    "documented": ["echo_layers: layers to echo." in text for text in (called.__doc__, Extended.__doc__)],
-    "value": make(echo_layers=5).echo_layers,
-    "refused": refused,
-}))
+for function, make, commands in (
+    (slimgpt.prune, pruning.make_config, ("prune", "plan")), (slimgpt.recover, make_recovery_config, ("recover",))
+):
+    try:
+        refused = make(echo_layers=0)
+    except slimgpt.SlimGPTError as error:
+        refused = str(error)
+    chosen = [made[name]["echo_layers"] for name in commands]
+    texts = (function.__doc__, extended[function.__name__].__doc__)
+    print(json.dumps({
+        "options": [(option.opts, option.default, option.help) for option in chosen],
+        "keyword": str(inspect.signature(function).parameters["echo_layers"]),
+        "documented": ["echo_layers: layers to echo." in text for text in texts],
+        "value": make(echo_layers=5).echo_layers,
+        "refused": refused,
+    }))
 """
 
 OWNERS = {"prune": PruneConfig, "recover": RecoverConfig}
@@ -63,30 +72,21 @@ def options(command):
     return {p.name: p for p in typer.main.get_command(app).commands[command].params}
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ("slimgpt.config", "PruneConfig", "slimgpt.config.make_config", "prune", "prune", "plan"),
-        (
-            "slimgpt.recovery.config",
-            "RecoverConfig",
-            "slimgpt.recovery.checks.make_recovery_config",
-            "recover",
-            "recover",
-        ),
-    ],
-    ids=["prune", "recover"],
-)
-def test_one_more_field_is_an_option_a_keyword_and_a_line_of_documentation(words):
-    done = subprocess.run([sys.executable, "-c", ONE_MORE, *words], capture_output=True, text=True, check=False)
+def test_one_more_field_is_an_option_a_keyword_and_a_line_of_documentation():
+    """In one fresh process, as both kinds of settings must be extended before the commands are made."""
+    done = subprocess.run([sys.executable, "-c", ONE_MORE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
-        "options": [[["--echo-layers"], 3, "Layers to echo."]] * len(words[4:]),
+    common = {
         "keyword": "echo_layers: int = 3",
         "documented": [True, True],
         "value": 5,
         "refused": "echo_layers is 0; it must be at least 1",
     }
+    option = [["--echo-layers"], 3, "Layers to echo."]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"options": [option, option], **common},
+        {"options": [option], **common},
+    ]
 
 
 @pytest.mark.parametrize(("command", "name"), FIELDS)

@@ -26,11 +26,8 @@ OPTIONS = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu", "batc
 
 
 @pytest.fixture
-def described(monkeypatch):
+def described(registry):  # noqa: ARG001  # which is as it was afterwards
     """Registers the family for one test."""
-    monkeypatch.setattr("slimgpt.models.families.ARCHITECTURES", known := dict(slimgpt.ARCHITECTURES))
-    monkeypatch.setattr("slimgpt.models.lookup.ARCHITECTURES", known)
-    monkeypatch.setattr("slimgpt.models.loading.ARCHITECTURES", known)
     return lambda architecture: slimgpt.register("tiny_baichuan", architecture)
 
 
