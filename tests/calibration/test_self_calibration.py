@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import slimgpt
-from slimgpt.calibration import self_calibration
 from slimgpt.calibration.batch_generation import (
     Start,
     TurnTokens,
@@ -30,8 +29,8 @@ from slimgpt.calibration.windows import digest
 from slimgpt.errors import CalibrationError, NumericalError, ResumeError
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.sampling import draw
-from slimgpt.runtime.thresholds import other_thresholds
 from slimgpt.pipeline import self_written
+from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import tiny_model
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from slimgpt.errors import CalibrationError, UsageError
 from slimgpt.evaluation import contamination_note, passkey, read_text
 from slimgpt.evaluation.corpora import CORPORA, Text
 from slimgpt.evaluation.loglikelihood import log_likelihoods
-from slimgpt.runtime.thresholds import other_thresholds
 from slimgpt.evaluation.passkey_retrieval import DEPTHS, _question
+from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import tiny_model
 
 HUB_ROWS = ["", " = Robert Boulter = \n", "", " Robert Boulter is an English actor . \n", " He had a role . \n"]

@@ -15,8 +15,8 @@ from slimgpt.cli import app
 from slimgpt.errors import ModelError, UsageError
 from slimgpt.evaluation import llama_cpp as module
 from slimgpt.evaluation import load_gguf, perplexity
-from slimgpt.runtime.thresholds import other_thresholds
 from slimgpt.evaluation.llama_cpp import choose_engine, engines_of
+from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import tiny_model
 
 WINDOW, TOKENS = 48, 960

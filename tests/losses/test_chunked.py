@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from slimgpt.losses import chunked as module
 from slimgpt.losses.chunked import distillation_loss, log_probabilities
 
 TYPES = pytest.mark.parametrize(

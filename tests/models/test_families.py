@@ -18,7 +18,6 @@ import slimgpt
 from slimgpt.errors import PlanError, UnsupportedFamilyError, UsageError
 from slimgpt.layerwise.capture import capture, run_layer
 from slimgpt.layerwise.partial_forward import run_to, run_with
-from slimgpt.models import ARCHITECTURES
 from slimgpt.models.families import ffn, grouped
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.slicing import output_matrix, unit_rows

@@ -15,8 +15,8 @@ from slimgpt.planning import Sensitivity, StructureCost
 from slimgpt.planning.equal_widths import pair_cost
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.runtime.memory import Placement
-from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.runtime.thresholds import other_thresholds
+from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.sensitivity.measure import measure
 from tests.models.families import tiny_model, windows
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from slimgpt import assets
-from slimgpt.runtime.thresholds import thresholds
 from slimgpt.errors import CalibrationError, one_line
+from slimgpt.runtime.thresholds import thresholds
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from slimgpt.calibration.repetition import MAX_SHARED, SeenText, before_the_loop
 from slimgpt.calibration.template_tokens import special_ids, turn_tokens
 from slimgpt.calibration.windows import digest, prefix_ids
 from slimgpt.errors import CalibrationError
-from slimgpt.runtime.thresholds import thresholds
 from slimgpt.runtime.devices import DTYPES
+from slimgpt.runtime.thresholds import thresholds
 
 MAX_TOKENS = 384
 """Tokens of a document at most."""

@@ -18,8 +18,8 @@ from slimgpt.calibration.documents import (
     read_file,
     text_format,
 )
-from slimgpt.runtime.thresholds import thresholds
 from slimgpt.errors import CalibrationError, one_line
+from slimgpt.runtime.thresholds import thresholds
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import ModelError, UsageError
-from slimgpt.runtime.thresholds import thresholds
 from slimgpt.models.llama_cpp import LlamaCpp, installed
+from slimgpt.runtime.thresholds import thresholds
 
 ENGINES = ("auto", "transformers", "llama.cpp")
 """What runs a model. ``auto`` is llama.cpp for a GGUF file where llama-cpp-python is installed, else transformers."""

@@ -14,8 +14,8 @@ from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.alignment import EQUAL_TOLERANCE
 from slimgpt.planning.allocation import Sensitivity
 from slimgpt.planning.equal_widths import equal_pairs, plan_of_pair
-from slimgpt.runtime.thresholds import thresholds
 from slimgpt.planning.plan import Plan, head_units
+from slimgpt.runtime.thresholds import thresholds
 
 TRIED = 2
 """How many pairs are measured at most."""
