@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Under pytest-xdist every worker, and every process it starts, takes one thread: more would fight for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -42,6 +43,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [
             item for item in items if getattr(item, "callspec", None) and item.callspec.params.get("name") in only
         ]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With few workers, let one run all tests of a file: what a file makes for its tests is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    few = len(config.getoption("tx") or []) <= 4 and config.getoption("dist") == "load"
+    return LoadFileScheduling(config, log) if few else None
 
 
 @pytest.fixture(scope="session")

@@ -329,7 +329,7 @@ def test_two_shares_of_the_teacher_are_the_whole(dense_folder, text_file, tmp_pa
         ("has no teacher", {"teacher": "demo"}),
         ("longer than the model's context", {"max_length": 65}),
         ("learning_rate is nan", {"learning_rate": float("nan")}),
-        ("dropout 1.5", {"dropout": 1.5}),
+        ("dropout is 1.5", {"dropout": 1.5}),
         ("held_out is -1", {"held_out": -1}),
         ("nothing would be learned", {"method": "distill", "text_weight": 0.0, "distill_weight": 0.0}),
         ("has no setting 'rate'", {"rate": 3}),
