@@ -243,3 +243,15 @@ def test_a_damaged_report_is_refused(folder):
     (folder / "slimgpt.json").write_text('{"layers": 3}')
     with pytest.raises(ModelError, match=r"slimgpt\.json is damaged"):
         slimgpt.inspect(str(folder))
+
+
+@pytest.mark.parametrize("key", ["text_config", "decoder"])
+@pytest.mark.parametrize("part", [{"": None}, {}, {"hidden_size": 48}, [1], "llama", 3])
+def test_a_part_that_the_class_does_not_know_is_refused_by_its_key(key, part, dense_folder, tmp_path):
+    """Found by the fuzz run of config.json: transformers hands such a part on as the language model's config."""
+    folder = shutil.copytree(dense_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: part}))
+    for read in (slimgpt.inspect, slimgpt.load):
+        with pytest.raises(ModelError, match=rf"{key} in the config of 'model' is no config of a language model"):
+            read(str(folder))
