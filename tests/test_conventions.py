@@ -42,7 +42,7 @@ def patched_constants(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda file: str(file.relative_to(TESTS)))
 def test_thresholds_are_set_and_not_patched(file):
-    """`other_thresholds(name=value)` of `slimgpt.runtime.thresholds`, or an argument, in place of a patched constant."""
+    """`other_thresholds(name=value)`, or an argument, in place of a patched constant."""
     assert list(patched_constants(file.read_text(encoding="utf-8"))) == []
 
 
