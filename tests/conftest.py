@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Under pytest-xdist every worker, and every process it starts, takes one thread: more would fight for the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -15,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+import slimgpt
 from tests.models.families import VOCABULARY, tiny_model
 
 SENTENCES = [
@@ -42,6 +45,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With few workers, let one run all tests of a file: what a file makes for its tests is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    few = len(config.getoption("tx") or []) <= 4 and config.getoption("dist") == "load"
+    return LoadFileScheduling(config, log) if few else None
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer trained on a few sentences, with an end token and no start token."""
@@ -56,11 +68,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def starting(tokenizer) -> PreTrainedTokenizerFast:
     """The same tokenizer with a start token before every text."""
-    found = copy.deepcopy(tokenizer)
-    found.backend_tokenizer.post_processor = processors.TemplateProcessing(
+    changed = copy.deepcopy(tokenizer)
+    changed.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<start> $A", special_tokens=[("<start>", 2)]
     )
-    return found
+    return changed
+
+
+@pytest.fixture
+def registry() -> Iterator[dict[str, slimgpt.Architecture]]:
+    """The table of families, which a test may change."""
+    before = dict(slimgpt.ARCHITECTURES)
+    yield slimgpt.ARCHITECTURES
+    slimgpt.ARCHITECTURES.clear()
+    slimgpt.ARCHITECTURES.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -53,7 +53,7 @@ def test_no_command_runs_it(planted, dense_folder, text_file, tmp_path):
         ["inspect", folder],
         ["plan", folder, "--ratio", "0.2"],
         ["evaluate", folder, "--text", text_file, "--window", "16", "--max-tokens", "64", *short],
-        ["speed", folder, "--against", dense_folder, *speed],
+        ["speed", folder, *speed],
         ["compare", dense_folder, folder, "--out", tmp_path / "c", "--text", text_file, "--window", "16",
          "--max-tokens", "64", *speed],
         ["verify", folder, "--against", folder],

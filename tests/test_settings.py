@@ -1,4 +1,4 @@
-"""A setting is one line of `PruneConfig`: its keyword, its option, its help and its check follow from there."""
+"""A setting is one line of its dataclass: its keyword, its option, its help and its check follow from there."""
 
 import inspect
 import json
@@ -13,6 +13,8 @@ import slimgpt
 from slimgpt.cli import app
 from slimgpt.config import PruneConfig, make_config
 from slimgpt.errors import UsageError
+from slimgpt.recovery.checks import make_recovery_config
+from slimgpt.recovery.config import RecoverConfig
 from slimgpt.runtime.settings import settings_of
 from slimgpt.runtime.units import CacheTarget
 
@@ -20,32 +22,50 @@ ONE_MORE = """
 import inspect, json
 from dataclasses import dataclass
 import typer
-import slimgpt.config as config
+import slimgpt.config as pruning
+import slimgpt.recovery.config as recovering
+from slimgpt.runtime.setting_checks import check_at_least_one
 from slimgpt.runtime.settings import documents_settings, setting
 
-@dataclass(frozen=True)
-class Extended(config.PruneConfig):
-    __doc__ = "Settings.\\n\\n    Args:\\n        **settings: all.\\n"
-    echo_layers: int = setting(3, "Layers to echo.", check=config.check_at_least_one, commands=config.BOTH)
+def extend(module, name, commands):
+    @dataclass(frozen=True)
+    class Extended(getattr(module, name)):
+        __doc__ = "Settings.\\n\\n    Args:\\n        **settings: all.\\n"
+        echo_layers: int = setting(3, "Layers to echo.", check=check_at_least_one, commands=commands)
 
-documents_settings(Extended)
-config.PruneConfig = Extended
+    documents_settings(Extended)
+    setattr(module, name, Extended)
+    return Extended
+
+extended = {
+    "prune": extend(pruning, "PruneConfig", pruning.BOTH),
+    "recover": extend(recovering, "RecoverConfig", ("recover",)),
+}
 import slimgpt
 from slimgpt.cli import app
+from slimgpt.recovery.checks import make_recovery_config
+
 made = {command.name: {p.name: p for p in command.params} for command in typer.main.get_command(app).commands.values()}
-try:
-    refused = config.make_config(echo_layers=0)
-except config.UsageError as error:
-    refused = str(error)
-print(json.dumps({
-    "options": [(made[name]["echo_layers"].opts, made[name]["echo_layers"].default, made[name]["echo_layers"].help)
-                for name in ("prune", "plan")],
-    "keyword": str(inspect.signature(slimgpt.prune).parameters["echo_layers"]),
-    "documented": ["echo_layers: layers to echo." in text for text in (slimgpt.prune.__doc__, Extended.__doc__)],
-    "value": config.make_config(echo_layers=5).echo_layers,
-    "refused": refused,
-}))
+for function, make, commands in (
+    (slimgpt.prune, pruning.make_config, ("prune", "plan")), (slimgpt.recover, make_recovery_config, ("recover",))
+):
+    try:
+        refused = make(echo_layers=0)
+    except slimgpt.SlimGPTError as error:
+        refused = str(error)
+    chosen = [made[name]["echo_layers"] for name in commands]
+    texts = (function.__doc__, extended[function.__name__].__doc__)
+    print(json.dumps({
+        "options": [(option.opts, option.default, option.help) for option in chosen],
+        "keyword": str(inspect.signature(function).parameters["echo_layers"]),
+        "documented": ["echo_layers: layers to echo." in text for text in texts],
+        "value": make(echo_layers=5).echo_layers,
+        "refused": refused,
+    }))
 """
+
+OWNERS = {"prune": PruneConfig, "recover": RecoverConfig}
+FIELDS = [(command, entry.name) for command, owner in OWNERS.items() for entry in fields(owner)]
 
 
 def options(command):
@@ -53,25 +73,31 @@ def options(command):
 
 
 def test_one_more_field_is_an_option_a_keyword_and_a_line_of_documentation():
+    """In one fresh process, as both kinds of settings must be extended before the commands are made."""
     done = subprocess.run([sys.executable, "-c", ONE_MORE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {
-        "options": [[["--echo-layers"], 3, "Layers to echo."]] * 2,
+    common = {
         "keyword": "echo_layers: int = 3",
         "documented": [True, True],
         "value": 5,
         "refused": "echo_layers is 0; it must be at least 1",
     }
+    option = [["--echo-layers"], 3, "Layers to echo."]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"options": [option, option], **common},
+        {"options": [option], **common},
+    ]
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in fields(PruneConfig)])
-def test_every_setting_has_help_an_option_and_a_keyword(name):
-    setting = settings_of(PruneConfig)[name]
+@pytest.mark.parametrize(("command", "name"), FIELDS)
+def test_every_setting_has_help_an_option_and_a_keyword(command, name):
+    owner, function = OWNERS[command], getattr(slimgpt, command)
+    setting = settings_of(owner)[name]
     assert setting.help.endswith(".")
-    assert options("prune")[name].help == setting.help
-    keyword = inspect.signature(slimgpt.prune).parameters[name]
-    assert keyword.default == getattr(PruneConfig, name)
-    for text in (PruneConfig.__doc__, slimgpt.prune.__doc__):
+    assert options(command)[name].help == setting.help
+    keyword = inspect.signature(function).parameters[name]
+    assert keyword.default == getattr(owner, name)
+    for text in (owner.__doc__, function.__doc__):
         assert f"    {name}: " in text
         assert "**settings" not in text
 
@@ -100,6 +126,33 @@ def test_a_plan_has_the_options_that_decide_widths_or_their_cost():
 def test_settings_are_refused_when_they_are_made(settings, message):
     with pytest.raises(UsageError, match=message):
         make_config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "best"}, "method 'best' is unknown; choose lora, full, distill"),
+        ({"schedule": "step"}, "schedule 'step' is unknown; choose cosine, linear or constant"),
+        ({"shares": "4,a"}, "shares '4,a' is no list of numbers such as 4,1"),
+        ({"max_length": 7}, "max_length is 7; an example needs at least 8 tokens"),
+        ({"warmup": 1.0}, r"warmup is 1.0; it must be in \[0, 1\)"),
+        ({"dropout": float("nan")}, r"dropout is nan; it must be in \[0, 1\)"),
+        ({"max_steps": 0}, "max_steps is 0; it must be at least 1"),
+        ({"learning_rate": float("inf")}, "learning_rate is inf; it must be more than 0"),
+        ({"held_out": -1}, "held_out is -1; it must be 0 or more"),
+        ({"seed": 2**63}, r"seed is 9223372036854775808; it must be below 2\*\*63; give a smaller number"),
+        ({"batch_size": 6}, "batch_size 6 is no multiple of micro_batch 4"),
+        ({"rnak": 3}, "recover has no setting 'rnak'; it has method, epochs"),
+    ],
+)
+def test_settings_of_a_recovery_are_refused_when_they_are_made(settings, message):
+    with pytest.raises(UsageError, match=message):
+        make_recovery_config(**settings)
+
+
+@pytest.mark.parametrize("shares", ["4,1", [4, 1], (4.0, 1.0)])
+def test_shares_are_numbers_however_they_were_given(shares):
+    assert make_recovery_config(shares=shares).shares == (4.0, 1.0)
 
 
 def test_targets_are_read_once_and_kept_as_they_were_written():

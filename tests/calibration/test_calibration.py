@@ -19,6 +19,7 @@ import torch
 import slimgpt
 from slimgpt.calibration import cut_windows, digest, documents, prefix_ids, read_documents, sample_windows
 from slimgpt.errors import CalibrationError, UsageError
+from slimgpt.runtime.thresholds import other_thresholds
 from slimgpt.runtime.time_limit import time_limit
 from tests.conftest import SENTENCES
 from tests.models.families import tiny_model, windows
@@ -268,11 +269,10 @@ def test_only_regular_files_are_read(name, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "message"), [("a.txt", "a line of .*a.txt has more"), ("a.jsonl", "line 2 has more")])
-def test_a_line_without_end_is_refused(name, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(documents, "LONGEST_LINE", 1000)
-    monkeypatch.setattr(documents, "SEGMENT", 100)
+def test_a_line_without_end_is_refused(name, message, tmp_path):
     (tmp_path / name).write_text('{"text": "short"}\n' + "x" * 2000)
-    with pytest.raises(CalibrationError, match=rf"{message} than 1,000 characters; cut it"):
+    refused = pytest.raises(CalibrationError, match=rf"{message} than 1,000 characters; cut it")
+    with other_thresholds(longest_line=1000, segment=100), refused:
         list(read_documents(str(tmp_path / name)))
 
 
@@ -317,12 +317,12 @@ def test_a_chat_that_the_template_refuses_is_counted_and_named(tokenizer, tmp_pa
 ENDLESS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 
 
-def test_a_template_that_does_not_end_is_stopped(tokenizer, monkeypatch):
+def test_a_template_that_does_not_end_is_stopped(tokenizer):
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = ENDLESS
-    monkeypatch.setattr("slimgpt.calibration.windows.TEMPLATE_SECONDS", 0.3)
     rows = [documents.Conversation(CHAT, f"chats.jsonl, line {number}") for number in range(1, 100)]
-    with pytest.raises(UsageError, match=r"chats\.jsonl, line 1: .* chat template has not ended after 0\.3 seconds"):
+    message = r"chats\.jsonl, line 1: .* chat template has not ended after 0\.3 seconds"
+    with other_thresholds(template_seconds=0.3), pytest.raises(UsageError, match=message):
         cut_windows(chatty, rows, 2, 8, "chats.jsonl")  # at the first, and not for every row
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import slimgpt
-from slimgpt.calibration import self_calibration
 from slimgpt.calibration.batch_generation import (
     Start,
     TurnTokens,
@@ -31,6 +30,7 @@ from slimgpt.errors import CalibrationError, NumericalError, ResumeError
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.sampling import draw
 from slimgpt.pipeline import self_written
+from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import tiny_model
 
 CPU = torch.device("cpu")
@@ -258,8 +258,15 @@ def test_held_out_text_follows_the_windows(tokenizer):
     assert len(longer.held_out) == 0
 
 
-def test_rounds_that_are_kept_are_not_written_again(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_calibration, "ROUND", 8)
+@pytest.fixture
+def short_rounds():
+    """Rounds of 8 documents."""
+    with other_thresholds(generation_round=8):
+        yield
+
+
+@pytest.mark.usefixtures("short_rounds")
+def test_rounds_that_are_kept_are_not_written_again(tokenizer, tmp_path):
     model, kept = tiny_model("llama").eval(), self_written.KeptRounds(tmp_path / "rounds")
     whole = written(model, tokenizer, 24, rounds=kept)
     files = sorted((tmp_path / "rounds").glob("*.json"))
@@ -325,8 +332,8 @@ def test_auto_is_the_default_in_memory_and_to_a_folder(dense_folder, tmp_path):
     assert "--calibration auto" in (tmp_path / "streamed" / "README.md").read_text()
 
 
-def test_a_run_killed_while_writing_or_after_goes_on_to_the_same(dense_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(self_calibration, "ROUND", 8)
+@pytest.mark.usefixtures("short_rounds")
+def test_a_run_killed_while_writing_or_after_goes_on_to_the_same(dense_folder, tmp_path):
     plain = slimgpt.prune_folder(str(dense_folder), tmp_path / "plain", **OPTIONS)
 
     class Killed(BaseException):

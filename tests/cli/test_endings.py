@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -64,33 +65,44 @@ def test_an_interrupt_while_the_libraries_are_imported_says_no_more_than_that(se
     assert len(stderr.splitlines()) == 1
 
 
-LIMITED = (
-    "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); most = int(sys.argv.pop(1));"
-    "resource.setrlimit(resource.RLIMIT_FSIZE, (most, most));"
-    "sys.argv[0] = 'slimgpt'; from slimgpt.cli import main; main()"
-)
+LIMITED = """
+import json, resource, signal, sys
+from typer.testing import CliRunner
+from slimgpt.cli import app
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+limits, *words = sys.argv[1:]
+endings = []
+for most in json.loads(limits):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+    done = CliRunner().invoke(app, [word.replace("LIMIT", str(most)) for word in words])
+    endings.append((done.exit_code, type(done.exception).__name__, done.stderr))
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(json.dumps(endings))
+"""
+
+LIMITS = {
+    1_000: ("journal.json failed, nothing was left there", False),  # the request
+    5_000: ("has no room for", False),  # activations of the first layer
+    100_000: ("has no room for", True),  # what training keeps
+    200_000: ("go on with --resume", True),  # the weights
+}
 
 
-@pytest.mark.parametrize(
-    ("most", "message", "kept"),
-    [
-        (1_000, "journal.json failed, nothing was left there", False),  # the request
-        (5_000, "has no room for", False),  # activations of the first layer
-        (100_000, "has no room for", True),  # what training keeps
-        (200_000, "go on with --resume", True),  # the weights
-    ],
-)
-def test_wherever_the_disk_is_full_one_line_says_so(most, message, kept, dense_folder, text_file, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    words = ["prune", dense_folder, out / "slim", "--calibration", text_file, *SMALL, "--num-samples", 64]
-    command = [sys.executable, "-c", LIMITED, most, *words, "--distill", 2000]
+def test_wherever_the_disk_is_full_one_line_says_so(dense_folder, text_file, tmp_path):
+    """In a process of its own, which no file may grow in beyond a limit."""
+    for most in LIMITS:
+        (tmp_path / str(most)).mkdir()
+    words = ["prune", dense_folder, tmp_path / "LIMIT/slim", "--calibration", text_file, *SMALL, "--num-samples", 64]
+    command = [sys.executable, "-c", LIMITED, json.dumps(list(LIMITS)), *words, "--distill", 2000]
     environment = {**os.environ, "MPLCONFIGDIR": str(tmp_path / "plots")}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    assert message in " ".join(done.stderr.split())
-    assert [path.name for path in out.iterdir()] == ([".slim.unfinished"] if kept else [])
+    assert done.returncode == 0, done.stderr
+    for (most, (message, kept)), (code, error, stderr) in zip(LIMITS.items(), json.loads(done.stdout)):
+        assert (code, error) == (2, "SystemExit"), (most, stderr)
+        assert message in " ".join(stderr.split())
+        names = [path.name for path in (tmp_path / str(most)).iterdir()]
+        assert names == ([".slim.unfinished"] if kept else []), most
 
 
 def test_square_brackets_in_a_name_are_text(dense_folder, text_file, tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ def test_no_weight_is_loaded_and_nothing_that_takes_long(folder):
     imported = set(done.stdout.splitlines())
     assert {"torch", "transformers", "slimgpt.planning"} <= imported
     large = {"datasets", "gguf", "lm_eval", "matplotlib", "pandas", "peft", "pyarrow", "sklearn"}
-    assert imported & {*large, "slimgpt.recovery", "slimgpt.comparison"} == set()
+    assert imported & {*large, "slimgpt.recovery.run", "slimgpt.comparison"} == set()
     assert [file.name for file in path.iterdir()] == ["config.json"]
 
 

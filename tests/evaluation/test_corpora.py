@@ -14,6 +14,7 @@ from slimgpt.evaluation import contamination_note, passkey, read_text
 from slimgpt.evaluation.corpora import CORPORA, Text
 from slimgpt.evaluation.loglikelihood import log_likelihoods
 from slimgpt.evaluation.passkey_retrieval import DEPTHS, _question
+from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import tiny_model
 
 HUB_ROWS = ["", " = Robert Boulter = \n", "", " Robert Boulter is an English actor . \n", " He had a role . \n"]
@@ -172,11 +173,14 @@ def test_passkey_answers_are_those_of_generate(tokenizer):
     assert log_likelihoods(model, [(context, greedy.tolist())], 800)[0][1]
 
 
-def test_a_text_without_measure_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.evaluation.corpora.LONGEST_LINE", 1000)
+def test_a_text_without_measure_is_refused(tmp_path):
     file = tmp_path / "one-line.txt"
     file.write_text("x" * 1000)
-    assert len(read_text(str(file)).content) == 1000
+    with other_thresholds(longest_line=1000):
+        assert len(read_text(str(file)).content) == 1000
     file.write_text("x" * 1001)
-    with pytest.raises(CalibrationError, match=r"one-line\.txt has more than 1,000 characters"):
+    with (
+        other_thresholds(longest_line=1000),
+        pytest.raises(CalibrationError, match=r"one-line\.txt has more than 1,000 characters"),
+    ):
         read_text(str(file))

@@ -16,6 +16,7 @@ from slimgpt.errors import ModelError, UsageError
 from slimgpt.evaluation import llama_cpp as module
 from slimgpt.evaluation import load_gguf, perplexity
 from slimgpt.evaluation.llama_cpp import choose_engine, engines_of
+from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import tiny_model
 
 WINDOW, TOKENS = 48, 960
@@ -158,12 +159,12 @@ def test_divergence_is_that_of_llama_cpps_own_logits(exported, line, tokenizer):
 
 
 @pytest.mark.llama_cpp
-def test_a_window_longer_than_the_first_context(exported, line, monkeypatch):
+def test_a_window_longer_than_the_first_context(exported, line):
     expected = perplexity(*load_gguf(exported / "F32.gguf"), line.read_text(), WINDOW, TOKENS)
-    monkeypatch.setattr(module, "FIRST_CONTEXT", 16)
-    found = perplexity(*load_gguf(exported / "F32.gguf"), line.read_text(), WINDOW, TOKENS)
-    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-9)
-    with pytest.raises(UsageError, match="longer than the model's context"):
+    with other_thresholds(first_context=16):
+        result = perplexity(*load_gguf(exported / "F32.gguf"), line.read_text(), WINDOW, TOKENS)
+    assert result.perplexity == pytest.approx(expected.perplexity, rel=1e-9)
+    with other_thresholds(first_context=16), pytest.raises(UsageError, match="longer than the model's context"):
         perplexity(*load_gguf(exported / "F32.gguf"), line.read_text(), 300)
 
 

@@ -6,11 +6,15 @@ import importlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import slimgpt
 
 CODE = Path(__file__).parent / "remote"
 AUTO_MAP = {
@@ -27,6 +31,18 @@ def remote_classes() -> tuple[Any, Any]:
     finally:
         sys.path.pop(0)
     return modeling.TinyBaichuanConfig, modeling.TinyBaichuanForCausalLM
+
+
+@contextmanager
+def described(architecture: slimgpt.Architecture) -> Iterator[None]:
+    """The family is in the table for a while."""
+    before = dict(slimgpt.ARCHITECTURES)
+    slimgpt.register("tiny_baichuan", architecture)
+    try:
+        yield
+    finally:
+        slimgpt.ARCHITECTURES.clear()
+        slimgpt.ARCHITECTURES.update(before)
 
 
 def remote_folder(folder: Path, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> PreTrainedModel:

@@ -19,7 +19,7 @@ from slimgpt.errors import ModelError, NumericalError, SlimGPTError, UsageError,
 from slimgpt.models.lookup import check_ids
 from slimgpt.planning.plan_file import read_plan
 from slimgpt.runtime.devices import as_device
-from tests.models.families import VOCABULARY
+from tests.models.families import VOCABULARY, windows
 
 INDEX = "model.safetensors.index.json"
 
@@ -243,3 +243,28 @@ def test_a_damaged_report_is_refused(folder):
     (folder / "slimgpt.json").write_text('{"layers": 3}')
     with pytest.raises(ModelError, match=r"slimgpt\.json is damaged"):
         slimgpt.inspect(str(folder))
+
+
+@pytest.mark.parametrize("key", ["text_config", "decoder"])
+@pytest.mark.parametrize("part", [{"": None}, {}, {"hidden_size": 48}, [1], "llama", 3])
+def test_a_part_that_the_class_does_not_know_is_refused_by_its_key(key, part, dense_folder, tmp_path):
+    """Found by the fuzz run of config.json: transformers hands such a part on as the language model's config."""
+    folder = shutil.copytree(dense_folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: part}))
+    for read in (slimgpt.inspect, slimgpt.load):
+        with pytest.raises(ModelError, match=rf"{key} in the config of 'model' is no config of a language model"):
+            read(str(folder))
+
+
+def test_a_report_of_another_number_of_layers_is_refused(dense_folder, tmp_path):
+    """Found by the fuzz run: without ``num_hidden_layers`` a config has its class's default."""
+    model, tokenizer = slimgpt.load(str(dense_folder))
+    report = slimgpt.prune(model, tokenizer, 0.3, windows(8, 24, seed=1), device="cpu", distill="off", evaluate=False)
+    slimgpt.save(model, tokenizer, report, tmp_path / "slim")
+    config = json.loads((tmp_path / "slim" / "config.json").read_text())
+    del config["num_hidden_layers"]
+    (tmp_path / "slim" / "config.json").write_text(json.dumps(config))
+    result = CliRunner().invoke(app, ["inspect", str(tmp_path / "slim")])
+    assert result.exit_code == 2
+    assert "is of a model of 4 layers, and by config.json there are 32" in " ".join(result.stderr.split())

@@ -18,7 +18,6 @@ import slimgpt
 from slimgpt.errors import PlanError, UnsupportedFamilyError, UsageError
 from slimgpt.layerwise.capture import capture, run_layer
 from slimgpt.layerwise.partial_forward import run_to, run_with
-from slimgpt.models import ARCHITECTURES
 from slimgpt.models.families import ffn, grouped
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.slicing import output_matrix, unit_rows
@@ -283,11 +282,9 @@ def test_run_to_stops_before_the_output_matrix():
     assert len(seen) == 1
 
 
-def test_a_family_can_be_described_without_touching_the_package(monkeypatch):
+def test_a_family_can_be_described_without_touching_the_package(registry):
     """As docs/adding-a-family.md has it."""
-    monkeypatch.setattr("slimgpt.models.lookup.ARCHITECTURES", mine := dict(ARCHITECTURES))
-    monkeypatch.setattr("slimgpt.models.families.ARCHITECTURES", mine)
-    del mine["arcee"]
+    del registry["arcee"]
     with pytest.raises(UnsupportedFamilyError, match=r"(?s)nobody has shown|has described it.*mlp\.up_proj: Linear"):
         prune(tiny_model("arcee"))
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import slimgpt
+from tests.models.hub_cache import use_cache
 
 REVISION = "a" * 40
 SMALL = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu"}
@@ -28,10 +29,7 @@ def hub(dense_folder, tmp_path, monkeypatch):
     tensors = load_file(snapshot / "model.safetensors")
     tensors["lm_head.weight"] = torch.randn(97, 48, generator=torch.Generator().manual_seed(3))
     save_file(tensors, snapshot / "model.safetensors", {"format": "pt"})
-    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", str(cache), raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    use_cache(monkeypatch, cache)
     return "org/own-head", tensors
 
 

@@ -40,52 +40,69 @@ def assert_same_weights(model: PreTrainedModel, other: PreTrainedModel) -> None:
     assert not different
 
 
+class Made:
+    """A quantised folder, the scheme that it was made by, and the model as it is read; none of them is changed."""
+
+    def __init__(self, case: str, root: Path):
+        self.root = root
+        self.folder, self.scheme = make(case, root)
+        self.loaded = read(self.folder)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Makes every case once."""
+    cases: dict[str, Made] = {}
+
+    def get(case: str) -> Made:
+        if case in WITH_LIBRARY and find_spec("compressed_tensors") is None:
+            pytest.skip("pip install compressed-tensors")
+        if case not in cases:
+            cases[case] = Made(case, tmp_path_factory.mktemp("case"))
+        return cases[case]
+
+    return get
+
+
 @pytest.fixture(params=CASES)
-def case(request):
-    if request.param in WITH_LIBRARY and find_spec("compressed_tensors") is None:
-        pytest.skip("pip install compressed-tensors")
-    return request.param
+def case(request, made):
+    return made(request.param)
 
 
-def test_every_scheme_is_read_as_the_values_that_it_stands_for(case, tmp_path):
-    folder, scheme = make(case, tmp_path)
-    model = read(folder)
-    assert model.dtype == torch.bfloat16
-    assert not hasattr(model.config, "quantization_config")
-    assert_same_weights(model, exact_model(tmp_path, scheme))
+def test_every_scheme_is_read_as_the_values_that_it_stands_for(case):
+    assert case.loaded.dtype == torch.bfloat16
+    assert not hasattr(case.loaded.config, "quantization_config")
+    assert_same_weights(case.loaded, exact_model(case.root, case.scheme))
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[4] is not None])
-def test_every_scheme_is_read_as_transformers_dequantises_it(name, tmp_path):
+def test_every_scheme_is_read_as_transformers_dequantises_it(name, made):
     config: Any = CASES[name][4]
-    if (name in WITH_LIBRARY or config is CompressedTensorsConfig) and find_spec("compressed_tensors") is None:
+    if config is CompressedTensorsConfig and find_spec("compressed_tensors") is None:
         pytest.skip("pip install compressed-tensors")
-    folder, _ = make(name, tmp_path)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config(dequantize=True))
-    assert_same_weights(read(folder), theirs)
+    case = made(name)
+    theirs = AutoModelForCausalLM.from_pretrained(case.folder, quantization_config=config(dequantize=True))
+    assert_same_weights(case.loaded, theirs)
 
 
-def test_streamed_layers_are_those_of_the_loaded_model(case, tmp_path):
-    folder, _ = make(case, tmp_path)
-    loaded = read(folder)
-    config = load_config(locate(str(folder)))
-    streamed = StreamedModel(config, ConvertedFiles(folder, empty_model(config)), torch.bfloat16)
+def test_streamed_layers_are_those_of_the_loaded_model(case):
+    config = load_config(locate(str(case.folder)))
+    streamed = StreamedModel(config, ConvertedFiles(case.folder, empty_model(config)), torch.bfloat16)
     streamed.check_finite()
     for index in range(config.num_hidden_layers):
-        theirs = loaded.model.layers[index].state_dict()
+        theirs = case.loaded.model.layers[index].state_dict()
         for name, tensor in streamed.layer(index).state_dict().items():
             assert torch.equal(tensor, theirs[name].to(tensor.dtype)), name
 
 
-def test_parameters_are_counted_without_scales(case, tmp_path):
-    folder, _ = make(case, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    shape = describe(load_config(locate(str(folder))))
+def test_parameters_are_counted_without_scales(case):
+    model = AutoModelForCausalLM.from_pretrained(case.root / "dense")
+    shape = describe(load_config(locate(str(case.folder))))
     assert shape.parameters == sum(p.numel() for p in model.parameters())
-    found = slimgpt.inspect(str(folder))
-    assert found.parameters == shape.parameters
-    assert found.quantization is not None
-    assert found.quantization["read_as"] == "bfloat16"
+    inspected = slimgpt.inspect(str(case.folder))
+    assert inspected.parameters == shape.parameters
+    assert inspected.quantization is not None
+    assert inspected.quantization["read_as"] == "bfloat16"
 
 
 def test_float32_is_not_rounded_to_bfloat16_before(tmp_path):

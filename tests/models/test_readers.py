@@ -63,10 +63,10 @@ def streamed(path):
     if layers.streamed is None:
         return state(layers.model)
     prefix = f"{layers.streamed.prefix}."
-    found = {name: tensor for name, tensor in state(layers.model).items() if not name.startswith(prefix)}
+    tensors = {name: tensor for name, tensor in state(layers.model).items() if not name.startswith(prefix)}
     for index in range(config.num_hidden_layers):
-        found |= {f"{prefix}{index}.{name}": tensor for name, tensor in layers(index).state_dict().items()}
-    return found
+        tensors |= {f"{prefix}{index}.{name}": tensor for name, tensor in layers(index).state_dict().items()}
+    return tensors
 
 
 def state(model):
@@ -77,15 +77,15 @@ def state(model):
 def exported(path):
     """The tensors that `export` takes, with those that are tied."""
     source = open_folder(path)
-    found = {name: source[name] for name in source.names}
-    return found if source.config.tie_word_embeddings is False else {HEAD: found[EMBEDDING], **found}
+    tensors = {name: source[name] for name in source.names}
+    return tensors if source.config.tie_word_embeddings is False else {HEAD: tensors[EMBEDDING], **tensors}
 
 
-def equal(found, expected, what):
+def equal(tensors, expected, reader):
     """Whether two sets of tensors are the same, to the bit."""
-    assert found.keys() == expected.keys(), what
+    assert tensors.keys() == expected.keys(), reader
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), f"{what}: {name}"
+        assert torch.equal(tensors[name], tensor), f"{reader}: {name}"
 
 
 def all_readers(path):
@@ -117,8 +117,8 @@ TABLE = {
 def test_all_readers_see_what_transformers_sees(family, case, folder):
     path = folder(family, **TABLE[case])
     expected = state(AutoModelForCausalLM.from_pretrained(path))
-    for what, found in all_readers(path):
-        equal(found, expected, what)
+    for reader, tensors in all_readers(path):
+        equal(tensors, expected, reader)
 
 
 def evaluated(path, text_file, tmp_path):
@@ -185,30 +185,40 @@ AS_GGUF = {
 """What transformers assumes of a family where it reads GGUF."""
 
 
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("family", AS_GGUF)
-def test_a_gguf_file_is_the_folder_that_it_was_made_from(family, rope, folder, text_file, tmp_path):
-    path = folder(family, rope_parameters={**ROPE, **ROPES[rope]}, **AS_GGUF[family])
+IN_EVERY_RUN = {*(("llama", rope) for rope in ROPES), ("mistral", "linear"), ("qwen3", "llama3")}
+"""Every scaling and every family; `test_gguf_file.py` reads two families with each scaling."""
+
+
+@pytest.mark.parametrize(
+    ("name", "rope"),
+    [
+        pytest.param(name, rope, marks=[pytest.mark.families] + [pytest.mark.slow] * ((name, rope) not in IN_EVERY_RUN))
+        for name in AS_GGUF
+        for rope in ROPES
+    ],
+)
+def test_a_gguf_file_is_the_folder_that_it_was_made_from(name, rope, folder, text_file, tmp_path):
+    path = folder(name, rope_parameters={**ROPE, **ROPES[rope]}, **AS_GGUF[name])
     text = tmp_path / "text.txt"  # without line ends, which the tiny vocabulary lacks: one reader drops them
     text.write_text(text_file.read_text().replace("\n", " "))
     file = tmp_path / "model.gguf"
     slimgpt.export(path, file, "gguf", quantize="F32", check=False)
     plain = AutoModelForCausalLM.from_pretrained(path)
     tensors = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
-    for what, found in (
+    for reader, read in (
         ("transformers", state(tensors)),
         ("load", state(slimgpt.load(str(file))[0])),
         ("stream", streamed(file)),
         ("recover", recovered(file, text, tmp_path)),
     ):
-        equal(found, state(plain), what)
+        equal(read, state(plain), reader)
     tokenizer = slimgpt.load(str(path))[1]
     expected = cross_entropy(plain, tokenizer, text)  # with the folder's positions
     assert evaluated(file, text, tmp_path) == pytest.approx(expected, abs=1e-5)
     small = {**OPTIONS, "ratio": 0.1, "distill": "off", "calibration": str(text)}
-    for name, source in (("from file", file), ("from folder", path)):
-        slimgpt.prune_folder(str(source), tmp_path / name, **small)
-    slim = [slimgpt.load(str(tmp_path / name))[0] for name in ("from file", "from folder")]
+    for out, source in (("from file", file), ("from folder", path)):
+        slimgpt.prune_folder(str(source), tmp_path / out, **small)
+    slim = [slimgpt.load(str(tmp_path / out))[0] for out in ("from file", "from folder")]
     with torch.no_grad():
         torch.testing.assert_close(slim[0](IDS).logits, slim[1](IDS).logits, rtol=1e-3, atol=1e-3)
 
@@ -373,8 +383,8 @@ def test_files_beside_the_shards_are_not_the_model(folder):
     expected = state(AutoModelForCausalLM.from_pretrained(path))
     (path / "consolidated.safetensors").write_bytes(b"broken")
     assert inspect(str(path)).bytes == size
-    for what, found in all_readers(path):
-        equal(found, expected, what)
+    for reader, tensors in all_readers(path):
+        equal(tensors, expected, reader)
 
 
 DROPPED = {

@@ -109,10 +109,9 @@ def test_gradient_checkpointing_changes_nothing(recover):
             torch.testing.assert_close(tensor, twice[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"method": "lora", "dropout": 0.2}, {"method": "full"}])
-def test_a_killed_run_ends_with_the_same_weights(settings, recover, slim_folder, text_file, tmp_path):
+def test_a_killed_run_ends_with_the_same_weights(recover, slim_folder, text_file, tmp_path):
     """SIGKILL in the middle of an epoch and of the steps between two states; both runs see the data twice."""
-    settings = {**settings, "max_steps": 12, "evaluations": 4, "epochs": 2.0}
+    settings = {"method": "lora", "dropout": 0.2, "max_steps": 12, "evaluations": 4, "epochs": 2.0}
     whole = recover("whole", **settings)
     options = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, **settings}.items() if name != "bf16"]
     words = ["recover", slim_folder, tmp_path / "killed", "--data", text_file, "--no-bf16", *options]
@@ -135,6 +134,24 @@ def test_a_killed_run_ends_with_the_same_weights(settings, recover, slim_folder,
     assert "pass --resume" in " ".join(refused.stderr.split())
     with pytest.raises(ResumeError, match="settings seed was 0, now 1"):
         recover("killed", resume=True, seed=1, **settings)
+    resumed = recover("killed", resume=True, **settings)
+    assert (resumed.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert resumed.curve == whole.curve
+
+
+@pytest.mark.parametrize("method", ["full", "distill"])
+def test_an_interrupted_run_ends_with_the_same_weights(method, recover, dense_folder):
+    """In this process; every weight and both moments go on, and what the teacher said is not asked again."""
+    settings = {"method": method, "max_steps": 6, "evaluations": 3}
+    settings |= {"teacher": str(dense_folder)} if method == "distill" else {}
+
+    def stop(step):
+        if step.step == 3:
+            raise KeyboardInterrupt
+
+    whole = recover("whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        recover("killed", on_step=stop, **settings)
     resumed = recover("killed", resume=True, **settings)
     assert (resumed.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
     assert resumed.curve == whole.curve
@@ -329,7 +346,7 @@ def test_two_shares_of_the_teacher_are_the_whole(dense_folder, text_file, tmp_pa
         ("has no teacher", {"teacher": "demo"}),
         ("longer than the model's context", {"max_length": 65}),
         ("learning_rate is nan", {"learning_rate": float("nan")}),
-        ("dropout 1.5", {"dropout": 1.5}),
+        ("dropout is 1.5", {"dropout": 1.5}),
         ("held_out is -1", {"held_out": -1}),
         ("nothing would be learned", {"method": "distill", "text_weight": 0.0, "distill_weight": 0.0}),
         ("has no setting 'rate'", {"rate": 3}),

@@ -15,6 +15,7 @@ from slimgpt.planning import Sensitivity, StructureCost
 from slimgpt.planning.equal_widths import pair_cost
 from slimgpt.planning.plan import plan_of_widths
 from slimgpt.runtime.memory import Placement
+from slimgpt.runtime.thresholds import other_thresholds
 from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.sensitivity.measure import measure
 from tests.models.families import tiny_model, windows
@@ -23,11 +24,11 @@ IDS = windows(40, 24)
 OPTIONS = {"ratio": 0.3, "calibration": IDS, "batch_size": 5, "device": "cpu", "uniform": True}
 
 
-def test_equal_layers_are_measured_trained_and_a_stock_class(tmp_path, monkeypatch):
-    monkeypatch.setattr("slimgpt.sensitivity.equal_layers.NEARLY", 1.0)  # what is cheapest, without a trial
+def test_equal_layers_are_measured_trained_and_a_stock_class(tmp_path):
     model = tiny_model("llama")
     config, shape = model.config, describe(model.config, model)
-    report = slimgpt.prune(model, None, distill=400, **OPTIONS)
+    with other_thresholds(equal_cost_ratio=1.0):  # what is cheapest, without a trial
+        report = slimgpt.prune(model, None, distill=400, **OPTIONS)
     assert report.allocation["by"] == "sensitivity"
     assert report.plan.uniform
     assert report.plan.achieved == pytest.approx(0.3, abs=0.005)
@@ -54,9 +55,9 @@ def test_equal_layers_are_measured_trained_and_a_stock_class(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("allocation", ["sensitivity", "search"])
-def test_pairs_that_cost_nearly_as_little_are_tried_and_the_better_is_taken(allocation, monkeypatch):
-    monkeypatch.setattr("slimgpt.sensitivity.equal_layers.NEARLY", 1e9)
-    report = slimgpt.prune(tiny_model("llama"), None, allocation=allocation, distill="off", **OPTIONS)
+def test_pairs_that_cost_nearly_as_little_are_tried_and_the_better_is_taken(allocation):
+    with other_thresholds(equal_cost_ratio=1e9):
+        report = slimgpt.prune(tiny_model("llama"), None, allocation=allocation, distill="off", **OPTIONS)
     assert report.allocation["by"] == allocation
     tried = report.allocation["tried"]
     assert len(tried) == 2

@@ -9,6 +9,7 @@ import torch
 
 import slimgpt
 from slimgpt.config import make_config
+from slimgpt.errors import PlanError
 from slimgpt.models.families.moe import SHARED, Experts
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.parameter_counts import describe
@@ -19,6 +20,7 @@ from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.pruning.report import units_of
 from slimgpt.runtime.thresholds import other_thresholds
+from slimgpt.sensitivity.allocate import uses_sensitivity
 from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, measure, split_windows
 from tests.models.families import windows
 from tests.models.mixtures import tiny_mixture
@@ -142,3 +144,22 @@ def test_with_a_given_share_of_whole_experts_widths_go_by_the_schedule():
             tiny_mixture("mixtral"), None, 0.3, windows(40, 24), whole_experts=0.5, batch_size=5, device="cpu"
         )
     assert report.allocation == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"uniform": True}, "measures no equal layers of a mixture of experts.*leave out allocation, or uniform"),
+        ({"whole_experts": 0.5}, "measures no whole experts of a mixture.*leave out allocation, or whole_experts"),
+        ({"method": "reap"}, "measures no whole experts"),
+    ],
+)
+@pytest.mark.parametrize("allocation", ["sensitivity", "search"])
+def test_what_the_schedule_decides_is_not_measured_on_request(allocation, options, message):
+    """It followed the schedule without a word; `auto`, which promises no more, still does."""
+    model = tiny_mixture("mixtral")
+    with pytest.raises(PlanError, match=message):
+        slimgpt.prune(model, None, 0.3, windows(40, 24), device="cpu", allocation=allocation, **options)
+    shape = describe(model.config, model)
+    assert not uses_sensitivity(make_config(ratio=0.3, **options), shape, windows(40, 24))
+    assert uses_sensitivity(make_config(ratio=0.3, allocation=allocation), shape, windows(40, 24))

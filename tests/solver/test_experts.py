@@ -110,6 +110,9 @@ def test_output_gram_holds_the_inner_products_of_the_definition():
     torch.testing.assert_close(gram.C, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gram.c, torch.stack([(a * target).sum() for a in single]), rtol=1e-10, atol=1e-10)
     assert float(gram.total) == pytest.approx(float(target.square().sum()))
+    assert gram.norms is gram.counts is None  # only REAP asks for them
+    with pytest.raises(ValueError, match="norms=True"):
+        gram.saliency()
 
 
 def test_reap_goes_by_the_mean_over_an_experts_tokens_of_gate_times_norm():
@@ -117,7 +120,7 @@ def test_reap_goes_by_the_mean_over_an_experts_tokens_of_gate_times_norm():
     one, where the energy that it puts into the output is less."""
     m = Mixture(8)
     routing = Routing(m.index, m.p, EXPERTS)
-    gram = OutputGram(EXPERTS)
+    gram = OutputGram(EXPERTS, norms=True)
     outputs = contributions(routing, m.x, K, HIDDEN, lambda e, x: m.h(e, x) @ m.W[e].T)
     for part in torch.arange(TOKENS).split(90):
         gram.add(m.index[part], outputs[part], outputs[part].sum(1))
@@ -133,7 +136,7 @@ def test_reap_goes_by_the_mean_over_an_experts_tokens_of_gate_times_norm():
     scores = expert_scores("reap", gram, torch.zeros(EXPERTS), generator)
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0.0)
     energy = expert_scores("slimgpt", gram, torch.zeros(EXPERTS), generator)
-    rare = OutputGram(2)
+    rare = OutputGram(2, norms=True)
     rare.add(
         torch.tensor([[0]] * 9 + [[1]]),
         torch.cat([torch.ones(9, 1, 1), torch.full((1, 1, 1), 2.0)]),

@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 from slimgpt import assets
 from slimgpt.errors import CalibrationError, one_line
 from slimgpt.io.arrow import check_pyarrow
+from slimgpt.runtime.thresholds import thresholds
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,6 @@ SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 COMPRESSED = (".gz", ".zst")
 ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names of who speaks, and a chat template's; others stay as they are."""
-
-LONGEST_LINE = 1 << 27
-"""Characters of a line at most: a file without line ends would fill the memory before its first row is known."""
-
-SEGMENT = 1 << 16
-"""Characters after which a plain text file is cut at the next line end, so that a long file can be shuffled."""
-
 
 IN_MEMORY = ("tensor", "rows")
 """What a report calls calibration that is no file, folder or data set but a tensor or rows in memory."""
@@ -187,7 +181,7 @@ def read_file(path: Path) -> Iterator[Document]:
 def _json_lines(path: Path) -> Iterator[tuple[object, str]]:
     with open_text(path) as file:
         number = 0
-        while line := file.readline(LONGEST_LINE + 1):
+        while line := file.readline(thresholds().longest_line + 1):
             number += 1
             where = f"{path}, line {number}"
             _check_length(line, where)
@@ -216,9 +210,10 @@ def _parquet_rows(path: Path) -> Iterator[tuple[object, str]]:
 
 
 def _check_length(line: str, where: str) -> None:
-    if len(line) > LONGEST_LINE:
+    longest = thresholds().longest_line
+    if len(line) > longest:
         raise CalibrationError(
-            f"{where} has more than {LONGEST_LINE:,} characters; cut it into several, with a line end after each"
+            f"{where} has more than {longest:,} characters; cut it into several, with a line end after each"
         )
 
 
@@ -235,8 +230,8 @@ def _parsed(text: str, where: str) -> object:
 
 
 def _segments(file: IO[str], path: Path) -> Iterator[str]:
-    while start := file.read(SEGMENT):
-        rest = file.readline(LONGEST_LINE + 1)
+    while start := file.read(thresholds().segment):
+        rest = file.readline(thresholds().longest_line + 1)
         _check_length(rest, f"a line of {path}")
         yield start + rest
 

@@ -36,12 +36,10 @@ from slimgpt.calibration.template_tokens import special_ids, turn_tokens
 from slimgpt.calibration.windows import digest, prefix_ids
 from slimgpt.errors import CalibrationError
 from slimgpt.runtime.devices import DTYPES
+from slimgpt.runtime.thresholds import thresholds
 
 MAX_TOKENS = 384
 """Tokens of a document at most."""
-
-ROUND = 128
-"""Documents of a round, which is written together where memory allows, filtered, and kept for a resumed run."""
 
 TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 """Of the documents in turn."""
@@ -265,7 +263,7 @@ def write_calibration(
     counts: Counter = Counter()
     tokens = written = number = 0
     seconds = 0.0
-    seen = SeenText()
+    seen, size = SeenText(), thresholds().generation_round
     while tokens < needed:
         if written >= most:
             raise CalibrationError(
@@ -277,10 +275,10 @@ def write_calibration(
         if values is None:
             begin = time.perf_counter()
             mean = tokens / written if tokens else expected
-            count = min(ROUND, max(int((needed - tokens) / mean * 1.05) + 1, 8))
-            rounds_left = max(-(-(needed - tokens) // int(mean * ROUND)), 1)
+            count = min(size, max(int((needed - tokens) / mean * 1.05) + 1, 8))
+            rounds_left = max(-(-(needed - tokens) // int(mean * size)), 1)
             progress = partial(_report, on_written, number, rounds_left) if on_written else None
-            together = min(sequences_together(model, writer.length, dtype, device, budget), ROUND)
+            together = min(sequences_together(model, writer.length, dtype, device, budget), size)
             with parameters_moved(model, device, dtype):
                 texts = writer.round(number, count, together, progress)
             kept, found = kept_documents(writer, texts, seen)

@@ -15,6 +15,7 @@ from slimgpt.calibration.documents import Conversation, Document, Instruction, r
 from slimgpt.config import PruneConfig
 from slimgpt.errors import CalibrationError, UsageError, one_line
 from slimgpt.models.lookup import check_ids
+from slimgpt.runtime.thresholds import thresholds
 from slimgpt.runtime.time_limit import time_limit
 
 Read = TypeVar("Read")
@@ -23,9 +24,6 @@ Calibration = str | Tensor | Iterable[object]
 
 CHARACTERS = 16
 """Characters for a token, more than a text takes on average."""
-
-TEMPLATE_SECONDS = 10
-"""Seconds that a chat template may take for one conversation; milliseconds are usual."""
 
 ROOM = 64
 """Tokens at the end of a piece that is cut off which may differ from those of the whole text."""
@@ -220,7 +218,7 @@ def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answere
     """A document as text: chat messages through the tokenizer's template, an instruction followed by its answer.
 
     A template is a program of the model's authors. It runs in a sandbox, which forbids it files and code, and is
-    stopped after :data:`TEMPLATE_SECONDS`.
+    stopped after ``template_seconds`` (:class:`slimgpt.runtime.thresholds.Thresholds`).
 
     Args:
         to_be_answered: end chat messages where the template lets the assistant begin.
@@ -234,12 +232,13 @@ def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answere
     if isinstance(document, Instruction):
         return document.prompt + document.response
     check_template(tokenizer, document)
+    seconds = thresholds().template_seconds
     try:
-        with time_limit(TEMPLATE_SECONDS):
+        with time_limit(seconds):
             return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=to_be_answered))
     except TimeoutError:
         raise UsageError(
-            f"{_where(document)}: the tokenizer's chat template has not ended after {TEMPLATE_SECONDS} seconds; mend "
+            f"{_where(document)}: the tokenizer's chat template has not ended after {seconds:g} seconds; mend "
             "the template, or give plain `text`"
         ) from None
     except Exception as error:

@@ -67,6 +67,11 @@ def inspect(name: str, trust_remote_code: bool = False) -> Inspection:
             check_files(source)
             size = weight_bytes(source.folder)
             pruned = read_report(source.folder)
+            if pruned is not None and len(pruned["dense_sizes"]) != len(shape.layers):
+                raise ModelError(
+                    f"{source.folder / REPORT_FILE} is of a model of {len(pruned['dense_sizes'])} layers, and by "
+                    f"config.json there are {len(shape.layers)}; mend num_hidden_layers there, or delete the report"
+                )
     return Inspection(
         model=source.name,
         model_type=config.model_type,

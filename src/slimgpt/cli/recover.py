@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
-from slimgpt.cli.options import DeviceOption, DtypeOption, PrivateOption, PushOption, TrustOption, help_panels
+from slimgpt.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    PrivateOption,
+    PushOption,
+    TrustOption,
+    help_panels,
+    setting_options,
+)
 from slimgpt.cli.progress import phases
-from slimgpt.errors import UsageError
+from slimgpt.recovery.config import RecoverConfig
 
 if TYPE_CHECKING:
     from slimgpt.recovery.run import Recovery
@@ -39,6 +47,7 @@ Several GPUs: torchrun --nproc-per-node 8 -m slimgpt recover slim OUT --data my.
         "Output": "push_to_hub private resume overwrite",
     }
 )
+@setting_options(RecoverConfig, "recover", before={"teacher": ""})
 def recover(
     slim: Annotated[Path, typer.Argument(metavar="SLIM", help="The folder that `slimgpt prune` wrote.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
@@ -49,52 +58,9 @@ def recover(
             help="A .txt, .jsonl, .json or .parquet file, a folder, a datasets id, or 'demo'; may be repeated.",
         ),
     ],
-    method: Annotated[
-        str,
-        typer.Option(help="lora, full (all weights) or distill (from a teacher)."),
-    ] = "lora",
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.")] = None,
-    shares: Annotated[
-        str | None,
-        typer.Option(help="With --max-steps: proportions of the sources, such as 4,1.", show_default="equal"),
-    ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", show_default="1e-4 for lora, else 5e-4")
-    ] = None,
-    schedule: Annotated[str, typer.Option(help="Learning rate schedule: cosine, linear or constant.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Warm-up, as a share of the steps.")] = 0.05,
-    max_length: Annotated[int, typer.Option(help="Tokens of an example at most.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Examples per step, over all devices.")] = 64,
-    micro_batch: Annotated[int, typer.Option(help="Examples per device and forward pass.")] = 4,
-    rank: Annotated[
-        int | None, typer.Option(help="LoRA rank; with distill: train adapters.", show_default="8 with lora")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.", show_default="twice the rank")] = None,
-    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.0,
-    train_embeddings: Annotated[
-        bool, typer.Option("--train-embeddings", help="Train the embeddings too (full, distill).")
-    ] = False,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay of AdamW.")] = 0.0,
-    pack: Annotated[bool, typer.Option("--pack", help="Pack instructions and chats, too.")] = False,
     teacher: Annotated[
         str | None, typer.Option(help="The dense model (distill).", show_default="SLIM's base model")
     ] = None,
-    distill_weight: Annotated[float, typer.Option(help="Weight of the KL divergence from the teacher.")] = 1.0,
-    text_weight: Annotated[float, typer.Option(help="Weight of the cross-entropy of the text.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Most likely tokens of the teacher that are kept.")] = 64,
-    layer_weight: Annotated[float, typer.Option(help="Weight of the distance of layer outputs.")] = 0.0,
-    layers: Annotated[int, typer.Option(help="Layer outputs that are compared.")] = 4,
-    held_out: Annotated[int, typer.Option(help="Examples held out for evaluation; 0: none.")] = 32,
-    evaluations: Annotated[int, typer.Option(help="Evaluations, each with a checkpoint.")] = 10,
-    patience: Annotated[int, typer.Option(help="Early stopping after so many evaluations; 0: none.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of data order and adapters.")] = 0,
-    bf16: Annotated[
-        bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 autocast.", show_default="where it is faster")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations to save memory.")
-    ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     push_to_hub: PushOption = None,
@@ -102,6 +68,7 @@ def recover(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
     trust_remote_code: TrustOption = False,
+    **settings: Any,
 ) -> None:
     """Train SLIM to win back what pruning lost, and save the result as the folder OUT.
 
@@ -138,44 +105,11 @@ def recover(
             on_step=on_step,
             push_to_hub=push_to_hub,
             private=private,
-            method=method,
-            epochs=epochs,
-            max_steps=max_steps,
-            shares=_numbers(shares),
-            learning_rate=learning_rate,
-            schedule=schedule,
-            warmup=warmup,
-            max_length=max_length,
-            batch_size=batch_size,
-            micro_batch=micro_batch,
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            train_embeddings=train_embeddings,
-            weight_decay=weight_decay,
-            pack=pack,
-            distill_weight=distill_weight,
-            text_weight=text_weight,
-            top_k=top_k,
-            layer_weight=layer_weight,
-            layers=layers,
-            held_out=held_out,
-            evaluations=evaluations,
-            patience=patience,
-            seed=seed,
-            bf16=bf16,
-            gradient_checkpointing=gradient_checkpointing,
+            **settings,
         )
     _print(recovery)
     if push_to_hub is not None:
         out.print(f"uploaded to {show(push_to_hub)}", soft_wrap=True, highlight=False)
-
-
-def _numbers(text: str | None) -> list[float] | None:
-    try:
-        return None if text is None else [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"shares '{text}' is no list of numbers such as 4,1") from None
 
 
 def _losses(step: Step) -> str:

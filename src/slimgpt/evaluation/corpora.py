@@ -11,7 +11,6 @@ from typing import Any
 
 from slimgpt import assets
 from slimgpt.calibration.documents import (
-    LONGEST_LINE,
     Conversation,
     Document,
     Instruction,
@@ -20,6 +19,7 @@ from slimgpt.calibration.documents import (
     text_format,
 )
 from slimgpt.errors import CalibrationError, one_line
+from slimgpt.runtime.thresholds import thresholds
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
         if path.is_file() and text_format(path) not in (None, ".txt"):
             content = "\n\n".join(_plain(document, path) for document in read_file(path))
             return Text(name, content, "the texts of the rows, an empty line between two", path)
-        return Text(name, _read(path, LONGEST_LINE), file=path)
+        return Text(name, _read(path, thresholds().longest_line), file=path)
     joining = f"rows joined with {corpus.separator!r}"
     if corpus.max_rows:
         joining = f"the first {corpus.max_rows:,} {joining}"

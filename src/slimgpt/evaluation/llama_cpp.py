@@ -19,12 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from slimgpt.errors import ModelError, UsageError
 from slimgpt.models.llama_cpp import LlamaCpp, installed
+from slimgpt.runtime.thresholds import thresholds
 
 ENGINES = ("auto", "transformers", "llama.cpp")
 """What runs a model. ``auto`` is llama.cpp for a GGUF file where llama-cpp-python is installed, else transformers."""
-
-FIRST_CONTEXT = 512
-"""Tokens that a GGUF file is opened for; a longer window opens it anew."""
 
 
 def choose_engine(name: str, engine: str, needs_transformers: Sequence[str] = ()) -> str:
@@ -106,7 +104,7 @@ class _LlamaCppModel(nn.Module):
     def __init__(self, file: Path):
         super().__init__()
         self.file = file
-        self.opened = self._open(FIRST_CONTEXT)
+        self.opened = self._open(thresholds().first_context)
         self.engine = self.opened.engine
         metadata = self.opened.metadata
         self.device, self.dtype = torch.device("cpu"), _stored_type(metadata)

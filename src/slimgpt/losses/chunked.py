@@ -17,14 +17,15 @@ CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
 """Logits per chunk: what a processor's caches hold, and the size on other devices."""
 
 
-def log_probabilities(logits: Tensor, ids: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor, ids: Tensor, chunk: int | None = None) -> Tensor:
     """``log softmax(logits)`` of given tokens, ``(tokens, k)``; differentiable.
 
     Args:
         logits: ``(tokens, vocabulary)``.
         ids: ``(tokens, k)``.
+        chunk: logits that are processed together; by default as many as suit the device.
     """
-    return _LogProbabilities.apply(logits, ids)
+    return _LogProbabilities.apply(logits, ids, chunk)
 
 
 class DistillationLoss(NamedTuple):
@@ -48,6 +49,7 @@ def distillation_loss(
     labels: Tensor | None = None,
     weight: float = 0.0,
     with_gradient: bool = True,
+    chunk: int | None = None,
 ) -> DistillationLoss:
     """``KL(teacher || student)``, the cross-entropy with the labels, and their gradient.
 
@@ -57,14 +59,15 @@ def distillation_loss(
         labels: the next tokens, ``(tokens,)``; -100 is ignored; ``None`` ignores all.
         weight: of the cross-entropy in the gradient.
         with_gradient: compute the gradient.
+        chunk: logits that are processed together; by default as many as suit the device.
     """
     gradient = torch.empty_like(student) if with_gradient else None
     labels = torch.full((len(student),), -100) if labels is None else labels
     labels = labels.to(student.device)[:, None]
     kl = cross_entropy = 0.0
-    for chunk in _chunks(student):
-        log_p, log_q = (_wide(logits[chunk]).log_softmax(-1) for logits in (teacher, student))
-        labelled, ids = (labels[chunk] >= 0).to(log_q), labels[chunk].clamp_min(0)
+    for rows in _chunks(student, chunk):
+        log_p, log_q = (_wide(logits[rows]).log_softmax(-1) for logits in (teacher, student))
+        labelled, ids = (labels[rows] >= 0).to(log_q), labels[rows].clamp_min(0)
         cross_entropy -= float((labelled * log_q.gather(-1, ids)).sum())
         p = log_p.exp()
         kl += float((p * log_p.sub_(log_q)).sum())
@@ -73,7 +76,7 @@ def distillation_loss(
             if weight:
                 q *= 1 + weight * labelled
                 q.scatter_add_(-1, ids, -weight * labelled)
-            gradient[chunk] = q.sub_(p)
+            gradient[rows] = q.sub_(p)
     return DistillationLoss(kl, cross_entropy, gradient)
 
 
@@ -120,29 +123,31 @@ def token_divergence(
 
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor) -> Tensor:
-        totals = [_wide(logits[chunk]).logsumexp(-1) for chunk in _chunks(logits)]
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, chunk: int | None) -> Tensor:
+        totals = [_wide(logits[rows]).logsumexp(-1) for rows in _chunks(logits, chunk)]
         total = torch.cat(totals) if totals else _wide(logits[:, 0])
         ctx.save_for_backward(logits, ids, total)
+        ctx.chunk = chunk
         return _wide(logits.gather(-1, ids)) - total[:, None]
 
     @staticmethod
-    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, None, None]:
         (output_gradient,) = output_gradients
         logits, ids, total = ctx.saved_tensors
         gradient = torch.empty_like(logits)
-        for chunk in _chunks(logits):
-            softmax = (_wide(logits[chunk]) - total[chunk, None]).exp_()
-            softmax *= -output_gradient[chunk].sum(-1, keepdim=True)
-            gradient[chunk] = softmax.scatter_add_(-1, ids[chunk], output_gradient[chunk])
-        return gradient, None
+        for rows in _chunks(logits, ctx.chunk):
+            softmax = (_wide(logits[rows]) - total[rows, None]).exp_()
+            softmax *= -output_gradient[rows].sum(-1, keepdim=True)
+            gradient[rows] = softmax.scatter_add_(-1, ids[rows], output_gradient[rows])
+        return gradient, None, None
 
 
 def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    rows = max((CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[-1], 1)
+def _chunks(logits: Tensor, chunk: int | None = None) -> Iterator[slice]:
+    chunk = chunk or (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK)
+    rows = max(chunk // logits.shape[-1], 1)
     for start in range(0, len(logits), rows):
         yield slice(start, start + rows)

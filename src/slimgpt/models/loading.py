@@ -69,6 +69,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
             ) from error
         nowhere = "" if source.folder is not None else f"there is no folder {source.location} here, and from the hub: "
         raise ModelError(f"cannot read the model '{source.name}': {nowhere}{one_line(error)}") from error
+    _check_language_model(config, source)
     if gguf is not None:
         restore_positions(gguf, config)
     if not source.gguf_file:
@@ -94,6 +95,21 @@ def _read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
     warnings.warn(f"{source.name} is a {model_type}, which transformers has, and saves, as {other}", stacklevel=4)
     values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
     return AutoConfig.for_model(other, **values)
+
+
+def _check_language_model(config: PreTrainedConfig, source: Source) -> None:
+    """Refuse a config with a part that is named as that of a language model is, and that its class does not know."""
+    try:
+        part = config.get_text_config(decoder=True)
+    except Exception as error:  # several parts, of which none is the only one
+        raise ModelError(f"cannot read the config of '{source.name}': {one_line(error)}") from error
+    if not isinstance(part, PreTrainedConfig):
+        names = ("text_config", "decoder", "generator", "text_encoder")
+        key = next((name for name in names if getattr(config, name, None) is part), names[0])
+        raise ModelError(
+            f"{key} in the config of '{source.name}' is no config of a language model: model_type "
+            f"'{config.model_type}' has no such part; take {key} out, or give the right model_type"
+        )
 
 
 def _refuse_unreadable(source: Source) -> None:

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from slimgpt.models.parameter_counts import LayerShape, ModelShape
+from slimgpt.config import PruneConfig
+from slimgpt.errors import PlanError
+from slimgpt.models.parameter_counts import LayerShape, ModelShape, measurable
 from slimgpt.planning.ffn import FIELDS, free_units, nearest, step_of_unit, tied_to, widths_of
 from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
 
@@ -30,6 +32,22 @@ steeper because the remaining heads take over the removed ones' work."""
 FLOOR = 0.3
 """Lower bound of a cost relative to the median of its kind: small measured costs are mostly noise, and can be
 negative."""
+
+
+def check_measurable(config: PruneConfig, shape: ModelShape) -> None:
+    """Refuse to measure on request what the schedule decides; ``auto`` follows the schedule there.
+
+    Raises:
+        PlanError: equal layers of a mixture, or a mixture whose share of whole experts is given.
+    """
+    if config.allocation not in ("sensitivity", "search") or measurable(shape):
+        return
+    if config.uniform or config.whole_experts:
+        option, what = ("uniform", "equal layers") if config.uniform else ("whole_experts", "whole experts")
+        raise PlanError(
+            f"allocation '{config.allocation}' measures no {what} of a mixture of experts, which follow the schedule; "
+            f"leave out allocation, or {option}"
+        )
 
 
 @dataclass(frozen=True)

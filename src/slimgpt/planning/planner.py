@@ -16,6 +16,7 @@ from slimgpt.models.lookup import lookup
 from slimgpt.models.parameter_counts import LayerShape, ModelShape, describe
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.alignment import aligned_plan
+from slimgpt.planning.allocation import check_measurable
 from slimgpt.planning.ffn import ffn_sizes, least_ffn, step_of, tied_to
 from slimgpt.planning.plan import (
     HEAD_UNITS,
@@ -320,6 +321,7 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
     Raises:
         PlanError: no widths can do what was asked for.
     """
+    check_measurable(config, shape)
     if config.plan is not None:
         return read_plan(config.plan, model_config, shape)
     head_unit = "kv" if config.head_unit == "auto" and config.method.startswith("paper") else config.head_unit

@@ -111,12 +111,12 @@ class ExpertsPruner:
         work, resumed = self.work, self.work.resumed
         experts, batches = self.sizes[EXPERTS], range(len(work.inputs))
         targets = cast(ActivationStore, work.store_at(self.run.placement.stream))
-        gram = OutputGram(experts, self.run.device, work.sum_dtype)
+        gram = OutputGram(experts, self.run.device, work.sum_dtype, norms=work.config.method == "reap")
         if not work.replaying:
             with work.timed("forward"):
                 for number in batches:
                     targets.put(number, self._all_outputs(number, gram, None))
-            for tensor in (gram.C, gram.norms, gram.counts):
+            for tensor in gram.sums_of_outputs:
                 self.ranks.total(tensor)
         with work.timed("solver"):
             if self.ranks.main and resumed is not None:

@@ -22,7 +22,7 @@ from slimgpt.models.parameter_counts import describe
 from slimgpt.models.source import Source, check_files, locate
 from slimgpt.models.streaming import stored_dtype
 from slimgpt.pruning.report import PruneReport
-from slimgpt.recovery.config import RecoverConfig
+from slimgpt.recovery.config import RecoverConfig, parse_shares
 from slimgpt.recovery.dataset import Data, collect
 from slimgpt.recovery.trainer import needed_examples
 from slimgpt.runtime.devices import as_device, as_dtype
@@ -58,8 +58,6 @@ def make_recovery_config(**settings: Any) -> RecoverConfig:
         raise UsageError(
             f"recover has no setting '{unknown[0]}'; it has {', '.join(RecoverConfig.__dataclass_fields__)}"
         )
-    if settings.get("shares") is not None:
-        settings["shares"] = tuple(settings["shares"])
     return RecoverConfig(**settings)
 
 
@@ -120,7 +118,7 @@ def check_request(
         needed,
         pack=config.pack,
         seed=config.seed,
-        shares=config.shares,
+        shares=parse_shares(config.shares),
     )
     vocab_size = text_config(model_config).vocab_size
     for example in (*examples.training, *examples.held_out):

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 
 from slimgpt.errors import UsageError
-from slimgpt.runtime.setting_checks import check_seed
+from slimgpt.runtime import settings
+from slimgpt.runtime.setting_checks import (
+    check_at_least_one,
+    check_not_negative,
+    check_positive,
+    check_seed,
+    check_share_below_one,
+)
 
 
 @dataclass(frozen=True)
@@ -26,93 +34,127 @@ METHODS: dict[str, Method] = {
 }
 
 
+SCHEDULES = ("cosine", "linear", "constant")
+
+setting = partial(settings.setting, commands=("recover",))
+
+
+def check_method(name: str, value: str) -> None:
+    """Refuse a method that there is not."""
+    if value not in METHODS:
+        raise UsageError(f"{name} '{value}' is unknown; choose {', '.join(METHODS)}")
+
+
+def check_schedule(name: str, value: str) -> None:
+    """Refuse a schedule that there is not."""
+    if value not in SCHEDULES:
+        raise UsageError(f"{name} '{value}' is unknown; choose cosine, linear or constant")
+
+
+def check_max_length(name: str, value: int) -> None:
+    """Refuse examples of a few tokens."""
+    if value < 8:
+        raise UsageError(f"{name} is {value}; an example needs at least 8 tokens")
+
+
 @dataclass(frozen=True)
 class RecoverConfig:
     """The settings of a recovery run; the defaults are the paper's where it states them.
 
     Args:
-        method: a key of :data:`METHODS`.
-        epochs: passes over the data.
-        max_steps: end after so many updates; no more of the data is read than they need.
-        shares: how many examples the sources give then, in proportion; ``None``: each the same number.
-        learning_rate: at its highest; ``None`` means the method's own.
-        schedule: how it falls: ``cosine``, ``linear`` or ``constant``.
-        warmup: the share of the steps over which it rises.
-        max_length: tokens of an example: longer answers are cut, plain text is packed into windows of it.
-        batch_size: examples per update, over all devices.
-        micro_batch: examples that go through the model together on a device; the rest of a batch is accumulated.
-        rank: of the adapters; given with ``distill``, adapters are trained in place of the weights.
-        alpha: their scale is ``alpha / rank``; ``None`` means twice the rank.
-        dropout: on the way into the adapters.
-        train_embeddings: with ``full`` and ``distill``, train the embeddings too.
-        weight_decay: of AdamW.
-        pack: pack instructions and chats into full windows like plain text.
-        distill_weight: weight of the divergence from the teacher; the text's own cross-entropy has weight 1.
-        text_weight: weight of that cross-entropy when there is a teacher.
-        top_k: the teacher's most likely tokens to keep at every position; the rest counts as one.
-        layer_weight: weight of the distance of layer outputs; 0 leaves them out.
-        layers: how many layer outputs to compare, evenly spaced, the last among them.
-        held_out: examples of the data that are not trained on; 0 means no held-out loss and no early stop.
-        evaluations: how often the held-out loss is taken and the state is kept, in all.
-        patience: stop after so many evaluations without a lower held-out loss; 0 means never.
-        seed: for the order of the data, the adapters and dropout.
-        bf16: multiply in bfloat16, weights stay as they are; ``None``: where it is faster.
-        gradient_checkpointing: compute activations twice in place of keeping them.
+        **settings: one line each, from the fields below.
 
     Raises:
-        UsageError: a value outside its range.
+        UsageError: a value outside its range, or settings that exclude each other.
     """
 
-    method: str = "lora"
-    epochs: float = 1.0
-    max_steps: int | None = None
-    shares: tuple[float, ...] | None = None
-    learning_rate: float | None = None
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    max_length: int = 256
-    batch_size: int = 64
-    micro_batch: int = 4
-    rank: int | None = None
-    alpha: float | None = None
-    dropout: float = 0.0
-    train_embeddings: bool = False
-    weight_decay: float = 0.0
-    pack: bool = False
-    distill_weight: float = 1.0
-    text_weight: float = 1.0
-    top_k: int = 64
-    layer_weight: float = 0.0
-    layers: int = 4
-    held_out: int = 32
-    evaluations: int = 10
-    patience: int = 3
-    seed: int = 0
-    bf16: bool | None = None
-    gradient_checkpointing: bool = False
+    method: str = setting("lora", "lora, full (all weights) or distill (from a teacher).", check=check_method)
+    epochs: float = setting(1.0, "Passes over the data.", check=check_positive)
+    max_steps: int | None = setting(
+        None,
+        "Optimizer steps, in place of epochs.",
+        detail="No more of the data is read than they need.",
+        check=check_at_least_one,
+    )
+    shares: str | tuple[float, ...] | None = setting(
+        None, "With --max-steps: proportions of the sources, such as 4,1.", unset="equal"
+    )
+    learning_rate: float | None = setting(
+        None, "Peak learning rate.", unset="1e-4 for lora, else 5e-4", check=check_positive
+    )
+    schedule: str = setting("cosine", "Learning rate schedule: cosine, linear or constant.", check=check_schedule)
+    warmup: float = setting(0.05, "Warm-up, as a share of the steps.", check=check_share_below_one)
+    max_length: int = setting(
+        256,
+        "Tokens of an example at most.",
+        detail="Longer answers are cut; plain text is packed into windows of it.",
+        check=check_max_length,
+    )
+    batch_size: int = setting(64, "Examples per step, over all devices.", check=check_at_least_one)
+    micro_batch: int = setting(
+        4,
+        "Examples per device and forward pass.",
+        detail="The rest of a batch is accumulated.",
+        check=check_at_least_one,
+    )
+    rank: int | None = setting(
+        None, "LoRA rank; with distill: train adapters.", unset="8 with lora", check=check_at_least_one
+    )
+    alpha: float | None = setting(
+        None,
+        "LoRA alpha.",
+        detail="Adapters are scaled by alpha / rank.",
+        unset="twice the rank",
+        check=check_positive,
+    )
+    dropout: float = setting(0.0, "LoRA dropout.", check=check_share_below_one)
+    train_embeddings: bool = setting(False, "Train the embeddings too (full, distill).")
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", check=check_not_negative)
+    pack: bool = setting(False, "Pack instructions and chats, too.", detail="Into full windows, like plain text.")
+    distill_weight: float = setting(1.0, "Weight of the KL divergence from the teacher.", check=check_not_negative)
+    text_weight: float = setting(
+        1.0,
+        "Weight of the cross-entropy of the text.",
+        detail="Where there is a teacher; else it is the loss.",
+        check=check_not_negative,
+    )
+    top_k: int = setting(
+        64,
+        "Most likely tokens of the teacher that are kept.",
+        detail="At every position; the rest counts as one.",
+        check=check_at_least_one,
+    )
+    layer_weight: float = setting(
+        0.0, "Weight of the distance of layer outputs.", detail="0 leaves them out.", check=check_not_negative
+    )
+    layers: int = setting(
+        4,
+        "Layer outputs that are compared.",
+        detail="Evenly spaced, the last among them.",
+        check=check_at_least_one,
+    )
+    held_out: int = setting(
+        32,
+        "Examples held out for evaluation; 0: none.",
+        detail="Then there is no held-out loss and no early stopping.",
+        check=check_not_negative,
+    )
+    evaluations: int = setting(10, "Evaluations, each with a checkpoint.", check=check_at_least_one)
+    patience: int = setting(
+        3,
+        "Early stopping after so many evaluations; 0: none.",
+        detail="Evaluations without a lower held-out loss.",
+        check=check_not_negative,
+    )
+    seed: int = setting(0, "Seed of data order and adapters.", detail="And of dropout.", check=check_seed)
+    bf16: bool | None = setting(
+        None, "bfloat16 autocast.", detail="Weights stay as they are.", unset="where it is faster"
+    )
+    gradient_checkpointing: bool = setting(False, "Recompute activations to save memory.")
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UsageError(f"method '{self.method}' is unknown; choose {', '.join(METHODS)}")
-        if self.schedule not in ("cosine", "linear", "constant"):
-            raise UsageError(f"schedule '{self.schedule}' is unknown; choose cosine, linear or constant")
-        for name in ("max_steps", "batch_size", "micro_batch", "rank", "top_k", "layers", "evaluations"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1")
-        if self.max_length < 8:
-            raise UsageError(f"max_length is {self.max_length}; an example needs at least 8 tokens")
-        for name in ("epochs", "learning_rate", "alpha"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{name} is {value}; it must be more than 0")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith(("weight", "decay", "out", "patience")) and not value >= 0:
-                raise UsageError(f"{field.name} is {value}; it must be 0 or more")
-        check_seed("seed", self.seed)
-        if not 0 <= self.warmup < 1 or not 0 <= self.dropout < 1:
-            raise UsageError(f"warmup is {self.warmup} and dropout {self.dropout}; both must be in [0, 1)")
+        settings.run_checks(self)
+        object.__setattr__(self, "shares", parse_shares(self.shares))
         if self.batch_size % self.micro_batch:
             raise UsageError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
         if self.method == "full" and self.rank is not None:
@@ -136,3 +178,20 @@ class RecoverConfig:
     def teacher(self) -> bool:
         """Whether the loss compares with a teacher, the dense model."""
         return METHODS[self.method].teacher
+
+
+settings.documents_settings(RecoverConfig)
+
+
+def parse_shares(shares: str | Iterable[float] | None) -> tuple[float, ...] | None:
+    """Proportions from the command line, such as ``4,1``, or from Python.
+
+    Raises:
+        UsageError: something in it is no number.
+    """
+    if shares is None:
+        return None
+    try:
+        return tuple(float(part) for part in (shares.split(",") if isinstance(shares, str) else shares))
+    except (TypeError, ValueError):
+        raise UsageError(f"shares '{shares}' is no list of numbers such as 4,1") from None

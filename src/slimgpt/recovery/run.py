@@ -37,6 +37,7 @@ from slimgpt.recovery.trainer import (
 )
 from slimgpt.runtime.devices import forward_dtype
 from slimgpt.runtime.distributed import Ranks, join, rank_of_environment
+from slimgpt.runtime.settings import has_settings
 from slimgpt.runtime.versions import resume_versions, versions
 
 OnTeacher = Callable[[int, int], None]
@@ -72,6 +73,7 @@ class Recovery:
         return values
 
 
+@has_settings(RecoverConfig, before={"on_teacher": ""})
 def recover(
     slim: str | Path,
     out: str | Path,
@@ -108,7 +110,7 @@ def recover(
         push_to_hub: a repository of the hub, such as ``me/slim``, that the finished folder is uploaded to; token and
             name are checked before the training. With ``overwrite``, files that are there give way.
         private: a new repository is seen by its owner only.
-        **settings: fields of :class:`slimgpt.recovery.RecoverConfig`.
+        **settings: the fields of :class:`slimgpt.recovery.RecoverConfig`.
 
     Raises:
         UsageError: a setting outside its range, unusable text, or a teacher that does not fit.

@@ -14,10 +14,22 @@ SEEDS = 2**63
 """Seeds are below it: a seed is a 64-bit number with a sign."""
 
 
-def check_at_least_one(name: str, value: int) -> None:
+def check_at_least_one(name: str, value: int | None) -> None:
     """Refuse a count below one."""
-    if value < 1:
+    if value is not None and value < 1:
         raise UsageError(f"{name} is {value}; it must be at least 1")
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Refuse what is not above 0, or without bound."""
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{name} is {value}; it must be more than 0")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """Refuse what is below 0, or no number."""
+    if not value >= 0:
+        raise UsageError(f"{name} is {value}; it must be 0 or more")
 
 
 def check_ratio(name: str, value: float | None) -> None:
@@ -50,6 +62,12 @@ def check_share(name: str, value: float) -> None:
     """Refuse what is no share."""
     if not 0 <= value <= 1:
         raise UsageError(f"{name} is {value}; it is a share between 0 and 1")
+
+
+def check_share_below_one(name: str, value: float) -> None:
+    """Refuse what is no share, or all."""
+    if not 0 <= value < 1:
+        raise UsageError(f"{name} is {value}; it must be in [0, 1)")
 
 
 def check_seed(name: str, value: int) -> None:

@@ -39,7 +39,8 @@ class Setting:
 
     def text(self, default: Any) -> str:
         """The documentation of a setting with a default, in one paragraph."""
-        start = self.help if self.help[1].isupper() else self.help[0].lower() + self.help[1:]
+        name = any(letter.isupper() for letter in self.help.split()[0][1:])  # LoRA, FFN
+        start = self.help if name else self.help[0].lower() + self.help[1:]
         unset = f"If not given: {self.unset}." if self.unset and default is None else ""
         return " ".join(part for part in (start, self.detail, unset) if part)
 

@@ -21,6 +21,17 @@ class Thresholds:
         save_interval_s: seconds between two saved states of a training.
         shard_bytes: bytes from which a checkpoint is written in shards.
         degenerate_share: share of questions with the same answer from which a score counts as degenerate.
+        longest_line: characters of a line of text at most: a file without line ends would fill the memory before its
+            first row is known.
+        segment: characters after which a plain text file is cut at the next line end, so that a long file can be
+            shuffled.
+        template_seconds: seconds that a chat template may take for one conversation; milliseconds are usual.
+        generation_round: documents of a round, which is generated together where memory allows, filtered, and kept for
+            a resumed run.
+        equal_cost_ratio: a pair of widths of equal layers is worth a trial if it costs at most so many times what the
+            cheapest does. Costs are extrapolated from one trial plan: on SmolLM2 at 20% two pairs cost the same to
+            0.4%, and one loses 1.17 to 1.40 times as much as the other on text (docs/lab-notes.md).
+        first_context: tokens that llama.cpp opens a GGUF file for; a longer window opens it anew.
     """
 
     min_training_tokens: int = 32768
@@ -29,6 +40,12 @@ class Thresholds:
     save_interval_s: float = 600.0
     shard_bytes: int = 5 * 10**9
     degenerate_share: float = 0.9
+    longest_line: int = 1 << 27
+    segment: int = 1 << 16
+    template_seconds: float = 10
+    generation_round: int = 128
+    equal_cost_ratio: float = 1.5
+    first_context: int = 512
 
 
 _DEFAULT = Thresholds()

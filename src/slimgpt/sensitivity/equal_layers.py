@@ -15,14 +15,10 @@ from slimgpt.planning.alignment import EQUAL_TOLERANCE
 from slimgpt.planning.allocation import Sensitivity
 from slimgpt.planning.equal_widths import equal_pairs, plan_of_pair
 from slimgpt.planning.plan import Plan, head_units
+from slimgpt.runtime.thresholds import thresholds
 
 TRIED = 2
 """How many pairs are measured at most."""
-
-NEARLY = 1.5
-"""A pair is worth a trial if it costs at most so many times what the cheapest does. Costs are extrapolated from one
-trial plan: on SmolLM2 at 20% two pairs cost the same to 0.4%, and one loses 1.17 to 1.40 times as much as the other
-on text (docs/lab-notes.md)."""
 
 
 def equal_candidates(
@@ -46,9 +42,10 @@ def equal_candidates(
     plans = ((pair, plan_of_pair(plan, shape, pair)) for pair in pairs)
     held = (each for each in plans if stock_config(model_config, each[1].layers[0]) is not None)
     best = list(islice(held, TRIED))
+    most = thresholds().equal_cost_ratio
     near = [
         widths
         for pair, widths in best
-        if pair.cost <= NEARLY * best[0][0].cost and pair.error <= max(EQUAL_TOLERANCE, best[0][0].error)
+        if pair.cost <= most * best[0][0].cost and pair.error <= max(EQUAL_TOLERANCE, best[0][0].error)
     ]
     return near or [plan], {"pairs": [asdict(pair) for pair in pairs]}

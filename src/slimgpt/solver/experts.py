@@ -60,20 +60,28 @@ class OutputGram:
         experts: how many there are.
         device: where the sums live.
         dtype: their type.
+        norms: whether the norms are summed that :meth:`saliency` needs.
 
     Attributes:
         C: ``(experts, experts)``; its diagonal is the energy that each expert puts into the output.
-        norms: ``(experts,)``, ``sum_tokens || p_e o_e ||``.
-        counts: ``(experts,)``, tokens that each expert saw.
+        norms: ``(experts,)``, ``sum_tokens || p_e o_e ||``; ``None`` if not asked for.
+        counts: ``(experts,)``, tokens that each expert saw; ``None`` likewise.
         c: ``(experts,)``, inner products with the target.
         total: ``sum_tokens || target ||^2``.
     """
 
-    def __init__(self, experts: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float64):
+    def __init__(
+        self,
+        experts: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float64,
+        norms: bool = False,
+    ):
         self.C = torch.zeros(experts, experts, device=device, dtype=dtype)
         self.c = torch.zeros(experts, device=device, dtype=dtype)
         self.total = torch.zeros((), device=device, dtype=dtype)
-        self.norms, self.counts = torch.zeros_like(self.c), torch.zeros_like(self.c)
+        self.norms = torch.zeros_like(self.c) if norms else None
+        self.counts = torch.zeros_like(self.c) if norms else None
 
     def add(self, index: Tensor, outputs: Tensor, target: Tensor) -> None:
         """Add tokens.
@@ -91,12 +99,24 @@ class OutputGram:
         with_target = (outputs @ target.unsqueeze(2)).squeeze(2)  # (tokens, k)
         self.c.index_add_(0, index.flatten(), with_target.flatten().to(self.c.dtype))
         self.total += target.square().sum().to(self.total.dtype)
-        self.norms.index_add_(0, index.flatten(), outputs.norm(dim=-1).flatten().to(self.norms.dtype))
-        self.counts += torch.bincount(index.flatten(), minlength=experts)
+        if self.norms is not None and self.counts is not None:
+            self.norms.index_add_(0, index.flatten(), outputs.norm(dim=-1).flatten().to(self.norms.dtype))
+            self.counts += torch.bincount(index.flatten(), minlength=experts)
+
+    @property
+    def sums_of_outputs(self) -> list[Tensor]:
+        """The sums that do not depend on the target, to be added over processes."""
+        return [tensor for tensor in (self.C, self.norms, self.counts) if tensor is not None]
 
     def saliency(self) -> Tensor:
         """REAP's saliency of every expert (arXiv 2510.13999): the mean over the tokens routed to it of the router's
-        weight times the norm of its output, ``(experts,)``; 0 for one that saw nothing."""
+        weight times the norm of its output, ``(experts,)``; 0 for one that saw nothing.
+
+        Raises:
+            ValueError: no norms were summed.
+        """
+        if self.norms is None or self.counts is None:
+            raise ValueError("the saliency needs norms, which were not summed: OutputGram(..., norms=True)")
         return self.norms / self.counts.clamp_min(1)
 
     def scales(self, damping: float) -> Tensor:

@@ -1,0 +1,63 @@
+"""What CONTRIBUTING.md asks of tests, held by reading them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def imported_from_us(tree: ast.Module) -> set[str]:
+    """The names that a file imports from slimgpt."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names if "slimgpt" in alias.name}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "slimgpt":
+            names |= {alias.asname or alias.name for alias in node.names}
+    return names
+
+
+def patched_constants(source: str) -> Iterator[str]:
+    """Constants of slimgpt's modules that a file replaces by `setattr`, by a dotted string or on the module."""
+    tree = ast.parse(source)
+    ours = imported_from_us(tree)
+    for call in ast.walk(tree):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "setattr"):
+            continue
+        target, *rest = call.args
+        if isinstance(target, ast.Constant) and str(target.value).startswith("slimgpt."):
+            name = str(target.value).rpartition(".")[2]
+        elif ast.unparse(target).partition(".")[0] in ours and rest and isinstance(rest[0], ast.Constant):
+            name = str(rest[0].value)
+        else:
+            continue
+        if name.isupper():
+            yield name
+
+
+@pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda file: str(file.relative_to(TESTS)))
+def test_thresholds_are_set_and_not_patched(file):
+    """`other_thresholds(name=value)`, or an argument, in place of a patched constant."""
+    assert list(patched_constants(file.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ('m.setattr("slimgpt.calibration.windows.TEMPLATE_SECONDS", 1)', ["TEMPLATE_SECONDS"]),
+        ('m.setattr(module, "CPU_CHUNK", 1)', ["CPU_CHUNK"]),
+        ('m.setattr(slimgpt.losses.chunked, "CPU_CHUNK", 1)', ["CPU_CHUNK"]),
+        ('m.setattr("slimgpt.recovery.run.save", None)', []),
+        ('m.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)', []),
+        ('m.setattr(torch, "INT8", 1)', []),
+    ],
+)
+def test_patched_constants_are_seen(line, names):
+    assert (
+        list(patched_constants(f"import slimgpt, torch\nfrom slimgpt.losses import chunked as module\n{line}")) == names
+    )
