@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.layerwise.context import ExecutionContext
+from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import ModelShape, measurable
-from slimgpt.planning.allocation import Sensitivity, allocate_budget, interpolate, trial_plan
+from slimgpt.planning.allocation import ATTENTION, Sensitivity, allocate_budget, interpolate, trial_plan
 from slimgpt.planning.plan import Plan
 from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.sensitivity.measure import (
@@ -52,7 +53,8 @@ def allocate(
     start = time.perf_counter()
     heads = config.kv_cache is None
     first, *others = nodes = quadrature(config)
-    steps, count = sum(_passes(points) for points in nodes) * len(plan.layers), 0
+    droppable = [index for index, layer in enumerate(shape.layers) if layer.attention_parameters]
+    steps, count = (sum(_passes(points) for points in nodes) + bool(droppable)) * len(plan.layers), 0
 
     def on_step(_number: int, _steps: int, seconds: float) -> None:
         nonlocal count
@@ -60,20 +62,35 @@ def allocate(
             on_measured(count, steps, seconds)
         count += 1
 
-    def measure_plan(widths: Plan, points: Points) -> Sensitivity:
-        return measure(model, load_layer, windows, widths, config, run, on_step, points=points)
+    def measure_plan(widths: Plan, points: Points, whole_attention: Sequence[int] = ()) -> Sensitivity:
+        return measure(
+            model,
+            load_layer,
+            windows,
+            widths,
+            config,
+            run,
+            on_step,
+            points=points,
+            whole_attention=whole_attention,
+        )
 
-    costs = measure_plan(trial_plan(plan, shape, heads), first)
+    costs = measure_plan(trial_plan(plan, shape, heads), first, droppable)
     info = {"by": "search" if config.allocation == "search" else "sensitivity", **costs.to_json()}
     if config.uniform:
         candidates, pairs = equal_candidates(plan, shape, costs, config, model.config)
         info |= pairs
         chosen = candidates[0]
     else:
-        cheapest = allocate_budget(plan, shape, costs, plan.round_to, heads)
-        # The more is removed, the more it costs to overfit the measured costs.
-        chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, plan.round_to)
-        candidates = [plan, chosen]
+
+        def cheapest(measured: Sensitivity) -> Plan:
+            best = allocate_budget(plan, shape, measured, plan.round_to, heads)
+            # The more is removed, the more it costs to overfit the measured costs.
+            return interpolate(plan, best, shape, 1 - plan.achieved, plan.round_to)
+
+        chosen = cheapest(costs.without_attention())
+        candidates = [plan, chosen] if config.allocation == "search" or not droppable else [chosen]
+        candidates += [widths for widths in _without_attention(costs, cheapest) if widths != chosen]
     if others and len(candidates) > 1:
         tried = [measure_plan(widths, points).divergence for widths, points in zip(candidates, others)]
         info["tried"], info["divergence"] = tried, min(tried)
@@ -81,11 +98,25 @@ def allocate(
     return chosen, {**info, "seconds": time.perf_counter() - start}
 
 
+def _without_attention(costs: Sensitivity, cheapest: Callable[[Sensitivity], Plan]) -> list[Plan]:
+    """The cheapest plan with whole attentions gone, and that with the cheaper half of these; none if none shall go.
+
+    The loss of one attention says little of that of many, so that the number is left to a trial.
+    """
+    whole = cheapest(costs)
+    single = {each.layer: each.cost for each in costs.contributions if each.unit == ATTENTION}
+    gone = sorted((layer for layer in single if not whole.layers[layer][HEADS]), key=single.__getitem__)
+    if len(gone) < 2:
+        return [whole] if gone else []
+    return [whole, cheapest(costs.without_attention(gone[: len(gone) // 2]))]
+
+
 def quadrature(config: PruneConfig) -> list[Points]:
     """Quadrature used for each evaluated plan: the trial plan needs gradients; the candidate plans of a search, and of
     equal layers if more than one is worth a trial, only their KL."""
     search = config.allocation == "search"
-    return [SIMPSON if search else MIDPOINT] + [ENDPOINT, ENDPOINT] * (search or config.uniform)
+    tried = 2 if search or config.uniform else 1 if config.drop_attention else 0
+    return [SIMPSON if search else MIDPOINT] + [ENDPOINT] * (tried + 2 * config.drop_attention)
 
 
 def uses_sensitivity(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:
