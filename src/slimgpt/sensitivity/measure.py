@@ -173,9 +173,9 @@ class _Measurement:
         with on_device(self.model, self.run.device):
             kl, gradients = self._compare(paths, probe, passes.tuple_length)
         contributions = tuple(self._costs(passes, gradients)) if gradients else ()
+        divergence = kl if ENDPOINT[0] in self.points else sum(each.cost for each in contributions)
         if self.whole_attention:
             contributions += self._attention_costs(inputs, hidden, passes, probe)
-        divergence = kl if ENDPOINT[0] in self.points else sum(each.cost for each in contributions)
         return Sensitivity(divergence, contributions)
 
     def _trial_prune(self, fit: Tensor) -> None:
