@@ -82,7 +82,9 @@ def write(exported: ExportSource, folder: Path) -> list[str]:
         if not sizes[HEADS]:  # an attention, and its norms, of nothing but zeros
             dtype = next(iter(state.values())).dtype
             shapes = whole.get_submodule(str(index)).state_dict()
-            state |= {name: torch.zeros(empty.shape, dtype=dtype) for name, empty in shapes.items() if name not in state}
+            state |= {
+                name: torch.zeros(empty.shape, dtype=dtype) for name, empty in shapes.items() if name not in state
+            }
         return state
 
     write_stock_folder(exported, folder, config, layer)

@@ -63,9 +63,9 @@ def gguf_architecture(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str:
     """The architecture of llama.cpp that computes the model at these widths: ``llama``, ``deci``, ``qwen3`` or
     ``openelm``.
 
-    ``deci`` builds every layer from arrays of widths: RMSNorm, SwiGLU, optional biases, and no attention where there are
-    no heads. ``openelm`` does too and has norms on queries and keys, but no output matrix of its own, no biases, no
-    scaled positions, and attention in every layer.
+    ``deci`` builds every layer from arrays of widths: RMSNorm, SwiGLU, optional biases, no attention where there are 0
+    heads. ``openelm`` does too and has norms on queries and keys, but no output matrix of its own, no biases, no scaled
+    positions, and attention in every layer.
 
     Raises:
         PlanError: there is none; the text says why, and which form can be used instead.

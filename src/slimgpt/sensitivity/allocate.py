@@ -13,8 +13,9 @@ from slimgpt.config import PruneConfig
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import ModelShape, measurable
-from slimgpt.planning.allocation import ATTENTION, Sensitivity, allocate_budget, interpolate, trial_plan
+from slimgpt.planning.allocation import Sensitivity, allocate_budget, interpolate, trial_plan
 from slimgpt.planning.plan import Plan
+from slimgpt.sensitivity.attention_plans import plans_without_attention
 from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.sensitivity.measure import (
     ENDPOINT,
@@ -53,8 +54,8 @@ def allocate(
     start = time.perf_counter()
     heads = config.kv_cache is None
     first, *others = nodes = quadrature(config)
-    droppable = [index for index, layer in enumerate(shape.layers) if layer.attention_parameters]
-    steps, count = (sum(_passes(points) for points in nodes) + bool(droppable)) * len(plan.layers), 0
+    may_go = [i for i, layer in enumerate(shape.layers) if layer.attention_parameters and config.drop_attention]
+    steps, count = (sum(_passes(points) for points in nodes) + bool(may_go)) * len(plan.layers), 0
 
     def on_step(_number: int, _steps: int, seconds: float) -> None:
         nonlocal count
@@ -75,7 +76,7 @@ def allocate(
             whole_attention=whole_attention,
         )
 
-    costs = measure_plan(trial_plan(plan, shape, heads), first, droppable)
+    costs = measure_plan(trial_plan(plan, shape, heads), first, may_go)
     info = {"by": "search" if config.allocation == "search" else "sensitivity", **costs.to_json()}
     if config.uniform:
         candidates, pairs = equal_candidates(plan, shape, costs, config, model.config)
@@ -83,32 +84,30 @@ def allocate(
         chosen = candidates[0]
     else:
 
-        def cheapest(measured: Sensitivity) -> Plan:
-            best = allocate_budget(plan, shape, measured, plan.round_to, heads)
+        def cheapest(budget: Plan, measured: Sensitivity) -> Plan:
+            best = allocate_budget(budget, shape, measured, plan.round_to, heads)
             # The more is removed, the more it costs to overfit the measured costs.
-            return interpolate(plan, best, shape, 1 - plan.achieved, plan.round_to)
+            return interpolate(budget, best, shape, 1 - plan.achieved, plan.round_to)
 
-        chosen = cheapest(costs.without_attention())
-        candidates = [plan, chosen] if config.allocation == "search" or not droppable else [chosen]
-        candidates += [widths for widths in _without_attention(costs, cheapest) if widths != chosen]
+        chosen = cheapest(plan, costs.without_attention())
+        candidates = [plan, chosen] if config.allocation == "search" or not may_go else [chosen]
+        fewer = (
+            []
+            if not may_go
+            else plans_without_attention(plan, shape, costs, cheapest, model.config, config.cache_target)
+        )
+        candidates += [widths for widths in fewer if widths != chosen]
     if others and len(candidates) > 1:
         tried = [measure_plan(widths, points).divergence for widths, points in zip(candidates, others)]
         info["tried"], info["divergence"] = tried, min(tried)
+        if may_go:
+            info["tried_without_attention"] = [_without_attention(widths) for widths in candidates]
         chosen = candidates[tried.index(min(tried))]
     return chosen, {**info, "seconds": time.perf_counter() - start}
 
 
-def _without_attention(costs: Sensitivity, cheapest: Callable[[Sensitivity], Plan]) -> list[Plan]:
-    """The cheapest plan with whole attentions gone, and that with the cheaper half of these; none if none shall go.
-
-    The loss of one attention says little of that of many, so that the number is left to a trial.
-    """
-    whole = cheapest(costs)
-    single = {each.layer: each.cost for each in costs.contributions if each.unit == ATTENTION}
-    gone = sorted((layer for layer in single if not whole.layers[layer][HEADS]), key=single.__getitem__)
-    if len(gone) < 2:
-        return [whole] if gone else []
-    return [whole, cheapest(costs.without_attention(gone[: len(gone) // 2]))]
+def _without_attention(plan: Plan) -> list[int]:
+    return [index for index, sizes in enumerate(plan.layers) if not sizes[HEADS]]
 
 
 def quadrature(config: PruneConfig) -> list[Points]:
