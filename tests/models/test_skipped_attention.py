@@ -21,24 +21,20 @@ from slimgpt.models.architecture import Architecture
 from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.parameter_counts import attention_kept, describe
 from slimgpt.models.slicing import output_matrix, unit_rows
-from slimgpt.planning.plan import plan_of_widths, with_heads
+from slimgpt.planning.plan import plan_of_widths
 from slimgpt.planning.plan_file import to_toml
-from slimgpt.planning.planner import make_plan
 from tests.models.families import (
     REPRESENTATIVE,
     assert_loads_to_the_bit,
     in_a_process_without_slimgpt,
+    plan_without,
     tiny_config,
     tiny_model,
     windows,
 )
 from tests.models.test_families import RELOAD
 
-NAMES = [
-    name
-    for name, entry in ARCHITECTURES.items()
-    if isinstance(found := lookup(tiny_config(name)) if not callable(entry) else None, Architecture) and found.attention
-]
+NAMES = [name for name, entry in ARCHITECTURES.items() if isinstance(entry, Architecture) and entry.attention]
 IDS = windows(2, 24, seed=7)
 
 
@@ -48,21 +44,6 @@ def cases(*rows):
 
 
 FAMILIES = [cases(name) for name in NAMES]
-
-
-def plan_without(model, folder, ratio=0.2):
-    """A plan file that takes the attention of every layer that can do without, and narrows the others."""
-    shape = describe(model.config, model)
-    plan = make_plan(model.config, ratio, shape=shape)
-    layers = [
-        with_heads(layer, plan.head_unit, 0, {"intermediate_size": sizes["intermediate_size"]})
-        if layer.attention_parameters
-        else dict(sizes)
-        for layer, sizes in zip(shape.layers, plan.layers)
-    ]
-    file = folder / "plan.toml"
-    file.write_text(to_toml(plan_of_widths(shape, layers, plan.head_unit), model.config.model_type))
-    return file
 
 
 def prune(model, folder, **options):
