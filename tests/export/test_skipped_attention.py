@@ -15,6 +15,8 @@ import slimgpt
 from slimgpt.errors import ExportError
 from slimgpt.exporting.decoder_graph import DecoderGraph
 from slimgpt.models.llama_cpp import installed
+from slimgpt.models.lookup import layer_sizes
+from slimgpt.planning.engines import engine_support
 from tests.export.test_engines import WIDE, agrees
 from tests.models.families import tiny_model, windows
 
@@ -125,14 +127,30 @@ def test_a_graph_has_no_cache_there(skipped):
     torch.testing.assert_close(torch.cat([first, second], 1), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_plan_says_who_runs_it(skipped):
+    verdicts = {}
+    for name, folder in skipped.items():
+        model = slimgpt.load(str(folder))[0]
+        verdicts[name] = {each.engine: each for each in engine_support(model.config, layer_sizes(model.config))}
+    runs = {name: {engine for engine, each in rows.items() if each.runs} for name, rows in verdicts.items()}
+    assert runs == {
+        "all-heads": {"hf", "vllm", "llama.cpp", "sglang", "mlx", "onnx"},
+        "narrow": {"hf", "llama.cpp", "onnx"},
+    }
+    assert "attention in every layer" in verdicts["narrow"]["vllm"].how
+
+
 @pytest.mark.vllm
-@pytest.mark.parametrize("form", ["slim", "nemotron-nas"])
-def test_vllm(form, skipped, tmp_path):
-    folders = {"slim": skipped["all-heads"]}
-    if form != "slim":
-        folders[form] = tmp_path / form
-        slimgpt.export(folders["slim"], folders[form], form)
-    agrees(folders, form, "slim", "vllm")
+def test_vllm(skipped, tmp_path):
+    folders = {"slim": skipped["all-heads"], "nemotron": tmp_path / "nemotron"}
+    slimgpt.export(folders["slim"], folders["nemotron"], "nemotron-nas")
+    agrees(folders, "nemotron", "slim", "vllm")
+
+
+@pytest.mark.vllm
+def test_vllm_does_not_build_the_folder_itself(skipped):
+    with pytest.raises(ExportError, match="does not dispatch through the Transformers attention interface"):
+        agrees(skipped, "narrow", "narrow", "vllm")
 
 
 @pytest.mark.mlx

@@ -94,7 +94,9 @@ def test_every_command_takes_it(slim, dense, text_file, tmp_path):
     inspected = slimgpt.inspect(slim)
     assert [layer.sizes["num_key_value_heads"] for layer in inspected.layers][2:] == [0, 0]
     run("inspect", slim)
-    run("evaluate", slim, "--text", text_file, "--window", 32, "--max-tokens", 500, "--json", tmp_path / "evaluate.json")
+    run(
+        "evaluate", slim, "--text", text_file, "--window", 32, "--max-tokens", 500, "--json", tmp_path / "evaluate.json"
+    )
     run("speed", slim, "--prompt", 8, "--new-tokens", 4, "--batch", 1, "--rounds", 1)
     run("compare", dense, slim, "--text", text_file, "--window", 32, "--max-tokens", 500, "--no-speed",
         "--out", tmp_path / "comparison")  # fmt: skip

@@ -82,11 +82,12 @@ class DecoderGraph(nn.Module):
         """
         past = [part.index_select(0, rest[0]) for part in rest[1:]] if self.beams else list(rest)
         cache = DynamicCache()
-        cache.layers = [DynamicLayer() for _ in range(self.cached[-1] + 1)]
+        layers = [DynamicLayer() for _ in range(self.cached[-1] + 1)]
         for index, keys, values in zip(self.cached, past[::2], past[1::2]):
-            layer = cache.layers[index]
+            layer = layers[index]
             layer.keys, layer.values = keys, values
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+        cache.layers.extend(layers)
         total, new = attention_mask.shape[1], input_ids.shape[1]
         causal = torch.arange(total)[None, :] <= torch.arange(new)[:, None] + (total - new)
         seen = causal[None, None] & attention_mask[:, None, None, :].bool()
@@ -98,8 +99,8 @@ class DecoderGraph(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        layers = [output.past_key_values.layers[index] for index in self.cached]
-        longer = [part for layer in layers for part in (layer.keys, layer.values)]
+        kept = [output.past_key_values.layers[index] for index in self.cached]
+        longer = [part for layer in kept for part in (layer.keys, layer.values)]
         return output.logits, *longer
 
     def example(self) -> tuple[Tensor, ...]:

@@ -160,6 +160,9 @@ def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
         return EngineSupport("vllm", True, "Transformers backend (--model-impl transformers)", change)
     if nemotron_problem(config, layers) is None:
         return EngineSupport("vllm", True, "its own class: export --to nemotron-nas")
+    if not all(layer[HEADS] for layer in layers):  # vLLM 0.32 says so when it builds the model
+        how = "its Transformers backend wants attention in every layer"
+        return EngineSupport("vllm", False, how, "export --to padded, or prune without --drop-attention")
     how = "Transformers backend: --model-impl transformers --trust-remote-code"
     return EngineSupport("vllm", True, how, "its own class: --uniform --round-to 64, or export --to padded")
 
