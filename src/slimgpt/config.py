@@ -101,6 +101,14 @@ class PruneConfig:
     uniform: bool = setting(False, "Equal layers: the result loads as a stock class.", commands=ALL)
     ffn_only: bool = setting(False, "Remove FFN channels and experts only.", commands=ALL)
     heads_only: bool = setting(False, "Remove attention heads only.", commands=ALL)
+    drop_attention: bool = setting(
+        False,
+        "Layers may lose their whole attention, where it costs least.",
+        detail="Each layer's attention is removed in turn from the pruned model of the trial run; plans with the "
+        "cheapest ones gone are pruned on trial, and the plan of lowest divergence is taken, which may be one that "
+        "keeps them all. Saves KV cache and time that narrower layers do not. Never the first layer, and not in "
+        "equal layers.",
+    )
     skip_layers: str | tuple[int, ...] | None = setting(
         None, "Layers that stay as they are: 0,1,-1 (from the end).", commands=ALL
     )
@@ -264,13 +272,22 @@ def cache_alone(config: PruneConfig) -> bool:
 def allocation_of(config: PruneConfig) -> str:
     """The allocation, with ``schedule`` for an ``auto`` that nothing can be measured for."""
     measured = config.method == "slimgpt" and not (config.schedule or config.plan)
+    if config.allocation == "auto" and config.drop_attention:
+        return "sensitivity"
     if config.allocation == "auto" and (not measured or cache_alone(config)):
         return "schedule"
     return config.allocation
 
 
 def check_measured_allocation(config: PruneConfig) -> None:
-    """Refuse to measure where the widths are given, or where no size is."""
+    """Refuse to measure where the widths are given, or where no size is, and to drop attention where nothing is
+    measured."""
+    kept = [name for name in ("uniform", "ffn_only") if getattr(config, name)]
+    if config.drop_attention and (kept or config.allocation == "schedule" or config.method != "slimgpt"):
+        raise UsageError(
+            "drop_attention chooses by measured costs which layers lose their attention; leave out "
+            + (kept[0] if kept else "it, or the other method" if config.method != "slimgpt" else "allocation schedule")
+        )
     if config.allocation not in ("sensitivity", "search"):
         return
     if config.schedule or config.plan:

@@ -17,7 +17,11 @@ from slimgpt.models import ARCHITECTURES
 from slimgpt.models.build import stock_class
 from slimgpt.models.families.mixtures import MIXTURES
 from slimgpt.models.loading import load_config, load_model
+from slimgpt.models.parameter_counts import describe
 from slimgpt.models.source import locate
+from slimgpt.planning.plan import plan_of_widths, with_heads
+from slimgpt.planning.plan_file import to_toml
+from slimgpt.planning.planner import make_plan
 
 LAYERS, VOCABULARY = 4, 97
 
@@ -205,6 +209,21 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
 def windows(num_samples: int = 12, seq_len: int = 24, seed: int = 0) -> torch.Tensor:
     """Random token ids ``(num_samples, seq_len)``."""
     return torch.randint(VOCABULARY, (num_samples, seq_len), generator=torch.Generator().manual_seed(seed))
+
+
+def plan_without(model: PreTrainedModel, folder: Path, ratio: float = 0.2) -> Path:
+    """A plan file that takes the attention of every layer that can do without, and narrows the others."""
+    shape = describe(model.config, model)
+    plan = make_plan(model.config, ratio, shape=shape)
+    layers = [
+        with_heads(layer, plan.head_unit, 0, {"intermediate_size": sizes["intermediate_size"]})
+        if layer.attention_parameters
+        else dict(sizes)
+        for layer, sizes in zip(shape.layers, plan.layers)
+    ]
+    file = folder / "plan.toml"
+    file.write_text(to_toml(plan_of_widths(shape, layers, plan.head_unit), model.config.model_type))
+    return file
 
 
 def assert_loads_to_the_bit(folder: Path, model: PreTrainedModel, ids: torch.Tensor) -> None:

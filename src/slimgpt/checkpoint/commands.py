@@ -51,6 +51,7 @@ def _prune_command(report: PruneReport) -> str:
     words += (
         ["--uniform"] * settings.uniform + ["--ffn-only"] * settings.ffn_only + ["--heads-only"] * settings.heads_only
     )
+    words += ["--drop-attention"] * settings.drop_attention
     words += [f"--skip-layers={','.join(map(str, settings.skip_layers))}"] if settings.skip_layers else []
     words += [] if settings.evaluate else ["--no-evaluate"]
     words += [] if settings.repair is None else ["--repair" if settings.repair else "--no-repair"]

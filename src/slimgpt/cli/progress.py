@@ -168,7 +168,8 @@ def _describe(report: LayerReport) -> str:
     from slimgpt.models.families.moe import ffn_text
 
     s = report.sizes
+    heads = f"{s['num_attention_heads']}/{s['num_key_value_heads']} heads"
     return (
-        f"{s['num_attention_heads']}/{s['num_key_value_heads']} heads, {ffn_text(s)} channels, "
+        f"{heads if s['num_attention_heads'] else 'no attention'}, {ffn_text(s)} channels, "
         f"error {report.percent('heads', 1)} / {report.percent('channels', 1)}"
     )

@@ -56,7 +56,8 @@ WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed t
     {
         "Target": "ratio params bytes kv_cache plan engines uniform round_to",
         "Calibration": "calibration num_samples seq_len seed",
-        "Method": "method allocation schedule head_unit whole_experts ffn_only heads_only skip_layers repair damping",
+        "Method": "method allocation schedule head_unit whole_experts drop_attention ffn_only heads_only skip_layers "
+        "repair damping",
         "Training": "distill",
         "Resources": "device dtype forward_dtype batch_size memory",
         "Output": "export_to push_to_hub private evaluate resume overwrite dry_run verbose",

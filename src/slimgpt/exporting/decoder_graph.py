@@ -41,7 +41,8 @@ class DecoderGraph(nn.Module):
 
     Attributes:
         input_names: names of the inputs before the cache.
-        cache_sizes: heads and head size of every layer's keys and values, in turn.
+        cached: the layers that have keys and values; those without attention have none.
+        cache_sizes: heads and head size of each one's keys and values, in turn.
         past_names: names of the tensors of the cache that come in.
         present_names: of those that go out.
 
@@ -56,11 +57,15 @@ class DecoderGraph(nn.Module):
         with torch.no_grad():
             cache = model(torch.zeros(1, 2, dtype=torch.long), use_cache=True).past_key_values
         self.cache_sizes: list[tuple[int, int]] = []
-        for layer in cache.layers:
-            if type(layer) is not DynamicLayer or layer.keys is None or layer.values is None:
+        self.cached: list[int] = []
+        for index, layer in enumerate(cache.layers):
+            if type(layer) is not DynamicLayer:
                 raise ExportError(f"a layer's cache is a {type(layer).__name__}, not keys and values of all tokens")
+            if layer.keys is None or layer.values is None:  # a layer without attention
+                continue
+            self.cached.append(index)
             self.cache_sizes += [(part.shape[1], part.shape[3]) for part in (layer.keys, layer.values)]
-        both = [(index, part) for index in range(len(cache.layers)) for part in ("key", "value")]
+        both = [(index, part) for index in self.cached for part in ("key", "value")]
         self.past_names = [f"past_key_values.{index}.{part}" for index, part in both]
         self.present_names = [f"present.{index}.{part}" for index, part in both]
 
@@ -77,11 +82,12 @@ class DecoderGraph(nn.Module):
         """
         past = [part.index_select(0, rest[0]) for part in rest[1:]] if self.beams else list(rest)
         cache = DynamicCache()
-        for keys, values in zip(past[::2], past[1::2]):
-            layer = DynamicLayer()
+        layers = [DynamicLayer() for _ in range(self.cached[-1] + 1)]
+        for index, keys, values in zip(self.cached, past[::2], past[1::2]):
+            layer = layers[index]
             layer.keys, layer.values = keys, values
             layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-            cache.layers.append(layer)
+        cache.layers.extend(layers)
         total, new = attention_mask.shape[1], input_ids.shape[1]
         causal = torch.arange(total)[None, :] <= torch.arange(new)[:, None] + (total - new)
         seen = causal[None, None] & attention_mask[:, None, None, :].bool()
@@ -93,7 +99,8 @@ class DecoderGraph(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
-        longer = [part for layer in output.past_key_values.layers for part in (layer.keys, layer.values)]
+        kept = [output.past_key_values.layers[index] for index in self.cached]
+        longer = [part for layer in kept for part in (layer.keys, layer.values)]
         return output.logits, *longer
 
     def example(self) -> tuple[Tensor, ...]:

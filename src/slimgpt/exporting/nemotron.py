@@ -51,7 +51,11 @@ def write_nemotron(exported: ExportSource, folder: Path) -> list[str]:
         "dtype": str(exported.config.dtype or "float32").removeprefix("torch."),
         "block_configs": [
             {
-                "attention": {"n_heads_in_group": heads // kv, "no_op": False, "replace_with_linear": False},
+                "attention": {
+                    "n_heads_in_group": heads // kv if layer[HEADS] else None,
+                    "no_op": not layer[HEADS],
+                    "replace_with_linear": False,
+                },
                 "ffn": {
                     "ffn_mult": ffn_mult(layer[CHANNELS], exported.config.hidden_size),
                     "no_op": False,

@@ -16,6 +16,7 @@ from slimgpt.errors import ExportError
 from slimgpt.exporting.hf_folder import write_stock_folder
 from slimgpt.exporting.source import ExportSource
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes
+from slimgpt.models.build import empty_model
 from slimgpt.models.families.moe import Experts
 from slimgpt.models.lookup import text_config, with_sizes
 from slimgpt.models.stock_config import stock_config
@@ -24,7 +25,7 @@ from slimgpt.models.stock_config import stock_config
 def padded_sizes(sizes: list[dict[str, int]]) -> dict[str, int]:
     """The widths of the widest layer: as many KV heads as any layer has, and as many query heads on each of them."""
     kv = max(layer[KV_HEADS] for layer in sizes)
-    group = max(layer[HEADS] // layer[KV_HEADS] for layer in sizes)
+    group = max(layer[HEADS] // layer[KV_HEADS] for layer in sizes if layer[KV_HEADS])
     return {
         HEADS: kv * group,
         KV_HEADS: kv,
@@ -67,6 +68,7 @@ def write(exported: ExportSource, folder: Path) -> list[str]:
     assert config is not None
     architecture = exported.architecture
     kinds, columns = architecture.rows(), architecture.columns()
+    whole = empty_model(config).get_submodule(architecture.layers)
 
     def layer(index: int) -> dict[str, Tensor]:
         sizes, state = exported.sizes[index], exported.layer(index)
@@ -77,6 +79,12 @@ def write(exported: ExportSource, folder: Path) -> list[str]:
         for module, field in columns.items():
             if (name := f"{module}.weight") in state:  # a layer without attention lacks its output matrix
                 state[name] = _pad(state[name].T, field, sizes, target).T.contiguous()
+        if not sizes[HEADS]:  # an attention, and its norms, of nothing but zeros
+            dtype = next(iter(state.values())).dtype
+            shapes = whole.get_submodule(str(index)).state_dict()
+            state |= {
+                name: torch.zeros(empty.shape, dtype=dtype) for name, empty in shapes.items() if name not in state
+            }
         return state
 
     write_stock_folder(exported, folder, config, layer)

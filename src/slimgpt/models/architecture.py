@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slimgpt.models.modeling_slim import skips_attention
+
 Sizes = Mapping[str, int]
 
 HEADS, KV_HEADS, CHANNELS = "num_attention_heads", "num_key_value_heads", "intermediate_size"
@@ -126,6 +128,8 @@ class Architecture:
         relabel: see :class:`Relabel`.
         refused: why something cannot be removed, by the name of what it is: ``heads``.
         varying: config fields that differ by layer in the dense model already, in its ``per_layer_config``; they stay.
+        attention: what goes with the whole attention of a layer: its module, then the norms that serve nothing else;
+            empty where a layer cannot do without. A layer without has 0 heads.
     """
 
     structures: tuple[Structure, ...]
@@ -136,6 +140,7 @@ class Architecture:
     relabel: Relabel | None = None
     refused: Mapping[str, str] = field(default_factory=dict)
     varying: frozenset[str] = frozenset()
+    attention: tuple[str, ...] = ()
 
     def find(self, unit: str) -> Structure | None:
         """The structure that is removed by this unit, if there is one."""
@@ -177,10 +182,13 @@ class Architecture:
             if value is None:
                 value = sizes[HEADS] if name == KV_HEADS else 4 * config.hidden_size
             sizes[name] = int(value)
-        return sizes
+        return {**sizes, HEADS: 0, KV_HEADS: 0} if skips_attention(config) else sizes
 
-    def write(self, sizes: Sizes) -> dict[str, int]:
-        """The config fields that say these sizes."""
+    def write(self, sizes: Sizes) -> dict[str, Any]:
+        """The config fields that say these sizes; a layer without attention skips it."""
+        if sizes.get(HEADS) == 0:
+            rest = {name: value for name, value in sizes.items() if name not in (HEADS, KV_HEADS)}
+            return {**self.write(rest), "skip": ["attention"]}
         return {self.fields.get(name, name): value for name, value in sizes.items()}
 
 

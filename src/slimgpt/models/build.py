@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +22,7 @@ from slimgpt.models.architecture import HEADS, KV_HEADS, Architecture, Sizes
 from slimgpt.models.families import LLAMA, MULTIMODAL
 from slimgpt.models.families.unknown import HELP, found_in
 from slimgpt.models.lookup import head_dim, is_slim, lookup, missing_module, refusal, text_config, with_sizes
-from slimgpt.models.modeling_slim import SlimMixin, build_layer, keep_buffers
+from slimgpt.models.modeling_slim import SlimMixin, build_layer, keep_buffers, skips_attention
 from slimgpt.models.remote_code import AUTO_CONFIG, is_remote, model_class, reference
 from slimgpt.models.slicing import State
 
@@ -49,9 +50,14 @@ def resizing(config: PreTrainedConfig, architecture: Architecture) -> Resizing |
 
 @cache
 def _slim_class(
-    base: type[PreTrainedModel], layers: str, resizing: Resizing | None, varying: tuple[str, ...]
+    base: type[PreTrainedModel],
+    layers: str,
+    resizing: Resizing | None,
+    attention: tuple[str, ...],
+    varying: tuple[str, ...],
 ) -> type[PreTrainedModel]:
-    values = {"_slim_layers": layers, "_slim_resizing": resizing, "_slim_varying": varying, "__module__": __name__}
+    values: dict[str, Any] = {"_slim_layers": layers, "_slim_resizing": resizing, "_slim_attention": attention}
+    values |= {"_slim_varying": varying, "__module__": __name__}
     return type(f"Slim{base.__name__}", (SlimMixin, base), values)
 
 
@@ -59,7 +65,8 @@ def slim_class(
     base: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture
 ) -> type[PreTrainedModel]:
     """The subclass of a stock causal LM that builds every layer from its own config."""
-    return _slim_class(base, architecture.layers, resizing(config, architecture), tuple(sorted(architecture.varying)))
+    varying = tuple(sorted(architecture.varying))
+    return _slim_class(base, architecture.layers, resizing(config, architecture), architecture.attention, varying)
 
 
 def slim_bases(base: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, type[PreTrainedModel]]:
@@ -85,6 +92,7 @@ def slim_auto_map(base: type[PreTrainedModel], config: PreTrainedConfig) -> dict
 def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, architecture: Architecture) -> str:
     """The text of the modeling file that travels with a checkpoint: the mixin, and the classes of its ``auto_map``."""
     shape_overrides, stock_classes = resizing(config, architecture), set(slim_bases(base, config).values())
+    skipped = any(skips_attention(own) for own in text_config(config).per_layer_config)
     names = sorted(stock.__name__ for stock in stock_classes if not is_remote(stock))
     imported = ", ".join([*names, "PreTrainedConfig"])
     text = inspect.getsource(modeling_slim).replace(
@@ -99,6 +107,7 @@ def modeling_source(base: type[PreTrainedModel], config: PreTrainedConfig, archi
             layers = layers.removeprefix(f"{base.base_model_prefix}.")
         text += f'\n\nclass Slim{stock.__name__}(SlimMixin, {stock.__name__}):\n    _slim_layers = "{layers}"\n'
         text += f"    _slim_resizing = {shape_overrides!r}\n" if shape_overrides is not None else ""
+        text += f"    _slim_attention = {architecture.attention!r}\n" if skipped else ""
         text += f"    _slim_varying = {tuple(sorted(architecture.varying))!r}\n" if architecture.varying else ""
     return text
 
@@ -211,7 +220,7 @@ def rebuild_layer(
     if sizes is not None:
         own = with_sizes(own, sizes)
     with torch.device("meta"):
-        new = build_layer(type(layer), config, own, index, how)
+        new = build_layer(type(layer), config, own, index, how, architecture.attention)
     keep_buffers(layer, new)
     new.load_state_dict(state, strict=True, assign=True)
     for name, buffer in list(new.named_buffers()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig
 from slimgpt.errors import UsageError
 from slimgpt.models.architecture import Architecture, Sizes
 from slimgpt.models.families import ARCHITECTURES, LLAMA, MULTIMODAL, PARTS, REFUSED
+from slimgpt.models.modeling_slim import skips_attention
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -79,6 +81,8 @@ def is_slim(config: PreTrainedConfig) -> bool:
     """Whether layers have widths of their own, beyond what differs by layer in the family's dense models."""
     text, architecture = text_config(config), lookup(config)
     differing = text.per_layer_attributes or set()
+    if any(skips_attention(layer) for layer in text.per_layer_config):
+        return True
     return bool(differing - (architecture.varying if architecture is not None else set()))
 
 
@@ -126,7 +130,7 @@ def with_sizes(config: PreTrainedConfig, sizes: Sizes) -> PreTrainedConfig:
     return narrow
 
 
-def size_fields(config: PreTrainedConfig, sizes: Sizes) -> dict[str, int]:
+def size_fields(config: PreTrainedConfig, sizes: Sizes) -> dict[str, Any]:
     """The config fields that say these widths, ``head_dim`` among them where the family takes it."""
     architecture = lookup(config) or LLAMA
     values = {config.attribute_map.get(name, name): value for name, value in architecture.write(sizes).items()}

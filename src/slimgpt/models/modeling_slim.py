@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -24,7 +25,31 @@ def is_no_note_on_global_values(record: logging.LogRecord) -> bool:
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").addFilter(is_no_note_on_global_values)
 
 
-def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = None) -> Any:
+class SkippedAttention(nn.Module):
+    """Stands where a layer has no attention: adds nothing to the hidden states, and nothing to the cache."""
+
+    def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
+        return torch.zeros_like(hidden_states), None
+
+
+def skips_attention(own: Any) -> bool:
+    """Whether a layer's own config says that it has no attention."""
+    return "attention" in (getattr(own, "skip", None) or ())
+
+
+def skip_attention(layer: Any, attention: Any) -> None:
+    """Take the attention out of a layer, in place.
+
+    Args:
+        attention: the names of its module and of the norms that serve it alone.
+    """
+    module, *norms = attention
+    layer.set_submodule(module, SkippedAttention())
+    for norm in norms:
+        layer.set_submodule(norm, nn.Identity())
+
+
+def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = None, attention: Any = ()) -> Any:
     """A decoder layer of the widths in ``own``, its own config.
 
     Args:
@@ -33,9 +58,13 @@ def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = Non
             size, and for every matrix that shrinks its axis (``in`` or ``out``) and how many numbers each size stands
             for on it: the layer is built at full width, its attention as if the hidden size were heads times head
             size, and its matrices get their shapes afterwards.
+        attention: see :func:`skip_attention`; for a layer whose own config says that it has none.
     """
     if resizing is None:
-        return cls(own, index)
+        layer = cls(own, index)
+        if skips_attention(own):
+            skip_attention(layer, attention)
+        return layer
     attention, head_size, axes = resizing
     full = copy.copy(config)
     full.per_layer_config = None
@@ -55,10 +84,10 @@ def build_layer(cls: Any, config: Any, own: Any, index: int, resizing: Any = Non
 
 def keep_buffers(old: Any, new: Any) -> None:
     """Give a new layer the buffers that the model, and not the layer's constructor, gave the old one."""
-    buffers = dict(new.named_buffers())
+    buffers, modules = dict(new.named_buffers()), dict(new.named_modules())
     for name, buffer in old.named_buffers():
-        if name not in buffers:
-            owner, _, leaf = name.rpartition(".")
+        owner, _, leaf = name.rpartition(".")
+        if name not in buffers and owner in modules:  # a layer without attention lacks its modules
             new.get_submodule(owner).register_buffer(leaf, buffer, persistent=False)
 
 
@@ -78,6 +107,7 @@ class SlimMixin:
 
     _slim_layers = "model.layers"
     _slim_resizing: Any = None
+    _slim_attention: Any = ()  # what a layer without attention lacks: its module, and the norms that serve it alone
     _slim_varying: Any = ()  # fields that differ by layer in the family's dense models, too
 
     # Without annotations: vLLM looks at those of a model's constructor, and stumbles over Any.
@@ -104,7 +134,7 @@ class SlimMixin:
         layers = self.get_submodule(self._slim_layers)
         for index in range(len(layers)):
             own = text.per_layer_config[index]
-            layer = build_layer(type(layers[index]), text, own, index, self._slim_resizing)
+            layer = build_layer(type(layers[index]), text, own, index, self._slim_resizing, self._slim_attention)
             keep_buffers(layers[index], layer)
             layers[index] = layer
         self.post_init()

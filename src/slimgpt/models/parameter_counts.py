@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimgpt.models.architecture import CHANNELS, Sizes, Structure
+from slimgpt.models.architecture import CHANNELS, HEADS, Sizes, Structure
 from slimgpt.models.build import architecture_of, empty_model
 from slimgpt.models.families.moe import EXPERTS, SHARED, Experts, Mixture
 from slimgpt.models.lookup import layer_sizes, text_config
@@ -44,6 +44,7 @@ class LayerShape:
     parameters: int
     unit_parameters: dict[str, int]  # by "kv", "query", "ffn"; what the layer has not, or must keep, is not there
     experts: ExpertsShape | None = None
+    attention_parameters: int = 0  # that go with the whole attention; 0 where it must stay, or is gone already
 
     @property
     def has_ffn(self) -> bool:
@@ -108,7 +109,8 @@ def describe(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> 
     architecture = architecture_of(config, model)
     layers = model.get_submodule(architecture.layers)
     shapes = []
-    for layer, sizes in zip(layers.children(), layer_sizes(config), strict=True):
+    kept = attention_kept(config)
+    for index, (layer, sizes) in enumerate(zip(layers.children(), layer_sizes(config), strict=True)):
         state = {name: tensor.to("meta") for name, tensor in layer.state_dict().items()}
         units = {
             structure.unit: _unit_parameters(state, structure, sizes)
@@ -120,8 +122,21 @@ def describe(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> 
             experts = _experts_shape(config, architecture, sizes)
             units |= _expert_parameters(layer, architecture.experts, sizes)
             units["ffn"] = sizes[EXPERTS] * units["channel"] + experts.tied * units.get("shared", 0)
-        shapes.append(LayerShape(sizes, count(layer), units, experts))
+        whole = 0
+        if sizes[HEADS] and index not in kept:
+            whole = sum(count(layer.get_submodule(module)) for module in architecture.attention)
+        shapes.append(LayerShape(sizes, count(layer), units, experts, whole))
     return ModelShape(tuple(shapes), count_tied(model) - sum(shape.parameters for shape in shapes))
+
+
+def attention_kept(config: PreTrainedConfig) -> set[int]:
+    """The layers that keep their attention whatever is removed: the first of every kind.
+
+    A model asks the cache of these layers how many tokens came before, and makes its masks from that; llama.cpp takes
+    the head count of layer 0 for the whole model's.
+    """
+    kinds = getattr(text_config(config), "layer_types", None) or ["full_attention"]
+    return {kinds.index(kind) for kind in kinds} | {0}
 
 
 def _experts_shape(config: PreTrainedConfig, architecture: Mixture, sizes: Sizes) -> ExpertsShape:

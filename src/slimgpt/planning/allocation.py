@@ -9,12 +9,13 @@ are one structure and stay; a shared expert is one of its own, or follows their 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from slimgpt.config import PruneConfig
 from slimgpt.errors import PlanError
+from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import LayerShape, ModelShape, measurable
 from slimgpt.planning.ffn import FIELDS, free_units, nearest, step_of_unit, tied_to, widths_of
 from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
@@ -24,6 +25,9 @@ MAX_FFN_REMOVED, MIN_FFN_REMOVED = 0.75, 0.02
 
 STEPS = 64
 """Number of candidate widths of an FFN; the remainder of the budget is met channel by channel."""
+
+ATTENTION = "attention"
+"""The unit of a layer's whole attention, all heads with the norms that serve it alone."""
 
 POWERS = {"ffn": 1.5, "shared": 1.5, "query": 4.0, "kv": 2.2}
 """Exponents of the cost in the share that is removed, fitted on 2 models x 2 texts (docs/lab-notes.md); heads are
@@ -56,9 +60,10 @@ class StructureCost:
 
     Args:
         layer: index of the layer.
-        unit: ``kv``, ``query``, ``ffn`` (channels of an FFN, or of all experts) or ``shared``.
-        removed: the share of its units that was removed, in (0, 1).
-        cost: its part of the divergence of the model's predictions from the dense model's, in nats per token.
+        unit: ``kv``, ``query``, ``ffn`` (channels of an FFN, or of all experts), ``shared`` or ``attention``.
+        removed: the share of its units that was removed, in (0, 1); 1 for a whole attention.
+        cost: its part of the divergence of the model's predictions from the dense model's, in nats per token; for a
+            whole attention by how much the divergence grows when what is left of it goes, too.
     """
 
     layer: int
@@ -86,11 +91,17 @@ class Sensitivity:
     def with_floor(self) -> list[StructureCost]:
         """The contributions, with small ones raised to the :data:`FLOOR`."""
         floored = []
-        for unit in sorted({c.unit for c in self.contributions}):
+        for unit in sorted({c.unit for c in self.contributions} - {ATTENTION}):
             kind = [c for c in self.contributions if c.unit == unit]
             floor = max(FLOOR * statistics.median(c.cost for c in kind), 1e-9)
             floored += [StructureCost(c.layer, unit, c.removed, max(c.cost, floor)) for c in kind]
-        return floored
+        # Measured one by one, not as parts of a sum: none is noise beside the others.
+        return floored + [replace(c, cost=max(c.cost, 0.0)) for c in self.contributions if c.unit == ATTENTION]
+
+    def without_attention(self, keep: Collection[int] = ()) -> Sensitivity:
+        """The same without the costs of whole attentions, or with those of some layers alone."""
+        rest = (c for c in self.contributions if c.unit != ATTENTION or c.layer in keep)
+        return replace(self, contributions=tuple(rest))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -172,6 +183,8 @@ def interpolate(plan: Plan, cheapest: Plan, shape: ModelShape, share: float, rou
     layers = []
     for layer, one, two in zip(shape.layers, plan.layers, cheapest.layers, strict=True):
         heads = round(mean(head_units(one, plan.head_unit), head_units(two, plan.head_unit)))
+        if layer.attention_parameters and not two[HEADS]:
+            heads = 0  # there is nothing between a whole attention and none
         ffn = {}
         for unit in free_units(layer):
             field = FIELDS[unit]
@@ -240,17 +253,25 @@ def _options(
     paid for with them."""
     shared = {cost.layer: cost.cost for cost in costs if cost.unit == "shared"}
     options: dict[tuple[int, str], list[WidthOption]] = {}
+    narrowed: dict[int, float] = {}  # what the heads that the trial plan removes cost
     for cost in costs:
         layer = shape.layers[cost.layer]
         if cost.unit == head_unit:
             units, each = head_units(layer.sizes, head_unit), layer.unit_parameters[head_unit]
             keeps = range(units, 0, -1) if kv_heads is None else [kv_heads[cost.layer]]
             options[cost.layer, head_unit] = [WidthOption(k, (units - k) * each, cost.at(1 - k / units)) for k in keeps]
+            narrowed[cost.layer] = cost.cost
         elif cost.unit in free_units(layer):
             paid = cost
             if cost.unit == "ffn" and "shared" not in free_units(layer):
                 paid = replace(cost, cost=cost.cost + shared.get(cost.layer, 0.0))
             options[cost.layer, cost.unit] = _widths(layer, paid, round_to)
+    for cost in costs:
+        if cost.unit == ATTENTION:
+            layer = shape.layers[cost.layer]
+            whole = WidthOption(head_units(layer.sizes, head_unit), 0, 0.0)
+            none = WidthOption(0, layer.attention_parameters, narrowed.get(cost.layer, 0.0) + cost.cost)
+            options.setdefault((cost.layer, head_unit), [whole]).append(none)
     return options
 
 

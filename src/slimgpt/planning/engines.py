@@ -65,8 +65,9 @@ def gguf_architecture(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str:
     """The architecture of llama.cpp that computes the model at these widths: ``llama``, ``deci``, ``qwen3`` or
     ``openelm``.
 
-    ``deci`` builds every layer from arrays of widths: RMSNorm, SwiGLU, optional biases. ``openelm`` does too and has
-    norms on queries and keys, but no output matrix of its own, no biases and no scaled positions.
+    ``deci`` builds every layer from arrays of widths: RMSNorm, SwiGLU, optional biases, no attention where there are 0
+    heads. ``openelm`` does too and has norms on queries and keys, but no output matrix of its own, no biases, no scaled
+    positions, and attention in every layer.
 
     Raises:
         PlanError: there is none; the text says why, and which form can be used instead.
@@ -93,6 +94,8 @@ def gguf_architecture(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str:
         raise PlanError(f"qwen3 with biases has no place in llama.cpp; use {instead}")
     if uniform:
         return "qwen3"
+    if not all(layer[HEADS] for layer in layers):
+        raise PlanError("openelm has attention in every layer; use --to padded")
     if not config.tie_word_embeddings:
         raise PlanError(
             "layers of different widths with norms on queries and keys run as openelm, which has no output matrix of "
@@ -111,9 +114,9 @@ def nemotron_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str |
         return f"nemotron-nas is a Llama; this is '{config.model_type}'"
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
         return "nemotron-nas has no biases"
-    heads = {(layer[HEADS], layer[KV_HEADS]) for layer in layers}
+    heads = {(layer[HEADS], layer[KV_HEADS]) for layer in layers if layer[HEADS]}
     if len(heads) > 1 or next(iter(heads))[0] * head_dim(config) != config.hidden_size:
-        return "nemotron-nas needs all heads of the dense model in every layer; prune the FFN alone"
+        return "nemotron-nas needs all heads of the dense model in every layer with attention; prune the FFN alone"
     odd = [layer[CHANNELS] for layer in layers if layer[CHANNELS] % NEMOTRON_STEP]
     if odd:
         return (
@@ -159,6 +162,9 @@ def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
         return EngineSupport("vllm", True, "Transformers backend (--model-impl transformers)", change)
     if nemotron_problem(config, layers) is None:
         return EngineSupport("vllm", True, "its own class: export --to nemotron-nas")
+    if not all(layer[HEADS] for layer in layers):  # vLLM 0.32 says so when it builds the model
+        how = "its Transformers backend wants attention in every layer"
+        return EngineSupport("vllm", False, how, "export --to padded, or prune without --drop-attention")
     how = "Transformers backend: --model-impl transformers --trust-remote-code"
     return EngineSupport("vllm", True, how, "its own class: --uniform --round-to 64, or export --to padded")
 

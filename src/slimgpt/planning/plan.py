@@ -24,7 +24,8 @@ class Plan:
     Args:
         head_unit: ``kv`` (whole KV heads with their query heads) or ``query`` (query heads, equally many from
             every KV group).
-        layers: for every layer its ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size``.
+        layers: for every layer its ``num_attention_heads``, ``num_key_value_heads`` and ``intermediate_size``; one
+            without attention has 0 heads of both kinds.
         ratios: the share of its parameters that every layer was asked to lose.
         ratio: the share of the decoder layers' parameters that was asked for.
         achieved: the share that these widths remove.
@@ -78,14 +79,23 @@ def plan_of_widths(
     if len(layers) != len(shape.layers):
         raise PlanError(f"the plan has {len(layers)} layers, the model {len(shape.layers)}")
     for index, (layer, sizes) in enumerate(zip(shape.layers, layers)):
+        if not sizes[HEADS] and not sizes[KV_HEADS] and layer.sizes[HEADS]:
+            if not layer.attention_parameters:
+                raise PlanError(
+                    f"layer {index} must keep its attention: the family cannot do without, or the layer is the first "
+                    "of its kind, on which masks and caches depend"
+                )
+            sizes = {**sizes, HEADS: layer.sizes[HEADS], KV_HEADS: layer.sizes[KV_HEADS]}  # nothing more to check
         for field, value in sizes.items():
-            if not 1 <= value <= layer.sizes[field]:
+            if not min(1, layer.sizes[field]) <= value <= layer.sizes[field]:
                 raise PlanError(f"layer {index}: {field} = {value} is outside 1..{layer.sizes[field]}")
         if (problem := check_experts(layer, sizes)) is not None:
             raise PlanError(f"layer {index}: {problem}")
         if sizes[HEADS] != layer.sizes[HEADS] and head_unit not in layer.unit_parameters:
             raise PlanError(f"layer {index}: heads of this family cannot be removed by '{head_unit}'")
         kept = KV_HEADS if head_unit == "query" else None
+        if not layer.sizes[HEADS]:
+            continue
         group = layer.sizes[HEADS] // layer.sizes[KV_HEADS]
         if kept and sizes[kept] != layer.sizes[kept]:
             raise PlanError(f"layer {index}: head_unit 'query' keeps all KV heads, and {sizes[kept]} are left")
@@ -109,7 +119,7 @@ def plan_of_widths(
 
 def head_units(sizes: dict[str, int], head_unit: str) -> int:
     """How many removable units of heads a layer has: KV heads, or query heads per KV head."""
-    if head_unit == "kv":
+    if head_unit == "kv" or not sizes[KV_HEADS]:
         return sizes[KV_HEADS]
     return sizes[HEADS] // sizes[KV_HEADS]
 
@@ -118,6 +128,8 @@ def removed_parameters(layer: LayerShape, sizes: dict[str, int]) -> int:
     """The parameters that a layer loses when it gets these widths."""
     lost = {field: layer.sizes[field] - sizes[field] for field in sizes}
     kv = layer.sizes[KV_HEADS]
+    if not sizes[HEADS]:
+        return (layer.attention_parameters if kv else 0) + layer.removed_from_ffn(sizes)
     # A `query` unit is one query head on every KV head, a `kv` unit a KV head with all its query heads.
     per_query = layer.unit_parameters.get("query", 0) // kv
     per_kv = layer.unit_parameters.get("kv", 0) - per_query * (layer.sizes[HEADS] // kv)
@@ -125,8 +137,10 @@ def removed_parameters(layer: LayerShape, sizes: dict[str, int]) -> int:
 
 
 def with_heads(layer: LayerShape, head_unit: str, heads: int, ffn: dict[str, int]) -> dict[str, int]:
-    """The sizes of a layer with so many units of heads and these sizes of its FFN."""
+    """The sizes of a layer with so many units of heads and these sizes of its FFN; 0 units: without attention."""
     sizes = {**layer.sizes, **ffn}
+    if not heads and layer.attention_parameters:
+        return {**sizes, HEADS: 0, KV_HEADS: 0}
     if head_unit not in layer.unit_parameters:
         return sizes
     group = sizes[HEADS] // sizes[KV_HEADS]

@@ -1,4 +1,5 @@
-"""A model's shape without the units that the settings keep: ``ffn_only``, ``heads_only``, ``skip_layers``."""
+"""A model's shape without the units that the settings keep: ``ffn_only``, ``heads_only``, ``skip_layers``, and whole
+attentions."""
 
 from __future__ import annotations
 
@@ -18,6 +19,13 @@ def restricted(shape: ModelShape, config: PruneConfig) -> ModelShape:
     Raises:
         PlanError: a layer that is not there, or nothing is left that can be removed.
     """
+    if config.drop_attention and not any(layer.attention_parameters for layer in shape.layers):
+        raise PlanError(
+            "drop_attention: no layer of this model can do without its attention (the family is not described so, or "
+            "one of every kind is left); leave it out"
+        )
+    if not config.drop_attention and config.plan is None:
+        shape = replace(shape, layers=tuple(replace(layer, attention_parameters=0) for layer in shape.layers))
     skipped = skipped_layers(parse_layers(config.skip_layers) or (), len(shape.layers))
     if not (skipped or config.ffn_only or config.heads_only):
         return shape
@@ -49,9 +57,9 @@ def _some_kept(layer: LayerShape, config: PruneConfig) -> LayerShape:
         return replace(layer, unit_parameters=units, experts=None)
     if config.ffn_only:
         units = {unit: numel for unit, numel in layer.unit_parameters.items() if unit not in UNITS_OF_HEADS}
-        return replace(layer, unit_parameters=units)
+        return replace(layer, unit_parameters=units, attention_parameters=0)
     return layer
 
 
 def _kept(layer: LayerShape) -> LayerShape:
-    return replace(layer, unit_parameters={}, experts=None)
+    return replace(layer, unit_parameters={}, experts=None, attention_parameters=0)

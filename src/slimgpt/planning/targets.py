@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from transformers import PreTrainedConfig
 
@@ -48,22 +48,28 @@ def cache_bytes(config: PreTrainedConfig, kv_heads: Sequence[int], context: int)
     return sum(heads * cost for heads, cost in zip(kv_heads, _cost_per_head(config, len(kv_heads), context)))
 
 
-def kv_heads_for(config: PreTrainedConfig, shape: ModelShape, target: CacheTarget, uniform: bool) -> list[int]:
+def kv_heads_for(
+    config: PreTrainedConfig, shape: ModelShape, target: CacheTarget, uniform: bool, *, without: Collection[int] = ()
+) -> list[int]:
     """The most KV heads per layer that fit, taken from where most are left, later layers first.
+
+    Args:
+        without: layers that lose their attention, and so all their KV heads.
 
     Raises:
         PlanError: one head per layer is too much already, or the target asks for nothing.
     """
     if getattr(config, "kv_lora_rank", None):
         raise PlanError(f"'{config.model_type}' keeps one latent vector for all heads: removing heads leaves its cache")
-    heads = [layer.sizes[KV_HEADS] for layer in shape.layers]
+    heads = [0 if index in without else layer.sizes[KV_HEADS] for index, layer in enumerate(shape.layers)]
+    least = [min(count, 1) for count in heads]
     dense = list(heads)
     if cache_bytes(config, heads, target.context) <= target.bytes:
         return heads
-    if cache_bytes(config, [1] * len(heads), target.context) > target.bytes:
+    if cache_bytes(config, least, target.context) > target.bytes:
         raise PlanError(
             f"one KV head per layer at {target.context:,} tokens takes "
-            f"{cache_bytes(config, [1] * len(heads), target.context):,} bytes, more than the {target.bytes:,} asked for"
+            f"{cache_bytes(config, least, target.context):,} bytes, more than the {target.bytes:,} asked for"
         )
     while cache_bytes(config, heads, target.context) > target.bytes:
         if uniform:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from slimgpt.layerwise.context import ExecutionContext, check_finite_output, run
 from slimgpt.layerwise.partial_forward import PartialForward, arguments_of, run_with
 from slimgpt.models.architecture import Sizes, Structure
 from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.modeling_slim import skip_attention
 from slimgpt.models.slicing import State, output_matrix, slice_state, unit_rows
 from slimgpt.pruning.report import ExpertsReport, PrunedLayer
 from slimgpt.runtime.activation_store import ActivationStore, mapped
@@ -95,6 +96,17 @@ class LayerPruner:
         self.state: State = dense.state_dict()
         with self.timed("load"):
             self.layer = running_layer(dense, model_config, index, run)
+
+    def drop_attention(self, modules: Sequence[str]) -> None:
+        """Take the whole attention out of the layer.
+
+        Args:
+            modules: see :func:`slimgpt.models.modeling_slim.skip_attention`.
+        """
+        skip_attention(self.layer, modules)
+        starts = tuple(f"{module}." for module in modules)
+        self.state = {name: tensor for name, tensor in self.state.items() if not name.startswith(starts)}
+        self.kept["heads"] = []
 
     def module_inputs(self, number: int, module: str) -> tuple[Any, ...]:
         """The arguments of a module of the layer for one batch."""

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from slimgpt.config import PruneConfig
 from slimgpt.layerwise.capture import capture
 from slimgpt.layerwise.context import ExecutionContext
-from slimgpt.models.architecture import Sizes, Structure
+from slimgpt.models.architecture import HEADS, Sizes, Structure
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.families.moe import Experts, Mixture
 from slimgpt.models.lookup import layer_sizes, text_config
@@ -74,7 +74,7 @@ def prune_layers(
         work.replaying = bool(run.ranks.agree(int(resumed is not None)))
         if isinstance(architecture, Mixture):
             work.expert_groups = architecture.groups_of_experts(text_config(model.config))
-        state = _prune_structures(work, structures, sizes, target)
+        state = _prune_structures(work, structures, sizes, target, architecture.attention)
         if resumed is not None:
             yield resumed
             continue
@@ -95,9 +95,17 @@ def prune_layers(
         malloc_trim()
 
 
-def _prune_structures(work: LayerPruner, structures: Sequence[Structure], sizes: Sizes, target: Sizes) -> State:
-    """The state dict of the narrower layer in its stored type; the inputs of the next layer replace this one's."""
+def _prune_structures(
+    work: LayerPruner, structures: Sequence[Structure], sizes: Sizes, target: Sizes, attention: Sequence[str]
+) -> State:
+    """The state dict of the narrower layer in its stored type; the inputs of the next layer replace this one's.
+
+    Args:
+        attention: what goes with the whole attention of a layer; see :class:`slimgpt.models.architecture.Architecture`.
+    """
     batches = range(len(work.inputs))
+    if sizes[HEADS] and not target[HEADS]:
+        work.drop_attention(attention)
     structures = [structure for structure in structures if structure.key in work.state]
     if not structures:
         with work.timed("forward"):

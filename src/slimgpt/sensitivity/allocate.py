@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,9 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.layerwise.context import ExecutionContext
+from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.allocation import Sensitivity, allocate_budget, interpolate, trial_plan
 from slimgpt.planning.plan import Plan
+from slimgpt.sensitivity.attention_plans import plans_without_attention
 from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.sensitivity.measure import (
     ENDPOINT,
@@ -52,7 +54,8 @@ def allocate(
     start = time.perf_counter()
     heads = config.kv_cache is None
     first, *others = nodes = quadrature(config)
-    steps, count = sum(_passes(points) for points in nodes) * len(plan.layers), 0
+    may_go = [i for i, layer in enumerate(shape.layers) if layer.attention_parameters and config.drop_attention]
+    steps, count = (sum(_passes(points) for points in nodes) + bool(may_go)) * len(plan.layers), 0
 
     def on_step(_number: int, _steps: int, seconds: float) -> None:
         nonlocal count
@@ -60,16 +63,36 @@ def allocate(
             on_measured(count, steps, seconds)
         count += 1
 
-    def measure_plan(widths: Plan, points: Points) -> Sensitivity:
-        return measure(model, load_layer, windows, widths, config, run, on_step, points=points)
+    def measure_plan(widths: Plan, points: Points, whole_attention: Sequence[int] = ()) -> Sensitivity:
+        return measure(
+            model,
+            load_layer,
+            windows,
+            widths,
+            config,
+            run,
+            on_step,
+            points=points,
+            whole_attention=whole_attention,
+        )
 
-    costs = measure_plan(trial_plan(plan, shape, heads), first)
+    costs = measure_plan(trial_plan(plan, shape, heads), first, may_go)
     info = {"by": "search" if config.allocation == "search" else "sensitivity", **costs.to_json()}
-    chosen, candidates, pairs = allocated(plan, shape, costs, config, model.config)
+    chosen, candidates, pairs = allocated(plan, shape, costs.without_attention(), config, model.config)
     info |= pairs
+    if may_go:
+
+        def cheapest(budget: Plan, measured: Sensitivity) -> Plan:
+            return allocated(budget, shape, measured, config, model.config)[0]
+
+        candidates = candidates if config.allocation == "search" else [chosen]
+        fewer = plans_without_attention(plan, shape, costs, cheapest, model.config, config.cache_target)
+        candidates += [widths for widths in fewer if widths != chosen]
     if others and len(candidates) > 1:
         tried = [measure_plan(widths, points).divergence for widths, points in zip(candidates, others)]
         info["tried"], info["divergence"] = tried, min(tried)
+        if may_go:
+            info["tried_without_attention"] = [_without_attention(widths) for widths in candidates]
         chosen = candidates[tried.index(min(tried))]
     return chosen, {**info, "seconds": time.perf_counter() - start}
 
@@ -92,11 +115,16 @@ def allocated(
     return chosen, [plan, chosen], {}
 
 
+def _without_attention(plan: Plan) -> list[int]:
+    return [index for index, sizes in enumerate(plan.layers) if not sizes[HEADS]]
+
+
 def quadrature(config: PruneConfig) -> list[Points]:
     """Quadrature used for each evaluated plan: the trial plan needs gradients; the candidate plans of a search, and of
     equal layers if more than one is worth a trial, only their KL."""
     search = config.allocation == "search"
-    return [SIMPSON if search else MIDPOINT] + [ENDPOINT, ENDPOINT] * (search or config.uniform)
+    tried = 2 if search or config.uniform else 1 if config.drop_attention else 0
+    return [SIMPSON if search else MIDPOINT] + [ENDPOINT] * (tried + 2 * config.drop_attention)
 
 
 def uses_sensitivity(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:

@@ -11,7 +11,7 @@ does not fit into memory can be measured too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -24,18 +24,20 @@ from slimgpt.layerwise.capture import capture, put_parameter
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device
 from slimgpt.layerwise.passes import LayerPasses, LayerVariant
-from slimgpt.models.architecture import Structure
+from slimgpt.models.architecture import HEADS, Structure
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.families.moe import Experts
 from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.modeling_slim import skip_attention
 from slimgpt.models.slicing import output_matrix, unit_rows
-from slimgpt.planning.allocation import Sensitivity, StructureCost
+from slimgpt.planning.allocation import ATTENTION, Sensitivity, StructureCost
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.layer import matrix_of
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.pruning.report import units_of
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import DEVICE, malloc_trim
+from slimgpt.sensitivity.attention import AttentionRemoval
 
 T = TypeVar("T")
 
@@ -94,6 +96,7 @@ def measure(
     on_measured: OnMeasured | None = None,
     *,
     points: Points = MIDPOINT + ENDPOINT,
+    whole_attention: Collection[int] = (),
 ) -> Sensitivity:
     """The loss of a plan, and its attribution to structures.
 
@@ -103,11 +106,16 @@ def measure(
         windows: ``(num_samples, seq_len)`` long; predictions are compared on the last ones.
         plan: the widths to try; structures that it leaves as they are contribute nothing and are not in the result.
         points: :data:`MIDPOINT` gives the contributions, :data:`ENDPOINT` the divergence; without it, their sum.
+        whole_attention: layers whose attention is also taken out of the narrowed model, one at a time, which gives
+            contributions of the unit ``attention``.
 
     Raises:
         NumericalError: NaN or infinity on the way, or a Hessian that is not positive definite.
     """
-    return _Measurement(model, load_layer, plan, config, run, on_measured, points=points)(windows)
+    measurement = _Measurement(
+        model, load_layer, plan, config, run, on_measured, points=points, whole_attention=whole_attention
+    )
+    return measurement(windows)
 
 
 def split_windows(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
@@ -133,10 +141,13 @@ class _Measurement:
         on_measured: OnMeasured | None,
         *,
         points: Points,
+        whole_attention: Collection[int] = (),
     ):
         self.model, self.layers, self.load_layer = model, decoder_layers(model), load_layer
         self.plan, self.config = plan, config
-        self.structures = architecture_of(model.config, model).chosen(plan.head_unit)
+        architecture = architecture_of(model.config, model)
+        self.structures, self.attention = architecture.chosen(plan.head_unit), architecture.attention
+        self.whole_attention = whole_attention
         self.sizes = layer_sizes(model.config)
         self.run = run.single_process(run.dtype)
         self.on_measured, self.done, self.points = on_measured, 0, points
@@ -150,6 +161,7 @@ class _Measurement:
         hidden = ActivationStore(DEVICE, self.run.device)
         stream = capture(self.model, self.layers, probe, self.config.batch_size, hidden, self.run.dtype)
         batches = range(len(stream))
+        inputs = {number: hidden.get(number) for number in batches} if self.whole_attention else {}
         passes = LayerPasses(self._variants, stream.arguments, batches, self.run)
         paths = [hidden, *(ActivationStore(DEVICE, self.run.device) for _ in self.points)]
         for path in paths[1:]:
@@ -162,6 +174,8 @@ class _Measurement:
             kl, gradients = self._compare(paths, probe, passes.tuple_length)
         contributions = tuple(self._costs(passes, gradients)) if gradients else ()
         divergence = kl if ENDPOINT[0] in self.points else sum(each.cost for each in contributions)
+        if self.whole_attention:
+            contributions += self._attention_costs(inputs, hidden, passes, probe)
         return Sensitivity(divergence, contributions)
 
     def _trial_prune(self, fit: Tensor) -> None:
@@ -180,7 +194,7 @@ class _Measurement:
                         count += 1
                     continue
                 kept = finished.report.kept.get(structure.name)
-                if kept is None or len(kept) == structure.units(sizes):
+                if not kept or len(kept) == structure.units(sizes):
                     continue
                 W = output_matrix(finished.state, structure)
                 n = W.shape[1] * structure.units(sizes) // len(kept)
@@ -223,12 +237,57 @@ class _Measurement:
                 contributions.append(StructureCost(index, structure.unit, removed, cost))
         return sorted(contributions, key=lambda cost: (cost.layer, cost.unit))
 
+    def _attention_costs(
+        self,
+        inputs: Mapping[int, Tensor],
+        dense: ActivationStore,
+        passes: LayerPasses[PathVariant],
+        probe: Tensor,
+    ) -> tuple[StructureCost, ...]:
+        """The cost of each whole attention, on half of the text.
+
+        Args:
+            inputs: the hidden states in front of the first layer by batch.
+            dense: the dense model's behind the last layer.
+        """
+        some = range(-(-len(inputs) // 2))
+        removal = AttentionRemoval(
+            self._narrow_layer, self.attention, self.whole_attention, passes.arguments, some, self.run
+        )
+        for _ in self._steps(removal.forward(inputs)):
+            pass
+        costs = removal.costs(self.model, dense, probe.split(self.config.batch_size), passes.tuple_length)
+        return tuple(StructureCost(layer, ATTENTION, 1.0, cost) for layer, cost in costs.items())
+
+    def _narrow_layer(self, index: int) -> nn.Module:
+        """The layer at the end of the path."""
+        layer = self._layer(index)
+        for name, step in self._path_steps(layer, index).items():
+            W = layer.get_parameter(name)
+            put_parameter(layer, name, nn.Parameter((W + step).to(W.dtype), requires_grad=False))
+        return layer
+
     def _variants(self, index: int, paths: Sequence[int]) -> Iterator[PathVariant]:
         """The layer on some paths: the dense one on path 0, and that of node ``k`` on path ``k + 1``."""
         layer = self._layer(index)
         if 0 in paths:
             yield PathVariant(layer, [], [], 0.0)
-        steps = []
+        if not self.plan.layers[index][HEADS] and self.sizes[index][HEADS]:  # a plan that is tried, at the end alone
+            skip_attention(layer, self.attention)
+        steps = self._path_steps(layer, index)
+        dense = {name: layer.get_parameter(name).detach() for name in steps}
+        for path in filter(None, paths):
+            alpha, node_weight = self.points[path - 1]
+            weights: dict[str, Tensor] = {
+                name: nn.Parameter((W + alpha * steps[name]).to(W.dtype)) for name, W in dense.items()
+            }
+            for name, W in weights.items():
+                put_parameter(layer, name, W)
+            yield PathVariant(layer, list(weights.values()), list(steps.values()), node_weight)
+
+    def _path_steps(self, layer: nn.Module, index: int) -> dict[str, Tensor]:
+        """``W' - W`` by the name of the matrix, from the dense layer to the narrow one."""
+        steps = {}
         for narrow in self.narrow[index]:
             structure, columns = narrow.structure, narrow.columns
             if isinstance(structure, Experts):
@@ -240,15 +299,8 @@ class _Measurement:
             kept = self.matrices.get(narrow.number).to(full)
             places = columns.to(W.device).unsqueeze(-2).expand(kept.shape)
             step = full.scatter_(-1, places, kept).sub_(W)
-            steps.append(step.mT.contiguous() if structure.transposed else step)
-        names = [narrow.structure.key for narrow in self.narrow[index]]
-        dense = [layer.get_parameter(name).detach() for name in names]
-        for path in filter(None, paths):
-            alpha, node_weight = self.points[path - 1]
-            weights: list[Tensor] = [nn.Parameter((W + alpha * step).to(W.dtype)) for W, step in zip(dense, steps)]
-            for name, W in zip(names, weights):
-                put_parameter(layer, name, W)
-            yield PathVariant(layer, weights, steps, node_weight)
+            steps[structure.key] = step.mT.contiguous() if structure.transposed else step
+        return steps
 
     def _layer(self, index: int) -> nn.Module:
         layer = running_layer(self.load_layer(index), self.model.config, index, self.run)
@@ -269,7 +321,8 @@ class _Measurement:
             del item
             malloc_trim()
             if self.on_measured:
-                self.on_measured(self.done, _passes(self.points) * len(self.layers), time.perf_counter() - start)
+                passes = _passes(self.points) + bool(self.whole_attention)
+                self.on_measured(self.done, passes * len(self.layers), time.perf_counter() - start)
             self.done, start = self.done + 1, time.perf_counter()
 
 

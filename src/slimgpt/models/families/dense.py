@@ -71,10 +71,17 @@ def _per_head(module: str) -> Fused:
 
 
 _SEPARATE = Architecture((*_GQA, _GATED))
-LLAMA = replace(_SEPARATE, relabel=Relabel("mistral", (("sliding_window", None),)))
+# What goes with a whole attention: its module, the norm before it, and one behind it.
+_PRE_NORM = ("self_attn", "input_layernorm")
+_SANDWICH = (*_PRE_NORM, "post_attention_layernorm")
+_LLAMA_LIKE = replace(_SEPARATE, attention=_PRE_NORM)
+_GEMMA_LIKE = replace(_SEPARATE, attention=_SANDWICH)
+LLAMA = replace(_LLAMA_LIKE, relabel=Relabel("mistral", (("sliding_window", None),)))
 _UNGATED = Architecture((*_GQA, _PLAIN))
 _GLM = Architecture((*_GQA, _GATE_UP))
-_PHI3 = Architecture((*grouped("self_attn.o_proj", Fused("self_attn.qkv_proj", _STACKED, (0, 1, 2))), _GATE_UP))
+_PHI3 = Architecture(
+    (*grouped("self_attn.o_proj", Fused("self_attn.qkv_proj", _STACKED, (0, 1, 2))), _GATE_UP), attention=_PRE_NORM
+)
 _GPT2 = Architecture(
     (
         heads("attn.c_proj", Fused("attn.c_attn", (HEADS,) * 3, (0, 1, 2)), transposed=True),
@@ -162,33 +169,33 @@ def _phi(config: Any) -> Architecture:
 
 DENSE: dict[str, Entry] = {
     "llama": LLAMA,
-    "mistral": _SEPARATE,
-    "qwen2": _SEPARATE,
-    "qwen3": _SEPARATE,
-    "gemma2": _SEPARATE,
-    "gemma3_text": _SEPARATE,
-    "granite": _SEPARATE,
-    "smollm3": _SEPARATE,
+    "mistral": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "gemma2": _GEMMA_LIKE,
+    "gemma3_text": _GEMMA_LIKE,
+    "granite": _LLAMA_LIKE,
+    "smollm3": _LLAMA_LIKE,
     "phi3": _PHI3,
-    "ministral": _SEPARATE,
-    "ministral3": _SEPARATE,
-    "gemma": _SEPARATE,
-    "olmo": _SEPARATE,
+    "ministral": _LLAMA_LIKE,
+    "ministral3": _LLAMA_LIKE,
+    "gemma": _LLAMA_LIKE,
+    "olmo": _LLAMA_LIKE,
     "olmo2": _FFN_ONLY,
     "olmo3": _FFN_ONLY,
-    "exaone4": _SEPARATE,
-    "seed_oss": _SEPARATE,
-    "ernie4_5": _SEPARATE,
-    "hunyuan_v1_dense": _SEPARATE,
+    "exaone4": replace(_SEPARATE, attention=("self_attn", "post_attention_layernorm")),
+    "seed_oss": _LLAMA_LIKE,
+    "ernie4_5": _LLAMA_LIKE,
+    "hunyuan_v1_dense": _LLAMA_LIKE,
     "hyperclovax": _SEPARATE,
-    "vaultgemma": _SEPARATE,
-    "cwm": _SEPARATE,
+    "vaultgemma": _LLAMA_LIKE,
+    "cwm": _LLAMA_LIKE,
     "helium": replace(_SEPARATE, resized=True),
     "cohere": _cohere,
     "cohere2": _SEPARATE,
-    "glm": _GLM,
-    "glm4": _GLM,
-    "arcee": _UNGATED,
+    "glm": replace(_GLM, attention=_PRE_NORM),
+    "glm4": replace(_GLM, attention=(*_PRE_NORM, "post_self_attn_layernorm")),
+    "arcee": replace(_UNGATED, attention=_PRE_NORM),
     "apertus": _UNGATED,
     "jais2": _UNGATED,
     "nemotron": _UNGATED,

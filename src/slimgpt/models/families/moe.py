@@ -107,7 +107,7 @@ class Mixture(Architecture):
             sizes[SHARED] = sizes[CHANNELS] * int(count)
         return sizes
 
-    def write(self, sizes: Sizes) -> dict[str, int]:
+    def write(self, sizes: Sizes) -> dict[str, Any]:
         """The config fields that say these sizes."""
         if EXPERTS not in sizes:
             return super().write(sizes)
