@@ -236,7 +236,7 @@ def _check_sentences(task: ConfigurableTask, limit: int | None) -> None:
     """
     import nltk
 
-    rows = list(task.test_docs() or [])[:limit]
+    rows: list[Any] = list(task.test_docs() or [])[:limit]
     if not any(name in SENTENCES for row in rows for name in row["instruction_id_list"]):
         return
     try:
