@@ -116,7 +116,7 @@ def generate_text(
         on_device(model, run.device, run.dtype),
         patched_layers(layers, lambda layer: partial(run_layer_of, numbers[id(layer)])),
     ):
-        for rows in (slice(first, first + together) for first in range(0, count, together)):
+        for rows in (slice(first, min(first + together, count)) for first in range(0, count, together)):
             known: dict[str, Any] = {}
             fresh = text = prompts[rows].to(run.device)
             while True:
