@@ -72,15 +72,15 @@ class Ranks:
             raise UsageError(f"{len(windows)} windows cannot be divided among {self.world} processes; start fewer")
         return windows[self.rows(len(windows))]
 
-    def reduce(self, gram: Gram) -> None:
-        """Add the partial sums of all processes up in rank 0's ``gram``."""
+    def reduce(self, gram: Gram, to: int = 0) -> None:
+        """Add the partial sums of all processes up in one process's ``gram``."""
         if self.world == 1:
             return
         count = torch.tensor([gram.count], device=gram.sum.device)
         with collective_errors():
-            dist.reduce(gram.sum, 0, group=self.group)
-            dist.reduce(count, 0, group=self.group)
-        if self.main:
+            dist.reduce(gram.sum, to, group=self.group)
+            dist.reduce(count, to, group=self.group)
+        if self.rank == to:
             gram.count = int(count)
 
     def total(self, tensor: Tensor) -> None:
@@ -97,12 +97,12 @@ class Ranks:
         self.total(tensor)
         return tensor.tolist()
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's ``tensor`` in all processes; the others give one of the same shape and type to be filled."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """One process's ``tensor`` in all; the others give one of the same shape and type to be filled."""
         if self.world > 1:
             tensor = tensor.contiguous()
             with collective_errors():
-                dist.broadcast(tensor, 0, group=self.group)
+                dist.broadcast(tensor, source, group=self.group)
         return tensor
 
     def agree(self, number: int) -> int:
