@@ -162,7 +162,7 @@ def test_one_process_owns_all_rows_and_copies_nothing():
     ("family", "changes"), [("llama", {}), ("qwen3_moe", {"allocation": "sensitivity", "distill": 600})]
 )
 def test_two_processes_write_measure_and_train_like_one(family, changes, script, tokenizer, tmp_path):
-    model = dense(tmp_path / "dense", tokenizer, family)
+    model = dense(tmp_path / "dense", tokenizer, family, num_hidden_layers=4 if family == "llama" else 2)
     for processes in (1, 2):
         finish(start(processes, script, options(model, tmp_path / str(processes), **changes)))
     assert_agree(tmp_path / "1", tmp_path / "2", 2)
