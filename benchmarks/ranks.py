@@ -3,9 +3,9 @@
     python benchmarks/ranks.py --work /some/disk --out benchmarks/results/ranks --keep
 
 prunes the demo model by the default (text that it writes itself, measured widths, training) with 1 and with N Gloo
-processes on the same N cores, in turn, and compares the plans, the weights and the seconds of every part: the fastest of
-the rounds. A round of 64 x 512 tokens takes some 20 minutes on two quiet cores. With ``--keep`` runs that are in the
-working folder already are not run again.
+processes on the same N cores, in turn, and compares the plans, the weights and the seconds of every part: the fastest
+of the rounds. With ``--keep`` runs that are in the working folder already are not run again. Fewer than 64 x 512 tokens
+are neither measured nor trained on.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def table(result: dict[str, Any], fastest: dict[int, dict[str, float]], given: s
         f"Text {'the same' if result['same_text'] else 'DIFFERENT'}, plan "
         f"{'the same' if result['same_plan'] else 'DIFFERENT'}, kept units "
         f"{'the same' if result['same_kept_units'] else 'DIFFERENT'}; weights differ by at most "
-        f"{result['largest_relative_difference']:.1e} (norm of the difference over the norm, worst tensor). Load average "
-        f"at the end {result['load_average'][0]:.1f}.",
+        f"{result['largest_relative_difference']:.1e} (norm of the difference over the norm, worst tensor). Load "
+        f"average at the end {result['load_average'][0]:.1f}.",
         "",
         "Made with " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         "",
