@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 import slimgpt
 from slimgpt.config import make_config
-from slimgpt.distillation import trainer
+from slimgpt.distillation import sharded_adam, trainer
 from slimgpt.distillation.data import build_distillation_data
 from slimgpt.distillation.trainer import Distillation
 from slimgpt.layerwise.context import ExecutionContext
@@ -104,7 +104,7 @@ def test_it_is_adam_through_the_whole_mixture(family, others):
         weight.requires_grad_()
         parametrize.register_parametrization(mirror.get_submodule(module), leaf, Scaled(scale))
         units.append(mirror.get_submodule(module).parametrizations[leaf].original)
-    adam = torch.optim.Adam(units, lr=0.0, betas=trainer.BETAS, eps=1e-300)  # 0 / 0 for experts that saw nothing
+    adam = torch.optim.Adam(units, lr=0.0, betas=sharded_adam.BETAS, eps=1e-300)  # 0 / 0 for experts that saw nothing
     curve, steps = [], training.data.steps
     assert len(steps) == 2
     for number, step in enumerate(steps):

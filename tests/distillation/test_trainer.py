@@ -11,6 +11,7 @@ import torch
 
 import slimgpt
 from slimgpt.config import make_config
+from slimgpt.distillation import sharded_adam
 from slimgpt.distillation import trainer as distillation
 from slimgpt.distillation.data import _equal_batches, build_distillation_data
 from slimgpt.distillation.schedule import passes_to_distill, tokens_to_distill
@@ -99,7 +100,7 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
     for name, scale in scales.items():
         weight = mirror.get_parameter(name).requires_grad_()
         groups.append({"params": [weight], "scale": scale * float(weight.detach().square().mean().sqrt())})
-    adam = torch.optim.Adam(groups, lr=0.0, betas=distillation.BETAS, eps=0.0)
+    adam = torch.optim.Adam(groups, lr=0.0, betas=sharded_adam.BETAS, eps=0.0)
     curve = []
     for number, step in enumerate(steps):
         adam.zero_grad()

@@ -9,6 +9,7 @@ loops or repeats an earlier document is left out.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ from slimgpt.calibration.template_tokens import special_ids, turn_tokens
 from slimgpt.calibration.windows import digest, prefix_ids
 from slimgpt.errors import CalibrationError
 from slimgpt.runtime.devices import DTYPES
+from slimgpt.runtime.distributed import ALONE, Ranks
 from slimgpt.runtime.thresholds import thresholds
 
 MAX_TOKENS = 384
@@ -148,20 +150,23 @@ class Writer:
         return first if first is not None else self.tokenizer.eos_token_id  # type: ignore[return-value]
 
     def round(
-        self, number: int, count: int, together: int, on_written: Callable[[int, int, float], None] | None
+        self, number: int, count: int, together: int, on_written: Callable[[int, int, float], None] | None, ranks: Ranks
     ) -> list[Document]:
-        """The documents of a round, as they were written.
+        """The documents of a round, as they were written, in all processes.
 
         Args:
             together: so many at once; what is written does not depend on it but for rounding.
+            ranks: divide the documents.
         """
         starts = self.starts(number, count)
+        own = ranks.rows(count)
         mixed = int.from_bytes(hashlib.sha256(f"{self.seed} {number}".encode()).digest()[:7], "big")
         uniforms = torch.rand(count, self.length, generator=torch.Generator().manual_seed(mixed))
-        documents: list[Document] = []
+        written: list[Document] = []
         with folded_on_cpu(self.model):
-            for rows in (slice(first, first + together) for first in range(0, count, together)):
-                documents += generate_documents(
+            for first in range(own.start, own.stop, together):
+                rows = slice(first, min(first + together, own.stop))
+                written += generate_documents(
                     self.model,
                     starts[rows],
                     uniforms[rows],
@@ -169,7 +174,14 @@ class Writer:
                     turns=self.turns,
                     on_generated=on_written,
                 )
-        return documents
+        if ranks.world == 1:
+            return written
+        values = json.dumps([[document.ids, document.own, document.ended] for document in written])
+        everything = [each for text in ranks.texts(values) for each in json.loads(text)]
+        return [
+            Document(start, ids, own=sampled, ended=ended)
+            for start, (ids, sampled, ended) in zip(starts, everything, strict=True)
+        ]
 
     def finished(self, document: Document, kept: int) -> list[int]:
         """The tokens of a document as they stand in a window.
@@ -237,6 +249,7 @@ def write_calibration(
     budget: int | None = None,
     rounds: Rounds | None = None,
     on_written: OnWritten | None = None,
+    ranks: Ranks = ALONE,
 ) -> SelfCalibration:
     """Calibration windows of text that the model writes; the model is as it was afterwards.
 
@@ -245,15 +258,17 @@ def write_calibration(
         device: where the model is run, whole.
         dtype: of its parameters meanwhile.
         budget: bytes that may be used on the device; ``None``: what is free.
-        rounds: where finished rounds are kept; rounds that are there are not written again.
+        rounds: where finished rounds are kept; rounds that are there are not written again. Only the first process's
+            are read and written.
+        ranks: the processes that divide the documents of every round; the text is the same in all of them.
 
     Raises:
         CalibrationError: what it writes is too short or repeats itself.
         NumericalError: predictions that are NaN or infinite.
     """
-    rounds = rounds or NoRounds()
-    first = rounds.read(0)
-    dtype = DTYPES[first["dtype"]] if first else dtype  # a resumed run goes on in the type it began with
+    rounds = rounds if rounds is not None and ranks.main else NoRounds()
+    first = rounds.read(0)  # a resumed run goes on in the type it began with
+    dtype = DTYPES[ranks.values(first["dtype"] if first else str(dtype).removeprefix("torch."))]
     writer = Writer(model, tokenizer, min(MAX_TOKENS, seq_len, context_length(model, MAX_TOKENS)), seed)
     in_windows = num_samples * (seq_len - len(writer.prefix))
     needed = in_windows + held_out
@@ -271,16 +286,16 @@ def write_calibration(
                 f"calibration ({counts['short']:,} short or looping, {counts['repeated']:,} repeat others), and "
                 f"{needed:,} tokens are needed: give text with --calibration FILE, or --calibration demo"
             )
-        values = rounds.read(number)
+        values = ranks.values(rounds.read(number))
         if values is None:
             begin = time.perf_counter()
             mean = tokens / written if tokens else expected
             count = min(size, max(int((needed - tokens) / mean * 1.05) + 1, 8))
             rounds_left = max(-(-(needed - tokens) // int(mean * size)), 1)
-            progress = partial(_report, on_written, number, rounds_left) if on_written else None
+            progress = partial(_report, on_written, number, rounds_left) if on_written and ranks.main else None
             together = min(sequences_together(model, writer.length, dtype, device, budget), size)
             with parameters_moved(model, device, dtype):
-                texts = writer.round(number, count, together, progress)
+                texts = writer.round(number, count, together, progress, ranks)
             kept, found = kept_documents(writer, texts, seen)
             values = {
                 "documents": kept,

@@ -126,18 +126,15 @@ class Journal:
                 self._write_state(self.distilled / self.files(index)[0].name, index, state)
             write_text(self.folder / DISTILLATION_FILE, json.dumps(info))
 
-    def text(self, make: Callable[[], GeneratedText]) -> GeneratedText:
-        """The text that the dense model writes: what is kept of it, or what ``make`` makes, which is kept.
+    def write_generated(self, text: GeneratedText) -> None:
+        """Keep the text that the dense model has written; a full disk is an :class:`OutputError`."""
+        self._write(self.folder / TEXT_FILE, text._asdict())
 
-        Raises:
-            ResumeError: what is kept is damaged.
-            OutputError: the disk is full.
-        """
+    def generated(self) -> GeneratedText | None:
+        """The text that the dense model has written, if it is kept; a damaged file is a :class:`ResumeError`."""
         file = self.folder / TEXT_FILE
-        if not file.is_file():
-            self._write(file, make()._asdict())
         with reading(file):
-            return GeneratedText(**_tensors(file))
+            return GeneratedText(**_tensors(file)) if file.is_file() else None
 
     def write_training(self, reached: State) -> None:
         """Keep what the training has reached, in place of what it had before; not where the disk has no room for it

@@ -1,11 +1,16 @@
-"""Data of the training after pruning: calibration and generated text, and the dense model's hidden states on it."""
+"""Data of the training after pruning: calibration and generated text, and the dense model's hidden states on it.
+
+Several processes divide the windows of every step, and those held out, so that a step's text is the same whatever their
+number.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +25,7 @@ from slimgpt.layerwise.passes import LayerPasses, LayerVariant
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.lookup import text_config
 from slimgpt.runtime.activation_store import ActivationStore
+from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.memory import malloc_trim
 from slimgpt.runtime.thresholds import thresholds
 
@@ -30,13 +36,16 @@ such steps, and the seconds."""
 
 @dataclass
 class DistillationData:
-    """Text in batches, and the dense model's hidden states on it.
+    """This process's text in batches, and the dense model's hidden states on it.
 
     Args:
         ids: the tokens of every batch, ``(batch, seq_len)``.
         held_out: number of held-out batches; they come first.
         generated: number of batches of generated text; they follow.
-        per_step: batches per training step.
+        steps: the numbers of the batches of every step, none where other processes have all windows of it; no step
+            mixes generated and calibration text.
+        generated_steps: number of steps on generated text; they come first.
+        tokens: of all processes, ``held_out``, ``generated`` and ``trained`` on (generated ones included).
         other_matrices_lr: see :class:`TrainingBudget`.
         inputs: the inputs of the first layer, and every layer's arguments.
         dense_hidden: the hidden states behind the dense model's last layer, by batch.
@@ -46,20 +55,13 @@ class DistillationData:
     ids: Sequence[Tensor]
     held_out: int
     generated: int
-    per_step: int
+    steps: Sequence[range]
+    generated_steps: int
+    tokens: dict[str, int]
     other_matrices_lr: float
     inputs: LayerInputs
     dense_hidden: ActivationStore
     tuple_length: int
-
-    @property
-    def steps(self) -> list[range]:
-        """The numbers of the batches of every step; no step mixes generated and calibration text."""
-        steps, count = [], len(self.ids)
-        for first, last in ((self.held_out, self.held_out + self.generated), (self.held_out + self.generated, count)):
-            starts = range(first, last, self.per_step)
-            steps += [range(start, min(start + self.per_step, last)) for start in starts]
-        return steps
 
     def count(self, numbers: Iterable[int]) -> int:
         """Number of tokens in the given batches."""
@@ -84,6 +86,7 @@ def build_distillation_data(
         load_layer: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)`` long; the last ones are held out.
         tokens: see :func:`tokens_to_distill`.
+        run: its processes divide the text.
         load_or_generate: calls the function it is given, or returns the text of the run being resumed.
     """
     run = training_run(model, run)
@@ -103,20 +106,29 @@ def build_distillation_data(
     layers = decoder_layers(model)
     text = GeneratedText(rest[:0], Tensor())
     if generated:
-        on_token = partial(on_rehearsed, "generating") if on_rehearsed else None
+        on_token = partial(on_rehearsed, "generating") if on_rehearsed and run.ranks.main else None
         text = load_or_generate(
             lambda: generate_text(
                 model, load_layer, calibration, generated, length, config.seed, run, on_token=on_token
             )
         )
     chosen = torch.cat([held_out, text.ids, rest[order[:count]]])
+    first, last = len(held_out), len(held_out) + generated  # rows of the generated text
+    rows = [_batches(range(first), batch, run.ranks)]
+    for start, stop in ((first, last), (last, len(chosen))):
+        for begin in range(start, stop, batch * per_step):
+            rows.append(_batches(range(begin, min(begin + batch * per_step, stop)), batch, run.ranks))
+    held, *steps = _numbered(rows)
+    batches = [own for part in rows for own in part]
+    own_windows = chosen[[row for own in batches for row in own]]
+    sizes = list(map(len, batches))
     itemsize = next(model.get_input_embeddings().parameters()).element_size()
-    size = chosen.numel() * itemsize * text_config(model.config).hidden_size
-    inputs = capture(model, layers, chosen, batch, activation_store_for(run, size), run.dtype)
+    size = own_windows.numel() * itemsize * text_config(model.config).hidden_size
+    inputs = capture(model, layers, own_windows, sizes, activation_store_for(run, size), run.dtype)
     dense_hidden = activation_store_for(run, size)
-    with_hidden = range(len(held_out) // batch, (len(held_out) + generated) // batch)
-    for number, hidden in zip(with_hidden, text.hidden.split(batch)):
-        dense_hidden.put(number, hidden)
+    with_hidden = [number for number, own in enumerate(batches) if first <= own.start < last]
+    for number in with_hidden:
+        dense_hidden.put(number, text.hidden[batches[number].start - first : batches[number].stop - first])
     to_run = [number for number in range(len(inputs)) if number not in with_hidden]
     for number in to_run:
         dense_hidden.put(number, inputs.hidden.get(number))
@@ -124,22 +136,41 @@ def build_distillation_data(
     def dense_layer(index: int, _paths: Sequence[int]) -> Iterator[LayerVariant]:
         yield LayerVariant(running_layer(load_layer(index), model.config, index, run), [])
 
-    passes, start = LayerPasses(dense_layer, inputs.arguments, to_run, run), time.perf_counter()
+    passes = LayerPasses(dense_layer, inputs.arguments, to_run, run, num_layers=len(layers))
+    start = time.perf_counter()
     for index in passes.forward([dense_hidden]):
         malloc_trim()
-        if on_rehearsed:
+        if on_rehearsed and run.ranks.main:
             on_rehearsed("teacher", index, len(layers), time.perf_counter() - start)
         start = time.perf_counter()
     return DistillationData(
-        ids=chosen.split(batch),
-        held_out=len(held_out) // batch,
-        generated=generated // batch,
-        per_step=per_step,
+        ids=own_windows.split(sizes),
+        held_out=len(held),
+        generated=len(with_hidden),
+        steps=steps,
+        generated_steps=-(-generated // (batch * per_step)),
+        tokens={
+            "held_out": held_out.numel(),
+            "generated": generated * length,
+            "trained": (len(chosen) - first) * length,
+        },
         other_matrices_lr=budget.other_matrices_lr,
         inputs=inputs,
         dense_hidden=dense_hidden,
-        tuple_length=passes.tuple_length,
+        tuple_length=run.ranks.agree(passes.tuple_length),  # the first process has a share of every part
     )
+
+
+def _batches(rows: range, size: int, ranks: Ranks) -> list[range]:
+    """This process's share of some rows in batches, none above ``size``."""
+    own = rows[ranks.rows(len(rows))]
+    return [own[start : start + size] for start in range(0, len(own), size)]
+
+
+def _numbered(parts: Sequence[Sequence[range]]) -> list[range]:
+    """The numbers of the batches of every part, counted through all of them."""
+    ends = list(accumulate(map(len, parts)))
+    return [range(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
 
 
 def _equal_batches(count: int, most: int) -> tuple[int, int]:
@@ -152,4 +183,4 @@ def _equal_batches(count: int, most: int) -> tuple[int, int]:
 def training_run(model: PreTrainedModel, run: ExecutionContext) -> ExecutionContext:
     """The context of the training: gradients overflow float16, so bfloat16 replaces it."""
     stored = next(model.get_input_embeddings().parameters()).dtype
-    return run.single_process(torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)
+    return replace(run, dtype=torch.bfloat16 if (run.dtype or stored) == torch.float16 else run.dtype)

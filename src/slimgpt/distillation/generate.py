@@ -41,6 +41,8 @@ class GeneratedText(NamedTuple):
         ids: ``(count, length)``.
         hidden: the hidden states behind the last layer, ``(count, length, hidden_size)``, as the layers ran; in a file
             of the scratch folder where memory is short.
+
+    Of several processes the first has all rows, the others have those that they wrote.
     """
 
     ids: Tensor
@@ -68,6 +70,7 @@ def generate_text(
         load_layer: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)``; every piece begins with some tokens of one.
         seed: of the places they are taken from, and of what is drawn.
+        run: its processes divide the sequences.
         on_token: called after every token of the pieces that are written together, with its number, the number of all
             and the seconds it took.
 
@@ -81,9 +84,12 @@ def generate_text(
     prompts = windows[rows, starts + torch.arange(prompt)]
     # All at once: what is written does not depend on how many pieces there is room for.
     uniforms = torch.rand(count, length - prompt, generator=generator)
+    own = run.ranks.rows(count)
+    prompts, uniforms = prompts[own], uniforms[own]
+    held, count = count if run.ranks.main else len(prompts), len(prompts)
     layers, kept = decoder_layers(model), dict[int, nn.Module]()
     dtype = run.dtype or next(model.get_input_embeddings().parameters()).dtype
-    shape = (count, length, text_config(model.config).hidden_size)
+    shape = (held, length, text_config(model.config).hidden_size)
     hidden = activation_store_for(run, torch.Size(shape).numel() * dtype.itemsize)
     ids, behind, passed = windows.new_empty(shape[:2]), hidden.make(0, shape, dtype), Tensor()
     originals = list(layers)
@@ -110,7 +116,7 @@ def generate_text(
         on_device(model, run.device, run.dtype),
         patched_layers(layers, lambda layer: partial(run_layer_of, numbers[id(layer)])),
     ):
-        for rows in (slice(first, first + together) for first in range(0, count, together)):
+        for rows in (slice(first, min(first + together, count)) for first in range(0, count, together)):
             known: dict[str, Any] = {}
             fresh = text = prompts[rows].to(run.device)
             while True:
@@ -130,6 +136,8 @@ def generate_text(
                     on_token(done, steps, time.perf_counter() - start)
                 done += 1
             ids[rows] = text.to(ids)
+    for tensor in (ids, behind):
+        run.ranks.gather_rows(tensor)
     return GeneratedText(ids, behind)
 
 

@@ -6,16 +6,16 @@ text says: a few dozen steps of Adam, every token seen once. In a mixture those 
 and the routers are moved with them: experts that are narrower, or have fewer neighbours, deserve other tokens. A longer
 training, as in a search, begins with text that the dense model writes, and moves all other matrices, too. Layers are
 visited in order, forth and back, with their inputs kept in between and each layer's weights moved as soon as its
-gradient is known, so that one layer at a time has to be on the device.
-
-A step moves a matrix by a share of its own root mean square, as Adafactor does (arXiv 1804.04235, section 8), so one
-rate serves models whose weights differ in scale. Of stacked experts every one has a root mean square of its own.
+gradient is known, so that one layer at a time has to be on the device. Several processes divide the windows of every
+step; each owns a share of every matrix's rows with Adam's moments of them (ZeRO stage 1, arXiv 1910.02054), and the
+gradients of a layer are summed up while the layer in front of it is run.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.distillation.data import DistillationData, training_run
+from slimgpt.distillation.sharded_adam import ShardedAdam
 from slimgpt.layerwise.capture import put_parameter
-from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
+from slimgpt.layerwise.context import ExecutionContext, running_layer
 from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device
 from slimgpt.layerwise.passes import LayerPasses, LayerVariant
 from slimgpt.models.build import architecture_of, decoder_layers
@@ -38,9 +39,6 @@ from slimgpt.runtime.thresholds import thresholds
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises to its maximum."""
-
-BETAS = (0.9, 0.95)
-"""Adam's memory of the mean and of the square of the gradient."""
 
 TEXT_WEIGHT = 1.0
 """Weight of the cross-entropy on the text relative to the KL. It is scaled by min(1, sqrt(KL at start)): cross-entropy
@@ -74,7 +72,7 @@ class Distillation:
         data: the result of :func:`build_distillation_data`.
         run: the context of the pruning.
         resume_state: state that the run being resumed passed to ``on_reached``: the losses before, the divergence of
-            every step, and the parameters with Adam's moments by number.
+            every step, and the parameters with Adam's moments by number. Only the first process's is read.
     """
 
     def __init__(
@@ -94,13 +92,12 @@ class Distillation:
             resume_state,
         )
         self.run = training_run(model, run)
+        self.ranks = self.run.ranks
         chosen = architecture_of(model.config, model).chosen(plan.head_unit)
         self.keys = {structure.key for structure in chosen}  # of output matrices
         self.experts = next((structure for structure in chosen if isinstance(structure, Experts)), None)
         self.names: list[dict[str, int]] = []  # of every layer's trained parameters, with their numbers in the stores
         self.types: list[torch.dtype] = []
-        self.scales: list[float | Tensor] = []
-        self.trained = 0
         self.resident_layers: dict[int, nn.Module] = {}  # layers that the device has room for
 
     def __call__(self, on_distilled: OnDistilled | None = None, on_reached: OnReached | None = None) -> dict[str, Any]:
@@ -113,34 +110,38 @@ class Distillation:
         self._begin()
         steps, held_out = self.data.steps, range(self.data.held_out)
         with on_device(self.model, self.run.device, self.run.dtype):
-            before, curve = self._resume() if self.resume_state else (self.evaluate(held_out), [])
+            resumed = self.ranks.agree(int(bool(self.resume_state)))
+            before, curve = self._resume() if resumed else (self.evaluate(held_out), [])
             # A divergence is like the square of a distance, so steps are scaled by its root.
             lr_scale = math.sqrt(min(max(before.kl, 0.0), 1.0))
             max_lr, text_weight = thresholds().max_lr * lr_scale, TEXT_WEIGHT * lr_scale
-            for number, batches in list(enumerate(steps))[self.trained :]:
+            for number, batches in list(enumerate(steps))[self.adam.steps :]:
                 began = time.perf_counter()
-                step_text_weight = text_weight if batches[0] >= self.data.held_out + self.data.generated else 0.0
+                step_text_weight = text_weight if number >= self.data.generated_steps else 0.0
                 passes = self._passes(batches)
                 hidden = self.forward(passes, save_for_backward=True)
                 losses, gradients = self._compare(batches, hidden, step_text_weight)
                 self.backward(passes, gradients, max_lr * _rate(number, len(steps)))
-                self.trained += 1
+                self.adam.steps += 1
                 curve.append(losses.kl)
                 malloc_trim()
-                if on_distilled:
+                if on_distilled and self.ranks.main:
                     on_distilled(number, len(steps), losses.kl, time.perf_counter() - began)
                 due = time.perf_counter() - saved > thresholds().save_interval_s and number + 1 < len(steps)
-                if on_reached and due:
-                    on_reached(self._state(before, curve))
+                if on_reached and self.ranks.agree(int(due)):
+                    state = self._state(before, curve)
+                    if self.ranks.main:
+                        on_reached(state)
+                    del state
                     saved = time.perf_counter()
             self._round_to_stored_dtype()
             after = self.evaluate(held_out)
         return {
-            "tokens": self.data.count(number for step in steps for number in step),
-            "written_tokens": self.data.count(range(self.data.held_out, self.data.held_out + self.data.generated)),
+            "tokens": self.data.tokens["trained"],
+            "written_tokens": self.data.tokens["generated"],
             "steps": len(steps),
             "rate": max_lr,
-            "held_out_tokens": self.data.count(held_out),
+            "held_out_tokens": self.data.tokens["held_out"],
             "text_weight": text_weight,
             "divergence": {"before": before.kl, "after": after.kl},
             "cross_entropy": {"before": before.cross_entropy, "after": after.cross_entropy},
@@ -172,38 +173,30 @@ class Distillation:
         """Copy the trained parameters to the stores in fp32: single steps are below the resolution of 16 bits."""
         trained = [self._trained(self.load_layer(index)) for index in range(len(self.plan.layers))]
         count = sum(parameter.numel() for named in trained for parameter, _ in named.values())
-        self.weights, self.means, self.squares = (activation_store_for(self.run, size * count) for size in (4, 2, 2))
+        self.adam = ShardedAdam(self.run, count)
+        self.weights = self.adam.weights
         for named in trained:
-            self.names.append({})
-            for name, (parameter, share) in named.items():
-                number = len(self.types)
-                self.names[-1][name] = number
-                self.types.append(parameter.dtype)
-                weight = parameter.detach().to(self.run.device, torch.float32, copy=True)
-                self.weights.put(number, weight)
-                self.scales.append(_step_scale(weight, share))
+            self.names.append({name: self.adam.add(*each) for name, each in named.items()})
+            self.types += [parameter.dtype for parameter, _ in named.values()]
             malloc_trim()
         used = used_bytes(self.run.device)
         self.resident_limit = used + max(self.run.placement.budget - used, 0) // 3
 
-    def _stores(self) -> dict[str, ActivationStore]:
-        return {"parameter": self.weights, "mean": self.means, "square": self.squares}
-
     def _state(self, before: Losses, curve: list[float]) -> State:
-        """The state that a killed training resumes from."""
-        tensors = {f"{kind}.{n}": one for kind, store in self._stores().items() for n, one in store.stored().items()}
+        """The state that a killed training resumes from; whole in the first process."""
         figures = {"before": before, "curve": curve}
-        return {**tensors, **{name: torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}}
+        tensors = {name: torch.tensor(values, dtype=torch.float64) for name, values in figures.items()}
+        return {**self.adam.state(), **tensors}
 
     def _resume(self) -> tuple[Losses, list[float]]:
-        """Restore the state of the run being resumed."""
-        resume_state = self.resume_state or {}
-        for kind, store in self._stores().items():
-            for number in range(len(self.types)):
-                store.put(number, resume_state[f"{kind}.{number}"].to(self.run.device, copy=True))
-        curve = resume_state["curve"].tolist()
-        self.trained, self.resume_state = len(curve), None
-        return Losses(*resume_state["before"].tolist()), curve
+        """Restore the state of the run being resumed, whatever the number of its processes was."""
+        state = self.resume_state or {}
+        steps = self.ranks.agree(len(state["curve"]) if self.ranks.main else 0)
+        self.adam.restore(state, steps)
+        figures = [*state["before"].tolist(), *state["curve"].tolist()] if self.ranks.main else [0.0] * (2 + steps)
+        kl, cross_entropy, *curve = self.ranks.sums(figures)  # of zeros and the first process's
+        self.resume_state = None
+        return Losses(kl, cross_entropy), curve
 
     def _trained(self, layer: nn.Module) -> dict[str, tuple[nn.Parameter, float]]:
         """The parameters of a layer that are trained, by name, and the share of the rate that is theirs: output
@@ -236,7 +229,8 @@ class Distillation:
         yield LayerVariant(layer, [layer.get_parameter(name) for name in self.names[index]])
 
     def _passes(self, batches: Sequence[int]) -> LayerPasses[LayerVariant]:
-        return LayerPasses(self._variants, self.data.inputs.arguments, batches, self.run, save_graphs=True)
+        arguments, count = self.data.inputs.arguments, len(self.plan.layers)
+        return LayerPasses(self._variants, arguments, batches, self.run, save_graphs=True, num_layers=count)
 
     def evaluate(self, batches: Sequence[int]) -> Losses:
         return self._compare(batches, self.forward(self._passes(batches)))[0]
@@ -253,7 +247,7 @@ class Distillation:
     def _compare(
         self, batches: Sequence[int], hidden: ActivationStore, text: float | None = None
     ) -> tuple[Losses, list[Tensor]]:
-        """The losses of some batches, and their gradients behind the last layer.
+        """The losses of some batches and those of the other processes, and the gradients behind the last layer.
 
         Args:
             text: its weight in the gradients; ``None``: these are not computed, and zero.
@@ -274,32 +268,30 @@ class Distillation:
             kl, cross_entropy = kl + kls[0], cross_entropy + cross_entropies[0]
             gradients += gradient
             tokens, followed = tokens + ids[:, 1:].numel(), followed + ids[:, 2:].numel()
+        kl, cross_entropy, tokens, followed = self.ranks.sums([kl, cross_entropy, tokens, followed])
         return Losses(kl / max(tokens, 1), cross_entropy / max(followed, 1)), gradients
 
     def backward(self, passes: LayerPasses[LayerVariant], gradients: list[Tensor], rate: float) -> None:
         """One step of Adam for every layer from the last to the first, as soon as its gradients are known."""
+        started: deque[tuple[int, Callable[[], list[Tensor]]]] = deque()
         for index, layer_gradients in passes.backward({0: gradients}):
-            named = dict(zip(self.names[index], _sums(layer_gradients)))
-            if self.experts is not None:
-                _leave_unseen(named, self.experts)
-            for name, gradient in named.items():
-                self.adam_step(self.names[index][name], gradient, rate)
+            numbers = list(self.names[index].values())
+            started.append((index, self.adam.start_sum(numbers, _sums(layer_gradients))))
+            while len(started) > (self.ranks.world > 1):  # sums go on while the next layer is run
+                self.layer_step(*started.popleft(), rate)
+        for index, summed in started:
+            self.layer_step(index, summed, rate)
 
-    def adam_step(self, number: int, gradient: Tensor, rate: float) -> None:
-        """One step of Adam."""
-        weight, fresh = self.weights.get(number), self.trained == 0
-        mean = torch.zeros_like(weight) if fresh else self.means.get(number).float()
-        square = torch.zeros_like(weight) if fresh else self.squares.get(number).float()
-        mean.lerp_(gradient, 1 - BETAS[0])
-        square.lerp_(gradient.square(), 1 - BETAS[1])
-        count = self.trained + 1
-        spread = (square / (1 - BETAS[1] ** count)).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
-        scale = self.scales[number]
-        moved, factor = (mean, scale) if isinstance(scale, float) else (mean * scale, 1.0)
-        weight.addcdiv_(moved, spread, value=-rate * factor / (1 - BETAS[0] ** count))
-        self.weights.put(number, weight)
-        self.means.put(number, mean.bfloat16())
-        self.squares.put(number, square.bfloat16())
+    def layer_step(self, index: int, summed: Callable[[], list[Tensor]], rate: float) -> None:
+        """One step of Adam for the trained parameters of a layer.
+
+        Args:
+            summed: gives the gradients of the rows that this process owns.
+        """
+        named = dict(zip(self.names[index], summed(), strict=True))
+        if self.experts is not None:
+            _leave_unseen(named, self.experts)
+        self.adam.step(list(self.names[index].values()), list(named.values()), rate)
 
 
 def _of_router(name: str, parameter: Tensor, experts: Experts | None) -> bool:
@@ -315,14 +307,6 @@ def _leave_unseen(gradients: dict[str, Tensor], experts: Experts) -> None:
     for name, gradient in gradients.items():
         if outputs is not None and _of_router(name, gradient, experts):
             gradient[~outputs.flatten(1).any(1)] = 0.0
-
-
-def _step_scale(weight: Tensor, share: float) -> float | Tensor:
-    """What a step of a parameter is multiplied by: its share of the rate times its root mean square, of every matrix
-    of a stack its own, ``(experts, 1, 1)``."""
-    if weight.ndim < 3:
-        return share * float(weight.square().mean().sqrt())
-    return share * weight.square().mean((-2, -1), keepdim=True).sqrt()
 
 
 def _sums(layer_gradients: Iterable[tuple[LayerVariant, list[Tensor]]]) -> list[Tensor]:

@@ -79,7 +79,7 @@ def capture(
     model: PreTrainedModel,
     layers: nn.ModuleList,
     windows: Tensor,
-    batch_size: int,
+    batch_size: int | list[int],
     hidden: ActivationStore,
     dtype: torch.dtype | None = None,
 ) -> LayerInputs:
@@ -87,7 +87,7 @@ def capture(
 
     Args:
         windows: ``(num_samples, seq_len)`` long token ids.
-        batch_size: windows per batch.
+        batch_size: windows per batch, or those of every batch.
         hidden: store of the hidden states.
         dtype: convert what is floating-point to it; ``None`` leaves it as the model makes it.
     """

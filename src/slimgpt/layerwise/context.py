@@ -35,14 +35,6 @@ class ExecutionContext:
     ranks: Ranks = field(default_factory=Ranks)
     scratch: Path | None = None
 
-    def single_process(self, dtype: torch.dtype | None) -> ExecutionContext:
-        """The same context for work of rank 0 alone.
-
-        Args:
-            dtype: of its forward passes.
-        """
-        return ExecutionContext(self.device, self.placement, dtype, scratch=self.scratch)
-
 
 def to_compute(tensor: Tensor, run: ExecutionContext) -> Tensor:
     """A tensor on the device and in the dtype of the forward passes."""

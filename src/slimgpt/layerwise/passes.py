@@ -55,6 +55,7 @@ class LayerPasses(Generic[Variant]):
         batches: the numbers of the batches that are run.
         save_graphs: keep the graphs of the forward pass while they take less than half of the free memory budget; such
             layers are not run again in the backward pass.
+        num_layers: number of layers, where there may be no batch to tell.
     """
 
     def __init__(
@@ -64,10 +65,12 @@ class LayerPasses(Generic[Variant]):
         batches: Sequence[int],
         run: ExecutionContext,
         save_graphs: bool = False,
+        *,
+        num_layers: int | None = None,
     ):
         self.variants, self.arguments, self.batches, self.run = variants, arguments, batches, run
         self.save_graphs = save_graphs
-        self.num_layers = len(arguments[batches[0]])
+        self.num_layers = len(arguments[batches[0]]) if num_layers is None else num_layers
         self.graphs: dict[tuple[int, int], list[SavedActivations[Variant]]] = {}  # by layer and path
         self.tuple_length = 0  # of what the first layer returned; 0 where that was the hidden states alone
 
@@ -92,7 +95,8 @@ class LayerPasses(Generic[Variant]):
                 used = used_bytes(self.run.device)
                 ceiling = used + (self.run.placement.budget - used) // 2
         for index in range(self.num_layers):
-            for path, variant in zip(range(len(paths)), self.variants(index, range(len(paths)))):
+            variants = self.variants(index, range(len(paths))) if self.batches else ()
+            for path, variant in zip(range(len(paths)), variants):
                 save = path in differentiated
                 graphs = [] if save and ceiling > 0 and used_bytes(self.run.device) < ceiling else None
                 for place, number in enumerate(self.batches):
@@ -140,7 +144,7 @@ class LayerPasses(Generic[Variant]):
 
     def _saved(self, index: int, paths: list[int]) -> Iterator[tuple[int, int, SavedActivations[Variant]]]:
         """The graphs of a layer with their path and the place of their batch: saved ones, and those computed again."""
-        recomputed = [path for path in paths if (index, path) not in self.graphs]
+        recomputed = [path for path in paths if (index, path) not in self.graphs and self.batches]
         for path in paths:
             for place, saved in enumerate(self.graphs.pop((index, path), [])):
                 yield path, place, saved

@@ -36,20 +36,23 @@ class DenseComparison:
         model: gives embeddings, final norm and LM head; unchanged.
         texts: the windows by name; all have the same length.
         batch_tokens: tokens that go through a layer together.
-        run: the context of the pruning; only its first process compares.
+        run: the context of the pruning; its processes divide the windows.
     """
 
     def __init__(
         self, model: PreTrainedModel, texts: Mapping[str, EvaluationText], batch_tokens: int, run: ExecutionContext
     ):
         start = time.perf_counter()
-        self.model, self.texts, self.run = model, texts, run.single_process(run.dtype)
-        self.windows = torch.cat([text.windows for text in texts.values()])
+        self.model, self.texts, self.run = model, texts, run
+        self.all_windows = torch.cat([text.windows for text in texts.values()])
+        self.windows = self.all_windows[run.ranks.rows(len(self.all_windows))]
         self.batch_size = max(batch_tokens // self.windows.shape[1], 1)
         embedding = next(model.get_input_embeddings().parameters())
         size = self.windows.numel() * text_config(model.config).hidden_size * embedding.element_size()
         hidden, self.dense = (activation_store_for(self.run, size) for _ in range(2))
-        self.inputs = capture(model, decoder_layers(model), self.windows, self.batch_size, hidden, run.dtype)
+        self.batches = self.windows.split(self.batch_size) if len(self.windows) else ()
+        sizes = list(map(len, self.batches))
+        self.inputs = capture(model, decoder_layers(model), self.windows, sizes, hidden, run.dtype)
         for number in range(len(self.inputs)):
             self.dense.put(number, hidden.get(number))
         self.seconds = time.perf_counter() - start
@@ -70,6 +73,16 @@ class DenseComparison:
         running = running_layer(layer, self.model.config, index, self.run)
         for number, arguments in enumerate(self.inputs.arguments):
             self.dense.put(number, run_layer(running, self.dense.get(number), arguments[index]))
+
+    def _gathered(self, pieces: Sequence[TokenDivergence]) -> TokenDivergence:
+        """What was compared in all processes, ``(windows, seq_len - 1)`` each; whole in the first one."""
+        parts = [torch.cat(part).float() for part in zip(*pieces, strict=True)] or [torch.empty(0)] * 4
+        table = torch.stack(parts, -1).view(len(self.windows), self.all_windows.shape[1] - 1, len(parts))
+        if self.run.ranks.main and self.run.ranks.world > 1:
+            table = torch.cat([table, table.new_empty(len(self.all_windows) - len(table), *table.shape[1:])])
+        self.run.ranks.gather_rows(table)
+        kl, teacher_log_p, student_log_p, same_top = table.unbind(-1)
+        return TokenDivergence(kl, teacher_log_p, student_log_p, same_top.bool())
 
     def __call__(
         self,
@@ -99,24 +112,25 @@ class DenseComparison:
             layer = running_layer(slim_layer(index), self.model.config, index, self.run, plan.layers[index])
             yield LayerVariant(layer, [])
 
-        passes = LayerPasses(variants, self.inputs.arguments, range(len(self.inputs)), self.run)
+        batches, count = range(len(self.inputs)), len(plan.layers)
+        passes = LayerPasses(variants, self.inputs.arguments, batches, self.run, num_layers=count)
         for index in passes.forward([self.inputs.hidden]):
             malloc_trim()
             step(index)
         pieces = []
         with on_device(self.model, self.run.device, self.run.dtype):
-            for number, ids in enumerate(self.windows.split(self.batch_size)):
+            for number, ids in enumerate(self.batches):
                 dense, slim = (store.get(number) for store in (self.dense, self.inputs.hidden))
                 pieces.append(predicted_tokens(self.model, dense, slim, ids, passes.tuple_length))
                 step(len(plan.layers) + number)
-        predicted = self.windows.shape[1] - 1
-        rows = [torch.cat(parts).split(predicted) for parts in zip(*pieces, strict=True)]
+        tokens = self._gathered(pieces)
+        if not self.run.ranks.main:
+            return {}
         values, first = {}, 0
         for name, text in self.texts.items():
-            last = first + len(text.windows)
-            tokens = TokenDivergence(*(torch.cat(part[first:last]) for part in rows))
-            values[name] = _values(text, tokens)
-            first = last
+            end = first + len(text.windows)
+            values[name] = _values(text, TokenDivergence(*(part[first:end].flatten() for part in tokens)))
+            first = end
         dtype = self.run.dtype or next(self.model.get_input_embeddings().parameters()).dtype
         self.seconds += time.perf_counter() - start
         return {**values, "dtype": str(dtype).removeprefix("torch."), "seconds": self.seconds}

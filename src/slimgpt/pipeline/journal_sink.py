@@ -35,12 +35,15 @@ class JournalSink:
 
     Args:
         model: what is around the layers.
+        ranks: the processes of the run.
+        readers: those that see the journal's folder: all, or the first alone.
     """
 
     request: PruneRequest
     journal: Journal
     model: PreTrainedModel
     ranks: Ranks
+    readers: Ranks
     trained_layers: list[nn.Module] = field(default_factory=list)
 
     replaces_source = False
@@ -50,17 +53,18 @@ class JournalSink:
         return self.journal.scratch
 
     def measured_plan(self, measure: Callable[[], MeasuredPlan]) -> MeasuredPlan:
-        """Rank 0 measures, or reads what an earlier run measured, and the others follow."""
+        """All measure, unless rank 0 reads what an earlier run measured; the others follow it."""
         schedule = self.request.plan
         names = [list(layer) for layer in schedule.layers]  # layers of experts have more than dense ones among them
         longest = max(map(len, names))
         widths = torch.empty(len(schedule.layers), longest, dtype=torch.long)
         allocation: dict[str, Any] = {}
         file = self.journal.folder / PLAN_FILE
-        if self.ranks.main:
-            if not file.is_file():
-                plan, allocation = measure()
+        if not self.ranks.agree(int(file.is_file())):
+            plan, allocation = measure()
+            if self.ranks.main:
                 write_text(file, json.dumps({"layers": plan.layers, "allocation": allocation}))
+        if self.ranks.main:
             with reading(file):
                 values = json.loads(file.read_text(encoding="utf-8"))
                 allocation = values["allocation"]
@@ -71,7 +75,15 @@ class JournalSink:
         return plan_of_widths(self.request.shape, layers, schedule.head_unit, ratio=schedule.ratio), allocation
 
     def generated_text(self, generate: Callable[[], GeneratedText]) -> GeneratedText:
-        return self.journal.text(generate)
+        if not self.readers.agree(int(self.journal.generated() is not None)):
+            text = generate()
+            if self.readers.main:
+                self.journal.write_generated(text)
+            del text
+        self.readers.agree(0)  # it is there now
+        text = self.journal.generated()
+        assert text is not None
+        return text
 
     def finished_layer(self, index: int) -> PrunedLayer | None:
         return self.journal(index)

@@ -25,6 +25,7 @@ class ModelInMemory:
 
     replaces_source = True
     scratch = None
+    readers = Ranks()
 
     def __init__(self, model: PreTrainedModel):
         self.model = model

@@ -133,7 +133,7 @@ def prepare(
     if config.evaluate and not text.self_written:
         prepared.evaluation = evaluation_texts(text.complete()[0], prepared.tokenizer, vocab_size)
     check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
-    if text.self_written and writes:
+    if text.self_written:
         check_fits(plan.parameters_before, prepared.stored.itemsize, target, budget, source.name)
     tokens_to_distill(config, plan, prepared.windows)
     return prepared

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from slimgpt.calibration import openings, self_calibration
@@ -84,8 +83,8 @@ def with_self_written(
 
     Args:
         model: writes, if it is whole; ``None``: the model is loaded for it.
-        ranks: the processes of the run, of which the first writes.
-        rounds: where finished rounds are kept.
+        ranks: the processes of the run, which divide the documents.
+        rounds: where the first process keeps finished rounds.
     """
     text = request.text
     if text is None or not text.self_written:
@@ -107,15 +106,12 @@ def with_self_written(
             budget=request.budget,
             rounds=rounds,
             on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
+            ranks=ranks,
         )
 
-    windows, info, evaluation = torch.empty(text.shape, dtype=torch.long), {}, {}
-    if ranks.main:
-        complete, info = text.complete(write)
-        windows = complete.windows
-        if request.config.evaluate:
-            vocab_size = text_config(request.model_config).vocab_size
-            evaluation = evaluation_texts(complete, request.tokenizer, vocab_size)
-        malloc_trim()
-    windows = ranks.broadcast(windows.to(request.device)).cpu()
-    return replace(job, windows=windows, evaluation=evaluation, calibration_info=info)
+    complete, info = text.complete(write)
+    evaluation = {}
+    if request.config.evaluate:
+        evaluation = evaluation_texts(complete, request.tokenizer, text_config(request.model_config).vocab_size)
+    malloc_trim()
+    return replace(job, windows=complete.windows, evaluation=evaluation, calibration_info=info)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -71,12 +71,17 @@ class LayerSink(Protocol):
         """The folder for activations that memory has no room for."""
         ...
 
+    @property
+    def readers(self) -> Ranks:
+        """The processes that can read what the sink keeps: all, or the first alone. They train and compare."""
+        ...
+
     def measured_plan(self, measure: Callable[[], MeasuredPlan]) -> MeasuredPlan:
-        """The result of ``measure``, or of the run being resumed; the same in all processes."""
+        """The result of ``measure``, which all processes call, or of the run being resumed; the same in all."""
         ...
 
     def generated_text(self, generate: Callable[[], GeneratedText]) -> GeneratedText:
-        """The result of ``generate``, or of the run being resumed."""
+        """The result of ``generate``, which all readers call, or of the run being resumed; the same in all readers."""
         ...
 
     def finished_layer(self, index: int) -> PrunedLayer | None:
@@ -194,12 +199,14 @@ def run_stages(
                 job.plan, job.shape, model, source, job.windows, config, context, on_measured=callbacks.measured
             )
         )
-    distil = _Distil(job, source, sink, callbacks, context) if job.distill_tokens and ranks.main else None
+    readers = sink.readers
+    shared = replace(context, ranks=readers)
+    distil = _Distil(job, source, sink, callbacks, shared) if job.distill_tokens and readers.member else None
     if distil is not None and sink.replaces_source:
         distil.build_data()
     comparison = None
-    if job.evaluation and ranks.main:
-        comparison = DenseComparison(model, job.evaluation, config.batch_size * windows.shape[1], context)
+    if job.evaluation and readers.member:
+        comparison = DenseComparison(model, job.evaluation, config.batch_size * windows.shape[1], shared)
     load_layer = source if comparison is None else comparison.along(source)
     reports: list[LayerReport] = []
     try:
@@ -213,6 +220,7 @@ def run_stages(
     finally:
         sink.close_layers()
     distillation = distil(plan) if distil is not None else {}
+    readers.agree(0)  # the others wait until the first process has written all layers
     divergence = comparison(sink.final_layers(plan), plan, callbacks.compared) if comparison is not None else {}
     earlier = sum(sum(report.seconds.values()) for report in reports[:finished])
     report = PruneReport(
@@ -239,7 +247,7 @@ def run_stages(
 
 @dataclass
 class _Distil:
-    """The training after pruning, in the first process."""
+    """The training after pruning, in all processes that can read the pruned layers."""
 
     job: PruneJob
     source: LayerSource
@@ -262,13 +270,16 @@ class _Distil:
 
     def __call__(self, plan: Plan) -> dict[str, Any]:
         """Train the pruned layers, unless an earlier run has; what a report says of it."""
-        info = self.sink.finished_training()
-        if info is not None:
-            return info
+        ranks = self.context.ranks
+        info = self.sink.finished_training() if ranks.main else None
+        if ranks.agree(int(info is not None)):
+            return info or {}
         layers = self.sink.slim_layers(plan)
         if not hasattr(self, "data"):
             self.build_data()
-        training = Distillation(self.source.model, layers, plan, self.data, self.context, self.sink.training_state())
+        state = self.sink.training_state() if ranks.main else None
+        training = Distillation(self.source.model, layers, plan, self.data, self.context, state)
         info = training(self.callbacks.distilled, self.sink.write_training_state)
-        self.sink.write_trained(training, info)
+        if ranks.main:
+            self.sink.write_trained(training, info)
         return info

@@ -2,13 +2,14 @@
 
 Experts read the same tokens, so these are kept once for all of them; then one expert after another is run on the
 tokens routed to it, solved, and adds its share to the output. Memory holds the Gram matrix and the inputs of one expert
-at a time, and every matrix is multiplied once per token that is routed to it. Only the removal of whole experts takes
-two passes more: one to see what each puts into the output, one to fit those that stay once the router has moved their
-tokens.
+at a time, and every matrix is multiplied once per token that is routed to it. Several processes run as many experts at
+a time, on their own tokens, and each solves one of them. Only the removal of whole experts takes two passes more: one
+to see what each puts into the output, one to fit those that stay once the router has moved their tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -162,7 +163,8 @@ class ExpertsPruner:
         work.layer = rebuild_layer(work.layer, work.model_config, work.index, state, sizes)
 
     def _narrow(self, keep: int) -> ActivationStore:
-        """Choose channels and repair the output matrix of one expert after another."""
+        """Choose channels and repair the output matrix of one expert after another; several processes each solve one
+        expert at a time."""
         work, width = self.work, self.sizes[CHANNELS]
         experts = range(self.sizes[EXPERTS])
         outputs = cast(ActivationStore, work.store_at(self.run.placement.stream))
@@ -171,45 +173,67 @@ class ExpertsPruner:
         counts, square = self._counts()
         chosen: list[Tensor] = []
         matrices: list[Tensor] = []
-        lost = energy = 0.0
-        for expert in experts:
-            sparse = needs_fallback(counts[expert], width)
-            if keep == width or work.replaying:
-                columns, W = self._select_and_repair(expert, None, keep, sparse)
-                with work.timed("forward"):
-                    for number in range(len(work.inputs)):
-                        self._add_output(number, expert, self._inputs(number, expert), columns, W, outputs)
-            else:
-                gram, held = work.gram(width), work.store_at(self.run.placement.kept)
-                for number, routing in enumerate(self.routings):
-                    with work.timed("forward"):
-                        inputs = self._inputs(number, expert)
-                    with work.timed("hessian"):
-                        gram.add(inputs * routing.weights(expert).to(inputs))
-                    if held is not None:
-                        held.put(number, inputs)
-                with work.timed("hessian"):
-                    if sparse:
-                        self._add_sample(gram, expert, square)
-                    self.ranks.reduce(gram)
-                with work.timed("solver"):
-                    columns, W = self._select_and_repair(expert, gram, keep, sparse)
-                    lost += work.solved[0] * work.solved[1] * counts[expert]
-                    energy += work.solved[1] * counts[expert]
+        self.lost = self.energy = 0.0  # of the experts that this process has solved
+        together = self.ranks.world if self._divided else 1
+        for first in range(0, len(experts), together):
+            for expert, columns, W, held in self._solved(experts[first : first + together], keep, counts, square):
                 with work.timed("forward"):
                     for number in range(len(work.inputs)):
                         inputs = held.take(number) if held is not None else self._inputs(number, expert)
                         self._add_output(number, expert, inputs, columns, W, outputs)
-            chosen.append(torch.arange(width) if columns is None else columns.cpu())
-            matrices.append(self._stored)
+                chosen.append(torch.arange(width) if columns is None else columns.cpu())
+                matrices.append(self._stored)
         if keep < width:
             work.state = keep_channels(work.state, self.experts, torch.stack(chosen), torch.stack(matrices))
+        lost, energy = self.ranks.sums([self.lost, self.energy])
         work.error["channels"] = lost / energy if energy > 0 else 0.0
         work.kept["experts"] = self.kept.tolist()
         fallback = [int(self.kept[e]) for e in experts if keep < width and needs_fallback(counts[e], width)]
         masks = [] if keep == width else [mask_of(channels.tolist(), width) for channels in chosen]
         work.experts = ExpertsReport(self.kept.tolist(), counts, fallback, self.scales, masks)
         return outputs
+
+    @property
+    def _divided(self) -> bool:
+        """Whether processes solve different experts; draws of a generator come in one order, from one process."""
+        return self.work.config.method != "random"
+
+    def _solved(
+        self, experts: Sequence[int], keep: int, counts: Sequence[int], square: float
+    ) -> Iterator[tuple[int, Tensor | None, Tensor, ActivationStore | None]]:
+        """Each expert with what :meth:`_received` returns and, if they were kept, the inputs of its output matrix."""
+        work, width = self.work, self.sizes[CHANNELS]
+        given = keep == width or work.replaying
+        sums: list[tuple[Gram | None, ActivationStore | None]] = []
+        for owner, expert in enumerate(experts):
+            gram, held = (None, None) if given else (work.gram(width, owner), work.store_at(self.run.placement.kept))
+            sums.append((gram, held))
+            if gram is None:
+                continue
+            for number, routing in enumerate(self.routings):
+                with work.timed("forward"):
+                    inputs = self._inputs(number, expert)
+                with work.timed("hessian"):
+                    gram.add(inputs * routing.weights(expert).to(inputs))
+                if held is not None:
+                    held.put(number, inputs)
+            with work.timed("hessian"):
+                if needs_fallback(counts[expert], width):
+                    self._add_sample(gram, expert, square)
+                self.ranks.reduce(gram, owner)
+        own = None
+        for owner, (expert, (gram, _)) in enumerate(zip(experts, sums)):
+            if gram is not None and owner == self.ranks.rank:
+                with work.timed("solver"):
+                    own = self._solve(expert, gram, keep, needs_fallback(counts[expert], width))
+                    self.lost += work.solved[0] * work.solved[1] * counts[expert]
+                    self.energy += work.solved[1] * counts[expert]
+        held_inputs = [held for _, held in sums]
+        del sums
+        for owner, (expert, held) in enumerate(zip(experts, held_inputs)):
+            with work.timed("solver"):
+                columns, W = self._received(expert, own, keep, 0 if given else owner)
+            yield expert, columns, W, held
 
     def _counts(self) -> tuple[list[int], float]:
         """The tokens that each expert sees in all processes, and the mean square of the router's weights."""
@@ -250,12 +274,23 @@ class ExpertsPruner:
             inputs = intermediate(self.module, self.experts, expert, self.tokens.rows(number, rows))
             gram.add(inputs * square**0.5)
 
-    def _select_and_repair(
-        self, expert: int, gram: Gram | None, keep: int, sparse: bool
+    def _solve(self, expert: int, gram: Gram, keep: int, sparse: bool) -> tuple[Tensor, Tensor]:
+        """The channels of an expert that stay, and its repaired matrix."""
+        stored, _ = down_matrix(self.work.state, self.experts, expert)
+        where = f"{self.experts.module}, expert {int(self.kept[expert])}"
+        seen = " and tokens of the whole layer" if sparse else ""
+        matrix = f"{where} ({gram.count} tokens{seen})"
+        return self.work.solve(matrix, stored.to(self.run.device), gram, self.work.channels(keep))
+
+    def _received(
+        self, expert: int, solved: tuple[Tensor, Tensor] | None, keep: int, owner: int
     ) -> tuple[Tensor | None, Tensor]:
         """The columns of an expert that stay (``None``: all) and the matrix as the forward pass needs it.
 
-        Rank 0 takes both from an earlier run or from the solver, the others from rank 0.
+        The first process takes both from an earlier run, or the owner from the solver; the others get them from there.
+
+        Args:
+            solved: of the expert that this process owns.
         """
         work, device = self.work, self.run.device
         stored, _ = down_matrix(work.state, self.experts, expert)
@@ -263,18 +298,16 @@ class ExpertsPruner:
         if keep == width:
             self._stored = stored
             return None, work.to_compute(stored)
-        if not self.ranks.main:
+        if self.ranks.rank != owner:
             kept = torch.empty(keep, dtype=torch.long)
             W = torch.empty(out, keep, dtype=stored.dtype, device=device)
         elif work.resumed is not None:
             kept = torch.tensor(units_of(cast(ExpertsReport, work.resumed.report.experts).channels[expert]))
             W = down_matrix(work.resumed.state, self.experts, expert)[0].to(device, copy=True).contiguous()
         else:
-            assert gram is not None
-            where = f"{self.experts.module}, expert {int(self.kept[expert])}"
-            seen = " and tokens of the whole layer" if sparse else ""
-            kept, W = work.solve(f"{where} ({gram.count} tokens{seen})", stored.to(device), gram, work.channels(keep))
-        kept = self.ranks.broadcast(kept.to(device))
-        W = self.ranks.broadcast(W.contiguous())  # the solver leaves it in column order, a file holds rows
+            assert solved is not None
+            kept, W = solved
+        kept = self.ranks.broadcast(kept.to(device), owner)
+        W = self.ranks.broadcast(W.contiguous(), owner)  # the solver leaves it in column order, a file holds rows
         self._stored = W.cpu()
         return kept, work.to_compute(W)

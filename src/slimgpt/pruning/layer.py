@@ -169,9 +169,13 @@ class LayerPruner:
         """The dtype of small sums."""
         return solver_dtype(1, self.run.device)
 
-    def gram(self, n: int) -> Gram:
-        """A Gram accumulator; see :func:`gram_for`."""
-        return gram_for(n, self.run)
+    def gram(self, n: int, number: int = 0) -> Gram:
+        """A Gram accumulator; see :func:`gram_for`.
+
+        Args:
+            number: among several at once.
+        """
+        return gram_for(n, self.run, f"gram-{number}" if number else "gram")
 
     def select_and_repair(
         self, name: str, structure: Structure, W: Tensor, gram: Gram | None, sizes: Sizes, target: Sizes

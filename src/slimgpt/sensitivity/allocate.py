@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from slimgpt.sensitivity.measure import (
     Points,
     _passes,
     measure,
+    most_ranks,
     split_windows,
 )
 
@@ -48,10 +50,15 @@ def allocate(
     docs/lab-notes.md.) Equal layers get the cheapest pair of heads and channels; others that cost nearly as little are
     measured, too, and the one of lowest divergence is taken.
 
+    Processes beyond the number of windows do not take part; what they get is the given plan.
+
     Raises:
         NumericalError: see :func:`measure`.
     """
     start = time.perf_counter()
+    run = replace(run, ranks=run.ranks.first(most_ranks(windows, shape.widest)))
+    if not run.ranks.member:
+        return plan, {}
     heads = config.kv_cache is None
     first, *others = nodes = quadrature(config)
     may_go = [i for i, layer in enumerate(shape.layers) if layer.attention_parameters and config.drop_attention]

@@ -86,6 +86,7 @@ class AttentionRemoval:
                 kls, _, _ = kl_and_cross_entropy(model, dense.get(number), narrowed, ids, tuple_length, compared)
                 totals = [total + kl for total, kl in zip(totals, kls)]
                 tokens += max(len(ids) * (ids.shape[1] - 1), 1)
+        *totals, tokens = self.run.ranks.sums([*totals, tokens])
         return {layer: (total - totals[0]) / tokens for layer, total in zip(self.layers, totals[1:])}
 
     @torch.no_grad()

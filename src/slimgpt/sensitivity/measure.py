@@ -5,7 +5,8 @@ columns are gone, is reached from the dense one on a straight line ``W + alpha (
 ``D(alpha)`` the divergence of the model's predictions from the dense model's, ``D(1)`` is the sum over structures of
 the integrals of ``<dD/dW, W' - W>`` over ``alpha`` (the fundamental theorem of calculus; Aumann and Shapley's
 attribution of a cost). The forward and the backward pass run layer by layer, with saved inputs, so that a model that
-does not fit into memory can be measured too.
+does not fit into memory can be measured too. Several processes divide the windows: the trial run sums up its Gram
+matrices, and of the way back only every structure's contribution, a number, is summed up.
 """
 
 from __future__ import annotations
@@ -103,11 +104,15 @@ def measure(
     Args:
         model: gives embeddings, final norm and LM head; unchanged.
         load_layer: gives the dense layer of an index.
-        windows: ``(num_samples, seq_len)`` long; predictions are compared on the last ones.
+        windows: ``(num_samples, seq_len)`` long, the same in all processes; predictions are compared on the last ones.
         plan: the widths to try; structures that it leaves as they are contribute nothing and are not in the result.
+        run: its processes divide the windows, of which there are enough (:func:`most_ranks`).
         points: :data:`MIDPOINT` gives the contributions, :data:`ENDPOINT` the divergence; without it, their sum.
         whole_attention: layers whose attention is also taken out of the narrowed model, one at a time, which gives
             contributions of the unit ``attention``.
+
+    Returns:
+        The same in every process.
 
     Raises:
         NumericalError: NaN or infinity on the way, or a Hessian that is not positive definite.
@@ -116,6 +121,11 @@ def measure(
         model, load_layer, plan, config, run, on_measured, points=points, whole_attention=whole_attention
     )
     return measurement(windows)
+
+
+def most_ranks(windows: Tensor, widest: int) -> int:
+    """Number of processes that windows can be divided among, at most."""
+    return min(map(len, split_windows(windows, widest)))
 
 
 def split_windows(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
@@ -149,15 +159,16 @@ class _Measurement:
         self.structures, self.attention = architecture.chosen(plan.head_unit), architecture.attention
         self.whole_attention = whole_attention
         self.sizes = layer_sizes(model.config)
-        self.run = run.single_process(run.dtype)
-        self.on_measured, self.done, self.points = on_measured, 0, points
+        self.run, self.on_measured, self.done, self.points = run, on_measured if run.ranks.main else None, 0, points
         self.narrow: list[list[PrunedWeight]] = []
 
     def __call__(self, windows: Tensor) -> Sensitivity:
         fit, probe = split_windows(windows, max(max(layer.values()) for layer in self.sizes))
         itemsize = next(self.model.get_input_embeddings().parameters()).element_size()
         self.matrices = activation_store_for(self.run, itemsize * self._narrow_numbers())
-        self._trial_prune(fit)
+        self._trial_prune(self.run.ranks.share(fit))
+        self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
+        probe = self.run.ranks.share(probe)
         hidden = ActivationStore(DEVICE, self.run.device)
         stream = capture(self.model, self.layers, probe, self.config.batch_size, hidden, self.run.dtype)
         batches = range(len(stream))
@@ -220,22 +231,30 @@ class _Measurement:
             total += kls[-1]
             for path in gradients:
                 gradients[path].append(batch_gradients[path - 1])
-        self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
+        (total,) = self.run.ranks.sums([total])
         return total / self.tokens, gradients
 
     def _costs(self, passes: LayerPasses[PathVariant], gradients: dict[int, list[Tensor]]) -> list[StructureCost]:
         """The contribution of every structure to the divergence."""
-        contributions: list[StructureCost] = []
+        structures: list[tuple[int, PrunedWeight]] = []
+        contributions: list[float] = []
         for index, layer_gradients in self._steps(passes.backward(gradients)):
             costs = [0.0] * len(self.narrow[index])
             for variant, weight_gradients in layer_gradients:
                 for position, (gradient, step) in enumerate(zip(weight_gradients, variant.steps)):
                     costs[position] += variant.node_weight * float((gradient.to(step) * step).sum()) / self.tokens
-            for narrow, cost in zip(self.narrow[index], costs):
-                structure, sizes = narrow.structure, self.sizes[index]
-                removed = 1 - structure.units(self.plan.layers[index]) / structure.units(sizes)
-                contributions.append(StructureCost(index, structure.unit, removed, cost))
-        return sorted(contributions, key=lambda cost: (cost.layer, cost.unit))
+            structures += [(index, narrow) for narrow in self.narrow[index]]
+            contributions += costs
+        # Each is linear in the gradients, so that numbers are summed up and no gradients.
+        summed = [
+            self._cost(*where, cost) for where, cost in zip(structures, self.run.ranks.sums(contributions), strict=True)
+        ]
+        return sorted(summed, key=lambda cost: (cost.layer, cost.unit))
+
+    def _cost(self, index: int, narrow: PrunedWeight, cost: float) -> StructureCost:
+        structure, sizes = narrow.structure, self.sizes[index]
+        removed = 1 - structure.units(self.plan.layers[index]) / structure.units(sizes)
+        return StructureCost(index, structure.unit, removed, cost)
 
     def _attention_costs(
         self,
