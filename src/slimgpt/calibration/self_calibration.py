@@ -112,7 +112,8 @@ class Writer:
         if self.turns and len(self.turns.before) + len(self.turns.between) + LEAST_TOKENS > self.length:
             self.turns = None  # no room for a conversation
         self.special = special_ids(self.tokenizer, self.model)
-        self.starts = Starts(self.tokenizer, self.prefix, self.turns, self.length, self.seed)
+        longest = max(min(self.length // 2, self.length - LEAST_TOKENS), 1)
+        self.starts = Starts(self.tokenizer, self.prefix, self.turns, longest, self.seed)
 
     def round(
         self, number: int, count: int, together: int, on_written: Callable[[int, int, float], None] | None

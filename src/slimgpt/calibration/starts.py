@@ -61,7 +61,7 @@ class Starts:
     Args:
         prefix: what the tokenizer puts before every text.
         turns: of the chat template.
-        length: tokens of a document at most; a beginning has half of it at most.
+        longest: tokens that a text begins with at most.
         seed: of all that is chosen.
     """
 
@@ -70,10 +70,10 @@ class Starts:
         tokenizer: PreTrainedTokenizerBase,
         prefix: Sequence[int],
         turns: TurnTokens | None,
-        length: int,
+        longest: int,
         seed: int,
     ):
-        self.tokenizer, self.turns, self.length, self.seed = tokenizer, turns, length, seed
+        self.tokenizer, self.turns, self.longest, self.seed = tokenizer, turns, longest, seed
         between = separator(tokenizer)
         self.begin = tuple(prefix) or (() if between is None else (between,))
         chooser = random.Random(f"{seed} openings")
@@ -89,8 +89,7 @@ class Starts:
         """
         chooser = random.Random(f"{self.seed} {first}")
         make: Callable[[int, random.Random], Start] = self._text if self.turns is None else self._either
-        starts = [make(number, chooser) for number in range(first, first + count)]
-        return [Start(start.kind, start.tokens[: self.length // 2], start.temperature) for start in starts]
+        return [make(number, chooser) for number in range(first, first + count)]
 
     def ids(self, text: str) -> list[int]:
         """A text's tokens without those that every text starts with."""
@@ -114,7 +113,7 @@ class Starts:
             opening = self.passages[(number // 3 * PASSAGES_OF_THREE + number % 3) % len(self.passages)]
         else:
             opening = self.few_words[number // 3 % len(self.few_words)]
-        return Start("text", (*self.begin, *self.ids(opening)), TEXT_TEMPERATURE)
+        return Start("text", (*self.begin, *self.ids(opening))[: self.longest], TEXT_TEMPERATURE)
 
 
 def starts_digest() -> str:
