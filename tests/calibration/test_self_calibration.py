@@ -24,12 +24,14 @@ from slimgpt.calibration.generation_limits import check_fits, writing_dtype
 from slimgpt.calibration.openings import OPENINGS, OTHER_LANGUAGES
 from slimgpt.calibration.repetition import SeenText, before_the_loop, repeated_share
 from slimgpt.calibration.self_calibration import Writer, pack, write_calibration
+from slimgpt.calibration.starts import Starts, passages, separator
 from slimgpt.calibration.template_tokens import turn_tokens
 from slimgpt.calibration.windows import digest
 from slimgpt.errors import CalibrationError, NumericalError, ResumeError
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.sampling import draw
 from slimgpt.pipeline import self_written
+from slimgpt.runtime.distributed import ALONE
 from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import tiny_model
 
@@ -234,6 +236,36 @@ def test_half_is_chat_where_there_is_a_template(chatting, tokenizer):
 def test_openings_are_apart():
     texts = [text for group in (*OPENINGS.values(), *OTHER_LANGUAGES.values()) for text in group]
     assert len(texts) == len(set(texts)) > 100
+    assert len(passages()) == len(set(passages())) > 100
+    assert all(20 <= len(passage.split()) <= 60 or "\n" in passage for passage in passages())
+
+
+def test_an_opening_comes_again_only_when_all_have_come(chatting):
+    starts = Starts(chatting, [], None, 200, 0)
+    beginnings = {(*starts.begin, *starts.ids(passage))[:200] for passage in passages()}
+    assert len(beginnings) == len(passages())
+    once = len(passages()) * 3 // 2  # two of three texts begin with a passage; other languages take the place of some
+    drawn = [start.tokens for start in starts(0, once) if start.tokens in beginnings]
+    assert len(set(drawn)) == len(drawn) > len(passages()) // 2
+    assert starts(0, 40)[20:] != starts(20, 20)  # another draw of languages, the same order of passages
+    assert len({start.tokens for start in starts(0, 2000)}) > 200
+
+
+def test_texts_begin_where_pretraining_divides_documents(chatting, tokenizer):
+    parted = copy.deepcopy(chatting)
+    parted.add_special_tokens({"additional_special_tokens": ["<start>", "<|endoftext|>"]})
+    model = tiny_model("llama")
+    model.resize_token_embeddings(len(parted))
+    writer = Writer(model.eval(), parted, 64, 0)
+    number = parted.convert_tokens_to_ids("<|endoftext|>")
+    texts = [start for start in writer.starts(0, 16) if start.kind == "text"]
+    assert {start.tokens[0] for start in texts} == {number}
+    for document in writer.round(0, 8, 8, None, ALONE):
+        finished = writer.finished(document, len(document.ids))
+        assert number not in finished  # it is no part of the window
+        if document.start.kind == "text":
+            assert tuple(finished[: len(document.start.tokens) - 1]) == document.start.tokens[1:]
+    assert separator(tokenizer) == tokenizer.eos_token_id
 
 
 def test_a_seed_decides_the_text(chatting):

@@ -11,7 +11,7 @@ from slimgpt.models.parameter_counts import describe
 from slimgpt.pipeline.estimate import all_flops
 from slimgpt.planning.cost import pruning_flops, pruning_seconds
 from slimgpt.planning.planner import plan_for
-from slimgpt.sensitivity.measure import split_windows
+from slimgpt.sensitivity.windows import split_windows
 
 CONFIG = LlamaConfig(
     hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4, intermediate_size=160,

@@ -24,7 +24,8 @@ from slimgpt.planning.targets import cache_bytes, parse_cache
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.sensitivity.allocate import allocate
 from slimgpt.sensitivity.attention_plans import plans_without_attention
-from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, measure, split_windows
+from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, measure
+from slimgpt.sensitivity.windows import split_windows
 from tests.models.families import plan_without, tiny_model, windows
 from tests.sensitivity.test_measure import CONFIG, IDS, case, divergence, run
 

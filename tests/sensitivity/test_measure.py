@@ -18,7 +18,8 @@ from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.runtime.memory import Placement
-from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, SIMPSON, measure, split_windows
+from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, SIMPSON, measure
+from slimgpt.sensitivity.windows import split_windows
 from tests.models.families import tiny_model, windows
 
 IDS = windows(12, 24)

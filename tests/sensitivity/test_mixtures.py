@@ -21,7 +21,8 @@ from slimgpt.pruning.loop import prune_layers
 from slimgpt.pruning.report import units_of
 from slimgpt.runtime.thresholds import other_thresholds
 from slimgpt.sensitivity.allocate import uses_sensitivity
-from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, measure, split_windows
+from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, measure
+from slimgpt.sensitivity.windows import split_windows
 from tests.models.families import windows
 from tests.models.mixtures import tiny_mixture
 from tests.sensitivity.test_measure import CONFIG, divergence, run

@@ -2,15 +2,14 @@
 
 The idea is that of arXiv 2410.17170 (self-calibration) and, for models with a chat template, of Magpie (arXiv
 2406.08464): in front of an open user turn, a model writes the question, too. Half of its documents are such
-conversations; the others, and all of a base model's, go on from short openings in many domains and languages. What
-loops or repeats an earlier document is left out.
+conversations; the others, and all of a base model's, go on from the beginnings of documents of many kinds
+(:mod:`slimgpt.calibration.starts`). What loops or repeats an earlier document is left out.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,15 +23,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.calibration.batch_generation import (
     Document,
-    Start,
     TurnTokens,
     folded_on_cpu,
     generate_documents,
     parameters_moved,
 )
 from slimgpt.calibration.generation_limits import context_length, sequences_together
-from slimgpt.calibration.openings import OPENINGS, OTHER_LANGUAGES, QUESTIONS
 from slimgpt.calibration.repetition import MAX_SHARED, SeenText, before_the_loop
+from slimgpt.calibration.starts import CHAT_TEMPERATURES, TEXT_TEMPERATURE, Starts
 from slimgpt.calibration.template_tokens import special_ids, turn_tokens
 from slimgpt.calibration.windows import digest, prefix_ids
 from slimgpt.errors import CalibrationError
@@ -43,14 +41,8 @@ from slimgpt.runtime.thresholds import thresholds
 MAX_TOKENS = 384
 """Tokens of a document at most."""
 
-TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
-"""Of the documents in turn."""
-
 LEAST_TOKENS = 32
 """Tokens that are left of a document at least, or it is left out."""
-
-OTHER_LANGUAGE_SHARE = 1 / 8
-"""Share of the texts that begin in another language than English."""
 
 MAX_TRIALS = 4
 """So many times as many documents as expected are written at most, before the model is refused."""
@@ -113,41 +105,15 @@ class Writer:
     prefix: list[int] = field(init=False)
     turns: TurnTokens | None = field(init=False)
     special: frozenset[int] = field(init=False)
+    starts: Starts = field(init=False)
 
     def __post_init__(self) -> None:
         self.prefix, self.turns = prefix_ids(self.tokenizer), turn_tokens(self.tokenizer)
         if self.turns and len(self.turns.before) + len(self.turns.between) + LEAST_TOKENS > self.length:
             self.turns = None  # no room for a conversation
         self.special = special_ids(self.tokenizer, self.model)
-
-    def ids(self, text: str) -> list[int]:
-        """A text's tokens without those that every text starts with."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-    def starts(self, number: int, count: int) -> list[Start]:
-        """Beginnings of the documents of a round, its number and the seed deciding which."""
-        chooser = random.Random(f"{self.seed} {number}")
-        domains, languages = list(OPENINGS.values()), list(OTHER_LANGUAGES.values())
-        starts: list[Start] = []
-        for place in range(count):
-            temperature = TEMPERATURES[place // 2 % len(TEMPERATURES)]
-            if self.turns is not None and place % 2 == 0:
-                opening = chooser.choice(QUESTIONS) if chooser.random() < 0.5 else ""
-                starts.append(Start("chat", (*self.turns.before, *self.ids(opening)), temperature))
-                continue
-            begin = self.prefix or [token for token in (self._first_token(),) if token is not None]
-            if self.turns is None and begin and chooser.random() < 0.25:
-                starts.append(Start("text", tuple(begin), temperature))
-                continue
-            other = chooser.random() < OTHER_LANGUAGE_SHARE
-            opening = chooser.choice(chooser.choice(languages if other else domains))
-            starts.append(Start("text", (*self.prefix, *self.ids(opening)), temperature))
-        return [Start(s.kind, s.tokens[: self.length // 2], s.temperature) for s in starts]
-
-    def _first_token(self) -> int | None:
-        """The token that a text starts or ends with."""
-        first = self.tokenizer.bos_token_id
-        return first if first is not None else self.tokenizer.eos_token_id  # type: ignore[return-value]
+        longest = max(min(self.length // 2, self.length - LEAST_TOKENS), 1)
+        self.starts = Starts(self.tokenizer, self.prefix, self.turns, longest, self.seed)
 
     def round(
         self, number: int, count: int, together: int, on_written: Callable[[int, int, float], None] | None, ranks: Ranks
@@ -158,7 +124,7 @@ class Writer:
             together: so many at once; what is written does not depend on it but for rounding.
             ranks: divide the documents.
         """
-        starts = self.starts(number, count)
+        starts = self.starts(number * thresholds().generation_round, count)
         own = ranks.rows(count)
         mixed = int.from_bytes(hashlib.sha256(f"{self.seed} {number}".encode()).digest()[:7], "big")
         uniforms = torch.rand(count, self.length, generator=torch.Generator().manual_seed(mixed))
@@ -191,7 +157,7 @@ class Writer:
         """
         end: list[int] = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]  # type: ignore[list-item]
         if document.start.kind == "text":
-            begin = len(self.prefix) if self.prefix else int(document.ids[0] in self.special)
+            begin = len(self.starts.begin)
             return document.ids[begin:kept] + end
         closed = list(self.turns.behind) if self.turns and document.ended and kept == len(document.ids) else []
         return document.ids[:kept] + closed + ([] if set(end) & set(closed) else end)
@@ -324,7 +290,8 @@ def write_calibration(
         "left_out": {name: counts[name] for name in ("short", "repeated")},
         "cut_at_loop": counts["cut"],
         "sampled_tokens": counts["sampled"],
-        "temperatures": list(TEMPERATURES),
+        "temperatures": list(CHAT_TEMPERATURES),
+        "text_temperature": TEXT_TEMPERATURE,
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": seconds,
     }

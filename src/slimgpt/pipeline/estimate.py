@@ -31,7 +31,8 @@ from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.runtime.devices import as_device, as_dtype
 from slimgpt.runtime.settings import has_settings
 from slimgpt.sensitivity.allocate import quadrature, uses_sensitivity
-from slimgpt.sensitivity.measure import num_gradient_nodes, split_windows
+from slimgpt.sensitivity.measure import num_gradient_nodes
+from slimgpt.sensitivity.windows import split_windows
 
 if TYPE_CHECKING:
     from slimgpt.pipeline.prepare import PruneRequest

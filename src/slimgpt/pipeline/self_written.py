@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,10 +10,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from slimgpt.calibration import openings, self_calibration
 from slimgpt.calibration.evaluation_text import evaluation_texts
 from slimgpt.calibration.generation_limits import writing_dtype
 from slimgpt.calibration.self_calibration import Rounds, SelfCalibration, write_calibration
+from slimgpt.calibration.starts import starts_digest
 from slimgpt.calibration.windows import digest
 from slimgpt.checkpoint.journal import reading, write_text
 from slimgpt.distillation.data import OnRehearsed
@@ -60,14 +59,13 @@ def described_before(request: PruneRequest) -> dict[str, Any]:
     if text is None or not text.self_written:
         return described(request.windows, request.calibration)
     given = [digest(part.windows) for part in text.parts if part is not None]
-    how = [openings.OPENINGS, openings.OTHER_LANGUAGES, openings.QUESTIONS, self_calibration.TEMPERATURES]
     return {
         "source": request.calibration,
         "num_samples": text.shape[0],
         "seq_len": text.shape[1],
         "given": given,
         "held_out": text.held_out,
-        "openings": hashlib.sha256(json.dumps(how).encode()).hexdigest(),
+        "openings": starts_digest(),
     }
 
 

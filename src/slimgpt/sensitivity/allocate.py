@@ -20,16 +20,14 @@ from slimgpt.sensitivity.attention_plans import plans_without_attention
 from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.sensitivity.measure import (
     ENDPOINT,
-    FIT_PER_COLUMN,
     MIDPOINT,
     SIMPSON,
     OnMeasured,
     Points,
     _passes,
     measure,
-    most_ranks,
-    split_windows,
 )
+from slimgpt.sensitivity.windows import FIT_PER_COLUMN, most_ranks, split_windows
 
 
 def allocate(

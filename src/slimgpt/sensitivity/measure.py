@@ -39,6 +39,7 @@ from slimgpt.pruning.report import units_of
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import DEVICE, malloc_trim
 from slimgpt.sensitivity.attention import AttentionRemoval
+from slimgpt.sensitivity.windows import split_windows
 
 T = TypeVar("T")
 
@@ -53,12 +54,6 @@ SIMPSON: Points = ((0.5, 2 / 3), (1.0, 1 / 6))
 
 ENDPOINT: Points = ((1.0, 0.0),)
 """The end of the path, where the divergence is that of the narrowed model."""
-
-PROBE_TOKENS, PROBE_LENGTH = 4096, 512
-"""Tokens whose predictions are compared, and the longest window of them."""
-
-FIT_TOKENS, FIT_PER_COLUMN = 8192, 4
-"""Tokens of the trial run: the larger of a total and a number per column of the widest matrix."""
 
 OnMeasured = Callable[[int, int, float], None]
 """Called after every step with its number, the number of all steps and the seconds it took."""
@@ -106,7 +101,7 @@ def measure(
         load_layer: gives the dense layer of an index.
         windows: ``(num_samples, seq_len)`` long, the same in all processes; predictions are compared on the last ones.
         plan: the widths to try; structures that it leaves as they are contribute nothing and are not in the result.
-        run: its processes divide the windows, of which there are enough (:func:`most_ranks`).
+        run: its processes divide the windows, of which there are enough (see :mod:`slimgpt.sensitivity.windows`).
         points: :data:`MIDPOINT` gives the contributions, :data:`ENDPOINT` the divergence; without it, their sum.
         whole_attention: layers whose attention is also taken out of the narrowed model, one at a time, which gives
             contributions of the unit ``attention``.
@@ -121,21 +116,6 @@ def measure(
         model, load_layer, plan, config, run, on_measured, points=points, whole_attention=whole_attention
     )
     return measurement(windows)
-
-
-def most_ranks(windows: Tensor, widest: int) -> int:
-    """Number of processes that windows can be divided among, at most."""
-    return min(map(len, split_windows(windows, widest)))
-
-
-def split_windows(windows: Tensor, widest: int) -> tuple[Tensor, Tensor]:
-    """Disjoint windows for the trial run and (shorter ones) for the comparison of predictions."""
-    length = min(windows.shape[1], PROBE_LENGTH)
-    count = min(max(PROBE_TOKENS // length, 1), max(len(windows) // 2, 1))
-    tokens = max(FIT_TOKENS, FIT_PER_COLUMN * widest)
-    most = -(-tokens // windows.shape[1])
-    rest = windows[:-count] if len(windows) > count else windows
-    return rest[:most], windows[-count:, :length]
 
 
 class _Measurement:
