@@ -282,11 +282,14 @@ def allocation_of(config: PruneConfig) -> str:
 def check_measured_allocation(config: PruneConfig) -> None:
     """Refuse to measure where the widths are given, or where no size is, and to drop attention where nothing is
     measured."""
-    kept = [name for name in ("uniform", "ffn_only") if getattr(config, name)]
-    if config.drop_attention and (kept or config.allocation == "schedule" or config.method != "slimgpt"):
+    excluded = [name for name in ("uniform", "ffn_only", "schedule", "plan") if getattr(config, name)]
+    excluded += ["allocation schedule"] if config.allocation == "schedule" else []
+    excluded += [f"method {config.method}"] if config.method != "slimgpt" else []
+    if config.drop_attention and excluded:
+        engines = " (--for an engine of equal layers sets it)" if config.uniform else ""
         raise UsageError(
-            "drop_attention chooses by measured costs which layers lose their attention; leave out "
-            + (kept[0] if kept else "it, or the other method" if config.method != "slimgpt" else "allocation schedule")
+            "drop_attention chooses by measured costs which layers lose their attention, layer by layer; "
+            f"leave out {excluded[0]}{engines}, or drop_attention"
         )
     if config.allocation not in ("sensitivity", "search"):
         return

@@ -49,6 +49,7 @@ def test_a_pruned_folder_arrives_whole(hub, dense_folder, text_file, tmp_path):
 def test_name_and_token_are_checked_before_the_run(hub, dense_folder, text_file, tmp_path, monkeypatch):
     runs = {
         "no name": ("a//b", "no name of a repository"),
+        "empty": ("", "--push-to-hub '' is no name of a repository such as me/slim"),
         "other owner": ("somebody/slim", "belongs to somebody, and the token to me, lab"),
     }
     for repository, reason in runs.values():
@@ -60,6 +61,15 @@ def test_name_and_token_are_checked_before_the_run(hub, dense_folder, text_file,
     assert "does not take the token" in result.output
     assert not (tmp_path / "slim").exists()
     assert not hub.files
+
+
+def test_a_dry_run_makes_no_repository(hub, dense_folder, text_file, tmp_path):
+    result = prune(dense_folder, text_file, tmp_path / "slim", "--push-to-hub", "me/slim", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert not hub.files
+    assert {path for _, path in hub.requests} == {"/api/whoami-v2"}
+    other = prune(dense_folder, text_file, tmp_path / "slim", "--push-to-hub", "somebody/slim", "--dry-run")
+    assert other.exit_code == 2
 
 
 def test_a_token_that_may_only_read_is_refused(dense_folder, text_file, tmp_path, monkeypatch):

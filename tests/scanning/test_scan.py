@@ -142,6 +142,21 @@ def test_a_cost_is_the_sum_of_the_structures():
     assert predicted_cost(plan, shape, costs) == pytest.approx(expected)
 
 
+def test_costs_that_do_not_ascend_give_way_to_the_share_removed():
+    """Each size's costs were measured by itself; those of the larger one may be smaller."""
+    predictor, plans, _ = synthetic(1.0)
+    costs = predictor.sizes[1].costs
+    low = replace(costs, contributions=tuple(replace(one, cost=one.cost / 1000) for one in costs.contributions))
+    sizes = [predictor.sizes[0], replace(predictor.sizes[1], costs=low), predictor.sizes[2]]
+    other = LossPredictor(sizes, predictor.shape, predictor.config, predictor.model_config)
+    for size in sizes:
+        assert other.losses(size.plan)["bundled"].kl == pytest.approx(size.losses["bundled"].kl)
+    between = other.losses(plans[0.2])["bundled"].kl
+    assert sizes[0].losses["bundled"].kl < between < sizes[1].losses["bundled"].kl
+    twice = LossPredictor([sizes[0], *sizes], predictor.shape, predictor.config, predictor.model_config)
+    assert twice.losses(plans[0.2])["bundled"].kl == pytest.approx(between)
+
+
 def test_a_schedule_is_predicted_from_the_share_removed(text_file, tokenizer):
     report = slimgpt.scan(
         tiny_model("llama"), tokenizer, str(text_file), points=[0.1, 0.2, 0.3], **{**OPTIONS, "allocation": "schedule"}
@@ -166,6 +181,7 @@ def test_a_schedule_is_predicted_from_the_share_removed(text_file, tokenizer):
         ({"schedule": [0.1, 0.2]}, "names one size"),
         ({"dtype": "float16"}, "loaded by name"),
         ({"points": [0.1, 0.99]}, "Ask for a smaller ratio"),
+        ({"points": [0.2, 0.2001], "uniform": True}, "points 0.2 and 0.2001 both remove"),
     ],
 )
 def test_what_cannot_be_scanned_is_refused_at_once(given, message, tokenizer):
@@ -193,9 +209,19 @@ def test_the_command_writes_a_table_and_a_picture(dense_folder, text_file, tmp_p
     assert max(map(len, table)) <= 80
     assert f"--ratio {values['recommended']:g}" in done.output
     assert values["reason"] in done.output
+    assert not list((tmp_path / "scan").glob(".*"))
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 2
     assert "--overwrite" in again.output
     bad = CliRunner().invoke(app, [*words, "--overwrite", "--points", "a,b"])
     assert bad.exit_code == 2
     assert "no list of ratios" in bad.output
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_run(dense_folder, text_file, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    words = ["scan", str(dense_folder), "--calibration", str(text_file), "--device", "cpu"]
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "file" / "scan")])
+    assert result.exit_code == 2
+    assert "is a file; give another --out" in " ".join(result.output.split())
+    assert "table:" not in result.output

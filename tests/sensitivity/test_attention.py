@@ -171,12 +171,14 @@ def test_whole_attentions_make_room_in_the_cache():
 
 @pytest.mark.parametrize(
     ("other", "leave_out"),
-    [({"uniform": True}, "uniform"), ({"ffn_only": True}, "ffn_only"), ({"method": "paper"}, "the other method"),
-     ({"allocation": "schedule"}, "allocation schedule"), ({"schedule": "uniform"}, "leave out")],
+    [({"uniform": True}, "uniform"), ({"ffn_only": True}, "ffn_only"), ({"method": "paper"}, "method paper"),
+     ({"allocation": "schedule"}, "allocation schedule"),
+     ({"schedule": "uniform"}, "leave out schedule, or drop_attention"),
+     ({"plan": "plan.toml", "ratio": None}, "leave out plan, or drop_attention")],
 )  # fmt: skip
 def test_what_excludes_it(other, leave_out):
     with pytest.raises(UsageError, match=leave_out):
-        make_config(ratio=0.3, drop_attention=True, **other)
+        make_config(**{"ratio": 0.3, "drop_attention": True, **other})
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "cohere2"])

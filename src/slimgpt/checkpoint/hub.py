@@ -69,7 +69,12 @@ class HubRepository:
 
 
 def check_repository(
-    push_to_hub: str | None, *, private: bool = False, overwrite: bool = False, file: str | None = None
+    push_to_hub: str | None,
+    *,
+    private: bool = False,
+    overwrite: bool = False,
+    file: str | None = None,
+    create: bool = True,
 ) -> HubRepository | None:
     """Check name and token, and make the repository if there is none.
 
@@ -78,6 +83,7 @@ def check_repository(
         private: whether a new repository is seen by its owner only.
         overwrite: whether what is in it may be replaced.
         file: the single file that will be uploaded; ``None`` for a folder.
+        create: whether a repository is made; else only name and token are checked, and nothing is written.
 
     Raises:
         UsageError: a name that the hub refuses, no token or one that may not write, a repository of somebody else or
@@ -85,16 +91,20 @@ def check_repository(
     """
     if push_to_hub is None:
         if private:
-            raise UsageError("private is for a repository of the hub; name it with --push-to-hub")
+            raise UsageError("--private is for a new repository of the hub; name it with --push-to-hub me/slim")
         return None
     try:
         validate_repo_id(push_to_hub)
     except HFValidationError as error:
-        raise UsageError(f"--push-to-hub {push_to_hub} is no name of a repository: {one_line(error)}") from error
+        raise UsageError(
+            f"--push-to-hub '{push_to_hub}' is no name of a repository such as me/slim: {one_line(error)}"
+        ) from error
     api = HfApi()
     with _reaching(push_to_hub):
         account = api.whoami()
     _check_account(push_to_hub, account)
+    if not create:
+        return None
     with _reaching(push_to_hub):
         name = api.create_repo(push_to_hub, private=private or None, exist_ok=True).repo_id
         present = set(api.list_repo_files(name)) - UNTOUCHED

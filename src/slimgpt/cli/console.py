@@ -196,8 +196,24 @@ def write_json(file: Path | None, values: Any) -> None:
         write_file(file, json.dumps(values, indent=1) + "\n")
 
 
-def write_file(file: Path, text: str) -> None:
+def check_folder(folder: Path) -> None:
+    """Refuse a folder for results early that cannot be made or written to.
+
+    Raises:
+        OutputError: it, or what it would be made in, is a file or may not be written to.
+    """
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not place.is_dir():
+        raise OutputError(f"{folder} cannot be a folder: {place} is a file; give another --out")
+    if not os.access(place, os.W_OK):
+        raise OutputError(f"{place} may not be written to; give another --out")
+
+
+def write_file(file: Path, content: str | bytes) -> None:
     """Write a file that appears whole or not at all.
+
+    Args:
+        content: bytes, or text that is written as UTF-8.
 
     Raises:
         OutputError: the disk is full, or the folder may not be written to.
@@ -205,14 +221,15 @@ def write_file(file: Path, text: str) -> None:
     regular = file.is_file() or not file.exists()
     draft = file.with_name(f".{file.name}.partial") if regular else file  # a device has no other name
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
         if regular:
             draft.replace(file)
     except OSError as error:
         raise OutputError(f"writing {file} failed: {error}; free some space, or give another file") from error
     finally:
         if regular:
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
 
 def silence_libraries() -> None:

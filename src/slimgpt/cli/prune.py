@@ -148,7 +148,9 @@ def prune(
         )
     estimated = run_seconds(prepared)
     _print_estimate(prepared, estimated)
-    repository = check_repository(push_to_hub, private=private, overwrite=overwrite) if main else None
+    repository = None
+    if main:
+        repository = check_repository(push_to_hub, private=private, overwrite=overwrite, create=not dry_run)
     if dry_run:
         return
     with layer_progress(prepared.windows.numel(), prepared.device) as callbacks:

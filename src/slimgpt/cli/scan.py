@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
+from slimgpt.cli.console import (
+    app,
+    check_folder,
+    handle_errors,
+    out,
+    show,
+    silence_libraries,
+    write_file,
+    write_json,
+)
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, help_panels, setting_options
 from slimgpt.cli.progress import phase_progress
 from slimgpt.cli.prune import for_engines
@@ -79,6 +89,7 @@ def scan(
     for file in (table, plot):
         if file.exists() and not overwrite:
             raise OutputError(f"{file} exists; give another --out, or pass --overwrite to replace it")
+    check_folder(output)
     for_engines(engines, settings)
     ratios = None if points is None else parse_ratios(points)
     config = scan_config(ratios, max_kl, settings)
@@ -99,11 +110,15 @@ def scan(
             on_phase=step,
             **settings,
         )
-    output.mkdir(parents=True, exist_ok=True)
-    check_json(table, overwrite)
+    print_scan(report)  # before anything is written: hours are not lost with a full disk
+    picture = io.BytesIO()
+    report.plot().savefig(picture, format="png", dpi=120)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"making {output} failed: {error}; give another --out") from error
+    write_file(plot, picture.getvalue())
     write_json(table, report.to_json())
-    report.plot().savefig(plot, dpi=120)
-    print_scan(report)
     best = report.recommended
     if best is not None:
         out.print(

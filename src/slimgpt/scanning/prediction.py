@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from transformers import PreTrainedConfig
 
@@ -17,6 +18,12 @@ from slimgpt.pruning.report import PruneReport
 from slimgpt.scanning.interpolation import MonotoneCurve, expit, logit
 from slimgpt.scanning.points import Loss
 from slimgpt.sensitivity.allocate import allocated
+
+SMALLEST_KL = 1e-9
+"""Nats per token below which a divergence counts as this: it has a logarithm."""
+
+SMALLEST_SHARE = 1e-6
+"""The same of the share that is removed."""
 
 
 @dataclass(frozen=True)
@@ -62,26 +69,33 @@ class LossPredictor:
     The cost of a size is the sum of its structures' extrapolated contributions
     (:func:`slimgpt.planning.allocation.predicted_cost`), by those measured at the next smaller and the next larger
     size, the logarithms of both weighed by how near they are; where none were measured it is the share that is removed.
+    Where the costs of the measured sizes do not ascend with what they remove (noise can do that), it is the share
+    that is removed, too.
     The logarithm of the KL divergence is interpolated monotonically in the logarithm of the cost, and so is the logit
     of the share of equal most likely tokens. At a size that was pruned to the result is what was measured.
 
     Args:
-        sizes: by what they remove, ascending.
+        sizes: by what they remove, ascending; of those that remove the same the first counts.
         model_config: of the dense model.
     """
 
     def __init__(
         self, sizes: Sequence[MeasuredSize], shape: ModelShape, config: PruneConfig, model_config: PreTrainedConfig
     ):
-        self.sizes, self.shape, self.config, self.model_config = sizes, shape, config, model_config
-        x = tuple(self.log_cost(size.plan) for size in sizes)
+        self.shape, self.config, self.model_config = shape, config, model_config
+        self.sizes = [size for i, size in enumerate(sizes) if all(_more(size, other) for other in sizes[:i])]
+        self.by_share = False
+        x = self._places()
+        if any(right <= left for left, right in pairwise(x)):
+            self.by_share = True
+            x = self._places()
         self.curves = {}
         for text in sizes[0].losses:
-            losses = [size.losses[text] for size in sizes]
+            losses = [size.losses[text] for size in self.sizes]
             self.curves[text] = (
-                MonotoneCurve(x, tuple(math.log(max(loss.kl, 1e-9)) for loss in losses)),
+                MonotoneCurve(x, tuple(math.log(max(loss.kl, SMALLEST_KL)) for loss in losses)),
                 MonotoneCurve(x, tuple(logit(loss.same_top) for loss in losses)),
-                losses[-1].bits_per_byte / losses[-1].kl,
+                losses[-1].bits_per_byte / max(losses[-1].kl, SMALLEST_KL),
             )
 
     def plan(self, plan: Plan) -> Plan:
@@ -113,6 +127,13 @@ class LossPredictor:
         return (1 - share) * self._log_cost(plan, left) + share * self._log_cost(plan, right)
 
     def _log_cost(self, plan: Plan, size: MeasuredSize) -> float:
-        if size.costs is None:
-            return math.log(plan.achieved)
+        if size.costs is None or self.by_share:
+            return math.log(max(plan.achieved, SMALLEST_SHARE))
         return math.log(predicted_cost(plan, self.shape, size.costs))
+
+    def _places(self) -> tuple[float, ...]:
+        return tuple(self.log_cost(size.plan) for size in self.sizes)
+
+
+def _more(size: MeasuredSize, other: MeasuredSize) -> bool:
+    return size.plan.achieved > other.plan.achieved

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def scan(
         progress: show a bar for every phase.
 
     Raises:
-        UsageError: an argument outside its range, a setting that names a size, or too little text.
+        UsageError: an argument outside its range, a setting that names a size, points that remove the same, or too
+            little text.
         PlanError: no widths remove as much as one of ``points``.
         SlimGPTError: as :func:`slimgpt.prune`.
     """
@@ -100,6 +102,7 @@ def scan(
     plans, omitted = table_plans(dense, config, shape)
     chosen = sorted(points) if points is not None else default_points(plans)
     targets = {ratio: plan_for(dense.config, replace(config, ratio=ratio), shape) for ratio in chosen}
+    check_apart(targets)
     step = on_phase or (phase_bars() if progress else None)
     budget = parse_bytes(memory) if memory else None
     job = job_in_memory(
@@ -189,6 +192,20 @@ def default_points(plans: dict[float, Plan]) -> list[float]:
     """Ratios of the table to prune to: near :data:`PRUNED` of the largest."""
     ratios = list(plans)
     return sorted({min(ratios, key=lambda ratio: abs(ratio - share * ratios[-1])) for share in PRUNED})
+
+
+def check_apart(targets: dict[float, Plan]) -> None:
+    """Refuse sizes of which one removes no more than the one before: nothing could be predicted between them.
+
+    Raises:
+        UsageError: there are such; heads and channels come in steps.
+    """
+    for (ratio, plan), (larger, other) in pairwise(targets.items()):
+        if other.achieved <= plan.achieved:
+            raise UsageError(
+                f"points {ratio:g} and {larger:g} both remove {plan.achieved:.2%}, the nearest that heads and channels "
+                "allow; give --points that are further apart, or a smaller --round-to"
+            )
 
 
 def _prune(
