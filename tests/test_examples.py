@@ -81,7 +81,7 @@ def test_the_notebook_runs(folders, long_text, tmp_path, monkeypatch):
     settings = notebook.cells[1]
     assert settings.source.startswith('MODEL = "demo"')
     settings.source = (
-        f"MODEL = {str(folders / 'dense')!r}\nCALIBRATION = {str(long_text)!r}\nNUM_SAMPLES, SEQ_LEN = 16, 64"
+        f"MODEL = {str(folders / 'dense')!r}\nCALIBRATION = TEXT = {str(long_text)!r}\nNUM_SAMPLES, SEQ_LEN = 16, 64"
     )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -8,15 +8,18 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import slimgpt
 from slimgpt.comparison import CompareConfig, Comparison, ModelResult, Timing, Timings, time_models
 from slimgpt.comparison.differences import Difference, task_difference
+from slimgpt.comparison.html_report import write_page
+from slimgpt.comparison.plots import figures
 from slimgpt.comparison.result import ComparisonRow
 from slimgpt.evaluation.samples import write_samples
-from slimgpt.evaluation.tasks import answers, difference, flips
+from slimgpt.evaluation.tasks import TaskScores, answers, difference, flips
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.planning.cost import generation_flops
 from tests.cli.test_command_line import run
@@ -390,6 +393,31 @@ def test_five_questions_are_not_coloured_on_the_page(folders, data_dir, tmp_path
     cells = re.findall(r"<tr><td>(?:boolq \(acc\)|mean).*?</tr>", page)
     assert len(cells) == 2
     assert not re.search(r'class="(good|bad)"', "".join(cells))
+
+
+def made_up_side(name: str, scores: dict[str, dict[str, float]], **other: Any) -> ModelResult:
+    tasks = TaskScores(scores, None, None, None, {"tasks": list(scores)}, {})
+    return ModelResult(name, 100, None, tasks=tasks, **other)
+
+
+def test_no_bar_stands_for_a_score_that_is_no_share():
+    base = {"gsm8k": {"exact_match": 0.4, "exact_match_stderr": 0.1}, "samsum": {"rouge": 12.0}}
+    sides = (made_up_side("base", base), made_up_side("slim", {**base, "gsm8k": {"exact_match": 0.3}}))
+    (figure,) = figures(Comparison(sides, None, CompareConfig()))
+    (axis,) = figure.axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["gsm8k"]
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([40, 30])
+    rouge = tuple(made_up_side(name, {"samsum": {"rouge": 12.0}}) for name in ("base", "slim"))
+    assert figures(Comparison(rouge, None, CompareConfig())) == []
+
+
+def test_only_the_base_is_called_dense(tmp_path):
+    """A GGUF file has no report, and may be slim."""
+    sides = (ModelResult("base", 200, None), ModelResult("slim.gguf", 100, None))
+    write_page(Comparison(sides, None, CompareConfig()), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<small>dense</small>") == 1
+    assert '<th class="base">base<small>dense</small></th><th>slim.gguf</th>' in page
 
 
 @pytest.mark.parametrize("bytes_each", [(4.0, 4.1), (0.6, 4.0)])

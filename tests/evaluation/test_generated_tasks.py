@@ -206,9 +206,22 @@ def test_the_commands_show_loops_beside_the_score(dense_folder, rows, tmp_path):
         )  # fmt: skip
     assert compared.exit_code == 0, compared.output
     assert "answers loop" in " ".join(done.output.split())
+    assert "rows from local files, lm_eval" in " ".join(done.output.split())
     endings = json.loads((tmp_path / "scores.json").read_text())["tasks"]["endings"]["gsm8k"]
     assert endings["answers"] == 2
     assert f'"endings": {{"gsm8k": {json.dumps(endings)}}}' in json.dumps(
         json.loads((tmp_path / "compared/compare.json").read_text())
     )
     assert "loop or never stop" in (tmp_path / "compared/report.html").read_text()
+
+
+def test_options_of_tasks_are_refused_before_anything_is_measured(dense_folder, text_file, rows):
+    text = ["evaluate", dense_folder, "--text", text_file, "--device", "cpu"]
+    for option in ("--chat-template", "--confirm-run-unsafe-code"):
+        alone = run(*text, option)
+        assert alone.exit_code == 2
+        assert "give --tasks, too" in alone.output
+    base = run(*text, "--tasks", "gsm8k", "--data-dir", rows, "--chat-template")
+    assert base.exit_code == 2
+    assert "has no chat template" in base.output
+    assert "perplexity" not in base.output

@@ -1,4 +1,4 @@
-"""Checkpoints whose layout is Llama's in another dress, written as Llama: Baichuan's and InternLM2's.
+"""Checkpoints whose layout is Llama's under other names, written as Llama: Baichuan's and InternLM2's.
 
 Their classes come from their repositories and stack queries, keys and values in one matrix. What they compute is what
 transformers' Llama computes, so the matrices are cut apart, tensor by tensor, and no code of the repository runs.
@@ -66,7 +66,7 @@ class Layout:
 
     Args:
         description: what is cut apart.
-        check: why a config, with the text of the model's code, is not Llama in another dress; ``None`` if it is.
+        check: why a config, with the text of the model's code, is not Llama under other names; ``None`` if it is.
         names: what a module is called in Llama.
         fused: the end of the name of the stacked matrix, weight or bias.
         split: from that matrix and the config to queries, keys and values.

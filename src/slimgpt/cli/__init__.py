@@ -61,13 +61,13 @@ def _version(asked: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Make a trained language model smaller.
 
-    It removes attention heads and FFN channels, repairs the rest in closed form, and saves a checkpoint that loads
-    anywhere.
+    It removes attention heads and FFN channels, repairs the rest in closed form, and saves an ordinary
+    Hugging Face checkpoint.
     """
 
 

@@ -36,7 +36,10 @@ TemplateOption = Annotated[
 CodeOption = Annotated[
     bool, typer.Option("--confirm-run-unsafe-code", help="Let tasks such as humaneval run the code a model writes.")
 ]
-TasksHelp = "Tasks of lm-evaluation-harness by name, separated by commas; 'commonsense' is the usual seven."
+TasksHelp = (
+    "Tasks of lm-evaluation-harness by name, separated by commas; 'commonsense' is the usual seven; ifeval, "
+    "gsm8k and humaneval are generated."
+)
 
 
 @app.command()
@@ -82,7 +85,7 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Perplexity of MODEL on a text and its divergence from a BASE, its scores on tasks, its memory over long texts;
+    """Perplexity of MODEL on a text and its divergence from a BASE, its scores on tasks, pass keys in long texts;
     each with its protocol."""
     from slimgpt.checkpoint.inspecting import read_report
     from slimgpt.checkpoint.updating import read_own_report
@@ -95,7 +98,7 @@ def evaluate(
     from slimgpt.evaluation.llama_cpp import engines_of, load_gguf
     from slimgpt.evaluation.passkey_retrieval import passkey as run_passkey
     from slimgpt.evaluation.perplexity import check_protocol
-    from slimgpt.evaluation.tasks import check_tasks, evaluate_tasks
+    from slimgpt.evaluation.tasks import check_chat_template, check_tasks, evaluate_tasks
     from slimgpt.models.loading import load
     from slimgpt.models.lookup import check_context
     from slimgpt.models.source import locate
@@ -106,6 +109,8 @@ def evaluate(
         raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
     if against is not None and text is None:
         raise UsageError("--against tells a divergence on a text: give --text, too")
+    if tasks is None and (chat_template or confirm_run_unsafe_code):
+        raise UsageError("--chat-template and --confirm-run-unsafe-code are for tasks: give --tasks, too")
     check_protocol(window, bos, max_tokens, batch_size)
     lengths = whole_numbers(passkey, "--passkey") if passkey else []
     names = (
@@ -132,6 +137,8 @@ def evaluate(
             return load_gguf(name) if in_llama_cpp else load(name, dtype, device, trust_remote_code)
 
     loaded, tokenizer = load_one(model)
+    if chat_template:
+        check_chat_template(tokenizer)
     base = None
     if against is not None and content is not None:
         base, base_tokenizer = load_one(against)
@@ -252,14 +259,17 @@ def print_scores(scores: TaskScores) -> None:
         out.print(
             f"[yellow]{show(name)}: the model answers {words} of the questions, right or wrong[/]", soft_wrap=True
         )
+    mean = ""
     if scores.mean is not None and scores.mean_acc is not None:
         error = "" if scores.mean_stderr is None else f" ± {scores.mean_stderr:.2%}"
-        out.print(
-            f"mean [bold]{scores.mean:.2%}[/]{error} (acc_norm where a task has it), {scores.mean_acc:.2%} (acc); "
-            f"rows from {scores.protocol['rows_from']}, {scores.protocol['harness']}, {scores.protocol['dtype']}",
-            soft_wrap=True,
-            highlight=False,
-        )
+        mean = f"mean [bold]{scores.mean:.2%}[/]{error} (acc_norm where a task has it), {scores.mean_acc:.2%} (acc); "
+    template = ", through the chat template" if scores.protocol["chat_template"] else ""
+    out.print(
+        f"{mean}rows from {scores.protocol['rows_from']}{template}, {scores.protocol['harness']}, "
+        f"{scores.protocol['dtype']}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def print_passkey(retrieval: Passkey) -> None:

@@ -22,7 +22,7 @@ def families(
     refused: Annotated[bool, typer.Option("--refused", help="Also those that are refused, and why.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """What can be removed from every family, and what a stock class holds of it."""
+    """What can be removed from every family, and what of it still loads as a stock class."""
     from slimgpt.models.families.names import matching
     from slimgpt.models.families.support import families as run
 

@@ -72,7 +72,7 @@ def recover(
 ) -> None:
     """Train SLIM to win back what pruning lost, and save the result as the folder OUT.
 
-    Plain text is packed; of instructions and chats the answers are learned.
+    Plain text is packed; of instructions and chats only the answers are trained on.
     """
     from slimgpt.recovery.run import recover as run
 

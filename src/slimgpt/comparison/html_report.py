@@ -76,7 +76,7 @@ def write_page(comparison: Comparison, file: Path) -> None:
     body = [
         f"<h1>{_escape(names[0])} and its slim versions</h1>",
         f"<p>{_escape(_summary(comparison))}</p>",
-        '<h2>In pictures</h2>\n<div class="plots">',
+        '<h2>Plots</h2>\n<div class="plots">',
         *(f"<figure>{_svg(figure)}</figure>" for figure in figures(comparison)),
         "</div>",
         "<h2>All figures</h2>",
@@ -121,7 +121,7 @@ def _summary(comparison: Comparison) -> str:
 def _table(comparison: Comparison, names: list[str]) -> str:
     lines = [
         "<table>",
-        "<thead><tr><th></th>" + "".join(map(_heading, comparison.sides)) + "</tr></thead>",
+        "<thead><tr><th></th>" + "".join(_heading(*each) for each in enumerate(comparison.sides)) + "</tr></thead>",
     ]
     group = None
     lines.append("<tbody>")
@@ -138,13 +138,14 @@ def _table(comparison: Comparison, names: list[str]) -> str:
     return "\n".join([*lines, "</tbody>", "</table>"])
 
 
-def _heading(side: ModelResult) -> str:
-    """A model's name, and how it was made."""
+def _heading(index: int, side: ModelResult) -> str:
+    """A model's name, and how it was made as far as its report says; a GGUF file has none."""
     made = [side.method] if side.method else []
     made += [f"{side.removed:.1%} removed"] if side.removed is not None else []
     made += [f"on {side.calibration}"] if side.calibration else []
-    line = f"<small>{_escape(', '.join(made))}</small>" if made else "<small>dense</small>"
-    return f"<th{'' if made else _BASE}>{_escape(side.name)}{line}</th>"
+    made += ["dense"] if not made and index == 0 else []
+    line = f"<small>{_escape(', '.join(made))}</small>" if made else ""
+    return f"<th{_BASE if index == 0 else ''}>{_escape(side.name)}{line}</th>"
 
 
 def _change(row: ComparisonRow, index: int) -> str:

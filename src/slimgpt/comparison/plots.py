@@ -66,7 +66,7 @@ def _quality_panels(comparison: Comparison) -> list[Panel]:
 
 def _other_panels(comparison: Comparison) -> list[Panel]:
     sides, panels = comparison.sides, []
-    if all(side.tasks is not None for side in sides):
+    if _scored(comparison):
         panels.append(lambda axis: _tasks(axis, comparison))
     if any(side.kept for side in sides):
         panels.append(lambda axis: _kept(axis, comparison))
@@ -94,18 +94,28 @@ def _by_size(axis: Any, comparison: Comparison, values: Sequence[float], label: 
         _plain_ticks(axis, values)
 
 
+def _scored(comparison: Comparison) -> dict[str, str]:
+    """The tasks of which all models have a share of right answers, and its metric. A task with a score of another
+    kind, such as ROUGE, has no bar: one of zero would be wrong."""
+    scores = [side.tasks.scores if side.tasks else {} for side in comparison.sides]
+    metrics = {task: metric_of(values) for task, values in scores[0].items()}
+    return {
+        task: metric
+        for task, metric in metrics.items()
+        if metric and all(metric in of_side.get(task, {}) for of_side in scores)
+    }
+
+
 def _tasks(axis: Any, comparison: Comparison) -> None:
     """Bars per task, one per model, with the standard error of the score."""
-    base = comparison.sides[0].tasks
-    names = list(base.scores) if base else []
+    metrics = _scored(comparison)
     groups = []
     for side in comparison.sides:
         scores = side.tasks.scores if side.tasks else {}
-        metrics = [(scores.get(name, {}), metric_of(scores.get(name, {}))) for name in names]
-        values = [100 * of_task[metric] if metric else 0.0 for of_task, metric in metrics]
-        errors = [100 * of_task.get(f"{metric}_stderr", 0.0) for of_task, metric in metrics]
+        values = [100 * scores[task][metric] for task, metric in metrics.items()]
+        errors = [100 * scores[task].get(f"{metric}_stderr", 0.0) for task, metric in metrics.items()]
         groups.append((side.name, values, errors))
-    _bars(axis, names, groups)
+    _bars(axis, list(metrics), groups)
     axis.set_ylabel("score, % (with its standard error)")
 
 

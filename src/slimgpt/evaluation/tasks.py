@@ -127,8 +127,8 @@ def evaluate_tasks(
             or there is no chat template.
     """
     names, folder = check_tasks(tasks, limit, num_fewshot, data_dir, rows=False)
-    if chat_template and not tokenizer.chat_template:
-        raise UsageError("the tokenizer has no chat template; leave out --chat-template")
+    if chat_template:
+        check_chat_template(tokenizer)
     output = _harness().run_harness(
         model,
         tokenizer,
@@ -200,6 +200,16 @@ def check_tasks(
     if rows:
         harness.build_tasks(names, limit, num_fewshot, folder, confirm_run_unsafe_code)
     return names, folder
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse to put questions through a chat template where there is none.
+
+    Raises:
+        UsageError: the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise UsageError("the tokenizer has no chat template; leave out --chat-template")
 
 
 def task_names(tasks: str | Sequence[str]) -> list[str]:
