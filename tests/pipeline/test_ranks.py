@@ -175,6 +175,22 @@ def test_two_processes_write_measure_and_train_like_one(family, changes, script,
     assert not list(tmp_path.glob(".*"))
 
 
+def test_two_processes_find_the_same_costs_of_whole_attentions(script, tokenizer, tmp_path):
+    """Three batches of the comparison, of which two are run without attention: ten windows, of which one process has
+    six and the other four of its first five."""
+    model = dense(tmp_path / "dense", tokenizer, "llama", num_hidden_layers=4)
+    changes = {"drop_attention": True, "allocation": "auto", "distill": "off", "evaluate": False, "batch_size": 5}
+    for processes in (1, 2):
+        finish(start(processes, script, options(model, tmp_path / str(processes), **changes)))
+    left, right = (report_of(tmp_path / name) for name in "12")
+    assert left["plan"] == right["plan"]
+    for one, two in zip(left["allocation"]["contributions"], right["allocation"]["contributions"], strict=True):
+        assert (one["layer"], one["unit"]) == (two["layer"], two["unit"])
+        assert two["cost"] == pytest.approx(one["cost"], rel=1e-3, abs=1e-7)
+    assert {part["unit"] for part in left["allocation"]["contributions"]} >= {"attention", "ffn"}
+    assert right["allocation"]["divergence"] == pytest.approx(left["allocation"]["divergence"], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_four_processes_of_which_some_have_no_window(script, tokenizer, tmp_path):
     """Fewer windows than processes to measure on, to hold out, and in a step of the training."""
