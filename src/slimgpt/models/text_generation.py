@@ -188,9 +188,9 @@ class _Batch(StoppingCriteria):
             streamer=streamer,
         )
         written = output[:, self.width :].tolist()
-        found = [tuple(tokens[:length]) for tokens, length in zip(written, self.lengths)]
-        texts = [str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)) for tokens in found]
-        return [Answer(*parts) for parts in zip(found, texts, self.stopped)]
+        kept = [tuple(tokens[:length]) for tokens, length in zip(written, self.lengths)]
+        texts = [str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)) for tokens in kept]
+        return [Answer(*parts) for parts in zip(kept, texts, self.stopped)]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002
         """Which answers are over."""
