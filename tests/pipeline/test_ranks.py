@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -82,7 +83,7 @@ def script(tmp_path) -> Path:
 
 
 def start(processes: int, *words) -> subprocess.Popen:
-    """Python in some processes, in a session of their own: they are killed together."""
+    """Python in some processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     return subprocess.Popen(
         [sys.executable, *launcher, *map(str, words)],
@@ -91,8 +92,16 @@ def start(processes: int, *words) -> subprocess.Popen:
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-        start_new_session=True,
     )
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kill a launcher and what it has started, which would go on without it: it has sessions of its own."""
+    launcher = psutil.Process(process.pid)
+    for each in (launcher, *launcher.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    process.communicate(timeout=60)
 
 
 def finish(process: subprocess.Popen) -> str:
@@ -175,6 +184,22 @@ def test_two_processes_write_measure_and_train_like_one(family, changes, script,
     assert not list(tmp_path.glob(".*"))
 
 
+def test_two_processes_find_the_same_costs_of_whole_attentions(script, tokenizer, tmp_path):
+    """Three batches of the comparison, of which two are run without attention: ten windows, of which one process has
+    six and the other four of its first five."""
+    model = dense(tmp_path / "dense", tokenizer, "llama", num_hidden_layers=4)
+    changes = {"drop_attention": True, "allocation": "auto", "distill": "off", "evaluate": False, "batch_size": 5}
+    for processes in (1, 2):
+        finish(start(processes, script, options(model, tmp_path / str(processes), **changes)))
+    left, right = (report_of(tmp_path / name) for name in "12")
+    assert left["plan"] == right["plan"]
+    for one, two in zip(left["allocation"]["contributions"], right["allocation"]["contributions"], strict=True):
+        assert (one["layer"], one["unit"]) == (two["layer"], two["unit"])
+        assert two["cost"] == pytest.approx(one["cost"], rel=1e-3, abs=1e-7)
+    assert {part["unit"] for part in left["allocation"]["contributions"]} >= {"attention", "ffn"}
+    assert right["allocation"]["divergence"] == pytest.approx(left["allocation"]["divergence"], rel=1e-5)
+
+
 @pytest.mark.slow
 def test_four_processes_of_which_some_have_no_window(script, tokenizer, tmp_path):
     """Fewer windows than processes to measure on, to hold out, and in a step of the training."""
@@ -202,13 +227,13 @@ def test_killed_at_random_moments_and_resumed_with_another_number(script, tokeni
             left -= sign in "\r\n"
             if left <= 0:
                 break
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
-        killed += not output.exists()
+        kill(process)
+        too_late = output.exists()
+        killed += not too_late
         finish(start(processes, script, options(model, output, **changes, resume=True)))
         if processes == 2:
             weights = weights_of(tmp_path / "plain"), weights_of(output)
             assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
         else:
-            assert_agree(tmp_path / "plain", output, processes)
+            assert_agree(tmp_path / "plain", output, 2 if too_late else processes)
     assert killed >= 8

@@ -18,11 +18,11 @@ from slimgpt.models.lookup import layer_sizes, lookup
 from slimgpt.models.modeling_slim import skip_attention
 from slimgpt.models.parameter_counts import describe
 from slimgpt.planning import Sensitivity, StructureCost, allocate_budget, interpolate, make_plan
-from slimgpt.planning.allocation import ATTENTION
+from slimgpt.planning.allocation import ATTENTION, trial_plan
 from slimgpt.planning.restriction import restricted
 from slimgpt.planning.targets import cache_bytes, parse_cache
 from slimgpt.pruning.in_place import prune_model
-from slimgpt.sensitivity.allocate import allocate
+from slimgpt.sensitivity.allocate import allocate, allocated
 from slimgpt.sensitivity.attention_plans import plans_without_attention
 from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, measure
 from slimgpt.sensitivity.windows import split_windows
@@ -167,6 +167,34 @@ def test_whole_attentions_make_room_in_the_cache():
     assert sum(kv_heads[:2]) > sum(sizes["num_key_value_heads"] for sizes in plan.layers[:2])
     assert info["tried_without_attention"][0] == []
     assert chosen.achieved == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [0.95, 0.8, 0.5])
+def test_no_plan_without_attention_exceeds_the_cache(share):
+    """A limit that most layers meet with all their heads leaves these without a measured cost of heads."""
+    model = tiny_model("llama", num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=4)
+    limit = int(share * cache_bytes(model.config, [4] * 6, 64))
+    config = make_config(ratio=0.3, kv_cache=f"{limit}@64", drop_attention=True)
+    shape = restricted(describe(model.config, model), config)
+    plan = slimgpt.planning.planner.plan_for(model.config, config, shape)
+    trial = trial_plan(plan, shape, heads=False)
+    parts = [StructureCost(index, ATTENTION, 1.0, 0.001 * index) for index in range(1, 6)]
+    for index, sizes in enumerate(trial.layers):
+        parts.append(StructureCost(index, "ffn", 0.3, 0.01))
+        if sizes["num_key_value_heads"] < 4:
+            parts.append(StructureCost(index, "kv", 1 - sizes["num_key_value_heads"] / 4, 0.01))
+
+    def cheapest(budget, costs):
+        return allocated(budget, shape, costs, config, model.config)[0]
+
+    measured = Sensitivity(0.1, tuple(parts))
+    plans = plans_without_attention(plan, shape, measured, cheapest, model.config, config.cache_target)
+    assert plans
+    for tried in plans:
+        kv_heads = [sizes["num_key_value_heads"] for sizes in tried.layers]
+        assert 0 in kv_heads
+        assert cache_bytes(model.config, kv_heads, 64) <= limit
+        assert tried.achieved == pytest.approx(0.3, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -262,10 +262,10 @@ def write_calibration(
             together = min(sequences_together(model, writer.length, dtype, device, budget), size)
             with parameters_moved(model, device, dtype):
                 texts = writer.round(number, count, together, progress, ranks)
-            kept, found = kept_documents(writer, texts, seen)
+            kept, kinds = kept_documents(writer, texts, seen)
             values = {
                 "documents": kept,
-                "counts": dict(found),
+                "counts": dict(kinds),
                 "written": count,
                 "sampled": sum(text.own for text in texts),
                 "dtype": str(dtype).removeprefix("torch."),

@@ -85,7 +85,7 @@ class Starts:
         """Those of some documents.
 
         Args:
-            first: how many documents begin before these; a beginning comes again only when all have come.
+            first: how many documents begin before these; a passage, or a few words, come again only when all have come.
         """
         chooser = random.Random(f"{self.seed} {first}")
         make: Callable[[int, random.Random], Start] = self._text if self.turns is None else self._either

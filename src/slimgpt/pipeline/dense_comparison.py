@@ -95,8 +95,8 @@ class DenseComparison:
         Args:
             slim_layer: gives the final layer of an index.
             plan: its widths.
-            on_compared: called after every step, a layer or a batch of predictions, with its number, the number of all
-                steps and the seconds it took.
+            on_compared: called in the first process after every step, a layer or a batch of predictions, with its
+                number, the number of all steps and the seconds it took.
         """
         start = last = time.perf_counter()
         steps = len(plan.layers) + len(self.inputs)
@@ -104,7 +104,7 @@ class DenseComparison:
         def step(number: int) -> None:
             nonlocal last
             now = time.perf_counter()
-            if on_compared is not None:
+            if on_compared is not None and self.run.ranks.main:
                 on_compared(number, steps, now - last)
             last = now
 

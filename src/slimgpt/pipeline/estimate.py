@@ -110,6 +110,10 @@ def all_flops(
             forward, backward = 1 + len(points), num_gradient_nodes(points)
             layer_flops = each * (forward + backward * (1 + BACKWARD_COST))
             flops["gradients"] += probe.numel() * (layer_flops + (forward + backward) * head)
+        gone = sum(bool(layer.attention_parameters) for layer in shape.layers)
+        if config.drop_attention:
+            # On half of the text each attention is taken out in turn: the layers behind run once more for every one.
+            flops["gradients"] += probe.numel() / 2 * (each * (1 + gone / 2) + (1 + gone) * head)
     if tokens := tokens_to_distill(config, plan, windows):
         # The dense model once; predictions of the dense model, of the pruned one, and back.
         flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 3 * head

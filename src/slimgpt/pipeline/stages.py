@@ -187,7 +187,8 @@ def run_stages(
     source.check_finite(ranks)
     model, config, plan = source.model, job.config, job.plan
     windows = ranks.share(pruning_split(job.windows, job.distill_tokens))
-    placement = choose_placement(memory_need(model, windows, plan, config, job.dtype, job.copied), job.device, budget)
+    need = memory_need(model, windows, plan, config, job.dtype, job.copied, processes=ranks.world)
+    placement = choose_placement(need, job.device, budget)
     if callbacks.start is not None and ranks.main:
         callbacks.start(placement, finished)
     dense_sizes = tuple(layer_sizes(model.config))

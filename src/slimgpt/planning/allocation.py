@@ -142,7 +142,7 @@ def allocate_budget(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to:
     Args:
         plan: the budget (its removed parameters) and the unit of heads.
         shape: the dense model.
-        costs: structures without a contribution stay as they are in the model.
+        costs: structures without a contribution stay as they are in the model, fixed heads as they are in ``plan``.
         round_to: every FFN width becomes a multiple of it.
         heads: whether heads may be chosen; else their numbers are those of ``plan``.
     """
@@ -155,7 +155,8 @@ def allocate_budget(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to:
     for index, layer in enumerate(shape.layers):
         kept = {unit: option.keep for (at, unit), option in chosen.items() if at == index}
         ffn = {FIELDS[unit]: keep for unit, keep in kept.items() if unit in FIELDS}
-        count = kept.get(plan.head_unit, head_units(layer.sizes, plan.head_unit))
+        unchanged = head_units(layer.sizes, plan.head_unit) if fixed_heads is None else fixed_heads[index]
+        count = kept.get(plan.head_unit, unchanged)
         layers.append(tied_to(layer, with_heads(layer, plan.head_unit, count, ffn)))
     adjust_to_target(shape, layers, target, round_to)
     cheapest = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=round_to)

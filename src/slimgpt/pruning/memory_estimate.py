@@ -18,7 +18,14 @@ from slimgpt.runtime.memory import MemoryRequirement
 
 
 def memory_need(
-    model: PreTrainedModel, windows: Tensor, plan: Plan, config: PruneConfig, dtype: torch.dtype | None, copied: bool
+    model: PreTrainedModel,
+    windows: Tensor,
+    plan: Plan,
+    config: PruneConfig,
+    dtype: torch.dtype | None,
+    copied: bool,
+    *,
+    processes: int = 1,
 ) -> MemoryRequirement:
     """What pruning needs on its device, from shapes alone.
 
@@ -27,6 +34,7 @@ def memory_need(
         windows: the calibration tokens of this process.
         dtype: of the forward passes; ``None`` for that of the weights.
         copied: whether a layer's weights are copied to be run (another device or type), or used where they are.
+        processes: number of processes that share the windows; each holds the Gram matrices of as many experts.
     """
     architecture = architecture_of(model.config, model)
     layers = decoder_layers(model)
@@ -42,7 +50,9 @@ def memory_need(
         for structure in architecture.chosen(plan.head_unit):
             if structure.key not in state:
                 continue
+            grams = 1
             if isinstance(structure, Experts):  # solved one at a time
+                grams = min(processes, sizes[EXPERTS]) if config.method != "random" else 1
                 out, n, keep = state[structure.key][0].numel() // sizes[CHANNELS], sizes[CHANNELS], target[CHANNELS]
                 streams = max(streams, 5 if target[EXPERTS] < sizes[EXPERTS] else 4)
             else:
@@ -50,8 +60,8 @@ def memory_need(
                 keep = n * structure.units(target) // structure.units(sizes)
             widest = max(widest, n)
             each = solver_dtype(n, torch.device("cpu")).itemsize
-            # The Gram matrix and its inverse; the factor of what was removed; W, its repaired form and W H.
-            solver_bytes = max(solver_bytes, (2 * n * n + (n - keep) * n + 3 * out * n) * each)
+            # The Gram matrices and an inverse; the factor of what was removed; W, its repaired form and W H.
+            solver_bytes = max(solver_bytes, ((1 + grams) * n * n + (n - keep) * n + 3 * out * n) * each)
     work = batch * (3 * widest + 6 * out) * item
     return MemoryRequirement(
         layer_bytes + work, solver_bytes + layer_bytes, tokens * out * item, tokens * widest * item, streams

@@ -22,6 +22,9 @@ from slimgpt.solver import Gram
 MESSAGE_BYTES = 1 << 26
 """Largest message of rows that are gathered."""
 
+TIMEOUT = timedelta(hours=6)
+"""After which a process no longer waits for another; the first may solve for long."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -54,7 +57,7 @@ class Ranks:
         if count == 1:
             return Ranks(self.rank, 1)
         with collective_errors():
-            return Ranks(self.rank, count, dist.new_group(list(range(count))))
+            return Ranks(self.rank, count, dist.new_group(list(range(count)), timeout=TIMEOUT))
 
     def rows(self, count: int) -> slice:
         """This process's share of ``count`` rows, as ``Tensor.tensor_split`` divides them; none if there are few."""
@@ -205,7 +208,7 @@ def join(device: torch.device) -> Iterator[Ranks]:
         return
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=6))  # rank 0 may solve for long
+    state = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT)
     try:
         yield Ranks(state.process_index, state.num_processes)
     finally:

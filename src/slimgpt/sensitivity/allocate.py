@@ -85,12 +85,13 @@ def allocate(
     info = {"by": "search" if config.allocation == "search" else "sensitivity", **costs.to_json()}
     chosen, candidates, pairs = allocated(plan, shape, costs.without_attention(), config, model.config)
     info |= pairs
+    if config.drop_attention and config.allocation != "search":
+        candidates = [chosen]
     if may_go:
 
         def cheapest(budget: Plan, measured: Sensitivity) -> Plan:
             return allocated(budget, shape, measured, config, model.config)[0]
 
-        candidates = candidates if config.allocation == "search" else [chosen]
         fewer = plans_without_attention(plan, shape, costs, cheapest, model.config, config.cache_target)
         candidates += [widths for widths in fewer if widths != chosen]
     if others and len(candidates) > 1:

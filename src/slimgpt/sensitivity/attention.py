@@ -70,20 +70,22 @@ class AttentionRemoval:
     def costs(
         self, model: PreTrainedModel, dense: ActivationStore, probe: Sequence[Tensor], tuple_length: int
     ) -> dict[int, float]:
-        """By how much the divergence from the dense model grows without each attention, in nats per token.
+        """By how much the divergence from the dense model grows without each attention, in nats per token; on the
+        batches of all processes.
 
         Args:
             dense: the dense model's hidden states behind the last layer.
-            probe: the token ids of every batch, ``(batch, seq_len)``.
+            probe: the token ids of every batch, ``(batch, seq_len)``, or of its first windows alone.
             tuple_length: see :func:`slimgpt.layerwise.divergence.kl_and_cross_entropy`.
         """
         paths = range(len(self.layers) + 1)
         totals, tokens = [0.0 for _ in paths], 0
         with on_device(model, self.run.device):
             for number in self.batches:
-                narrowed = [self.hidden.take(self._key(path, number)) for path in paths]
-                ids, compared = probe[number], [False for _ in paths]
-                kls, _, _ = kl_and_cross_entropy(model, dense.get(number), narrowed, ids, tuple_length, compared)
+                ids, with_gradient = probe[number], [False for _ in paths]
+                narrowed = [self.hidden.take(self._key(path, number))[: len(ids)] for path in paths]
+                teacher = dense.get(number)[: len(ids)]
+                kls, _, _ = kl_and_cross_entropy(model, teacher, narrowed, ids, tuple_length, with_gradient)
                 totals = [total + kl for total, kl in zip(totals, kls)]
                 tokens += max(len(ids) * (ids.shape[1] - 1), 1)
         *totals, tokens = self.run.ranks.sums([*totals, tokens])

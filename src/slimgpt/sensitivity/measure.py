@@ -148,6 +148,9 @@ class _Measurement:
         self.matrices = activation_store_for(self.run, itemsize * self._narrow_numbers())
         self._trial_prune(self.run.ranks.share(fit))
         self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
+        own, half = self.run.ranks.rows(len(probe)), -(-len(probe) // (2 * self.config.batch_size))
+        # The windows of the first half of all batches that this process has, whatever the number of processes.
+        first_half = max(min(half * self.config.batch_size, own.stop) - own.start, 0)
         probe = self.run.ranks.share(probe)
         hidden = ActivationStore(DEVICE, self.run.device)
         stream = capture(self.model, self.layers, probe, self.config.batch_size, hidden, self.run.dtype)
@@ -166,7 +169,7 @@ class _Measurement:
         contributions = tuple(self._costs(passes, gradients)) if gradients else ()
         divergence = kl if ENDPOINT[0] in self.points else sum(each.cost for each in contributions)
         if self.whole_attention:
-            contributions += self._attention_costs(inputs, hidden, passes, probe)
+            contributions += self._attention_costs(inputs, hidden, passes, probe[:first_half])
         return Sensitivity(divergence, contributions)
 
     def _trial_prune(self, fit: Tensor) -> None:
@@ -248,14 +251,16 @@ class _Measurement:
         Args:
             inputs: the hidden states in front of the first layer by batch.
             dense: the dense model's behind the last layer.
+            probe: the windows of that half that this process has, perhaps none; they come first in the batches.
         """
-        some = range(-(-len(inputs) // 2))
+        batches = probe.split(self.config.batch_size) if len(probe) else ()
+        some = range(len(batches))
         removal = AttentionRemoval(
             self._narrow_layer, self.attention, self.whole_attention, passes.arguments, some, self.run
         )
-        for _ in self._steps(removal.forward(inputs)):
+        for _ in self._steps(removal.forward(inputs) if batches else ()):
             pass
-        costs = removal.costs(self.model, dense, probe.split(self.config.batch_size), passes.tuple_length)
+        costs = removal.costs(self.model, dense, batches, passes.tuple_length)
         return tuple(StructureCost(layer, ATTENTION, 1.0, cost) for layer, cost in costs.items())
 
     def _narrow_layer(self, index: int) -> nn.Module:
