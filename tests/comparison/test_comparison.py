@@ -200,10 +200,10 @@ def test_a_killed_comparison_goes_on(changed, folders, text_file, data_dir, tmp_
     shutil.copytree(folders / "slim-50", tmp_path / "slim")
     measure = module.evaluate_tasks
 
-    def killed(*arguments):
+    def killed(*arguments, **options):
         if loads == ["dense", "slim"]:
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return measure(*arguments, **options)
 
     monkeypatch.setattr(module, "evaluate_tasks", killed)
     assert run(*words, out, "--window", "32").exit_code == 130

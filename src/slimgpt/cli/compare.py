@@ -20,7 +20,7 @@ from slimgpt.cli.evaluate import (
     TemplateOption,
     whole_numbers,
 )
-from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption
+from slimgpt.cli.options import DeviceOption, DtypeOption, TrustOption, help_panels
 from slimgpt.cli.progress import count_bar
 from slimgpt.cli.speed import BatchOption, NewOption, PromptOption, RoundsOption
 
@@ -33,6 +33,15 @@ STYLES = {"good": "green", "bad": "red", "": "dim"}
 
 @app.command()
 @handle_errors
+@help_panels(
+    {
+        "Texts": "text window max_tokens long passkey samples",
+        "Tasks": "tasks limit num_fewshot data_dir chat_template confirm_run_unsafe_code",
+        "Speed": "speed batch prompt new_tokens rounds",
+        "Resources": "device dtype trust_remote_code",
+        "Output": "output overwrite",
+    }
+)
 def compare(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="The dense model: a hub id, a local folder, a .gguf file, or 'demo'.")
