@@ -59,8 +59,3 @@ def sequences_together(
     each = 2 * heads * width * length * dtype.itemsize * 2 + 16 * config.vocab_size  # twice while rows are dropped
     room = free_bytes(device) if budget is None else max(budget - used_bytes(device), 0)
     return max(int(room / 3 / each), 1)
-
-
-def context_length(model: PreTrainedModel, unknown: int) -> int:
-    """Tokens of the longest text that a model takes; ``unknown`` where its config names none."""
-    return getattr(text_config(model.config), "max_position_embeddings", None) or unknown

@@ -28,12 +28,13 @@ from slimgpt.calibration.batch_generation import (
     generate_documents,
     parameters_moved,
 )
-from slimgpt.calibration.generation_limits import context_length, sequences_together
+from slimgpt.calibration.generation_limits import sequences_together
 from slimgpt.calibration.repetition import MAX_SHARED, SeenText, before_the_loop
 from slimgpt.calibration.starts import CHAT_TEMPERATURES, TEXT_TEMPERATURE, Starts
 from slimgpt.calibration.template_tokens import special_ids, turn_tokens
 from slimgpt.calibration.windows import digest, prefix_ids
 from slimgpt.errors import CalibrationError
+from slimgpt.models.lookup import context_length
 from slimgpt.runtime.devices import DTYPES
 from slimgpt.runtime.distributed import ALONE, Ranks
 from slimgpt.runtime.thresholds import thresholds
@@ -235,7 +236,7 @@ def write_calibration(
     rounds = rounds if rounds is not None and ranks.main else NoRounds()
     first = rounds.read(0)  # a resumed run goes on in the type it began with
     dtype = DTYPES[ranks.values(first["dtype"] if first else str(dtype).removeprefix("torch."))]
-    writer = Writer(model, tokenizer, min(MAX_TOKENS, seq_len, context_length(model, MAX_TOKENS)), seed)
+    writer = Writer(model, tokenizer, min(MAX_TOKENS, seq_len, context_length(model.config) or MAX_TOKENS), seed)
     in_windows = num_samples * (seq_len - len(writer.prefix))
     needed = in_windows + held_out
     expected = 0.6 * writer.length  # tokens of a document that are kept, on average

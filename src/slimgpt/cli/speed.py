@@ -41,24 +41,23 @@ def speed(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Prefill and decode in tokens per second, time to the first token, peak memory, bytes and FLOPs."""
-    from slimgpt.comparison.timing import time_models
+    from slimgpt.comparison.timing import speed as run
 
     silence_libraries()
     check_json(json_file, overwrite)
     batches = whole_numbers(batch, "--batch")
-    names = [model] if against is None else [against, model]
     with bar("timing") as step:
-        timings = time_models(
-            names,
+        timings = run(
+            model,
             against,
-            batches,
-            prompt,
-            new_tokens,
-            rounds,
+            batches=batches,
+            prompt=prompt,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            memory=memory,
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            memory=memory,
             progress=step,
         )
     write_json(json_file, timings.to_json())

@@ -20,6 +20,11 @@ def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     return config.get_text_config(decoder=True)
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Tokens of the longest text that a model takes; ``None`` where its config names none."""
+    return getattr(text_config(config), "max_position_embeddings", None)
+
+
 def check_context(config: PreTrainedConfig, subject: str, tokens: int) -> None:
     """Refuse more tokens than the model has positions for.
 
@@ -29,7 +34,7 @@ def check_context(config: PreTrainedConfig, subject: str, tokens: int) -> None:
     Raises:
         UsageError: they are too many.
     """
-    longest = getattr(text_config(config), "max_position_embeddings", None)
+    longest = context_length(config)
     if longest is not None and tokens > longest:
         raise UsageError(f"{subject} of {tokens:,} tokens: that is longer than the model's context of {longest:,}")
 

@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from slimgpt.models.eval_mode import in_eval_mode
-from slimgpt.models.lookup import check_context, text_config
+from slimgpt.models.lookup import check_context, context_length
 from slimgpt.models.sampling import draw
 
 BATCH = 8
@@ -87,7 +87,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 def room_for(model: PreTrainedModel, ids: Sequence[int], max_new_tokens: int) -> int:
     """How many tokens an answer may have: ``max_new_tokens``, or what the model's context leaves."""
-    longest = getattr(text_config(model.config), "max_position_embeddings", None)
+    longest = context_length(model.config)
     return max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids))
 
 

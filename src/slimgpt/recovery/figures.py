@@ -14,6 +14,7 @@ from slimgpt.errors import SlimGPTError, one_line
 from slimgpt.evaluation.card_figures import text_figures
 from slimgpt.evaluation.perplexity import perplexity
 from slimgpt.models.loading import load_config, load_model
+from slimgpt.models.lookup import context_length
 from slimgpt.models.source import locate
 from slimgpt.recovery.checks import RecoverRequest
 
@@ -23,7 +24,7 @@ WINDOW, MAX_TOKENS = 256, 4096
 def figures_after_training(request: RecoverRequest, model: PreTrainedModel) -> dict[str, Any]:
     """What a report says of a recovered model: perplexity on the bundled text, and the divergence from the base model
     where that can be had; nothing where the text is none for it."""
-    context = getattr(request.model_config.get_text_config(decoder=True), "max_position_embeddings", None) or WINDOW
+    context = context_length(request.model_config) or WINDOW
     arguments: Any = (model, request.tokenizer, assets.general_text(), min(WINDOW, context), MAX_TOKENS)
     base = _base(request)
     try:

@@ -27,7 +27,7 @@ class RowShards:
 
     def own(self, tensor: Tensor) -> Tensor:
         """This process's rows of a tensor, a view; perhaps none."""
-        return tensor[self.ranks.rows(len(tensor))]
+        return self._rows(tensor, self.ranks.rank)
 
     def start_sum(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Begin to sum tensors of one type over processes; what is returned waits, and gives the sums of own rows."""
@@ -35,7 +35,7 @@ class RowShards:
             return lambda: list(tensors)
         bucket, own_rows = self._bucket(tensors), [self.own(tensor) for tensor in tensors]
         for row, rank in zip(bucket, range(self.ranks.world)):
-            _pack(row, [tensor[Ranks(rank, self.ranks.world).rows(len(tensor))] for tensor in tensors])
+            _pack(row, [self._rows(tensor, rank) for tensor in tensors])
         summed = torch.empty_like(bucket[0])
         with collective_errors():
             work = _reduce_scatter(summed, bucket.view(-1), group=self.ranks.group, async_op=True)
@@ -57,13 +57,17 @@ class RowShards:
         with collective_errors():
             _all_gather(bucket.view(-1), own, group=self.ranks.group)
         for row, rank in zip(bucket, range(self.ranks.world)):
-            rows = [tensor[Ranks(rank, self.ranks.world).rows(len(tensor))] for tensor in tensors]
+            rows = [self._rows(tensor, rank) for tensor in tensors]
             for part, target in zip(_parts(row, rows), rows, strict=True):
                 target.copy_(part.view(target.shape))
 
+    def _rows(self, tensor: Tensor, rank: int) -> Tensor:
+        """A process's rows of a tensor."""
+        return tensor[Ranks(rank, self.ranks.world).rows(len(tensor))]
+
     def _bucket(self, tensors: Sequence[Tensor]) -> Tensor:
         """Room for the rows of every process, ``(processes, numbers)``; the first process has the most."""
-        size = sum(tensor[Ranks(0, self.ranks.world).rows(len(tensor))].numel() for tensor in tensors)
+        size = sum(self._rows(tensor, 0).numel() for tensor in tensors)
         return torch.zeros(self.ranks.world, size, dtype=tensors[0].dtype, device=tensors[0].device)
 
 
