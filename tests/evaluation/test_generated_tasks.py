@@ -10,7 +10,6 @@ from unittest import mock
 import datasets
 import lm_eval
 import pytest
-import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
@@ -21,7 +20,7 @@ from slimgpt.evaluation.tasks import TaskScores, answers, check_tasks, differenc
 from slimgpt.models.text_generation import Answer
 from tests.cli.test_command_line import run
 from tests.evaluation.test_tasks import ROOT
-from tests.models.families import tiny_model
+from tests.models.families import sharpened_model
 
 TEMPLATE = "{% for m in messages %}Q {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}A{% endif %}"
 GSM8K = [
@@ -41,12 +40,7 @@ IFEVAL = [
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny_model("llama", max_position_embeddings=2048)
-    with torch.no_grad():  # layers that have something to say
-        for parameter in model.model.layers.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(3)
-    return model.eval()
+    return sharpened_model(3, max_position_embeddings=2048)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slimgpt.evaluation.samples import OPENINGS, QUESTIONS, write_samples
-from tests.models.families import tiny_model
+from tests.models.families import sharpened_model, tiny_model
 
 TEMPLATE = "{% for m in messages %}Q {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}A{% endif %}"
 
@@ -24,12 +24,7 @@ def greedy(model, ids, count, ends):
 
 @pytest.fixture(scope="module")
 def model():
-    model = tiny_model("llama", max_position_embeddings=256)
-    with torch.no_grad():  # layers that have something to say
-        for parameter in model.model.layers.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
-    return model.eval()
+    return sharpened_model(4, max_position_embeddings=256)
 
 
 @pytest.mark.parametrize("templated", [False, True])

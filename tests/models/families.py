@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, MistralConfig, PreTrainedConfig, PreTrainedModel
 
 from slimgpt.models import ARCHITECTURES
 from slimgpt.models.build import stock_class
@@ -204,6 +204,24 @@ def tiny_model(name: str, **changes: Any) -> PreTrainedModel:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(0.3 + 0.4 * noise if "norm" in name else noise * (0.6 / parameter.shape[-1] ** 0.5 + 0.05))
     return model
+
+
+def sharpened_model(factor: float, **changes: Any) -> PreTrainedModel:
+    """A tiny Llama in eval mode whose layers say more, every matrix being ``factor`` times as large."""
+    model = tiny_model("llama", **changes)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(factor)
+    return model.eval()
+
+
+def grouped_config(num_hidden_layers: int) -> MistralConfig:
+    """Six query heads on three KV heads, and an FFN of 100 channels."""
+    return MistralConfig(
+        hidden_size=32, num_hidden_layers=num_hidden_layers, num_attention_heads=6, num_key_value_heads=3,
+        intermediate_size=100, head_dim=8, vocab_size=50,
+    )  # fmt: skip
 
 
 def windows(num_samples: int = 12, seq_len: int = 24, seed: int = 0) -> torch.Tensor:

@@ -7,17 +7,14 @@ from itertools import product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MistralConfig
 
 from slimgpt.models.parameter_counts import describe
 from slimgpt.planning import Sensitivity, StructureCost, allocate_budget, interpolate, make_plan, trial_plan
 from slimgpt.planning.allocation import FLOOR, _options, cheapest_options
+from tests.models.families import grouped_config
 
 LAYERS = 4
-CONFIG = MistralConfig(
-    hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=6, num_key_value_heads=3, intermediate_size=100,
-    head_dim=8, vocab_size=50,
-)  # fmt: skip
+CONFIG = grouped_config(LAYERS)
 SHAPE = describe(CONFIG)
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, MistralConfig
+from transformers import LlamaConfig
 
 from slimgpt.config import make_config
 from slimgpt.models import describe
@@ -19,12 +19,10 @@ from slimgpt.planning.allocation import FLOOR, POWERS, allocate_budget, interpol
 from slimgpt.planning.equal_widths import equal_pairs, plan_of_pair
 from slimgpt.planning.plan import TOLERANCE
 from slimgpt.planning.planner import plan_for
+from tests.models.families import grouped_config
 
 LAYERS = 4
-CONFIG = MistralConfig(
-    hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=6, num_key_value_heads=3, intermediate_size=100,
-    head_dim=8, vocab_size=50,
-)  # fmt: skip
+CONFIG = grouped_config(LAYERS)
 SHAPE = describe(CONFIG)
 
 

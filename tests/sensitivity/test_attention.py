@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import MistralConfig
 
 import slimgpt
 from slimgpt.checkpoint.commands import commands
@@ -26,14 +25,11 @@ from slimgpt.sensitivity.allocate import allocate, allocated
 from slimgpt.sensitivity.attention_plans import plans_without_attention
 from slimgpt.sensitivity.measure import ENDPOINT, MIDPOINT, measure
 from slimgpt.sensitivity.windows import split_windows
-from tests.models.families import plan_without, tiny_model, windows
+from tests.models.families import grouped_config, plan_without, tiny_model, windows
 from tests.sensitivity.test_measure import CONFIG, IDS, case, divergence, run
 
 LAYERS = 5
-WIDE = MistralConfig(
-    hidden_size=32, num_hidden_layers=LAYERS, num_attention_heads=6, num_key_value_heads=3, intermediate_size=100,
-    head_dim=8, vocab_size=50,
-)  # fmt: skip
+WIDE = grouped_config(LAYERS)
 SHAPE = describe(WIDE)
 KEPT = {"num_attention_heads": 6, "num_key_value_heads": 3}
 
