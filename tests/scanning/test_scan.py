@@ -87,7 +87,9 @@ def test_a_report_is_one_line_a_table_a_picture_and_json(scanned):
     assert [each["ratio"] for each in values["points"]] == [each.ratio for each in scanned.points]
     assert values["reason"] == scanned.reason
     assert [each["ratio"] for each in values["prunings"]] == POINTS
-    divergence, agreement, speed = scanned.plot().axes
+    figure = scanned.plot()
+    assert figure._repr_png_().startswith(b"\x89PNG")  # as a notebook shows it
+    divergence, agreement, speed = figure.axes
     assert divergence.get_yscale() == "log"
     assert "%" in agreement.get_ylabel()
     lines = speed.get_lines()

@@ -25,9 +25,9 @@ def scan_figure(
         titles: of the texts, by name.
         recommended: the ratio that is recommended, marked by a vertical line.
     """
-    from matplotlib.figure import Figure  # takes a while to import
+    from slimgpt.pruning.notebook_figure import NotebookFigure  # matplotlib takes a while to import
 
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    figure = NotebookFigure(figsize=(12, 3.8), layout="constrained")
     divergence, agreement, speed = figure.subplots(1, 3)
     names = list(points[0].losses)
     for name, style in zip(names, STYLES):
