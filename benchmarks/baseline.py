@@ -53,8 +53,8 @@ def main(
 
     def quality(candidate: PreTrainedModel) -> float:
         candidate.to(target)
-        found = slimgpt.evaluate(candidate, tokenizer, str(text), window=window, max_tokens=max_tokens)
-        return found.perplexity
+        measured = slimgpt.evaluate(candidate, tokenizer, str(text), window=window, max_tokens=max_tokens)
+        return measured.perplexity
 
     rows = []
 

@@ -223,8 +223,8 @@ def table(results: list[dict[str, Any]], weights: str, windows: str) -> str:
     made = {json.dumps(result["versions"]): result["versions"] for result in results}
     on_gpu = any(result["peak_device_bytes"] for result in results)
 
-    def line(what: str, cell: Callable[[dict[str, Any]], str]) -> str:
-        return f"| {what} | " + " | ".join(cell(result) for result in results) + " |"
+    def line(name: str, cell: Callable[[dict[str, Any]], str]) -> str:
+        return f"| {name} | " + " | ".join(cell(result) for result in results) + " |"
 
     def seconds(result: dict[str, Any], part: str) -> str:
         return f"{result['seconds_by_part'][part]:.0f}" if part in result["seconds_by_part"] else "none"

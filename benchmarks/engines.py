@@ -48,9 +48,9 @@ def main(
             return
         path = make()
         size = sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
-        found = slimgpt.verify(path, slim, text=str(text), max_tokens=max_tokens, window=window)
+        verification = slimgpt.verify(path, slim, text=str(text), max_tokens=max_tokens, window=window)
         rows[:] = [row for row in rows if row["name"] != name]
-        rows.append({"name": name, "bytes": size, **found.to_json()})
+        rows.append({"name": name, "bytes": size, **verification.to_json()})
         typer.echo(json.dumps(rows[-1]))
         out.with_suffix(".json").write_text(json.dumps(result(), indent=1) + "\n", encoding="utf-8")
         out.with_suffix(".md").write_text(table(result()), encoding="utf-8")

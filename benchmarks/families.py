@@ -67,7 +67,7 @@ class Outcomes:
             self.found.setdefault(name, {}).setdefault(check, []).append(outcome)
 
 
-def said(outcomes: list[str]) -> str:
+def outcome_cell(outcomes: list[str]) -> str:
     """A cell of the table."""
     if not outcomes:
         return "not run"
@@ -78,7 +78,9 @@ def said(outcomes: list[str]) -> str:
 def row(family: Support, outcomes: dict[str, dict[str, list[str]]]) -> str:
     """A line of the table of supported families."""
     mine = [checks for name, checks in outcomes.items() if name.partition("/")[0] == family.model_type]
-    cells = [said([o for checks in mine for o in checks.get(check, [])]) for check in ("replay", "masked", "reload")]
+    cells = [
+        outcome_cell([o for checks in mine for o in checks.get(check, [])]) for check in ("replay", "masked", "reload")
+    ]
     stock = "all" if family.uniform == family.units else ", ".join(family.uniform) or "-"
     variants = [name.partition("/")[2] for name in outcomes if name.startswith(f"{family.model_type}/")]
     note = "; ".join(filter(None, [family.note, f"also tested: {', '.join(variants)}" if variants else ""]))
@@ -87,13 +89,13 @@ def row(family: Support, outcomes: dict[str, dict[str, list[str]]]) -> str:
 
 def page(record: dict) -> str:
     """The whole page."""
-    found = families()
-    multimodal = [family for family in found if family.inside]
-    supported = [family for family in found if family.units and not family.inside]
-    found = [family for family in found if not family.inside]
-    levels = {level: sum(f.level == level for f in found) for level in ("supported", "FFN only", "refused")}
+    listed = families()
+    multimodal = [family for family in listed if family.inside]
+    supported = [family for family in listed if family.units and not family.inside]
+    listed = [family for family in listed if not family.inside]
+    levels = {level: sum(f.level == level for f in listed) for level in ("supported", "FFN only", "refused")}
     reasons: dict[str, list[str]] = {}
-    for family in found:
+    for family in listed:
         if not family.units:
             reasons.setdefault(family.note, []).append(family.model_type)
     lines = [

@@ -148,7 +148,8 @@ def main(
         if target.type == "cuda":
             torch.cuda.reset_peak_memory_stats(target)
         report, dense_seconds, seconds = min(
-            passes(model, ids, config, Run(target, placement, forward), rounds), key=lambda found: found[2] / found[1]
+            passes(model, ids, config, Run(target, placement, forward), rounds),
+            key=lambda timing: timing[2] / timing[1],
         )
         slim = [layer.sizes for layer in report.layers]
         flops = pruning_flops(model.config, report.dense_sizes, slim, ids.numel(), seq_len)

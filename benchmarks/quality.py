@@ -52,7 +52,7 @@ def main_rows(models: list[str], methods: list[str], ratios: list[float], change
                     yield Row(model, method, ratio, repair=True)
 
 
-def chosen(text: str, known: Any, what: str) -> list[str]:
+def chosen(text: str, known: Any, kind: str) -> list[str]:
     """Names from a list with commas.
 
     Raises:
@@ -61,7 +61,7 @@ def chosen(text: str, known: Any, what: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise UsageError(f"{what} '{name}' is unknown; choose {', '.join(known)}")
+            raise UsageError(f"{kind} '{name}' is unknown; choose {', '.join(known)}")
     return names
 
 
@@ -171,7 +171,9 @@ def work(bench: Bench, todo: list[Row], old: Mapping[Row, Result]) -> dict[str, 
     with Progress(*columns, console=console, transient=True) as progress:
         whole = progress.add_task("rows", total=len(todo))
         step = progress.add_task("", total=None)
-        bench.say = lambda what, done, total: progress.update(step, description=what, completed=done, total=total)
+        bench.say = lambda step_name, done, total: progress.update(
+            step, description=step_name, completed=done, total=total
+        )
         for row in todo:
             progress.update(step, description=row.name, completed=0, total=None)
             try:
@@ -185,9 +187,9 @@ def work(bench: Bench, todo: list[Row], old: Mapping[Row, Result]) -> dict[str, 
                 continue
             finally:
                 progress.advance(whole)
-            found = {name: round(measure["value"], 3) for name, measure in result.measures.items()}
+            figures = {name: round(measure["value"], 3) for name, measure in result.measures.items()}
             seconds = result.found.get("seconds", 0.0)
-            line = f"{row.name}: achieved {result.found['achieved']:.4f}, {found}, {seconds:.0f} s"
+            line = f"{row.name}: achieved {result.found['achieved']:.4f}, {figures}, {seconds:.0f} s"
             progress.console.print(line, highlight=False, soft_wrap=True, markup=False)
     return failed
 

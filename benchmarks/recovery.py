@@ -83,8 +83,8 @@ def main(
         if missing := [text for text in texts if text not in known]:
             loaded, tokenizer = slimgpt.load(source, dtype="float32")
             for text in missing:
-                found = slimgpt.evaluate(loaded, tokenizer, str(texts[text]), window=window, max_tokens=max_tokens)
-                known[text] = found.perplexity
+                measured = slimgpt.evaluate(loaded, tokenizer, str(texts[text]), window=window, max_tokens=max_tokens)
+                known[text] = measured.perplexity
             file.write_text(json.dumps(known), encoding="utf-8")
         return known
 
@@ -200,16 +200,16 @@ def planned_steps(
     # An evaluation is a forward pass, about a third of a step per example.
     evaluations = (settings["evaluations"] + 1) * step / 3 * settings["held_out"] / settings["batch_size"]
     steps = int((60 * core_minutes - overhead - evaluations) / (step + teacher))
-    found = {"steps": max(steps, 1), "step_seconds": step, "teacher_seconds": teacher, "overhead_seconds": overhead}
-    console.print({"part": target.name, **found})
-    return found
+    planned = {"steps": max(steps, 1), "step_seconds": step, "teacher_seconds": teacher, "overhead_seconds": overhead}
+    console.print({"part": target.name, **planned})
+    return planned
 
 
 def table(result: dict[str, Any], name: str) -> str:
     """The result as Markdown."""
     texts = list(result["dense"])
     pruning = result["pruning"]
-    trios = [f"{text}: {what}" for text in texts for what in ("slim", "recovered", "gap closed")]
+    trios = [f"{text}: {state}" for text in texts for state in ("slim", "recovered", "gap closed")]
     columns = ["removed", "method", "core-minutes", "steps", "windows per step", "epochs", *trios]
     lines = [
         "# Recovery in minutes",

@@ -89,13 +89,13 @@ def main(
 ) -> None:
     """Time, and write OUT.json and OUT.md."""
     batches = [int(word) for word in batch.split(",")]
-    found = time_models([dense, slim], dense, batches, prompt, new_tokens, rounds, device="cpu", memory=memory)
+    timings = time_models([dense, slim], dense, batches, prompt, new_tokens, rounds, device="cpu", memory=memory)
     model, _ = slimgpt.load(dense)
     config = model.config
     assert config.model_type in ARCHITECTURES
     floor = floor_ms(model, prompt, new_tokens, rounds)
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
-    values = {**found.to_json(), "floor_ms": floor, "dense": sizes}
+    values = {**timings.to_json(), "floor_ms": floor, "dense": sizes}
     for row in [*values["rows"], *values["ratios"]]:
         row["model"] = Path(row["model"]).name
     values["base"] = Path(dense).name

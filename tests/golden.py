@@ -165,11 +165,11 @@ def of_folder(folder: Path) -> dict[str, Any]:
 
 def of_state(state: Mapping[str, Tensor]) -> dict[str, str]:
     """The digest of every tensor."""
-    found = {}
+    digests = {}
     for name, tensor in state.items():
         numbers = tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes()
-        found[name] = sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + numbers)
-    return found
+        digests[name] = sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + numbers)
+    return digests
 
 
 # The runs; relative paths, since the names of models and texts are in the reports
@@ -255,9 +255,9 @@ def resumed() -> dict[str, Any]:
         while process.poll() is None and count() < KILLED_AFTER:
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        said, _ = process.communicate()
+        output, _ = process.communicate()
     if count() < KILLED_AFTER or Path("resumed").exists():
-        sys.exit(f"the run that was to be killed ended before:\n{said.decode()[-4000:]}")
+        sys.exit(f"the run that was to be killed ended before:\n{output.decode()[-4000:]}")
     call([*given, "--resume"])
     return {"to a folder": {"folder": of_folder(Path("resumed"))}}
 
@@ -279,7 +279,7 @@ def record() -> dict[str, Any]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     began, before = time.perf_counter(), Path.cwd()
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
@@ -289,18 +289,18 @@ def record() -> dict[str, Any]:
             Path("text.txt").write_text(words(2000), encoding="utf-8")
             for run in RUNS:
                 start = time.perf_counter()
-                found[run.__name__] = run()
+                results[run.__name__] = run()
                 print(f"{run.__name__}: {time.perf_counter() - start:.1f} s", flush=True)
         finally:
             os.chdir(before)
     print(f"all runs: {time.perf_counter() - began:.1f} s")
-    return found
+    return results
 
 
-def require_training(found: dict[str, Any]) -> None:
+def require_training(results: dict[str, Any]) -> None:
     """Stop unless widths were measured and a training was kept where a run is here for that."""
     for name in ("measured", "search", "resumed", "two_processes"):
-        for part in found[name].values():
+        for part in results[name].values():
             report = part["folder"]["report"]["values"]
             trained = report["distillation"]
             if not (report["allocation"] and trained["kept"]):
@@ -348,13 +348,13 @@ def main(arguments: list[str]) -> int:
     if not package.is_relative_to(SOURCE):
         print(f"not the one in {SOURCE}")
         return 2
-    found = record()
-    require_training(found)
+    results = record()
+    require_training(results)
     if before is None:
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(f"written: {file}")
         return 0
-    lines = list(differences(before, json.loads(json.dumps(found))))
+    lines = list(differences(before, json.loads(json.dumps(results))))
     print("\n".join(lines) if lines else "nothing moved")
     return 1 if lines else 0
 

@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md asks of tests, held by reading them."""
+"""What CONTRIBUTING.md asks of the code and its tests, held by reading them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,74 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+FILLERS = frozenset(
+    (
+        *("found", "said", "told", "got", "there", "here", "it", "they", "them", "this", "that", "these", "those"),
+        *("what", "which", "some", "everything", "thing", "things", "stuff"),
+    )
+)
+"""Names that do not say what they hold."""
+
+
+def names_given(source: str) -> Iterator[tuple[int, str]]:
+    """Every name that a file gives to a variable, an argument, a function or a class, with its line.
+
+    Fields of classes are left out: some are keys of reports.
+    """
+    tree = ast.parse(source)
+    fields = {
+        statement.target
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for statement in node.body
+        if isinstance(statement, ast.AnnAssign)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node not in fields:
+            yield node.lineno, node.id
+        elif isinstance(node, ast.arg):
+            yield node.lineno, node.arg
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) or (
+            isinstance(node, ast.ExceptHandler) and node.name
+        ):
+            yield node.lineno, str(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            yield from ((node.lineno, alias.asname) for alias in node.names if alias.asname)
+
+
+def test_a_name_says_what_it_holds():
+    """`report`, `windows`, `logits`, ... in place of `found`, `said`, `there`."""
+    fillers = [
+        f"{file.relative_to(ROOT)}:{line}: {name}"
+        for folder in ("src", "tests", "benchmarks", "examples")
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        for line, name in names_given(file.read_text(encoding="utf-8"))
+        if name in FILLERS
+    ]
+    assert fillers == []
+
+
+@pytest.mark.parametrize(
+    ("source", "names"),
+    [
+        ("found = 1", ["found"]),
+        ("a, (found, b) = c", ["a", "b", "found"]),
+        ("if (said := f()): pass", ["said"]),
+        ("for it in a: pass", ["it"]),
+        ("with a as it: pass", ["it"]),
+        ("[there for there in a]", ["there"]),
+        ("f(lambda *said: said)", ["said"]),
+        ("def f(what): pass", ["f", "what"]),
+        ("import numpy as it", ["it"]),
+        ("try: pass\nexcept E as it: pass", ["it"]),
+        ("class A:\n    found: int = 1", ["A"]),
+        ("f(found=1); a.found = 2; print(found)", []),
+    ],
+)
+def test_names_that_are_given_are_seen(source, names):
+    assert sorted(name for _, name in names_given(source)) == sorted(names)
 
 
 def imported_from_us(tree: ast.Module) -> set[str]:

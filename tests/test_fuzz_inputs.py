@@ -173,12 +173,12 @@ def damaged(draw, data, head=None):
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, min(len(data), head or len(data))))
         kind = draw(st.sampled_from(["write", "insert", "drop", "double", "cut"]))
-        some = draw(BYTES | st.binary(max_size=8))
+        inserted = draw(BYTES | st.binary(max_size=8))
         length = draw(st.integers(0, 40))
         if kind == "write":
-            data = data[:at] + some + data[at + len(some) :]
+            data = data[:at] + inserted + data[at + len(inserted) :]
         elif kind == "insert":
-            data = data[:at] + some + data[at:]
+            data = data[:at] + inserted + data[at:]
         elif kind == "drop":
             data = data[:at] + data[at + length :]
         elif kind == "double":

@@ -28,11 +28,11 @@ IDS = windows(24, 24)
 
 def on_both(family: str, **arguments):
     """The same job on the CPU and on the GPU, in fp64: models and reports."""
-    found = []
+    results = []
     for device in ("cpu", "cuda"):
         model = tiny_model(family).double()
-        found.append((model, slimgpt.prune(model, None, calibration=IDS, batch_size=3, device=device, **arguments)))
-    return found
+        results.append((model, slimgpt.prune(model, None, calibration=IDS, batch_size=3, device=device, **arguments)))
+    return results
 
 
 @pytest.mark.parametrize(
@@ -47,23 +47,23 @@ def on_both(family: str, **arguments):
 )
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_gpu_ends_where_a_cpu_does(family, arguments):
-    (cpu, said), (gpu, too) = on_both(family, **arguments)
-    assert [layer.kept for layer in said.layers] == [layer.kept for layer in too.layers]
-    assert [layer.sizes for layer in said.layers] == [layer.sizes for layer in too.layers]
+    (cpu, cpu_report), (gpu, gpu_report) = on_both(family, **arguments)
+    assert [layer.kept for layer in cpu_report.layers] == [layer.kept for layer in gpu_report.layers]
+    assert [layer.sizes for layer in cpu_report.layers] == [layer.sizes for layer in gpu_report.layers]
     assert next(gpu.parameters()).device.type == "cpu", "the model stays where it was"
     with torch.no_grad():
-        expected, found = cpu(IDS).logits, gpu(IDS).logits
+        expected, logits = cpu(IDS).logits, gpu(IDS).logits
     # A GPU solves in fp32. A training keeps its moments in bfloat16, and Adam divides by them.
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3 if "distill" in arguments else 1e-5)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=2e-3 if "distill" in arguments else 1e-5)
 
 
 def test_what_the_dense_model_writes_is_trained_on_there():
-    (_, said), (_, too) = on_both("llama", ratio=0.4, allocation="search", distill=900)
-    expected, found = said.distillation, too.distillation
-    assert found["written_tokens"] == expected["written_tokens"] > 0
+    (_, cpu_report), (_, gpu_report) = on_both("llama", ratio=0.4, allocation="search", distill=900)
+    expected, trained = cpu_report.distillation, gpu_report.distillation
+    assert trained["written_tokens"] == expected["written_tokens"] > 0
     # Each device draws text of its own, but what is held out is the same.
-    assert found["divergence"]["before"] == pytest.approx(expected["divergence"]["before"], rel=1e-6)
-    assert found["divergence"]["after"] == pytest.approx(expected["divergence"]["after"], rel=0.2)
+    assert trained["divergence"]["before"] == pytest.approx(expected["divergence"]["before"], rel=1e-6)
+    assert trained["divergence"]["after"] == pytest.approx(expected["divergence"]["after"], rel=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

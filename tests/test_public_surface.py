@@ -48,14 +48,14 @@ ROWS = {"question": "is the mill old", "answer": True, "passage": "The river run
 
 def keywords(function: Any) -> list[str]:
     """The parameters of a function in order, with their defaults; behind `*` they are given by name."""
-    found: list[str] = []
+    signature: list[str] = []
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in found:
-            found.append("*")
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in signature:
+            signature.append("*")
         star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
         default = "" if parameter.default is parameter.empty else f"={parameter.default!r}"
-        found.append(f"{star}{parameter.name}{default}")
-    return found
+        signature.append(f"{star}{parameter.name}{default}")
+    return signature
 
 
 def recovery_settings() -> list[str]:
@@ -70,10 +70,10 @@ def recovery_settings() -> list[str]:
 
 def commands(command: Any, name: str = "slimgpt") -> dict[str, list[str]]:
     """The arguments and options of a command and of those below it, with defaults."""
-    found = {name: [said_of(parameter) for parameter in command.params]}
+    options = {name: [said_of(parameter) for parameter in command.params]}
     for below, other in getattr(command, "commands", {}).items():
-        found |= commands(other, f"{name} {below}")
-    return found
+        options |= commands(other, f"{name} {below}")
+    return options
 
 
 def said_of(parameter: Any) -> str:
@@ -187,8 +187,8 @@ def lines(values: dict[str, Any] | list[str], where: str = "") -> Iterator[str]:
 
 
 def test_the_public_surface_is_the_one_that_is_listed(tmp_path):
-    listed, found = json.loads(LISTED.read_text(encoding="utf-8")), surface(tmp_path)
-    changes = list(unified_diff(list(lines(listed)), list(lines(found)), "listed", "found", lineterm="", n=0))
+    listed, current = json.loads(LISTED.read_text(encoding="utf-8")), surface(tmp_path)
+    changes = list(unified_diff(list(lines(listed)), list(lines(current)), "listed", "found", lineterm="", n=0))
     advice = "if this is meant, run python tests/test_public_surface.py --write"
     assert not changes, "\n".join([f"the public surface changed; {advice}", *changes])
 

@@ -61,21 +61,21 @@ def test_smollm2_from_load_to_a_folder_that_loads_elsewhere(dense, tmp_path):
     command = [sys.executable, str(script), str(tmp_path / "slim"), str(out)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(out)
+    outputs = load_file(out)
     with torch.no_grad():
         logits = model(**tokenizer("The state of the Union is", return_tensors="pt")).logits
-    assert torch.equal(found["logits"], logits)
-    assert torch.equal(found["generate.True"], found["generate.False"])
+    assert torch.equal(outputs["logits"], logits)
+    assert torch.equal(outputs["generate.True"], outputs["generate.False"])
 
 
 @pytest.mark.slow
 def test_ours_beats_the_paper_and_the_paper_beats_the_baselines():
-    found = {}
+    perplexities = {}
     for method in ("slimgpt", "paper", "wanda", "magnitude"):
         model, tokenizer = slimgpt.load("demo")
         slimgpt.prune(model, tokenizer, 0.33, "demo", method=method, num_samples=32, seq_len=512, device="cpu")
-        found[method] = quality(model, tokenizer)
-    assert found["slimgpt"] < found["paper"] < min(found["wanda"], found["magnitude"])
+        perplexities[method] = quality(model, tokenizer)
+    assert perplexities["slimgpt"] < perplexities["paper"] < min(perplexities["wanda"], perplexities["magnitude"])
 
 
 @pytest.mark.slow

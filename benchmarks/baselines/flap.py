@@ -79,16 +79,18 @@ def flap(model: PreTrainedModel, job: Job) -> None:
 
 def input_moments(model: PreTrainedModel, job: Job) -> list[dict[str, Moments]]:
     """For every layer the moments of the inputs of its output matrices, on the dense model."""
-    found: list[dict[str, Moments]] = [{HEADS: Moments(), CHANNELS: Moments()} for _ in decoder_layers(model)]
+    moments_by_layer: list[dict[str, Moments]] = [
+        {HEADS: Moments(), CHANNELS: Moments()} for _ in decoder_layers(model)
+    ]
 
     def watch(index: int, layer: nn.Module) -> None:
         for name, structure in structures_of(model, HEAD_UNIT).items():
-            moments = found[index][name]
+            moments = moments_by_layer[index][name]
             linear = layer.get_submodule(structure.output)
             linear.register_forward_pre_hook(lambda _, inputs, moments=moments: moments.add(inputs[0]))
 
     walk(model, job, watch)
-    return found
+    return moments_by_layer
 
 
 def unit_scores(W: Tensor, variance: Tensor, units: int) -> Tensor:

@@ -29,9 +29,9 @@ def pruned(model: PreTrainedModel, job: Job, **arguments: Any) -> None:
         on_layer=lambda report, _: job.on_step(report.layer + 1, layers),
         **{**arguments, "repair": job.repair, **dict(job.arguments)},
     )
-    job.said["seconds_by_part"] = {
+    job.info["seconds_by_part"] = {
         "measuring": report.allocation.get("seconds", 0.0),
         "training": report.distillation.get("seconds", 0.0),
         "in_all": report.seconds,
     }
-    job.said["distillation"] = {name: value for name, value in report.distillation.items() if name != "curve"}
+    job.info["distillation"] = {name: value for name, value in report.distillation.items() if name != "curve"}

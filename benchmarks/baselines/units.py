@@ -47,7 +47,7 @@ class Job:
         device: where layers run; the model itself stays in host memory.
         arguments: of ``slimgpt.prune``, for the methods that it has.
         on_step: called with steps done and steps in all.
-        said: what a method has to say of its run, to be kept with the row.
+        info: what a method has to say of its run, to be kept with the row.
     """
 
     windows: Tensor
@@ -59,7 +59,7 @@ class Job:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     arguments: tuple[tuple[str, Any], ...] = ()
     on_step: Callable[[int, int], None] = quiet
-    said: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:

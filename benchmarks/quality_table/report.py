@@ -85,29 +85,29 @@ def _zero_shot(result: Result, paper: Result | None, without: str | None = None)
     Args:
         without: a task that is left out.
     """
-    found = result.measures.get(TASKS)
-    if found is None:
+    tasks = result.measures.get(TASKS)
+    if tasks is None:
         return ""
-    scores = [score for task, score in found["scores"].items() if task != without]
+    scores = [score for task, score in tasks["scores"].items() if task != without]
     error = stderr_of_mean(scores)
     text = _number(mean_of(scores), ".3f") + (f" ± {error:.3f}" if error else "")
     theirs = paper.measures.get(TASKS) if paper else None
-    if theirs is None or theirs is found:
+    if theirs is None or theirs is tasks:
         return text
-    apart = difference(_answers(theirs, without), _answers(found, without))
+    apart = difference(_answers(theirs, without), _answers(tasks, without))
     return text + (f" ({apart[0]:+.3f} ± {apart[1]:.3f})" if apart else "")
 
 
 def _flips(result: Result, dense: Result | None) -> str:
     """The share of questions that the row's model gets right and the dense one wrong, or the other way round."""
-    found, base = (one.measures.get(TASKS) if one else None for one in (result, dense))
-    share = flips(_answers(base, None), _answers(found, None)) if found and base and found is not base else None
+    measure, base = (one.measures.get(TASKS) if one else None for one in (result, dense))
+    share = flips(_answers(base, None), _answers(measure, None)) if measure and base and measure is not base else None
     return _number(share, ".1%")
 
 
-def _answers(found: dict[str, Any], without: str | None) -> Answers:
+def _answers(measure: dict[str, Any], without: str | None) -> Answers:
     """A row's answers as the package has them."""
-    right = {task: marks for task, marks in found.get("right", {}).items() if task != without}
+    right = {task: marks for task, marks in measure.get("right", {}).items() if task != without}
     return {task: dict(enumerate(map(float, marks))) for task, marks in right.items()}
 
 
@@ -137,8 +137,8 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
     for row, result in rows:
         if row.model != model or row.repair or not result.measures:
             continue
-        found = result.found
-        achieved = found["achieved"]
+        pruning = result.found
+        achieved = pruning["achieved"]
         off = row.method != DENSE and abs(achieved - row.ratio) > EXACT
         paper = _find(known, model, "paper", row.ratio)
         repaired = _find(known, model, Row(model, row.method, row.ratio, True, row.changes).title, row.ratio)
@@ -151,8 +151,8 @@ def table(rows: Rows, settings: Settings, model: str, references: Rows = ()) -> 
             *(_number(share_of_paper(known, row, result, name)) for name in measures[1:]),
             *(_zero_shot(result, paper, without) for without in ((None, YES_NO[0]) if tasks else ())),
             *([_flips(result, dense)] if tasks else []),
-            _number(found.get("seconds"), ".0f"),
-            _number(found.get("core_seconds"), ".0f"),
+            _number(pruning.get("seconds"), ".0f"),
+            _number(pruning.get("core_seconds"), ".0f"),
             *(_number(repaired.value(name) if repaired else None) for name in measures[1:]),
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -204,9 +204,9 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
             *table(ablations, settings, model),
             "",
         ]
-    for found in used.values():
+    for versions in used.values():
         lines += [
-            "Made with " + ", ".join(f"{k} {v}" for k, v in found.items()) + f"; commit {', '.join(commits)}.",
+            "Made with " + ", ".join(f"{k} {v}" for k, v in versions.items()) + f"; commit {', '.join(commits)}.",
             "",
         ]
     return "\n".join(lines)
@@ -272,8 +272,8 @@ def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
         limit = CUT * ((dense and dense.value(measure)) or math.inf)
         for line, ratio in enumerate(ratios):
             axis = axes[line][column]
-            found = [(row, result) for row, result in pruned if (row.model, row.ratio) == (model, ratio)]
-            points = [(row, result.found.get("core_seconds"), result.value(measure)) for row, result in found]
+            chosen = [(row, result) for row, result in pruned if (row.model, row.ratio) == (model, ratio)]
+            points = [(row, result.found.get("core_seconds"), result.value(measure)) for row, result in chosen]
             points = [(row, x, y) for row, x, y in points if x is not None and y is not None]
             top = min(max((y for *_, y in points), default=1.0), limit)
             for row, x, y in points:

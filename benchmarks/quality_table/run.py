@@ -203,7 +203,7 @@ class Bench:
         METHODS[row.method].apply(model, job)
         seconds, core_seconds = time.perf_counter() - start, time.process_time() - busy
         after = decoder_parameters(model)
-        found = {
+        pruning = {
             "decoder_parameters": after,
             "achieved": 1 - after / before,
             "seconds": seconds,
@@ -211,9 +211,9 @@ class Bench:
             "core_seconds": core_seconds if self.device.type == "cpu" else None,
             "calibration_sha256": digest(windows),
             "widths": layer_sizes(model.config),
-            **job.said,
+            **job.info,
         }
-        return model, tokenizer, {**found, **about}
+        return model, tokenizer, {**pruning, **about}
 
     def windows(self, row: Row) -> Tensor:
         """The calibration windows of a row, ``(num_samples, seq_len)``."""
@@ -244,7 +244,7 @@ class Bench:
             value = detail.pop("mean")
         else:
             text = self.texts.held_out(name.partition("@")[0].removesuffix(VALIDATION), self.settings.validation)
-            found = perplexity(
+            measured = perplexity(
                 model,
                 tokenizer,
                 text,
@@ -252,7 +252,7 @@ class Bench:
                 settings["max_tokens"],
                 progress=lambda done, total: self.say(name, done, total),
             )
-            value, detail = found.perplexity, {"predicted": found.predicted, "protocol": found.protocol}
+            value, detail = measured.perplexity, {"predicted": measured.predicted, "protocol": measured.protocol}
         seconds, core_seconds = time.perf_counter() - start, time.process_time() - busy
         return {"value": value, "settings": settings, "seconds": seconds, "core_seconds": core_seconds, **detail}
 
@@ -267,9 +267,9 @@ class Bench:
 
             return answer
 
-        found = evaluate_tasks(model, tokenizer, limit=limit, data_dir=self.texts.folder, on_start=on_start)
-        right = {task: "".join(str(int(by[n])) for n in sorted(by)) for task, by in answers(found).items()}
-        return {**found.to_json(), "right": right}
+        scores = evaluate_tasks(model, tokenizer, limit=limit, data_dir=self.texts.folder, on_start=on_start)
+        right = {task: "".join(str(int(by[n])) for n in sorted(by)) for task, by in answers(scores).items()}
+        return {**scores.to_json(), "right": right}
 
     def _calibration(self, row: Row) -> dict[str, Any]:
         known = {name: getattr(self.settings, name) for name in CALIBRATION}
@@ -294,10 +294,10 @@ def _file_sha256(path: Path) -> str:
 @cache
 def _commit() -> str:
     """The commit that measured a row, with a mark if something in the package was not committed."""
-    here = Path(__file__).parent
+    folder = Path(__file__).parent
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=folder, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True)
     except OSError:
         return ""
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")

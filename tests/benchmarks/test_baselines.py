@@ -113,8 +113,8 @@ def test_our_repair_of_a_given_choice_is_least_squares(job):
     W = decoder_layers(dense)[0].self_attn.o_proj.weight.detach().double()
     H += 0.01 * H.diagonal().mean() * torch.eye(len(H))
     expected = reconstruct(W @ H, H, torch.arange(20, 60))
-    found = decoder_layers(model)[0].self_attn.o_proj.weight.detach().double()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    repaired = decoder_layers(model)[0].self_attn.o_proj.weight.detach().double()
+    torch.testing.assert_close(repaired, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_flap_scores_are_standardised_variance_times_squared_norm(job):
@@ -130,8 +130,8 @@ def test_flap_scores_are_standardised_variance_times_squared_norm(job):
         units = 3 if name == HEADS else 52
         d = len(column) // units
         expected = [sum((column[u * d + k] - mean) / std for k in range(d)) / d for u in range(units)]
-        found = unit_scores(W, x.var(0), units)
-        torch.testing.assert_close(found, torch.stack(expected))
+        scores = unit_scores(W, x.var(0), units)
+        torch.testing.assert_close(scores, torch.stack(expected))
 
 
 def test_flap_ranks_over_the_whole_model_and_leaves_one_unit_of_everything():
@@ -176,9 +176,9 @@ def test_llm_pruner_importance_is_the_first_order_change_of_the_loss():
     layer = decoder_layers(model)[1]
     signed = {name: layer.get_parameter(name).detach() * g for name, g in gradients[1].items()}
     for structure, unit in ((structures_of(model, "kv")[HEADS], 1), (structures_of(model, "kv")[CHANNELS], 17)):
-        found = unit_importance(signed, structure, structure.units(sizes), sizes)[unit]
+        importance = unit_importance(signed, structure, structure.units(sizes), sizes)[unit]
         expected = central_difference(lambda s, t=structure, u=unit: loss_with_scaled_unit(model, ids, t, u, s))
-        assert float(found) == pytest.approx(expected, rel=1e-3)  # norms run in fp32
+        assert float(importance) == pytest.approx(expected, rel=1e-3)  # norms run in fp32
 
 
 def central_difference(function: Callable[[float], float], step: float = 1e-2) -> float:
@@ -247,10 +247,10 @@ def test_shortgpt_influence_is_one_minus_cosine_and_layers_are_skipped(job):
     expected = [
         1 - float(torch.cosine_similarity(states[i].double(), states[i + 1].double(), dim=-1).mean()) for i in range(4)
     ]
-    found = block_influence(dense, job)
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    influence = block_influence(dense, job)
+    assert influence.tolist() == pytest.approx(expected, rel=1e-4)
     kept = sorted(sorted(range(4), key=lambda i: expected[i])[2:])
-    assert layers_to_keep(found, [10] * 4, 0.5) == kept
+    assert layers_to_keep(influence, [10] * 4, 0.5) == kept
     assert model.config.layer_types == [dense.config.layer_types[i] for i in kept]
     skipped = [i for i in range(4) if i not in kept]
     for i in skipped:

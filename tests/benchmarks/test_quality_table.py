@@ -190,9 +190,9 @@ def test_the_mean_of_the_tasks_can_be_added_to_a_finished_row(bench, monkeypatch
 def known(model: str, method: str, ratio: float, value: float, repair: bool = False) -> tuple[Row, Result]:
     """A finished row with all three perplexities the same."""
     row = Row(model, method, ratio, repair)
-    found = {"achieved": ratio, "seconds": 5.0, "core_seconds": 9.0, "commit": "c", "versions": {"torch": "1"}}
+    pruning = {"achieved": ratio, "seconds": 5.0, "core_seconds": 9.0, "commit": "c", "versions": {"torch": "1"}}
     return row, Result(
-        {}, {"dtype": "float32"}, found, {f"{name}@{w}": {"value": value} for name, w in (("wikitext2", 128), *REAL)}
+        {}, {"dtype": "float32"}, pruning, {f"{name}@{w}": {"value": value} for name, w in (("wikitext2", 128), *REAL)}
     )
 
 

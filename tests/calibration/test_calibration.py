@@ -79,9 +79,9 @@ def test_windows_are_the_tokens_of_the_text(tokenizer, tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [{"text": SENTENCES[0]}])
     ids = tokenizer(SENTENCES[0])["input_ids"]
     expected = [*ids, tokenizer.eos_token_id][: len(ids) // 2 * 2]
-    found = sample_windows(tokenizer, str(file), 2, len(expected) // 2)
-    assert found.flatten().tolist() == expected
-    assert found.dtype == torch.long
+    windows = sample_windows(tokenizer, str(file), 2, len(expected) // 2)
+    assert windows.flatten().tolist() == expected
+    assert windows.dtype == torch.long
 
 
 def test_windows_follow_the_seed(tokenizer, tmp_path):
@@ -94,8 +94,8 @@ def test_windows_follow_the_seed(tokenizer, tmp_path):
 
 def test_too_little_text_gives_both_numbers(tokenizer, tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [{"text": SENTENCES[0]}])
-    there = len(tokenizer(SENTENCES[0])["input_ids"]) + 1
-    with pytest.raises(CalibrationError, match=rf"gives {there} tokens, but 10 windows of 50 need 500"):
+    tokens = len(tokenizer(SENTENCES[0])["input_ids"]) + 1
+    with pytest.raises(CalibrationError, match=rf"gives {tokens} tokens, but 10 windows of 50 need 500"):
         sample_windows(tokenizer, str(file), 10, 50)
 
 
@@ -113,10 +113,10 @@ def test_every_window_starts_as_the_tokenizer_starts_a_text(tokenizer, starting,
     file = jsonl(tmp_path / "a.jsonl", [{"text": sentence} for sentence in SENTENCES])
     assert prefix_ids(tokenizer) == []
     assert prefix_ids(starting) == [2]
-    found = sample_windows(starting, str(file), 3, 10)
-    assert found.shape == (3, 10)
-    assert found[:, 0].tolist() == [2, 2, 2]
-    assert 2 not in found[:, 1:]
+    windows = sample_windows(starting, str(file), 3, 10)
+    assert windows.shape == (3, 10)
+    assert windows[:, 0].tolist() == [2, 2, 2]
+    assert 2 not in windows[:, 1:]
     with pytest.raises(CalibrationError, match="no room"):
         sample_windows(starting, str(file), 3, 1)
 
@@ -162,8 +162,8 @@ def test_turns_of_sharegpt_become_messages(field, tmp_path):
 def test_parts_of_text_are_joined(tmp_path):
     parts = [{"type": "text", "text": "The river "}, {"type": "text", "text": "runs."}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
-    (found,) = rows_of(tmp_path, {"messages": [{"role": "user", "content": parts}, call]})
-    assert found == [{"role": "user", "content": "The river runs."}, call]
+    (messages,) = rows_of(tmp_path, {"messages": [{"role": "user", "content": parts}, call]})
+    assert messages == [{"role": "user", "content": "The river runs."}, call]
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,8 @@ def test_of_a_long_row_only_the_start_is_tokenised(tokenizer):
             read.append(len(text))
             return tokenizer(text, **options)
 
-    found = cut_windows(Counting(), [text * 20], 3, 16, "text")
-    assert found.flatten().tolist() == tokenizer(text)["input_ids"][:48]
+    windows = cut_windows(Counting(), [text * 20], 3, 16, "text")
+    assert windows.flatten().tolist() == tokenizer(text)["input_ids"][:48]
     assert max(read) < 4000
     blank = "the" + " " * 9000 + "river runs"  # few tokens for its length: all of it is read in the end
     whole = [*tokenizer(blank)["input_ids"], tokenizer.eos_token_id]
@@ -307,8 +307,8 @@ def test_a_chat_that_the_template_refuses_is_counted_and_named(tokenizer, tmp_pa
     with pytest.warns(
         UserWarning, match=r"1 of 3 conversations of 'text' are left out.*line 2: .*roles must alternate"
     ):
-        found = cut_windows(chatty, read_documents(str(file)), 1, length, "text")
-    assert torch.equal(found, cut_windows(chatty, [CHAT, CHAT], 1, length, "text"))
+        windows = cut_windows(chatty, read_documents(str(file)), 1, length, "text")
+    assert torch.equal(windows, cut_windows(chatty, [CHAT, CHAT], 1, length, "text"))
     jsonl(file, [good, bad, bad])
     with pytest.raises(CalibrationError, match=r"refuses 2 of 3 conversations.*a\.jsonl, line [23]: .*roles must"):
         sample_windows(chatty, str(file), 2, 200)

@@ -55,12 +55,12 @@ def test_mixtures_that_cannot_be(text, message):
 
 @given(st.lists(st.fractions(min_value=Fraction(1, 10), max_value=10), min_size=1, max_size=6), st.integers(6, 300))
 def test_windows_are_divided_by_the_shares(shares, count):
-    found = windows_by_part([Part(str(i), share) for i, share in enumerate(shares)], count)
-    assert sum(found) == count
-    assert min(found) >= 1
+    counts = windows_by_part([Part(str(i), share) for i, share in enumerate(shares)], count)
+    assert sum(counts) == count
+    assert min(counts) >= 1
     exact = [share / sum(shares) * count for share in shares]
     if min(exact) >= 1:
-        assert all(abs(number - share) < 1 for number, share in zip(found, exact))
+        assert all(abs(number - share) < 1 for number, share in zip(counts, exact))
 
 
 def test_fewer_windows_than_sources_are_refused():

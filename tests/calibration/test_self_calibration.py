@@ -50,10 +50,10 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def chatting(tokenizer) -> PreTrainedTokenizerFast:
     """The tokenizer with a chat template."""
-    found = copy.deepcopy(tokenizer)
-    found.add_special_tokens({"additional_special_tokens": ["<start>"]})
-    found.chat_template = TEMPLATE
-    return found
+    chatty = copy.deepcopy(tokenizer)
+    chatty.add_special_tokens({"additional_special_tokens": ["<start>"]})
+    chatty.chat_template = TEMPLATE
+    return chatty
 
 
 def written(model, tokenizer, num_samples=6, seq_len=40, seed=0, **more):
@@ -350,17 +350,17 @@ def test_the_type_asked_for_is_taken():
 
 def test_auto_is_the_default_in_memory_and_to_a_folder(dense_folder, tmp_path):
     model, tokenizer = slimgpt.load(str(dense_folder))
-    told = []
-    report = slimgpt.prune(model, tokenizer, on_rehearsed=lambda *step: told.append(step[0]), **OPTIONS)
+    steps = []
+    report = slimgpt.prune(model, tokenizer, on_rehearsed=lambda *step: steps.append(step[0]), **OPTIONS)
     slimgpt.save(model, tokenizer, report, tmp_path / "whole")
     folder = slimgpt.prune_folder(str(dense_folder), tmp_path / "streamed", **OPTIONS)
-    for found in (report, folder):
-        assert found.calibration["source"] == "auto"
-        assert found.calibration["self_written"]["sha256"] == found.calibration["sha256"]
-        assert (found.calibration["num_samples"], found.calibration["seq_len"]) == (12, 48)
-        assert found.divergence["held_out"]["tokens"] > 0
+    for each in (report, folder):
+        assert each.calibration["source"] == "auto"
+        assert each.calibration["self_written"]["sha256"] == each.calibration["sha256"]
+        assert (each.calibration["num_samples"], each.calibration["seq_len"]) == (12, 48)
+        assert each.divergence["held_out"]["tokens"] > 0
     assert folder.calibration["sha256"] == report.calibration["sha256"]
-    assert "writing text" in told
+    assert "writing text" in steps
     assert "--calibration auto" in (tmp_path / "streamed" / "README.md").read_text()
 
 
@@ -389,11 +389,11 @@ def test_a_run_killed_while_writing_or_after_goes_on_to_the_same(dense_folder, t
 
     with pytest.raises(Killed):
         slimgpt.prune_folder(str(dense_folder), tmp_path / "out", resume=True, on_layer=kill_layer, **OPTIONS)
-    told = []
+    steps = []
     resumed = slimgpt.prune_folder(
-        str(dense_folder), tmp_path / "out", resume=True, on_rehearsed=lambda *step: told.append(step), **OPTIONS
+        str(dense_folder), tmp_path / "out", resume=True, on_rehearsed=lambda *step: steps.append(step), **OPTIONS
     )
-    assert told == []
+    assert steps == []
     assert resumed.calibration["sha256"] == plain.calibration["sha256"]
     for name in ("model.safetensors", "config.json", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()

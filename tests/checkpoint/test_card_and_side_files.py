@@ -143,13 +143,13 @@ def test_evaluate_adds_its_figures_and_keeps_what_exports_left(slim, base, text_
         done = CliRunner().invoke(app, [str(word) for word in (*words, *more, "--update-card")])
         assert done.exit_code == 0, done.output
     model, tokenizer = slimgpt.load(str(slim))
-    found = slimgpt.evaluate(model, tokenizer, str(text_file), window=32, max_tokens=256, against=str(base))
+    measured = slimgpt.evaluate(model, tokenizer, str(text_file), window=32, max_tokens=256, against=str(base))
     (result,) = json.loads((slim / "slimgpt.json").read_text())["evaluation"]["results"]  # the newer of the same
-    assert result["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
-    assert result["kl_divergence"] == pytest.approx(found.divergence.kl.mean, rel=1e-5)
+    assert result["perplexity"] == pytest.approx(measured.perplexity, rel=1e-5)
+    assert result["kl_divergence"] == pytest.approx(measured.divergence.kl.mean, rel=1e-5)
     assert result["text"] == text_file.name
     text = (slim / "README.md").read_text()
-    assert f"perplexity {found.perplexity:.2f}, KL divergence from dense {found.divergence.kl.mean:.3f}" in text
+    assert f"perplexity {measured.perplexity:.2f}, KL divergence from dense {measured.divergence.kl.mean:.3f}" in text
     assert text.count("## Exports") == text.count("`padded` (padded") == 1
     assert str(slim.parent) not in text
     assert front(slim)["license_name"] == "tiny"

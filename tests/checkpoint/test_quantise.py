@@ -53,7 +53,7 @@ def logits(folder: Path, **options: Any) -> torch.Tensor:
 def test_a_quantised_slim_model_is_near_the_slim_model(kind, step, limit, folders):
     options = {"quantization_config": config_of(kind)}
     exact = logits(folders[step])
-    found = logits(folders[step], **options)
-    difference = float((found - exact).norm() / exact.norm())
+    quantised = logits(folders[step], **options)
+    difference = float((quantised - exact).norm() / exact.norm())
     print(f"{kind}: {difference:.4f}")
     assert 0 < difference < limit

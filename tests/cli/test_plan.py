@@ -79,29 +79,29 @@ def test_published_sizes(name, target, folder):
     path = folder(name)
     result = plan(path, *target, "--json")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.output)
-    assert found["plan"]["parameters_before"] == PUBLISHED[name][1]
+    report = json.loads(result.output)
+    assert report["plan"]["parameters_before"] == PUBLISHED[name][1]
     config = load_config(locate(str(path)))
     model = empty_model(config)
-    apply_sizes(model, ARCHITECTURES[config.model_type], [dict(layer) for layer in found["plan"]["layers"]])
-    assert count_tied(empty_model(model.config)) == found["plan"]["parameters"]
-    assert found["bytes"]["bfloat16"] == 2 * found["plan"]["parameters"]
-    q8 = found["gguf_bytes"]["Q8_0"] / found["plan"]["parameters"]
+    apply_sizes(model, ARCHITECTURES[config.model_type], [dict(layer) for layer in report["plan"]["layers"]])
+    assert count_tied(empty_model(model.config)) == report["plan"]["parameters"]
+    assert report["bytes"]["bfloat16"] == 2 * report["plan"]["parameters"]
+    q8 = report["gguf_bytes"]["Q8_0"] / report["plan"]["parameters"]
     assert q8 == pytest.approx(8.5 / 8, rel=0.01) if "--uniform" in target else 8.5 / 8 <= q8 < 1.5  # odd rows stay F16
-    assert {verdict["engine"] for verdict in found["verdicts"]} == {"hf", "vllm", "llama.cpp", "sglang", "mlx", "onnx"}
+    assert {verdict["engine"] for verdict in report["verdicts"]} == {"hf", "vllm", "llama.cpp", "sglang", "mlx", "onnx"}
 
 
 def test_targets_on_a_published_size(folder):
     path = folder("llama-3.1-8b")
     for step, options in ((1, ("--round-to", 1)), (64, ())):  # of 14,336 channels
-        found = json.loads(plan(path, "--params", "6.5B", "--json", *options).output)
-        assert 6_500_000_000 - step * 3 * 4096 <= found["plan"]["parameters"] <= 6_500_000_000
-        assert all(sizes["intermediate_size"] % step == 0 for sizes in found["plan"]["layers"])
-    found = json.loads(plan(path, "--bytes", "13GB", "--json").output)
-    assert 12.99e9 < 2 * found["plan"]["parameters"] <= 13e9
-    found = json.loads(plan(path, "--kv-cache", "2GB@32k", "--json").output)
-    assert found["kv_before"] == 131072
-    assert found["kv_after"] * 32768 <= 2e9
+        report = json.loads(plan(path, "--params", "6.5B", "--json", *options).output)
+        assert 6_500_000_000 - step * 3 * 4096 <= report["plan"]["parameters"] <= 6_500_000_000
+        assert all(sizes["intermediate_size"] % step == 0 for sizes in report["plan"]["layers"])
+    report = json.loads(plan(path, "--bytes", "13GB", "--json").output)
+    assert 12.99e9 < 2 * report["plan"]["parameters"] <= 13e9
+    report = json.loads(plan(path, "--kv-cache", "2GB@32k", "--json").output)
+    assert report["kv_before"] == 131072
+    assert report["kv_after"] * 32768 <= 2e9
     result = plan(path, "--params", "6.5B", "--for", "vllm,llama.cpp")
     assert result.exit_code == 0, result.output
     assert "0-31" in result.output  # one row: all layers are equal
@@ -143,7 +143,7 @@ def test_engines_of_equal_layers_get_the_largest_step_that_meets_the_target(tmp_
         "num_key_value_heads": 3, "head_dim": 64, "intermediate_size": 1536, "vocab_size": 50,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = {}
+    reports = {}
     for name, options in {
         "vllm": ("--for", "vllm"),
         "given": ("--for", "vllm", "--round-to", 64),
@@ -156,19 +156,19 @@ def test_engines_of_equal_layers_get_the_largest_step_that_meets_the_target(tmp_
         ratio = () if "--ratio" in options else ("--ratio", 0.2)
         result = plan(tmp_path, *ratio, *options, "--json")
         assert result.exit_code == 0, result.output
-        found[name] = json.loads(result.output)
-    steps = {name: each["plan"]["round_to"] for name, each in found.items()}
+        reports[name] = json.loads(result.output)
+    steps = {name: each["plan"]["round_to"] for name, each in reports.items()}
     assert steps == {
         "vllm": 32, "given": 64, "by layer": 32, "llama.cpp": 32, "paper": 1, "paper in vllm": 64, "half": 64,
     }  # fmt: skip
     for name, step in steps.items():
-        assert all(sizes["intermediate_size"] % step == 0 for sizes in found[name]["plan"]["layers"])
-    assert found["vllm"]["plan"]["achieved"] == pytest.approx(0.2031, abs=1e-4)
-    assert found["given"]["plan"]["achieved"] == pytest.approx(0.1874, abs=1e-4)  # no pair is nearer
-    assert found["by layer"]["plan"]["achieved"] == pytest.approx(0.2, abs=0.002)
-    assert found["half"]["plan"]["achieved"] == pytest.approx(0.5, abs=0.005)
-    assert "multiples of 64 they would miss" in found["vllm"]["note"]
-    assert "multiples of 64 allow no nearer share" in found["given"]["note"]
-    assert found["by layer"]["note"] is None
+        assert all(sizes["intermediate_size"] % step == 0 for sizes in reports[name]["plan"]["layers"])
+    assert reports["vllm"]["plan"]["achieved"] == pytest.approx(0.2031, abs=1e-4)
+    assert reports["given"]["plan"]["achieved"] == pytest.approx(0.1874, abs=1e-4)  # no pair is nearer
+    assert reports["by layer"]["plan"]["achieved"] == pytest.approx(0.2, abs=0.002)
+    assert reports["half"]["plan"]["achieved"] == pytest.approx(0.5, abs=0.005)
+    assert "multiples of 64 they would miss" in reports["vllm"]["note"]
+    assert "multiples of 64 allow no nearer share" in reports["given"]["note"]
+    assert reports["by layer"]["note"] is None
     shown = " ".join(plan(tmp_path, "--ratio", 0.2, "--for", "vllm").stdout.split())
     assert "FFN widths are multiples of 32" in shown

@@ -253,8 +253,8 @@ def test_what_was_kept_of_another_model_of_that_name_is_not_used(folders, text_f
     assert loads == ["slim", "dense"]  # the divergence is taken from it
     model, tokenizer = slimgpt.load(str(folders / "slim-20"))
     expected = slimgpt.evaluate(model, tokenizer, str(text_file), window=32, max_tokens=256)
-    found = json.loads((tmp_path / "out" / "compare.json").read_text())["models"][1]["perplexities"][0]["perplexity"]
-    assert found == pytest.approx(expected.perplexity, rel=1e-6)
+    slim = json.loads((tmp_path / "out" / "compare.json").read_text())["models"][1]
+    assert slim["perplexities"][0]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-6)
 
 
 def test_compare_replaces_only_comparisons(compared, folders, text_file, tmp_path):
@@ -343,8 +343,8 @@ def test_ratios_of_made_up_timings():
     def timing(model, scale):
         return Timing(model, 1, 100 * scale, 400 * scale, 50 / scale, 5 / scale, 1.0, None, 8.0 * scale, 10.0 * scale)
 
-    found = Timings((timing("base", 2), timing("slim", 1)), "base", {})
-    assert found.ratios() == {
+    timings = Timings((timing("base", 2), timing("slim", 1)), "base", {})
+    assert timings.ratios() == {
         ("slim", 1): {
             "prefill": 2.0, "decode": 2.0, "first_token": 1.0, "prefill_flops": 2.0, "decode_flops": 2.0,
             "parameters": 0.5, "bytes": 0.5,
@@ -453,6 +453,6 @@ def test_differences_of_tasks_are_those_of_their_questions(folders, data_dir):  
 
 
 def test_timing_without_a_base(folders):
-    found = time_models([str(folders / "dense")], None, (1,), 8, 2, 1, device="cpu", memory=False)
-    assert found.ratios() == {}
-    assert found.rows[0].first_token > 0
+    timings = time_models([str(folders / "dense")], None, (1,), 8, 2, 1, device="cpu", memory=False)
+    assert timings.ratios() == {}
+    assert timings.rows[0].first_token > 0

@@ -29,14 +29,14 @@ def written(model, count=12, length=20, seed=0, on_token=None, **options):
 
 def check_hidden(model, ids, hidden):
     """They are what the last layer returns when the text is read at once."""
-    found = []
+    outputs = []
     hook = decoder_layers(model)[-1].register_forward_hook(
-        lambda _, __, out: found.append(out[0] if isinstance(out, tuple) else out)
+        lambda _, __, out: outputs.append(out[0] if isinstance(out, tuple) else out)
     )
     with torch.no_grad(), hook:
         model(input_ids=ids, use_cache=False)
-    scale = float(found[0].abs().max())
-    assert float((hidden - found[0]).abs().max()) < 1e-4 * scale
+    scale = float(outputs[0].abs().max())
+    assert float((hidden - outputs[0]).abs().max()) < 1e-4 * scale
 
 
 def sharp(model):
@@ -57,7 +57,7 @@ def test_a_certain_model_writes_what_generate_does(family):
     prompts = {tuple(row[start : start + 10].tolist()) for row in IDS for start in range(15)}
     assert {tuple(row[:10].tolist()) for row in ids} <= prompts
     ended = getattr(model.config.get_text_config(), "eos_token_id", None)
-    found = model.generate(
+    generated = model.generate(
         ids[:, :10],
         attention_mask=torch.ones_like(ids[:, :10]),
         do_sample=False,
@@ -65,7 +65,7 @@ def test_a_certain_model_writes_what_generate_does(family):
         max_new_tokens=10,
         pad_token_id=ended if isinstance(ended, int) else 0,
     )
-    assert torch.equal(found, ids)
+    assert torch.equal(generated, ids)
 
 
 def test_tokens_are_drawn_as_often_as_predicted():
@@ -90,7 +90,7 @@ def test_tokens_are_drawn_as_often_as_predicted():
 def test_what_is_written_depends_on_the_seed_alone():
     model, steps = tiny_model("llama"), []
     before = {name: parameter.data.clone() for name, parameter in model.named_parameters()}
-    ids = written(model, on_token=lambda *said: steps.append(said))
+    ids = written(model, on_token=lambda *step: steps.append(step))
     assert [(number, count) for number, count, _ in steps] == [(n, 10) for n in range(10)]
     torch.manual_seed(5)
     assert torch.equal(written(model), ids)
@@ -103,7 +103,7 @@ def test_what_is_written_depends_on_the_seed_alone():
 def test_little_memory_is_enough():
     """One piece at a time, every layer brought anew for every token; and the same is written."""
     model, steps = tiny_model("llama"), []
-    ids = written(model, on_token=lambda *said: steps.append(said), budget=1)
+    ids = written(model, on_token=lambda *step: steps.append(step), budget=1)
     assert [(number, count) for number, count, _ in steps] == [(n, 120) for n in range(120)]
     assert torch.equal(ids, written(model))
 

@@ -80,7 +80,7 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
     assert [len(step) for step in steps] == ([2, 2] if tokens == 300 else [2, 2, 2, 2])
     assert lesson.count(range(lesson.held_out)) == 144
     mirror = copy.deepcopy(slim)
-    said = training()
+    info = training()
 
     mirror.requires_grad_(False)
     keys = {s.key for s in slimgpt.ARCHITECTURES[family].chosen("kv")}
@@ -108,30 +108,30 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
         loss = torch.cat([part.flatten() for part in losses]).sum()
         text = sum(said_by(mirror, lesson.ids[b]) for b in step)
         heeded = number >= 1 or tokens == 300
-        (loss + heeded * said["text_weight"] * text).backward()
+        (loss + heeded * info["text_weight"] * text).backward()
         curve.append(float(loss.detach()) / sum(part.numel() for part in losses))
         for group in adam.param_groups:
-            group["lr"] = said["rate"] * distillation._rate(number, len(steps)) * group["scale"]
+            group["lr"] = info["rate"] * distillation._rate(number, len(steps)) * group["scale"]
         adam.step()
-    assert said["curve"] == pytest.approx(curve, rel=1e-5)
-    assert (said["tokens"], said["written_tokens"]) == ((288, 0) if tokens == 300 else (576, 144))
-    assert said["rate"] == pytest.approx(thresholds().max_lr * said["divergence"]["before"] ** 0.5)
-    assert said["text_weight"] == pytest.approx(distillation.TEXT_WEIGHT * said["divergence"]["before"] ** 0.5)
+    assert info["curve"] == pytest.approx(curve, rel=1e-5)
+    assert (info["tokens"], info["written_tokens"]) == ((288, 0) if tokens == 300 else (576, 144))
+    assert info["rate"] == pytest.approx(thresholds().max_lr * info["divergence"]["before"] ** 0.5)
+    assert info["text_weight"] == pytest.approx(distillation.TEXT_WEIGHT * info["divergence"]["before"] ** 0.5)
     with torch.no_grad():
         held = torch.cat([divergence(mirror, dense, lesson.ids[b]).flatten() for b in range(lesson.held_out)])
         text = sum(said_by(mirror, lesson.ids[b]) for b in range(lesson.held_out))
         text /= sum(lesson.ids[b][:, 2:].numel() for b in range(lesson.held_out))
-    assert said["divergence"]["after"] == pytest.approx(float(held.mean()), rel=1e-4)
-    assert said["cross_entropy"]["after"] == pytest.approx(float(text), rel=1e-4)
-    both = [said["divergence"][at] + said["text_weight"] * said["cross_entropy"][at] for at in ("before", "after")]
-    assert said["kept"] == (both[1] < both[0])
+    assert info["divergence"]["after"] == pytest.approx(float(held.mean()), rel=1e-4)
+    assert info["cross_entropy"]["after"] == pytest.approx(float(text), rel=1e-4)
+    both = [info["divergence"][at] + info["text_weight"] * info["cross_entropy"][at] for at in ("before", "after")]
+    assert info["kept"] == (both[1] < both[0])
     training.apply(slim)
     for name, parameter in slim.named_parameters():
         moved = name in scales
         expected = mirror.get_parameter(name).detach()
         # Moments are kept in bfloat16: 3 digits of a step, and a step is RATE of the matrix. Here are two, or four.
         scale = float(expected.square().mean().sqrt())
-        room = (0.01 * len(steps) * said["rate"] + 1e-6) * scale if moved else 0.0
+        room = (0.01 * len(steps) * info["rate"] + 1e-6) * scale if moved else 0.0
         assert float((parameter - expected).abs().max()) <= room, name
 
 
@@ -145,16 +145,16 @@ def test_held_out_text_is_not_trained_on():
 
 
 def test_what_is_kept_in_files_or_brought_every_time_gives_the_same():
-    found = [
+    trainings = [
         case("llama", place, budget=budget)[2]
         for place, budget in (("device", 10**12), ("file", 10**12), ("device", 0))
     ]
-    said = [training() for training in found]
-    assert [len(training.resident_layers) for training in found] == [4, 4, 0]
+    infos = [training() for training in trainings]
+    assert [len(training.resident_layers) for training in trainings] == [4, 4, 0]
     for index in range(4):
-        one, *others = (training.parameters(index) for training in found)
+        one, *others = (training.parameters(index) for training in trainings)
         assert all(torch.equal(one[name], other[name]) for other in others for name in one)
-    assert said[0]["curve"] == said[1]["curve"] == said[2]["curve"]
+    assert infos[0]["curve"] == infos[1]["curve"] == infos[2]["curve"]
 
 
 def test_a_model_in_memory_is_trained_if_that_helps():
@@ -162,18 +162,18 @@ def test_a_model_in_memory_is_trained_if_that_helps():
     calls, options = [], {**OPTIONS, "calibration": IDS[:6].repeat(4, 1)}  # what helps the one part helps the other
     pruning_split = {**options, "calibration": IDS[:6].repeat(3, 1)}  # the last quarter is held out
     assert slimgpt.prune(plain, None, distill="off", **pruning_split).distillation == {}
-    report = slimgpt.prune(trained, None, distill=360, on_distilled=lambda *said: calls.append(said), **options)
-    said = report.distillation
-    assert said["kept"]
-    assert said["divergence"]["after"] < said["divergence"]["before"]
-    assert said["tokens"] == 360
-    assert [(step, steps) for step, steps, _, _ in calls] == [(n, said["steps"]) for n in range(said["steps"])]
+    report = slimgpt.prune(trained, None, distill=360, on_distilled=lambda *step: calls.append(step), **options)
+    info = report.distillation
+    assert info["kept"]
+    assert info["divergence"]["after"] < info["divergence"]["before"]
+    assert info["tokens"] == 360
+    assert [(step, steps) for step, steps, _, _ in calls] == [(n, info["steps"]) for n in range(info["steps"])]
     back = slimgpt.pruning.PruneReport.from_json(json.loads(json.dumps(report.to_json())))
-    assert back.distillation == said
+    assert back.distillation == info
     dense = tiny_model("llama")
     with torch.no_grad():
-        found = [float(divergence(model, dense, IDS[:6]).mean()) for model in (plain, trained)]
-    assert found == pytest.approx([said["divergence"]["before"], said["divergence"]["after"]], rel=1e-4)
+        divergences = [float(divergence(model, dense, IDS[:6]).mean()) for model in (plain, trained)]
+    assert divergences == pytest.approx([info["divergence"]["before"], info["divergence"]["after"]], rel=1e-4)
     with other_thresholds(max_lr=50.0):
         assert not slimgpt.prune(spoilt, None, distill=360, **options).distillation["kept"]
     for name, parameter in plain.named_parameters():
@@ -212,7 +212,7 @@ def test_what_is_not_there_is_written_first():
     calls = []
     take = decoder_layers(dense).__getitem__
     lesson = build_distillation_data(
-        dense, take, IDS, 1100, CONFIG, run(), on_rehearsed=lambda *said: calls.append(said)
+        dense, take, IDS, 1100, CONFIG, run(), on_rehearsed=lambda *step: calls.append(step)
     )
     # 45 windows of 24 tokens are asked for; 18 are there, in batches of 3 behind the two that are held out.
     assert lesson.generated == 9
@@ -264,8 +264,8 @@ def test_one_window_cannot_be_trained_on_and_judged_by():
 def test_what_is_judged_is_what_is_saved():
     dense = tiny_model("llama").bfloat16()
     slim = copy.deepcopy(dense)
-    said = slimgpt.prune(slim, None, distill=360, forward_dtype="float32", **OPTIONS).distillation
-    assert said["kept"]
+    info = slimgpt.prune(slim, None, distill=360, forward_dtype="float32", **OPTIONS).distillation
+    assert info["kept"]
     with torch.no_grad():
         apart = float(divergence(slim.float(), dense.float(), IDS[-6:]).mean())
-    assert said["divergence"]["after"] == pytest.approx(apart, rel=1e-4)
+    assert info["divergence"]["after"] == pytest.approx(apart, rel=1e-4)

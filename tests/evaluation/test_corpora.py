@@ -27,9 +27,9 @@ FILE = " \n = Robert Boulter = \n \n Robert Boulter is an English actor . \n He 
 def test_wikitext_from_the_file_is_the_text_of_the_literature(tmp_path, monkeypatch):
     (tmp_path / "wikitext2").mkdir()
     (tmp_path / "wikitext2" / "wiki.test.raw").write_text(FILE)
-    found = read_text("wikitext2", tmp_path)
-    assert found.content == "\n\n".join(HUB_ROWS)
-    assert found.joining == r"rows joined with '\n\n', from wiki.test.raw"
+    text = read_text("wikitext2", tmp_path)
+    assert text.content == "\n\n".join(HUB_ROWS)
+    assert text.joining == r"rows joined with '\n\n', from wiki.test.raw"
     asked = {}
 
     def load_dataset(**arguments):
@@ -37,7 +37,7 @@ def test_wikitext_from_the_file_is_the_text_of_the_literature(tmp_path, monkeypa
         return Dataset.from_dict({"text": HUB_ROWS})
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert read_text("wikitext2").content == found.content
+    assert read_text("wikitext2").content == text.content
     assert (asked["path"], asked["name"], asked["split"]) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
 
 
@@ -45,10 +45,10 @@ def test_c4_takes_so_many_rows_and_windows(tmp_path, tokenizer):
     (tmp_path / "c4").mkdir()
     rows = [json.dumps({"text": f"Document {i} runs past the old mill and the sea."}) for i in range(1200)]
     (tmp_path / "c4" / "c4_validation.jsonl").write_text("\n".join(rows))
-    found = read_text("c4", tmp_path)
-    assert found.content.startswith("Document 0 runs past the old mill and the sea. Document 1 ")
-    assert "Document 1099 " in found.content
-    assert "Document 1100 " not in found.content
+    text = read_text("c4", tmp_path)
+    assert text.content.startswith("Document 0 runs past the old mill and the sea. Document 1 ")
+    assert "Document 1099 " in text.content
+    assert "Document 1100 " not in text.content
     result = slimgpt.evaluate(tiny_model("llama"), tokenizer, "c4", window=16, data_dir=tmp_path)
     assert result.tokens == CORPORA["c4"].max_windows * 16
 
@@ -152,15 +152,15 @@ def test_passkey_counts_what_greedy_decoding_gives(tokenizer, monkeypatch):
     """A model that knows the answers of the first depth only."""
     model = tiny_model("llama", max_position_embeddings=800)
 
-    def some(model, requests, max_length, _):
+    def answer_first(model, requests, max_length, _):
         real = log_likelihoods(model, requests[:1], max_length)
         assert len(real) == 1
         return [(0.0, index < 3) for index, _ in enumerate(requests)]
 
-    monkeypatch.setattr("slimgpt.evaluation.passkey_retrieval.log_likelihoods", some)
-    found = passkey(model, tokenizer, [700], trials=3)
-    assert found.by_depth == {700: [1.0, *[0.0] * (DEPTHS - 1)]}
-    assert found.found == {700: pytest.approx(1 / DEPTHS)}
+    monkeypatch.setattr("slimgpt.evaluation.passkey_retrieval.log_likelihoods", answer_first)
+    passkeys = passkey(model, tokenizer, [700], trials=3)
+    assert passkeys.by_depth == {700: [1.0, *[0.0] * (DEPTHS - 1)]}
+    assert passkeys.found == {700: pytest.approx(1 / DEPTHS)}
     with pytest.raises(UsageError, match="longer than the model's context"):
         passkey(model, tokenizer, [801])
 

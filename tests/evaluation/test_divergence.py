@@ -55,9 +55,9 @@ def pair():
     return model, base
 
 
-def agrees(found: Perplexity, rows, tokens_per_byte):
+def agrees(measured: Perplexity, rows, tokens_per_byte):
     """Every figure is the plain computation's, to a millionth."""
-    count, divergence = len(rows), found.divergence
+    count, divergence = len(rows), measured.divergence
     _, kls, same, base_log_p, log_p = (list(column) for column in zip(*rows))
     close = {"rel": 1e-6, "abs": 1e-9}
     mean = sum(kls) / count
@@ -77,16 +77,16 @@ def agrees(found: Perplexity, rows, tokens_per_byte):
     assert divergence.delta_p.mean == pytest.approx(sum(deltas) / count, **close)
     assert divergence.delta_p.rms == pytest.approx(math.sqrt(sum(d * d for d in deltas) / count), **close)
     assert divergence.base_perplexity == pytest.approx(math.exp(-sum(base_log_p) / count), **close)
-    assert found.perplexity == pytest.approx(math.exp(-sum(log_p) / count), **close)
+    assert measured.perplexity == pytest.approx(math.exp(-sum(log_p) / count), **close)
     assert divergence.log_perplexity_ratio == pytest.approx(
-        math.log(found.perplexity / divergence.base_perplexity), **close
+        math.log(measured.perplexity / divergence.base_perplexity), **close
     )
     for first, part in divergence.by_position.items():
         inside = [row for row in rows if first <= row[0] < 2 * first]
         assert part.tokens == len(inside)
         assert part.kl == pytest.approx(sum(row[1] for row in inside) / len(inside), **close)
         assert part.same_top == pytest.approx(sum(row[2] for row in inside) / len(inside))
-    assert sum(part.tokens for part in divergence.by_position.values()) == count == found.predicted
+    assert sum(part.tokens for part in divergence.by_position.values()) == count == measured.predicted
 
 
 @pytest.mark.parametrize("stride", [None, 7])
@@ -94,11 +94,13 @@ def test_divergence_is_that_of_a_plain_computation(stride, pair, tokenizer, text
     model, base = pair
     text = text_file.read_text()
     ids = torch.tensor(tokenizer(text)["input_ids"])
-    found = slimgpt.evaluate(model, tokenizer, str(text_file), window=20, stride=stride, max_tokens=200, against=base)
-    agrees(found, plain(model, base, ids[:200], 20, stride), len(ids) / len(text.encode()))
+    measured = slimgpt.evaluate(
+        model, tokenizer, str(text_file), window=20, stride=stride, max_tokens=200, against=base
+    )
+    agrees(measured, plain(model, base, ids[:200], 20, stride), len(ids) / len(text.encode()))
     alone = slimgpt.evaluate(model, tokenizer, str(text_file), window=20, stride=stride, max_tokens=200)
     assert alone.divergence is None
-    assert alone.perplexity == pytest.approx(found.perplexity, rel=1e-12)
+    assert alone.perplexity == pytest.approx(measured.perplexity, rel=1e-12)
 
 
 @pytest.mark.network
@@ -107,30 +109,30 @@ def test_divergence_of_smollm2_is_that_of_a_plain_computation(smollm2):
     base, tokenizer = smollm2
     model, _ = slimgpt.load("demo", "bfloat16")
     text = slimgpt.evaluation.read_text("demo").content
-    found = perplexity(model, tokenizer, text, 64, 192, against=base)
+    measured = perplexity(model, tokenizer, text, 64, 192, against=base)
     ids = tokenizer(text)["input_ids"]
-    agrees(found, plain(model, base, torch.tensor(ids[:192]), 64), len(ids) / len(text.encode()))
+    agrees(measured, plain(model, base, torch.tensor(ids[:192]), 64), len(ids) / len(text.encode()))
 
 
 def test_a_model_does_not_diverge_from_itself(pair, tokenizer, text_file):
     base = pair[1].train()  # with or without dropout: it is measured without
-    found = perplexity(base, tokenizer, text_file.read_text(), 20, 200, against=base).divergence
+    divergence = perplexity(base, tokenizer, text_file.read_text(), 20, 200, against=base).divergence
     assert base.training
     base.eval()
-    assert (found.kl.mean, found.kl.maximum, found.delta_p.rms, found.bits_per_byte) == (0, 0, 0, 0)
-    assert (found.same_top, found.same_top_stderr) == (1, 0)
-    assert found.correlation == pytest.approx(1, abs=1e-12)
+    assert (divergence.kl.mean, divergence.kl.maximum, divergence.delta_p.rms, divergence.bits_per_byte) == (0, 0, 0, 0)
+    assert (divergence.same_top, divergence.same_top_stderr) == (1, 0)
+    assert divergence.correlation == pytest.approx(1, abs=1e-12)
 
 
 def test_token_divergence_has_the_closed_form_of_two_coins():
     p, q = torch.tensor([0.9, 0.5]), torch.tensor([0.6, 0.2])
     logits = [torch.stack([share.log(), (1 - share).log()], -1) for share in (p, q)]
-    found = token_divergence(*logits, torch.tensor([0, 1]))
+    divergences = token_divergence(*logits, torch.tensor([0, 1]))
     expected = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-    torch.testing.assert_close(found.kl, expected.double(), rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(found.teacher_log_p.exp(), torch.tensor([0.9, 0.5]).double(), rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.student_log_p.exp(), torch.tensor([0.6, 0.8]).double(), rtol=1e-6, atol=0)
-    assert found.same_top.tolist() == [True, False]  # of two equally likely tokens the first counts
+    torch.testing.assert_close(divergences.kl, expected.double(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(divergences.teacher_log_p.exp(), torch.tensor([0.9, 0.5]).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(divergences.student_log_p.exp(), torch.tensor([0.6, 0.8]).double(), rtol=1e-6, atol=0)
+    assert divergences.same_top.tolist() == [True, False]  # of two equally likely tokens the first counts
 
 
 def test_logits_are_there_for_one_batch_at_a_time(monkeypatch, pair, tokenizer, text_file):
@@ -164,8 +166,8 @@ def test_a_damaged_base_is_named(pair, tokenizer, text_file):
 
 
 def test_json_goes_both_ways(pair, tokenizer, text_file):
-    found = perplexity(pair[0], tokenizer, text_file.read_text(), 20, 200, against=pair[1])
-    assert Perplexity.from_json(json.loads(json.dumps(found.to_json()))) == found
+    measured = perplexity(pair[0], tokenizer, text_file.read_text(), 20, 200, against=pair[1])
+    assert Perplexity.from_json(json.loads(json.dumps(measured.to_json()))) == measured
 
 
 def test_the_command(pair, tokenizer, text_file, tmp_path):
@@ -175,10 +177,16 @@ def test_the_command(pair, tokenizer, text_file, tmp_path):
     given += ["--device", "cpu"]
     done = CliRunner().invoke(app, [str(word) for word in (*given, "--text", text_file, "--json", tmp_path / "o.json")])
     assert done.exit_code == 0, done.output
-    found = perplexity(pair[0], tokenizer, text_file.read_text(), 20, 200, against=pair[1]).divergence
+    expected = perplexity(pair[0], tokenizer, text_file.read_text(), 20, 200, against=pair[1]).divergence
     written = json.loads((tmp_path / "o.json").read_text())["divergence"]
-    assert written["kl"]["mean"] == pytest.approx(found.kl.mean, rel=1e-5)
-    for shown in (f"{found.kl.mean:.4f}", f"{found.same_top:.2%}", "99.9%", "median", f"{found.bits_per_byte:.4f}"):
+    assert written["kl"]["mean"] == pytest.approx(expected.kl.mean, rel=1e-5)
+    for shown in (
+        f"{expected.kl.mean:.4f}",
+        f"{expected.same_top:.2%}",
+        "99.9%",
+        "median",
+        f"{expected.bits_per_byte:.4f}",
+    ):
         assert shown in done.output
     done = CliRunner().invoke(app, [str(word) for word in (*given, "--tasks", "boolq")])
     assert (done.exit_code, "give --text" in done.output) == (2, True)

@@ -22,7 +22,7 @@ def model():
 
 
 def test_perplexity_is_the_mean_over_predicted_tokens(model, tokenizer, text):
-    found = perplexity(model, tokenizer, text, window=20, max_tokens=210)
+    measured = perplexity(model, tokenizer, text, window=20, max_tokens=210)
     ids = torch.tensor(tokenizer(text)["input_ids"][:210])
     exact, total, predicted = tiny_model("llama").double(), 0.0, 0
     for start in range(0, 200, 20):
@@ -32,9 +32,9 @@ def test_perplexity_is_the_mean_over_predicted_tokens(model, tokenizer, text):
         for position in range(19):
             total -= float(logits[position, window[position + 1]])
             predicted += 1
-    assert found.perplexity == pytest.approx(math.exp(total / predicted), rel=1e-5)
-    assert (found.tokens, found.predicted, found.window) == (200, 190, 20)
-    assert {"text_sha256", "stride", "dtype", "tokenizer"} <= set(found.to_json()["protocol"])
+    assert measured.perplexity == pytest.approx(math.exp(total / predicted), rel=1e-5)
+    assert (measured.tokens, measured.predicted, measured.window) == (200, 190, 20)
+    assert {"text_sha256", "stride", "dtype", "tokenizer"} <= set(measured.to_json()["protocol"])
 
 
 def test_batches_do_not_change_it(model, tokenizer, text):

@@ -72,8 +72,8 @@ def plain_harness(model, tokenizer, task, lines, **options):
         return lm_eval.simple_evaluate(model=lm, tasks=[task], task_manager=manager, **options)
 
 
-def assert_equal(found: TaskScores, expected, task):
-    ours, theirs = found.samples[task], expected["samples"][task]
+def assert_equal(scores: TaskScores, expected, task):
+    ours, theirs = scores.samples[task], expected["samples"][task]
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs):
         assert one["arguments"][0][0] == other["arguments"][0][0]
@@ -83,30 +83,30 @@ def assert_equal(found: TaskScores, expected, task):
             assert one[metric] == other[metric]
     for key, value in expected["results"][task].items():
         if isinstance(value, float) and key.endswith(("none", "strict-match")):
-            assert found.scores[task][key.split(",")[0]] == value
+            assert scores.scores[task][key.split(",")[0]] == value
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_gsm8k_is_that_of_the_plain_harness(chat, model, templated, rows):
-    found = evaluate_tasks(model, templated, "gsm8k", num_fewshot=2, data_dir=rows, chat_template=chat)
+    scores = evaluate_tasks(model, templated, "gsm8k", num_fewshot=2, data_dir=rows, chat_template=chat)
     expected = plain_harness(model, templated, "gsm8k", GSM8K, num_fewshot=2, apply_chat_template=chat)
-    assert_equal(found, expected, "gsm8k")
-    assert len({row["resps"][0][0] for row in found.samples["gsm8k"]}) > 1
-    assert found.protocol["chat_template"] is chat
-    assert found.endings["gsm8k"].answers == len(GSM8K)
-    again = TaskScores.from_json(json.loads(json.dumps(found.with_answers())))
-    assert again.endings == found.endings
-    assert answers(again) == answers(found) == {"gsm8k": dict.fromkeys(range(len(GSM8K)), 0.0)}
+    assert_equal(scores, expected, "gsm8k")
+    assert len({row["resps"][0][0] for row in scores.samples["gsm8k"]}) > 1
+    assert scores.protocol["chat_template"] is chat
+    assert scores.endings["gsm8k"].answers == len(GSM8K)
+    again = TaskScores.from_json(json.loads(json.dumps(scores.with_answers())))
+    assert again.endings == scores.endings
+    assert answers(again) == answers(scores) == {"gsm8k": dict.fromkeys(range(len(GSM8K)), 0.0)}
 
 
 def test_ifeval_is_that_of_the_plain_harness(model, tokenizer, rows):
     pytest.importorskip("immutabledict")
     pytest.importorskip("langdetect")
     with mock.patch("nltk.download"):
-        found = evaluate_tasks(model, tokenizer, "ifeval", limit=2, data_dir=rows)
+        scores = evaluate_tasks(model, tokenizer, "ifeval", limit=2, data_dir=rows)
         expected = plain_harness(model, tokenizer, "ifeval", IFEVAL, limit=2)
-    assert_equal(found, expected, "ifeval")
-    assert {"prompt_level_strict_acc", "inst_level_loose_acc"} <= found.scores["ifeval"].keys()
+    assert_equal(scores, expected, "ifeval")
+    assert {"prompt_level_strict_acc", "inst_level_loose_acc"} <= scores.scores["ifeval"].keys()
 
 
 def test_ifeval_scores_of_given_answers_are_the_harness_s_own(model, tokenizer, rows, monkeypatch):
@@ -121,7 +121,7 @@ def test_ifeval_scores_of_given_answers_are_the_harness_s_own(model, tokenizer, 
 
     monkeypatch.setattr(harness, "generate_answers", given)
     with mock.patch("nltk.download"):
-        found = evaluate_tasks(model, tokenizer, "ifeval", data_dir=rows)
+        scores = evaluate_tasks(model, tokenizer, "ifeval", data_dir=rows)
         from lm_eval.tasks.ifeval import utils
     strict = [
         utils.test_instruction_following_strict(
@@ -130,10 +130,10 @@ def test_ifeval_scores_of_given_answers_are_the_harness_s_own(model, tokenizer, 
         for row, text in zip(IFEVAL, texts)
     ]
     assert strict == [True, False, True]
-    assert [row["prompt_level_strict_acc"] for row in found.samples["ifeval"]] == strict
-    assert found.scores["ifeval"]["prompt_level_strict_acc"] == pytest.approx(2 / 3)
-    assert list(answers(found)["ifeval"].values()) == [1.0, 0.0, 1.0]
-    assert difference(answers(found), answers(found)) == (0.0, 0.0)
+    assert [row["prompt_level_strict_acc"] for row in scores.samples["ifeval"]] == strict
+    assert scores.scores["ifeval"]["prompt_level_strict_acc"] == pytest.approx(2 / 3)
+    assert list(answers(scores)["ifeval"].values()) == [1.0, 0.0, 1.0]
+    assert difference(answers(scores), answers(scores)) == (0.0, 0.0)
 
 
 def test_sentences_of_ifeval_need_a_model_that_may_not_be_there(tmp_path, monkeypatch):

@@ -26,10 +26,11 @@ WINDOW, TOKENS = 48, 960
 def installed(monkeypatch):
     """As if llama-cpp-python were installed, or not."""
 
-    def set_to(there: bool) -> None:
+    def set_to(present: bool) -> None:
         find = importlib.util.find_spec
         monkeypatch.setattr(
-            "importlib.util.find_spec", lambda name, *rest: there or None if name == "llama_cpp" else find(name, *rest)
+            "importlib.util.find_spec",
+            lambda name, *rest: present or None if name == "llama_cpp" else find(name, *rest),
         )
 
     return set_to
@@ -50,8 +51,8 @@ def installed(monkeypatch):
         ("a.gguf", "vllm", [], True, "engine 'vllm' is unknown"),
     ],
 )
-def test_which_engine(name, engine, beyond, there, expected, installed):
-    installed(there)
+def test_which_engine(name, engine, beyond, present, expected, installed):
+    installed(present)
     if expected in module.ENGINES:
         assert choose_engine(name, engine, beyond) == expected
     else:
@@ -114,21 +115,21 @@ def exported(tmp_path_factory, tokenizer):
 def test_a_gguf_file_has_the_figures_of_its_folder(name, limit, exported, line):
     arguments = {"window": WINDOW, "max_tokens": TOKENS, "against": str(exported / "dense")}
     expected = slimgpt.evaluate(*slimgpt.load(str(exported / "slim")), str(line), **arguments)
-    found = slimgpt.evaluate(*load_gguf(exported / f"{name}.gguf"), str(line), **arguments)
+    measured = slimgpt.evaluate(*load_gguf(exported / f"{name}.gguf"), str(line), **arguments)
     assert expected.divergence is not None
-    assert found.divergence is not None
+    assert measured.divergence is not None
     assert expected.divergence.kl.mean > 0.02  # there is something to measure
     assert 0.05 < expected.divergence.same_top < 0.98
-    assert (found.predicted, found.tokens) == (expected.predicted, expected.tokens)
-    assert found.perplexity == pytest.approx(expected.perplexity, rel=limit)
-    assert found.byte_perplexity == pytest.approx(expected.byte_perplexity, rel=limit)
-    assert found.divergence.kl.mean == pytest.approx(expected.divergence.kl.mean, rel=10 * limit)
-    assert found.divergence.kl.median == pytest.approx(expected.divergence.kl.median, rel=20 * limit)
-    assert found.divergence.same_top == pytest.approx(expected.divergence.same_top, abs=4 / found.predicted)
-    assert found.divergence.base_perplexity == pytest.approx(expected.divergence.base_perplexity, rel=1e-9)
-    assert found.protocol["engine"].startswith("llama-cpp-python ")
-    assert found.protocol["dtype"] == name
-    assert {k: v for k, v in found.protocol.items() if k not in ("engine", "dtype", "tokenizer")} == {
+    assert (measured.predicted, measured.tokens) == (expected.predicted, expected.tokens)
+    assert measured.perplexity == pytest.approx(expected.perplexity, rel=limit)
+    assert measured.byte_perplexity == pytest.approx(expected.byte_perplexity, rel=limit)
+    assert measured.divergence.kl.mean == pytest.approx(expected.divergence.kl.mean, rel=10 * limit)
+    assert measured.divergence.kl.median == pytest.approx(expected.divergence.kl.median, rel=20 * limit)
+    assert measured.divergence.same_top == pytest.approx(expected.divergence.same_top, abs=4 / measured.predicted)
+    assert measured.divergence.base_perplexity == pytest.approx(expected.divergence.base_perplexity, rel=1e-9)
+    assert measured.protocol["engine"].startswith("llama-cpp-python ")
+    assert measured.protocol["dtype"] == name
+    assert {k: v for k, v in measured.protocol.items() if k not in ("engine", "dtype", "tokenizer")} == {
         k: v for k, v in expected.protocol.items() if k not in ("engine", "dtype", "tokenizer")
     }
 
@@ -151,11 +152,13 @@ def test_divergence_is_that_of_llama_cpps_own_logits(exported, line, tokenizer):
     base, model = tables
     kl = [sum(math.exp(a) * (a - b) for a, b in zip(p, q)) for p, q in zip(base.tolist(), model.tolist())]
     first, _ = load_gguf(exported / "dense.gguf")
-    found = perplexity(*load_gguf(exported / "F16.gguf"), line.read_text(), WINDOW, TOKENS, against=first).divergence
-    assert found is not None
-    assert found.kl.mean == pytest.approx(sum(kl) / len(kl), rel=1e-6)
-    assert found.kl.maximum == pytest.approx(max(kl), rel=1e-6)
-    assert found.same_top == pytest.approx(float((base.argmax(-1) == model.argmax(-1)).double().mean()))
+    divergence = perplexity(
+        *load_gguf(exported / "F16.gguf"), line.read_text(), WINDOW, TOKENS, against=first
+    ).divergence
+    assert divergence is not None
+    assert divergence.kl.mean == pytest.approx(sum(kl) / len(kl), rel=1e-6)
+    assert divergence.kl.maximum == pytest.approx(max(kl), rel=1e-6)
+    assert divergence.same_top == pytest.approx(float((base.argmax(-1) == model.argmax(-1)).double().mean()))
 
 
 @pytest.mark.llama_cpp

@@ -11,15 +11,15 @@ from tests.models.families import OWN, VOCABULARY, tiny_model
 
 
 def one_by_one(model, requests, max_length):
-    found = []
+    scores = []
     for context, continuation in requests:
         ids = torch.tensor([[*context, *continuation][-(max_length + 1) :]])
         with torch.no_grad():
             logits = model(input_ids=ids[:, :-1], use_cache=False).logits[0, -len(continuation) :]
         targets = torch.tensor(continuation)
         values = logits.log_softmax(-1)[range(len(continuation)), targets]
-        found.append((float(values.sum()), bool(logits.argmax(-1).eq(targets).all())))
-    return found
+        scores.append((float(values.sum()), bool(logits.argmax(-1).eq(targets).all())))
+    return scores
 
 
 def requests_of_all_shapes(seed=3):
@@ -39,9 +39,9 @@ def requests_of_all_shapes(seed=3):
 @pytest.mark.parametrize("family", sorted(OWN))
 def test_every_family_equals_one_request_at_a_time(family):
     model, requests = tiny_model(family), requests_of_all_shapes()
-    for found, expected in zip(log_likelihoods(model, requests, 64), one_by_one(model, requests, 64)):
-        assert found[0] == pytest.approx(expected[0], abs=1e-4)
-        assert found[1] == expected[1]
+    for batched, expected in zip(log_likelihoods(model, requests, 64), one_by_one(model, requests, 64)):
+        assert batched[0] == pytest.approx(expected[0], abs=1e-4)
+        assert batched[1] == expected[1]
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 10_000])
@@ -49,16 +49,16 @@ def test_batches_do_not_matter(tokens, monkeypatch):
     monkeypatch.setattr(likelihood, "batch_tokens", lambda _: tokens)
     model, requests = tiny_model("llama"), requests_of_all_shapes()
     answered = []
-    found = log_likelihoods(model, requests, 64, answered.append)
-    assert [v for v, _ in found] == pytest.approx([v for v, _ in one_by_one(model, requests, 64)], abs=1e-4)
+    batched = log_likelihoods(model, requests, 64, answered.append)
+    assert [v for v, _ in batched] == pytest.approx([v for v, _ in one_by_one(model, requests, 64)], abs=1e-4)
     assert sum(answered) == len(requests)
     assert (len(answered) == 1) == (tokens == 10_000)
 
 
 def test_long_contexts_lose_their_beginning():
     model, requests = tiny_model("llama"), requests_of_all_shapes()
-    found = log_likelihoods(model, requests, 12)
-    assert [v for v, _ in found] == pytest.approx([v for v, _ in one_by_one(model, requests, 12)], abs=1e-4)
+    batched = log_likelihoods(model, requests, 12)
+    assert [v for v, _ in batched] == pytest.approx([v for v, _ in one_by_one(model, requests, 12)], abs=1e-4)
 
 
 def test_greedy_continuations_are_recognised():

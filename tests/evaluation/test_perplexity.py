@@ -35,16 +35,16 @@ def test_smollm2_at_the_windows_of_the_literature(window, tokens, smollm2):
     text = slimgpt.evaluation.read_text("demo").content
     expected, predicted = plain(model, torch.tensor(tokenizer(text)["input_ids"][:tokens]), window)
     for batch_size in (1, 8):
-        found = perplexity(model, tokenizer, text, window, tokens, batch_size)
-        assert found.perplexity == pytest.approx(expected, rel=1e-6)
-        assert found.predicted == predicted
+        measured = perplexity(model, tokenizer, text, window, tokens, batch_size)
+        assert measured.perplexity == pytest.approx(expected, rel=1e-6)
+        assert measured.predicted == predicted
 
 
 @pytest.mark.parametrize("stride", [1, 7, 19, None])
 def test_bos_in_every_window(stride, starting, text_file):
     model, text, step = tiny_model("llama"), text_file.read_text(), stride or 19
     ids = starting(text)["input_ids"][:200]
-    found = perplexity(model, starting, text, 20, 200, batch_size=3, stride=stride, bos="window")
+    measured = perplexity(model, starting, text, 20, 200, batch_size=3, stride=stride, bos="window")
     total, seen = [], 1
     for start in range(1, len(ids) - 18, step):
         piece = torch.tensor([2, *ids[start : start + 19]])
@@ -52,16 +52,18 @@ def test_bos_in_every_window(stride, starting, text_file):
             values = model(piece[None]).logits[0].double().log_softmax(-1)
         total += [-float(values[p - 1, piece[p]]) for p in range(1, 20) if start + p - 1 >= seen]
         seen = start + 19
-    assert found.perplexity == pytest.approx(math.exp(sum(total) / len(total)), rel=1e-6)
-    assert (found.predicted, found.tokens) == (len(total), len(total))
-    assert found.protocol["special_tokens"].endswith("every window")
-    assert found.perplexity != perplexity(model, starting, text, 20, 200, stride=stride).perplexity
+    assert measured.perplexity == pytest.approx(math.exp(sum(total) / len(total)), rel=1e-6)
+    assert (measured.predicted, measured.tokens) == (len(total), len(total))
+    assert measured.protocol["special_tokens"].endswith("every window")
+    assert measured.perplexity != perplexity(model, starting, text, 20, 200, stride=stride).perplexity
 
 
 def test_gemma_gets_bos_in_every_window(starting, text_file):
     model, text = tiny_model("gemma2"), text_file.read_text()
-    found = [perplexity(model, starting, text, 20, 200, bos=bos).perplexity for bos in ("auto", "window", "once")]
-    assert found[0] == found[1] != found[2]
+    perplexities = [
+        perplexity(model, starting, text, 20, 200, bos=bos).perplexity for bos in ("auto", "window", "once")
+    ]
+    assert perplexities[0] == perplexities[1] != perplexities[2]
     with pytest.raises(UsageError, match="auto, once, window"):
         perplexity(model, starting, text, 20, bos="twice")
 
@@ -70,10 +72,10 @@ def test_gemma_gets_bos_in_every_window(starting, text_file):
 def test_strides(stride, tokenizer, text_file):
     model, text = tiny_model("llama"), text_file.read_text()
     ids = torch.tensor(tokenizer(text)["input_ids"][:200])
-    found = perplexity(model, tokenizer, text, 20, 200, batch_size=3, stride=stride)
+    measured = perplexity(model, tokenizer, text, 20, 200, batch_size=3, stride=stride)
     expected, predicted = plain(model, ids, 20, stride)
-    assert (found.perplexity, found.predicted) == (pytest.approx(expected, rel=1e-6), predicted)
-    assert found.protocol["stride"] == (stride or 20)
+    assert (measured.perplexity, measured.predicted) == (pytest.approx(expected, rel=1e-6), predicted)
+    assert measured.protocol["stride"] == (stride or 20)
 
 
 def test_stride_must_fit_the_window(tokenizer, text_file):
@@ -84,20 +86,20 @@ def test_stride_must_fit_the_window(tokenizer, text_file):
 
 def test_per_word_and_per_byte(tokenizer, text_file):
     text = text_file.read_text()
-    found = perplexity(tiny_model("llama"), tokenizer, text, 20)
-    per_text = math.log(found.perplexity) * len(tokenizer(text)["input_ids"])
-    assert math.log(found.word_perplexity) == pytest.approx(per_text / len(text.split()))
-    assert math.log(found.byte_perplexity) == pytest.approx(per_text / len(text.encode()))
+    measured = perplexity(tiny_model("llama"), tokenizer, text, 20)
+    per_text = math.log(measured.perplexity) * len(tokenizer(text)["input_ids"])
+    assert math.log(measured.word_perplexity) == pytest.approx(per_text / len(text.split()))
+    assert math.log(measured.byte_perplexity) == pytest.approx(per_text / len(text.encode()))
 
 
 def test_positions_are_means_over_the_windows(tokenizer, text_file):
     model, text = tiny_model("llama"), text_file.read_text()
-    found = perplexity(model, tokenizer, text, 20, 200, by_position=True)
+    measured = perplexity(model, tokenizer, text, 20, 200, by_position=True)
     windows = torch.tensor(tokenizer(text)["input_ids"][:200]).view(10, 20)
     with torch.no_grad():
         values = model(windows).logits.log_softmax(-1)
     losses = -values[:, :-1].gather(-1, windows[:, 1:, None])[..., 0].mean(0)
-    assert list(found.by_position) == [1, 2, 4, 8, 16]
-    assert found.by_position[1] == pytest.approx(math.exp(losses[0]), rel=1e-5)
-    assert found.by_position[4] == pytest.approx(math.exp(losses[3:7].mean()), rel=1e-5)
-    assert found.by_position[16] == pytest.approx(math.exp(losses[15:].mean()), rel=1e-5)
+    assert list(measured.by_position) == [1, 2, 4, 8, 16]
+    assert measured.by_position[1] == pytest.approx(math.exp(losses[0]), rel=1e-5)
+    assert measured.by_position[4] == pytest.approx(math.exp(losses[3:7].mean()), rel=1e-5)
+    assert measured.by_position[16] == pytest.approx(math.exp(losses[15:].mean()), rel=1e-5)

@@ -72,10 +72,10 @@ def plain_harness(model, tokenizer, data_dir, limit):
 
 def assert_equal_question_by_question(model, tokenizer, data_dir, limit):
     expected = plain_harness(model, tokenizer, data_dir, limit)
-    found = evaluate_tasks(model, tokenizer, "commonsense", limit=limit, data_dir=data_dir)
+    measured = evaluate_tasks(model, tokenizer, "commonsense", limit=limit, data_dir=data_dir)
     for task in COMMONSENSE:
-        assert len(found.samples[task]) == len(expected["samples"][task]) <= limit
-        for ours, theirs in zip(found.samples[task], expected["samples"][task]):
+        assert len(measured.samples[task]) == len(expected["samples"][task]) <= limit
+        for ours, theirs in zip(measured.samples[task], expected["samples"][task]):
             assert ours["arguments"] == theirs["arguments"]
             assert ours["target"] == theirs["target"]
             for (a,), (b,) in zip(ours["resps"], theirs["resps"]):
@@ -84,22 +84,22 @@ def assert_equal_question_by_question(model, tokenizer, data_dir, limit):
             for metric in ours["metrics"]:
                 assert ours[metric] == theirs[metric]
         for metric in ("acc", "acc_norm"):
-            assert found.scores[task].get(metric) == expected["results"][task].get(f"{metric},none")
-    return found
+            assert measured.scores[task].get(metric) == expected["results"][task].get(f"{metric},none")
+    return measured
 
 
 def test_seven_tasks_equal_the_plain_harness(tokenizer, data_dir):
     model = tiny_model("llama", max_position_embeddings=256)
-    found = assert_equal_question_by_question(model, tokenizer, data_dir, limit=3)
-    scores = found.scores
-    assert found.mean == pytest.approx(sum(s.get("acc_norm", s["acc"]) for s in scores.values()) / 7)
-    assert found.mean_acc == pytest.approx(sum(s["acc"] for s in scores.values()) / 7)
-    assert found.mean_stderr is None  # two tasks have a single row here
+    measured = assert_equal_question_by_question(model, tokenizer, data_dir, limit=3)
+    scores = measured.scores
+    assert measured.mean == pytest.approx(sum(s.get("acc_norm", s["acc"]) for s in scores.values()) / 7)
+    assert measured.mean_acc == pytest.approx(sum(s["acc"] for s in scores.values()) / 7)
+    assert measured.mean_stderr is None  # two tasks have a single row here
     two = evaluate_tasks(model, tokenizer, "boolq,arc_easy", limit=3, data_dir=data_dir)
     errors = (scores["boolq"]["acc_stderr"], scores["arc_easy"]["acc_norm_stderr"])
     assert two.mean_stderr == pytest.approx(math.hypot(*errors) / 2)
     assert scores["boolq"]["rows"] == 3
-    json.dumps(found.to_json())
+    json.dumps(measured.to_json())
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=2, max_size=4), min_size=1, max_size=3))
@@ -138,10 +138,10 @@ def test_standard_error_of_a_difference_is_of_the_same_questions(pairs_of_tasks)
         draws = itertools.product(pairs, repeat=rows)
         apart = [sum(other - base for base, other in draw) / rows for draw in draws]
         variance += statistics.pvariance(apart) * rows / (rows - 1)
-    found = difference(*map(answers, sides))
-    assert found is not None
-    assert found[0] == pytest.approx(sides[1].mean - sides[0].mean, abs=1e-12)
-    assert found[1] == pytest.approx(variance**0.5 / len(pairs_of_tasks), abs=1e-12)
+    gain = difference(*map(answers, sides))
+    assert gain is not None
+    assert gain[0] == pytest.approx(sides[1].mean - sides[0].mean, abs=1e-12)
+    assert gain[1] == pytest.approx(variance**0.5 / len(pairs_of_tasks), abs=1e-12)
     assert difference(answers(sides[0]), answers(sides[0])) == (0.0, 0.0)
     sides[1].samples["0"].pop()
     assert difference(*map(answers, sides)) is None
@@ -173,16 +173,16 @@ def many_rows(tmp_path):
 
 def test_a_model_of_one_answer_is_said_to_be_one(tokenizer, many_rows):
     model = tiny_model("llama", max_position_embeddings=256)
-    found = evaluate_tasks(model, tokenizer, "boolq,piqa", data_dir=many_rows)
-    preferred = ["no" if a[0] > b[0] else "yes" for (a,), (b,) in (row["resps"] for row in found.samples["boolq"])]
+    measured = evaluate_tasks(model, tokenizer, "boolq,piqa", data_dir=many_rows)
+    preferred = ["no" if a[0] > b[0] else "yes" for (a,), (b,) in (row["resps"] for row in measured.samples["boolq"])]
     word = max(("yes", "no"), key=preferred.count)
     share = preferred.count(word) / 24
-    assert found.commonest == {"boolq": (word, share)}
+    assert measured.commonest == {"boolq": (word, share)}
     for least, words in ((share, {"boolq": f"'{word}' to {share:.0%}"}), (share + 0.01, {})):
-        assert found.degenerate_tasks(least) == words
-    read_back = TaskScores.from_json(json.loads(json.dumps(found.with_answers())))
-    assert read_back.to_json() == found.to_json()
-    assert answers(read_back) == answers(found)
+        assert measured.degenerate_tasks(least) == words
+    read_back = TaskScores.from_json(json.loads(json.dumps(measured.with_answers())))
+    assert read_back.to_json() == measured.to_json()
+    assert answers(read_back) == answers(measured)
     few = evaluate_tasks(model, tokenizer, "boolq", limit=19, data_dir=many_rows)
     assert few.commonest == {}
 
@@ -214,10 +214,10 @@ def test_few_shot_examples_come_from_the_training_rows(tokenizer, data_dir, tmp_
     for split in ("validation", "train"):
         (tmp_path / "piqa").mkdir(exist_ok=True)
         (tmp_path / "piqa" / f"{split}.jsonl").write_text((data_dir / "piqa" / "validation.jsonl").read_text())
-    found = evaluate_tasks(model, tokenizer, "piqa", num_fewshot=1, data_dir=tmp_path)
-    prompt = found.samples["piqa"][0]["arguments"][0][0]
+    measured = evaluate_tasks(model, tokenizer, "piqa", num_fewshot=1, data_dir=tmp_path)
+    prompt = measured.samples["piqa"][0]["arguments"][0][0]
     assert prompt.count("Question: ") == 2
-    assert found.protocol["num_fewshot"] == {"piqa": 1}
+    assert measured.protocol["num_fewshot"] == {"piqa": 1}
 
 
 def test_mmlu_from_local_files(tokenizer, tmp_path):
@@ -228,8 +228,8 @@ def test_mmlu_from_local_files(tokenizer, tmp_path):
         (tmp_path / "mmlu" / "anatomy").mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps({**row, "answer": i % 4}) + "\n" for i in range(count))
         (tmp_path / "mmlu" / "anatomy" / f"{split}.jsonl").write_text(text)
-    found = evaluate_tasks(model, tokenizer, ["mmlu_anatomy"], num_fewshot=5, data_dir=tmp_path)
-    assert found.samples["mmlu_anatomy"][0]["arguments"][0][0].count("Answer:") == 6
+    measured = evaluate_tasks(model, tokenizer, ["mmlu_anatomy"], num_fewshot=5, data_dir=tmp_path)
+    assert measured.samples["mmlu_anatomy"][0]["arguments"][0][0].count("Answer:") == 6
     with pytest.raises(UsageError, match="mmlu"):
         evaluate_tasks(model, tokenizer, ["mmlu"], num_fewshot=5, data_dir=tmp_path)
 

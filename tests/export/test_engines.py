@@ -278,8 +278,8 @@ def test_a_graph_with_a_cache_computes_what_the_model_does(forms):
         first, *cache = graph(ids[rows, :7], seen[rows, :7], positions[rows, :7], torch.arange(3), *empty)
         second = graph(ids[:, 7:], seen, positions[:, 7:], torch.tensor([1, 2, 0]), *cache)[0]
     real = seen.bool()
-    found = torch.cat([first[torch.tensor([1, 2, 0])], second], 1)
-    torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
+    logits = torch.cat([first[torch.tensor([1, 2, 0])], second], 1)
+    torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-4)
     assert [name.split(".")[1] for name in graph.past_names] == [str(i // 2) for i in range(6)]
 
 

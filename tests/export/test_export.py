@@ -102,8 +102,8 @@ def test_nemotron_keeps_weights_and_says_widths_by_multipliers(tmp_path, tokeniz
     assert "vLLM" in done.unverified
     config = json.loads((tmp_path / "nemotron" / "config.json").read_text())
     assert config["architectures"] == ["DeciLMForCausalLM"]
-    found = [block["ffn"]["ffn_mult"] for block in config["block_configs"]]
-    assert [-(-int(2 * m * 48 / 3) // 256) * 256 for m in found] == widths
+    multipliers = [block["ffn"]["ffn_mult"] for block in config["block_configs"]]
+    assert [-(-int(2 * m * 48 / 3) // 256) * 256 for m in multipliers] == widths
     assert {block["attention"]["n_heads_in_group"] for block in config["block_configs"]} == {2}
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("slim", "nemotron"))
     assert before.keys() == after.keys()
@@ -211,9 +211,9 @@ def test_quantised_gguf_and_rows_that_do_not_divide(slim, tmp_path):
     assert "F16" in {kind for name, kind in kinds.items() if "ffn_down" in name or "attn_output" in name}
     assert kinds["blk.0.ffn_norm.weight"] == "F32"
     tensor = next(t for t in GGUFReader(tmp_path / "slim.gguf").tensors if t.name == "blk.1.ffn_up.weight")
-    found = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    stored = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
     exact = open_folder(folder).layer(1)["mlp.up_proj.weight"]
-    assert (found - exact).abs().max() < 0.01 * exact.abs().max()
+    assert (stored - exact).abs().max() < 0.01 * exact.abs().max()
 
 
 def test_gguf_carries_the_tokenizer_and_the_chat_template(tmp_path, tokenizer):
@@ -382,9 +382,9 @@ def test_commands_export_and_verify(slim, tmp_path):
         app, ["verify", str(tmp_path / "padded"), "--against", str(folder), "--json", str(tmp_path / "v.json")]
     )
     assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "v.json").read_text())
-    assert found["difference"] == 0
-    assert found["continuations"] == [5, 5]
+    verification = json.loads((tmp_path / "v.json").read_text())
+    assert verification["difference"] == 0
+    assert verification["continuations"] == [5, 5]
     result = CliRunner().invoke(app, ["verify", str(folder / "nothing"), "--against", str(folder)])
     assert result.exit_code == 2
 
@@ -399,9 +399,9 @@ def test_verification_sees_a_difference(slim, tmp_path, tokenizer):
     model.load_state_dict(weights, strict=False)
     model.save_pretrained(tmp_path / "broken")
     tokenizer.save_pretrained(tmp_path / "broken")
-    found = slimgpt.verify(tmp_path / "broken", folder)
-    assert not found.identical
-    assert abs(found.difference) > 0.001
+    verification = slimgpt.verify(tmp_path / "broken", folder)
+    assert not verification.identical
+    assert abs(verification.difference) > 0.001
 
 
 def test_prune_and_export_in_one_command(dense_folder, text_file, tmp_path):

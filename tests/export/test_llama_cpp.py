@@ -20,10 +20,10 @@ def engine():
 def test_llama_cpp_computes_what_transformers_does(name, uniform, slim, tmp_path):  # noqa: F811
     folder = slim(name, GGUF_FITS[name], uniform=uniform)
     report = slimgpt.export(folder, tmp_path / "slim.gguf", "gguf", quantize="F32")
-    found = report.verification
-    assert found is not None
-    assert abs(found.difference) < 5e-4
-    assert found.continuations == (5, 5)
+    verification = report.verification
+    assert verification is not None
+    assert abs(verification.difference) < 5e-4
+    assert verification.continuations == (5, 5)
 
 
 @pytest.mark.network
@@ -34,9 +34,9 @@ def test_a_real_model_pruned_by_a_third(quantize, limit, tmp_path_factory, tmp_p
     if not folder.exists():
         slimgpt.prune_folder("demo", folder, ratio=0.3, num_samples=16, seq_len=256, device="cpu")
     report = slimgpt.export(folder, tmp_path / "slim.gguf", "gguf", quantize=quantize)
-    found = report.verification
-    assert found is not None
-    assert abs(found.difference) < limit
-    assert found.chat_template is True
+    verification = report.verification
+    assert verification is not None
+    assert abs(verification.difference) < limit
+    assert verification.chat_template is True
     if quantize == "F32":
-        assert found.continuations == (5, 5)
+        assert verification.continuations == (5, 5)

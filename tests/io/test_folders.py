@@ -24,20 +24,20 @@ def model_folder(folder: Path, card: str = "") -> Path:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("there", [False, True])
-def test_whatever_goes_wrong_the_old_state_remains(error, there, tmp_path):
-    if there:
+def test_whatever_goes_wrong_the_old_state_remains(error, existing, tmp_path):
+    if existing:
         model_folder(tmp_path / "slim", "old")
     expected = OutputError if isinstance(error, OSError) else error
 
     def write():
-        with new_folder(tmp_path / "slim", overwrite=there) as work:
+        with new_folder(tmp_path / "slim", overwrite=existing) as work:
             (work / "config.json").write_text("new, half")
             raise error
 
     with pytest.raises(expected):
         write()
-    assert [path.name for path in tmp_path.iterdir()] == (["slim"] if there else [])
-    if there:
+    assert [path.name for path in tmp_path.iterdir()] == (["slim"] if existing else [])
+    if existing:
         assert (tmp_path / "slim" / "README.md").read_text() == "old"
 
 

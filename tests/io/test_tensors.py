@@ -31,12 +31,12 @@ def test_the_library_reads_back_what_was_written(sizes, names, tmp_path_factory)
     write_tensors(tensors, file)
     with safe_open(file, framework="pt") as handle:
         assert handle.metadata() == {"format": "pt"}
-    found = load_file(file)
-    assert found.keys() == tensors.keys()
+    loaded = load_file(file)
+    assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor)
-    first = [tensor for tensor in found.values() if tensor.nbytes and tensor.nbytes % ALIGNMENT == 0]
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    first = [tensor for tensor in loaded.values() if tensor.nbytes and tensor.nbytes % ALIGNMENT == 0]
     assert all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in first)
 
 
@@ -44,8 +44,8 @@ def test_transposed_and_sliced_tensors_are_written_as_they_read(tmp_path):
     whole = torch.randn(6, 8)
     tensors = {"transposed": whole.T, "columns": whole[:, 2:5], "rows": whole[1:3]}
     write_tensors(tensors, tmp_path / "file")
-    found = load_file(tmp_path / "file")
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    loaded = load_file(tmp_path / "file")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])

@@ -51,11 +51,11 @@ def test_divergence_of_the_top_tokens_is_between_zero_and_the_exact_one(seed, k)
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 11))
 def test_both_losses_at_once_are_the_two_with_their_gradients(seed, k):
     student, teacher = pair(seed)
-    student, tokens, said = student.requires_grad_(), student.detach().argmin(-1), top(teacher, k)
-    both = text_loss_and_divergence(student, tokens, *said)
-    for found, alone in zip(both, (text_loss(student, tokens), divergence(student, *said))):
-        torch.testing.assert_close(found, alone)
-        slopes = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (found, alone)]
+    student, tokens, predictions = student.requires_grad_(), student.detach().argmin(-1), top(teacher, k)
+    both = text_loss_and_divergence(student, tokens, *predictions)
+    for loss_of_both, alone in zip(both, (text_loss(student, tokens), divergence(student, *predictions))):
+        torch.testing.assert_close(loss_of_both, alone)
+        slopes = [torch.autograd.grad(loss, student, retain_graph=True)[0] for loss in (loss_of_both, alone)]
         torch.testing.assert_close(*slopes, rtol=1e-3, atol=1e-3)
 
 

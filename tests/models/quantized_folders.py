@@ -173,5 +173,5 @@ def int4_in_groups(matrix: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
 def pack(codes: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
     """Numbers from 0 to 15 packed by eight along the last axis into int32; ``order`` says which is in which place."""
     eights = codes.unflatten(-1, (-1, 8))
-    words = sum(eights[..., which] << (4 * place) for place, which in enumerate(order))
+    words = sum(eights[..., column] << (4 * place) for place, column in enumerate(order))
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

@@ -194,10 +194,10 @@ def test_token_ids_without_a_row_in_the_embedding_are_refused(folder, tmp_path):
     ]
     for command in commands:
         result = run(*command)
-        said = " ".join(result.output.split())
-        assert result.exit_code == 2, said
-        assert "is outside the model's vocabulary of" in said, said
-        assert "resize_token_embeddings" in said
+        message = " ".join(result.output.split())
+        assert result.exit_code == 2, message
+        assert "is outside the model's vocabulary of" in message, message
+        assert "resize_token_embeddings" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -221,10 +221,10 @@ def test_sampling_settings_of_an_old_config_are_kept(folder, text_file, tmp_path
 def test_a_sentencepiece_model_alone_says_what_to_install(folder, monkeypatch):
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"no model")
-    here = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         "slimgpt.models.loading.find_spec",
-        lambda name: None if name in ("sentencepiece", "google.protobuf") else here(name),
+        lambda name: None if name in ("sentencepiece", "google.protobuf") else find_spec(name),
     )
     with pytest.raises(ModelError, match=r"no tokenizer\.json; .*pip install sentencepiece protobuf"):
         slimgpt.load(str(folder))

@@ -107,9 +107,9 @@ def layers_of(model):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_was_lost_is_divided_among_the_structures(name):
     report = prune(tiny_model(name), ratio=ratio(name), allocation="sensitivity")
-    found = report.allocation
-    assert len(found["contributions"]) >= len(report.layers) // 2
-    assert sum(part["cost"] for part in found["contributions"]) == pytest.approx(found["divergence"], rel=0.2)
+    allocation = report.allocation
+    assert len(allocation["contributions"]) >= len(report.layers) // 2
+    assert sum(part["cost"] for part in allocation["contributions"]) == pytest.approx(allocation["divergence"], rel=0.2)
     assert report.plan.achieved == pytest.approx(ratio(name), abs=0.01)
 
 
@@ -167,8 +167,8 @@ def test_slim_model_is_the_dense_one_with_pruned_columns_zeroed(name, unit, dtyp
             W.zero_()
             W[:, columns] = W_kept
     with torch.no_grad():
-        found, expected = model(IDS).logits, masked(IDS).logits
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+        logits, expected = model(IDS).logits, masked(IDS).logits
+    torch.testing.assert_close(logits, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
     assert report.layers[-1].parameters < report.layers[-1].parameters_before
     assert report.plan.parameters == sum(p.numel() for p in model.parameters())
     if unit != "auto":  # not only the first ones stay, which a wrong description could survive
@@ -208,24 +208,24 @@ def reloaded(tmp_path_factory, request):
             expected[folder], reports[folder] = save_form(name, form, root / folder)
         except Exception as error:
             errors[folder] = error
-    found = in_a_process_without_slimgpt(root, RELOAD, IDS, [str(root / folder) for folder in expected])
-    return root, expected, reports, errors, found
+    outputs = in_a_process_without_slimgpt(root, RELOAD, IDS, [str(root / folder) for folder in expected])
+    return root, expected, reports, errors, outputs
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_folder_loads_without_slimgpt_to_the_bit(name, form, reloaded):
-    root, expected, reports, errors, found = reloaded
+    root, expected, reports, errors, outputs = reloaded
     folder = f"{name.replace('/', '-')}-{form}"
     if isinstance(errors.get(folder), PlanError) and form == "uniform" and architecture(name).resized:
         pytest.skip("its config says no FFN width, so that no stock class holds another one")
     if folder in errors:
         raise errors[folder]
-    if f"{folder}.error" in found:
-        pytest.fail(bytes(found[f"{folder}.error"].tolist()).decode())
-    assert torch.equal(found[f"{folder}.logits"], expected[folder])
-    assert torch.equal(found[f"{folder}.generate.True"], found[f"{folder}.generate.False"])
-    assert bool(found[f"{folder}.stock"]) == (form == "uniform")
+    if f"{folder}.error" in outputs:
+        pytest.fail(bytes(outputs[f"{folder}.error"].tolist()).decode())
+    assert torch.equal(outputs[f"{folder}.logits"], expected[folder])
+    assert torch.equal(outputs[f"{folder}.generate.True"], outputs[f"{folder}.generate.False"])
+    assert bool(outputs[f"{folder}.stock"]) == (form == "uniform")
     assert (root / folder / "modeling_slim.py").is_file() == (form != "uniform")
     assert "per_layer_config" not in json.loads((root / folder / "config.json").read_text()) or form != "uniform"
     weights = load_file(root / folder / "model.safetensors")

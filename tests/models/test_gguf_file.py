@@ -87,11 +87,11 @@ def test_llama3_is_told_from_its_factors(theta, head, change):
     factors = rope_factors(config).double()
     wanted, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     config.rope_parameters = {"rope_theta": theta, "rope_type": "default"}
-    found = _from_factors("file", factors, config)
-    config.rope_parameters = {"rope_theta": theta, **found}
+    rope = _from_factors("file", factors, config)
+    config.rope_parameters = {"rope_theta": theta, **rope}
     assert torch.allclose(ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0], wanted, 1e-5, 0)
     if head >= 64 and "low_freq_factor" not in change:
-        assert found == {**LLAMA3, **change}
+        assert rope == {**LLAMA3, **change}
 
 
 def test_factors_that_nothing_computes_are_refused():

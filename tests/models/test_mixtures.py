@@ -93,10 +93,10 @@ def test_experts_one_by_one_are_the_modules_own_forward(name):
             count = len(layer.state_dict()[experts.key])
             tokens, chosen, weights = routed(arguments, experts, count)
             routing = Routing(chosen, weights, count)
-            found = contributions(routing, tokens, chosen.shape[1], tokens.shape[1], output)
+            parts = contributions(routing, tokens, chosen.shape[1], tokens.shape[1], output)
             tolerance = 1e-6 if name in PARTLY_IN_FP32 else 1e-12
             whole = module(*arguments).view(-1, *tokens.shape).sum(0)
-            torch.testing.assert_close(found.sum(1), whole, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(parts.sum(1), whole, rtol=tolerance, atol=tolerance)
             layers.remove(layer)
     assert not layers
 
@@ -147,10 +147,10 @@ def test_slim_model_is_the_dense_one_with_channels_zeroed_and_routers_masked(nam
         for name, tensor in dense.state_dict().items():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 tensor.view(-1)[removed] = -torch.inf
-        there, here = dense.state_dict(), slim.state_dict()
+        dense_state, slim_state = dense.state_dict(), slim.state_dict()
         for position, expert in enumerate(layer.experts.kept):
-            W, bias = down_matrix(there, experts, expert)
-            W_kept, bias_kept = down_matrix(here, experts, position)
+            W, bias = down_matrix(dense_state, experts, expert)
+            W_kept, bias_kept = down_matrix(slim_state, experts, position)
             masks = layer.experts.channels
             channels = units_of(masks[position]) if masks else list(range(sizes["intermediate_size"]))
             assert len(channels) == layer.sizes["intermediate_size"]
@@ -195,20 +195,20 @@ def reloaded(tmp_path_factory, request):
             parameters = dict(model.named_parameters())
             held = {key: value for key, value in model.state_dict().items() if key not in parameters}
             buffers[name] = sum(value.numel() for key, value in held.items() if not key.startswith("lm_head"))
-    found = in_a_process_without_slimgpt(root, RELOAD, IDS, [str(root / name) for name in expected])
-    return root, expected, reports, buffers, found
+    outputs = in_a_process_without_slimgpt(root, RELOAD, IDS, [str(root / name) for name in expected])
+    return root, expected, reports, buffers, outputs
 
 
 @pytest.mark.parametrize(("name", "form"), [cases(name, form) for name in NAMES for form in forms(name)])
 def test_folder_loads_without_slimgpt_to_the_bit(name, form, reloaded):
-    root, expected, reports, buffers, found = reloaded
+    root, expected, reports, buffers, outputs = reloaded
     name = f"{name.replace('/', '-')}-{form}"
     if isinstance(reports[name], Exception):
         raise reports[name]
-    assert f"{name}.error" not in found, bytes(found[f"{name}.error"].tolist()).decode()
-    assert torch.equal(found[f"{name}.logits"], expected[name])
-    assert torch.equal(found[f"{name}.generate.True"], found[f"{name}.generate.False"])
-    assert bool(found[f"{name}.stock"]) == (form == "uniform")
+    assert f"{name}.error" not in outputs, bytes(outputs[f"{name}.error"].tolist()).decode()
+    assert torch.equal(outputs[f"{name}.logits"], expected[name])
+    assert torch.equal(outputs[f"{name}.generate.True"], outputs[f"{name}.generate.False"])
+    assert bool(outputs[f"{name}.stock"]) == (form == "uniform")
     weights = load_file(root / name / "model.safetensors")
     assert sum(tensor.numel() for tensor in weights.values()) - buffers[name] == reports[name].plan.parameters
     written = json.loads((root / name / "slimgpt.json").read_text())
@@ -253,13 +253,13 @@ def test_an_expert_that_saw_too_few_tokens_is_repaired_on_tokens_of_the_whole_la
     assert first.experts.fallback == [e for e, n in enumerate(first.experts.tokens) if n < width]
     with torch.no_grad():
         _, (tokens, _, _) = next(expert_calls(dense, windows()))
-        there, here = (m.model.layers[0].get_submodule(experts.module) for m in (dense, model))
-        wanted = expert_output(there, experts, 2, tokens)
-        repaired = expert_output(here, experts, 2, tokens)
+        dense_experts, slim_experts = (m.model.layers[0].get_submodule(experts.module) for m in (dense, model))
+        wanted = expert_output(dense_experts, experts, 2, tokens)
+        repaired = expert_output(slim_experts, experts, 2, tokens)
         bias = dense.model.layers[0].state_dict()[f"{experts.key}_bias"][2]
         channels = units_of(first.experts.channels[2])
         W, _ = down_matrix(dense.model.layers[0].state_dict(), experts, 2)
-        sliced = intermediate(there, experts, 2, tokens)[:, channels] @ W[:, channels].T + bias
+        sliced = intermediate(dense_experts, experts, 2, tokens)[:, channels] @ W[:, channels].T + bias
     assert (repaired - wanted).norm() < 0.95 * (sliced - wanted).norm()  # without a Hessian they are equal
 
 
@@ -310,10 +310,10 @@ def mixtral_folder(tmp_path, tokenizer):
 
 
 def weights_of(folder):
-    found = {}
+    weights = {}
     for file in folder.glob("*.safetensors"):
-        found |= load_file(file)
-    return found
+        weights |= load_file(file)
+    return weights
 
 
 def test_repaired_matrices_of_experts_lie_in_memory_as_a_resumed_run_reads_them(tokenizer, text_file, monkeypatch):

@@ -355,8 +355,8 @@ def test_an_adapter_beside_a_whole_model_is_left_out(folder, adapter):
         assert locate(str(base)).adapter is None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for what, found in all_readers(base):
-            equal(found, expected, what)
+        for reader, weights in all_readers(base):
+            equal(weights, expected, reader)
         equal(
             state(slimgpt.load(str(path))[0]),
             state(

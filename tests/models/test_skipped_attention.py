@@ -90,8 +90,8 @@ def test_it_is_the_dense_model_with_zeros(pruned):
     assert gone == set(range(4)) - attention_kept(model.config)
     assert gone
     with torch.no_grad():
-        found, expected = model(IDS).logits, dense(IDS).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        logits, expected = model(IDS).logits, dense(IDS).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     assert report.plan.parameters == sum(p.numel() for p in model.parameters())
     assert [dict(sizes) for sizes in report.plan.layers] == layer_sizes(model.config)
     module = lookup(model.config).attention[0]
@@ -110,9 +110,9 @@ def test_generation_with_a_cache_is_that_of_the_model_with_zeros(pruned, impleme
         each.set_attn_implementation(implementation)
     options = {"max_new_tokens": 12, "attention_mask": torch.ones_like(IDS), "do_sample": False}
     expected = dense.generate(IDS, **options, use_cache=False)
-    found = model.generate(IDS, **options, return_dict_in_generate=True)
-    assert torch.equal(found.sequences, expected)
-    cache = found.past_key_values
+    generated = model.generate(IDS, **options, return_dict_in_generate=True)
+    assert torch.equal(generated.sequences, expected)
+    cache = generated.past_key_values
     assert cache.get_seq_length() == IDS.shape[1] + 11
     assert all(index >= len(cache.layers) or cache.layers[index].keys is None for index in gone)
     assert torch.equal(model.generate(IDS, **options, num_beams=3), dense.generate(IDS, **options, num_beams=3))
@@ -134,12 +134,12 @@ def test_caches_made_by_hand(pruned, kind):
             return StaticCache(config=model.config, max_cache_len=40)
         return DynamicCache(config=model.config) if kind == "dynamic" else DynamicCache()
 
-    found, kept = [], cache()
+    logits, kept = [], cache()
     with torch.no_grad():
         for piece in IDS.split([9, 1, 14], dim=1):
-            found.append(model(piece, past_key_values=kept, use_cache=True).logits)
+            logits.append(model(piece, past_key_values=kept, use_cache=True).logits)
         expected = dense(IDS).logits
-    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    torch.testing.assert_close(torch.cat(logits, 1), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_folders_load_without_slimgpt_to_the_bit(tmp_path):
@@ -155,11 +155,11 @@ def test_folders_load_without_slimgpt_to_the_bit(tmp_path):
         assert "num_attention_heads" not in per_layer["2"]
         with torch.no_grad():
             expected[name] = model(IDS).logits
-    found = in_a_process_without_slimgpt(tmp_path, RELOAD, IDS, [str(tmp_path / name) for name in names])
+    outputs = in_a_process_without_slimgpt(tmp_path, RELOAD, IDS, [str(tmp_path / name) for name in names])
     for name in names:
-        assert f"{name}.error" not in found, bytes(found[f"{name}.error"].tolist()).decode()
-        assert torch.equal(found[f"{name}.logits"], expected[name])
-        assert torch.equal(found[f"{name}.generate.True"], found[f"{name}.generate.False"])
+        assert f"{name}.error" not in outputs, bytes(outputs[f"{name}.error"].tolist()).decode()
+        assert torch.equal(outputs[f"{name}.logits"], expected[name])
+        assert torch.equal(outputs[f"{name}.generate.True"], outputs[f"{name}.generate.False"])
 
 
 def test_a_layer_that_differs_in_nothing_else(tmp_path):

@@ -37,18 +37,18 @@ def test_fused_parts_of_unequal_length():
     q, k, v = qkv[:24], qkv[24:36], qkv[36:]
     phi3 = ARCHITECTURES["phi3"]
 
-    found = slice_state(state, phi3.find("kv"), sizes, torch.tensor([0, 2]), torch.ones(hidden, 16))
+    sliced = slice_state(state, phi3.find("kv"), sizes, torch.tensor([0, 2]), torch.ones(hidden, 16))
     expected = torch.cat([q[:8], q[16:24], k[:4], k[8:12], v[:4], v[8:12]])
-    assert torch.equal(found["self_attn.qkv_proj.weight"], expected)
-    assert torch.equal(found["self_attn.o_proj.weight"], torch.ones(hidden, 16))
-    assert found["input_layernorm.weight"] is state["input_layernorm.weight"]
+    assert torch.equal(sliced["self_attn.qkv_proj.weight"], expected)
+    assert torch.equal(sliced["self_attn.o_proj.weight"], torch.ones(hidden, 16))
+    assert sliced["input_layernorm.weight"] is state["input_layernorm.weight"]
 
-    found = slice_state(state, phi3.find("query"), sizes, torch.tensor([1, 2, 5]), torch.ones(hidden, 12))
+    sliced = slice_state(state, phi3.find("query"), sizes, torch.tensor([1, 2, 5]), torch.ones(hidden, 12))
     expected = torch.cat([q[4:12], q[20:24], k, v])
-    assert torch.equal(found["self_attn.qkv_proj.weight"], expected)
+    assert torch.equal(sliced["self_attn.qkv_proj.weight"], expected)
 
-    found = slice_state(state, phi3.find("ffn"), sizes, torch.tensor([1, 4]), torch.ones(hidden, 2))
-    assert torch.equal(found["mlp.gate_up_proj.weight"], gate_up[[1, 4, 6, 9]])
+    sliced = slice_state(state, phi3.find("ffn"), sizes, torch.tensor([1, 4]), torch.ones(hidden, 2))
+    assert torch.equal(sliced["mlp.gate_up_proj.weight"], gate_up[[1, 4, 6, 9]])
     assert torch.equal(state["mlp.gate_up_proj.weight"], gate_up)
 
 
@@ -57,10 +57,10 @@ def test_biases_go_with_their_rows():
     state = {f"self_attn.{p}_proj.weight": torch.randn(8 if p == "q" else 4, 5) for p in "qkv"}
     state |= {f"self_attn.{p}_proj.bias": torch.randn(8 if p == "q" else 4) for p in "qkv"}
     state["self_attn.o_proj.weight"], state["self_attn.o_proj.bias"] = torch.randn(5, 8), torch.randn(5)
-    found = slice_state(state, ARCHITECTURES["llama"].find("kv"), sizes, torch.tensor([1]), torch.zeros(5, 4))
-    assert torch.equal(found["self_attn.q_proj.bias"], state["self_attn.q_proj.bias"][4:])
-    assert torch.equal(found["self_attn.k_proj.bias"], state["self_attn.k_proj.bias"][2:])
-    assert torch.equal(found["self_attn.o_proj.bias"], state["self_attn.o_proj.bias"])
+    sliced = slice_state(state, ARCHITECTURES["llama"].find("kv"), sizes, torch.tensor([1]), torch.zeros(5, 4))
+    assert torch.equal(sliced["self_attn.q_proj.bias"], state["self_attn.q_proj.bias"][4:])
+    assert torch.equal(sliced["self_attn.k_proj.bias"], state["self_attn.k_proj.bias"][2:])
+    assert torch.equal(sliced["self_attn.o_proj.bias"], state["self_attn.o_proj.bias"])
 
 
 def test_blocks_that_each_stack_the_parts():
@@ -74,8 +74,8 @@ def test_blocks_that_each_stack_the_parts():
         ((0, 1, 2), ("num_key_value_heads", "num_attention_heads"), [1], [23, 24, 25, 28, 29]),
     ):
         structure = Structure("kv", "o", (Fused("qkv", parts, sliced, "num_key_value_heads"),), unit)
-        found = slice_state(state, structure, sizes, torch.tensor(kept), torch.zeros(1, 2))
-        assert found["qkv.weight"].flatten().tolist() == [row for row in left for _ in range(2)]
+        left_state = slice_state(state, structure, sizes, torch.tensor(kept), torch.zeros(1, 2))
+        assert left_state["qkv.weight"].flatten().tolist() == [row for row in left for _ in range(2)]
 
 
 def test_transposed_weights():
@@ -85,7 +85,7 @@ def test_transposed_weights():
     state = {"c_attn.weight": torch.arange(9).repeat(4, 1), "c_attn.bias": torch.arange(9)}
     unit = ("num_key_value_heads", "num_attention_heads")
     structure = Structure("kv", "c_proj", (Fused("c_attn", parts, (0, 1, 2)),), unit, transposed=True)
-    found = slice_state(state, structure, sizes, torch.tensor([0, 2]), torch.tensor([[1, 2]]))
-    assert found["c_attn.weight"].tolist() == [[0, 2, 3, 5, 6, 8]] * 4
-    assert found["c_attn.bias"].tolist() == [0, 2, 3, 5, 6, 8]
-    assert found["c_proj.weight"].tolist() == [[1], [2]]
+    sliced = slice_state(state, structure, sizes, torch.tensor([0, 2]), torch.tensor([[1, 2]]))
+    assert sliced["c_attn.weight"].tolist() == [[0, 2, 3, 5, 6, 8]] * 4
+    assert sliced["c_attn.bias"].tolist() == [0, 2, 3, 5, 6, 8]
+    assert sliced["c_proj.weight"].tolist() == [[1], [2]]

@@ -28,23 +28,23 @@ def flops(**options):
 
 
 def test_a_schedule_without_training_costs_the_loop_alone():
-    found, plan = flops(allocation="schedule", distill="off", evaluate=False)
+    estimated, plan = flops(allocation="schedule", distill="off", evaluate=False)
     dense = [layer.sizes for layer in SHAPE.layers]
-    assert found == {**pruning_flops(CONFIG, dense, plan.layers, WINDOWS.numel(), 512), "gradients": 0.0}
+    assert estimated == {**pruning_flops(CONFIG, dense, plan.layers, WINDOWS.numel(), 512), "gradients": 0.0}
     assert flops(method="paper")[0]["gradients"] == 0.0
     # Two texts of a thirty-second each, through the dense and the pruned model.
-    compared = flops(allocation="schedule", distill="off")[0]["forward"] - found["forward"]
+    compared = flops(allocation="schedule", distill="off")[0]["forward"] - estimated["forward"]
     heads = 2.0 * CONFIG.vocab_size * CONFIG.hidden_size
-    assert compared == pytest.approx(4 * (found["dense forward"] / 32 + heads * WINDOWS.numel() / 32))
+    assert compared == pytest.approx(4 * (estimated["dense forward"] / 32 + heads * WINDOWS.numel() / 32))
 
 
 def test_training_costs_forward_passes_as_many_as_promised_and_its_heads():
-    found, plan = flops(allocation="schedule")
+    estimated, plan = flops(allocation="schedule")
     tokens = int(1.4 * WINDOWS.numel() / (1 + 7 / 3 * (1 - plan.achieved)))
     heads = tokens * 3 * 2 * CONFIG.vocab_size * CONFIG.hidden_size
-    assert found["gradients"] == pytest.approx(1.4 * found["dense forward"] + heads, rel=1e-3)
+    assert estimated["gradients"] == pytest.approx(1.4 * estimated["dense forward"] + heads, rel=1e-3)
     half = flops(allocation="schedule", distill=tokens // 2)[0]["gradients"]
-    assert half == pytest.approx(found["gradients"] / 2, rel=1e-3)
+    assert half == pytest.approx(estimated["gradients"] / 2, rel=1e-3)
 
 
 def test_a_search_tries_three_plans():
@@ -57,8 +57,8 @@ def test_a_search_tries_three_plans():
     layers = plain["dense forward"] / WINDOWS.numel()
     heads = 2.0 * CONFIG.vocab_size * CONFIG.hidden_size
     tokens = split_windows(WINDOWS, max(CONFIG.intermediate_size, CONFIG.hidden_size))[1].numel()
-    for found, forth, back in ((one, 2, 1), (searched, 7, 2)):
+    for estimated, forth, back in ((one, 2, 1), (searched, 7, 2)):
         expected = tokens * (layers * (forth + back * 7 / 3) + heads * (forth + back))
-        assert found["gradients"] == pytest.approx(expected)
+        assert estimated["gradients"] == pytest.approx(expected)
     cpu = torch.device("cpu")
     assert pruning_seconds(searched, cpu, torch.float32) > 0

@@ -45,14 +45,14 @@ def test_as_much_is_removed_as_the_plan_says(ffn, heads, ratio, round_to):
 def test_a_plan_between_two_removes_as_much(ffn, heads, ratio, share, round_to):
     plan = make_plan(CONFIG, ratio, shape=SHAPE, round_to=round_to)
     spent = allocate_budget(plan, SHAPE, sensitivity(ffn, heads), round_to)
-    found = interpolate(plan, spent, SHAPE, share, round_to)
+    blended = interpolate(plan, spent, SHAPE, share, round_to)
     step = round_to * SHAPE.layers[0].unit_parameters["ffn"]
-    assert 0 <= plan.parameters - found.parameters < max(step, 0.002 * SHAPE.layer_parameters)
-    if found == spent:
+    assert 0 <= plan.parameters - blended.parameters < max(step, 0.002 * SHAPE.layer_parameters)
+    if blended == spent:
         return
     # A head is rounded by half of one; as many parameters are made up for in channels, evenly.
     slack = (SHAPE.layers[0].unit_parameters["query"] // (2 * step) + 2) * round_to
-    for one, two, middle in zip(plan.layers, spent.layers, found.layers):
+    for one, two, middle in zip(plan.layers, spent.layers, blended.layers):
         assert middle["intermediate_size"] % round_to == 0
         for name in one:
             low, high = sorted((one[name], two[name]))
@@ -70,8 +70,8 @@ def test_the_ends_of_the_way_are_the_plans():
 @settings(max_examples=25, deadline=None)
 @given(costs, costs, st.floats(0.1, 0.5))
 def test_no_other_choice_that_removes_as_much_costs_less(ffn, heads, ratio):
-    found = sensitivity(ffn, heads)
-    options = _options(SHAPE, found.with_floor(), "query", 25, None)  # coarse: four widths, two numbers of heads
+    costs = sensitivity(ffn, heads)
+    options = _options(SHAPE, costs.with_floor(), "query", 25, None)  # coarse: four widths, two numbers of heads
     target = int(ratio * SHAPE.layer_parameters)
     chosen = cheapest_options(options, target)
     assert chosen is not None
@@ -108,12 +108,12 @@ def test_costs_pass_through_what_was_measured_and_grow_faster_than_the_share():
 
 
 def test_what_is_too_small_to_be_believed_is_raised():
-    found = {
+    costs = {
         (c.layer, c.unit): c.cost for c in sensitivity([-0.1, 0.2, 0.3, 0.4], [0.01, 0.02, 0.02, 0.02]).with_floor()
     }
-    assert found[0, "ffn"] == pytest.approx(FLOOR * 0.25)
-    assert [found[i, "ffn"] for i in (1, 2, 3)] == [0.2, 0.3, 0.4]
-    assert found[0, "query"] == 0.01
+    assert costs[0, "ffn"] == pytest.approx(FLOOR * 0.25)
+    assert [costs[i, "ffn"] for i in (1, 2, 3)] == [0.2, 0.3, 0.4]
+    assert costs[0, "query"] == 0.01
 
 
 @settings(max_examples=40, deadline=None)

@@ -62,7 +62,7 @@ def test_the_cheapest_pair_is_that_of_all_pairs(ffn, heads, ratio, unit):
     units = 2 if unit == "query" else 3
     pairs = equal_pairs(plan, SHAPE, sensitivity(ffn, heads, unit, 1 / units), range(units, 0, -1))
     target = ratio * layer.parameters
-    everything = []
+    near = []
     for kept in range(1, units + 1):
         for channels in range(25, 101):
             gone = (units - kept) * layer.unit_parameters[unit] + (100 - channels) * layer.unit_parameters["ffn"]
@@ -73,15 +73,15 @@ def test_the_cheapest_pair_is_that_of_all_pairs(ffn, heads, ratio, unit):
                 for f, h in zip(floored(ffn), floored(heads))
             )
             if abs(gone - target) <= EQUAL_TOLERANCE * layer.parameters:
-                everything.append((cost, kept, channels))
-    if not everything:
+                near.append((cost, kept, channels))
+    if not near:
         assert not pairs or pairs[0].error > EQUAL_TOLERANCE or pairs[0].channels < 25
         return
-    best = min(cost for cost, _, _ in everything)
+    best = min(cost for cost, _, _ in near)
     assert pairs[0].cost == pytest.approx(best, rel=1e-9)
-    assert (pairs[0].heads, pairs[0].channels) in {(kept, channels) for _, kept, channels in everything}
+    assert (pairs[0].heads, pairs[0].channels) in {(kept, channels) for _, kept, channels in near}
     assert [pair.heads for pair in pairs if pair.error <= EQUAL_TOLERANCE and pair.channels >= 25] == [
-        kept for _, kept in sorted({(cost, kept) for cost, kept, _ in everything})
+        kept for _, kept in sorted({(cost, kept) for cost, kept, _ in near})
     ]
 
 
@@ -146,8 +146,8 @@ def test_widths_by_layer_are_aligned_and_meet_the_target(ratio, width, schedule,
     plan = plan_for(config, asked, shape)
     assert abs(plan.achieved - ratio) <= TOLERANCE
     assert preferred_step(asked, shape) == step
-    found = sensitivity(scales[:6], scales[6:])
-    cheapest = allocate_budget(plan, shape, found, plan.round_to)
+    costs = sensitivity(scales[:6], scales[6:])
+    cheapest = allocate_budget(plan, shape, costs, plan.round_to)
     for each in (plan, cheapest, interpolate(plan, cheapest, shape, 1 - ratio, plan.round_to)):
         assert abs(each.achieved - ratio) <= 2 * TOLERANCE  # measured plans start from what the plan removes
         assert all(sizes["intermediate_size"] % plan.round_to == 0 for sizes in each.layers)

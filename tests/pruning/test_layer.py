@@ -51,11 +51,11 @@ def test_every_repair_is_the_closed_form_on_the_stream_of_the_layers_before(meth
             linear = before.get_submodule(path)
             kept = unit_rows(linear.weight.shape[1], units, torch.tensor(layer.kept[name]))
             expected = closed_form(linear.weight.detach(), inputs_of(mixed, linear), kept)
-            found = after.get_submodule(path).weight.detach()
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+            repaired = after.get_submodule(path).weight.detach()
+            torch.testing.assert_close(repaired, expected, rtol=1e-9, atol=1e-9)
             with torch.no_grad():
                 linear.weight.zero_()
-                linear.weight[:, kept] = found
+                linear.weight[:, kept] = repaired
 
 
 def test_reported_errors_are_those_on_the_tokens():
@@ -171,9 +171,9 @@ def test_dropout_has_no_part_in_it():
     dense = tiny_model("gpt2", resid_pdrop=0.3, attn_pdrop=0.3)
     trained = copy.deepcopy(dense).train()
     options = {"calibration": IDS, "head_unit": "kv", "device": "cpu"}
-    expected, found = slimgpt.prune(dense, None, 0.3, **options), slimgpt.prune(trained, None, 0.3, **options)
-    assert [layer.kept for layer in found.layers] == [layer.kept for layer in expected.layers]
-    assert [layer.error for layer in found.layers] == [layer.error for layer in expected.layers]
+    expected, report = slimgpt.prune(dense, None, 0.3, **options), slimgpt.prune(trained, None, 0.3, **options)
+    assert [layer.kept for layer in report.layers] == [layer.kept for layer in expected.layers]
+    assert [layer.error for layer in report.layers] == [layer.error for layer in expected.layers]
     assert trained.training
     assert all(layer.training for layer in trained.transformer.h)
     assert not dense.training

@@ -98,7 +98,7 @@ def test_a_recipe_ends_in_a_table_beside_the_papers_column(recipe, dense_folder,
 def test_finished_rows_are_kept(recipe, dense_folder, tmp_path):
     def go(**more):
         done = []
-        arguments = {"model": str(dense_folder), "device": "cpu", "on_row": lambda *told: done.append(told[2]), **more}
+        arguments = {"model": str(dense_folder), "device": "cpu", "on_row": lambda *row: done.append(row[2]), **more}
         results = reproduce(recipe, tmp_path / "out", **arguments)[1]
         return done, [result.figures for result in results]
 

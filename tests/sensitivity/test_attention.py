@@ -49,12 +49,12 @@ def test_a_cost_is_what_the_narrowed_model_loses_without_that_attention(family, 
     slim = copy.deepcopy(model)
     for _ in prune_model(slim, fit, plan, CONFIG, run()):
         pass
-    some = probe[: CONFIG.batch_size]  # half of the batches
+    compared = probe[: CONFIG.batch_size]  # half of the batches
     assert len(probe) == 6
     for layer, part in parts.items():
         gone = copy.deepcopy(slim)
         skip_attention(gone.get_submodule(lookup(model.config).layers)[layer], lookup(model.config).attention)
-        expected = divergence(gone, model, some) - divergence(slim, model, some)
+        expected = divergence(gone, model, compared) - divergence(slim, model, compared)
         assert part.cost == pytest.approx(expected, rel=1e-6, abs=1e-12)
         assert part.removed == 1.0
 
@@ -135,16 +135,16 @@ def test_the_target_is_met_and_no_ffn_is_lost(ffn, heads, whole, ratio, round_to
     measured = Sensitivity(sum(part.cost for part in parts), tuple(parts))
     plan = make_plan(WIDE, ratio, shape=SHAPE, round_to=round_to)
 
-    def cheapest(budget, some):
-        best = allocate_budget(budget, SHAPE, some, round_to)
+    def cheapest(budget, costs):
+        best = allocate_budget(budget, SHAPE, costs, round_to)
         return interpolate(budget, best, SHAPE, 1 - plan.achieved, round_to)
 
-    for found in plans_without_attention(plan, SHAPE, measured, cheapest, WIDE, None):
-        assert found.achieved == pytest.approx(plan.achieved, abs=0.01)
-        assert found.achieved >= plan.achieved - 1e-12
-        assert found.layers[0]["num_attention_heads"]
-        assert any(not sizes["num_attention_heads"] for sizes in found.layers)
-        for sizes in found.layers:
+    for candidate in plans_without_attention(plan, SHAPE, measured, cheapest, WIDE, None):
+        assert candidate.achieved == pytest.approx(plan.achieved, abs=0.01)
+        assert candidate.achieved >= plan.achieved - 1e-12
+        assert candidate.layers[0]["num_attention_heads"]
+        assert any(not sizes["num_attention_heads"] for sizes in candidate.layers)
+        for sizes in candidate.layers:
             assert sizes["intermediate_size"] >= 1
             assert sizes["intermediate_size"] % round_to == 0
             assert (sizes["num_attention_heads"] == 0) == (sizes["num_key_value_heads"] == 0)

@@ -47,29 +47,29 @@ def divergence(model, dense, ids) -> float:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt_neox", "gpt2"])
 def test_the_divergence_is_that_of_the_pruned_model_and_its_parts_sum_up_to_it(family):
     model, plan, layers = case(family)
-    found = measure(model, layers.__getitem__, IDS, plan, CONFIG, run())
+    measured = measure(model, layers.__getitem__, IDS, plan, CONFIG, run())
     fit, probe = split_windows(IDS, 52)
     assert not {tuple(row) for row in fit.tolist()} & {tuple(row) for row in probe.tolist()}
     slim = copy.deepcopy(model)
     for _ in prune_model(slim, fit, plan, CONFIG, run()):
         pass
-    assert found.divergence == pytest.approx(divergence(slim, model, probe), rel=1e-6)
-    assert sum(part.cost for part in found.contributions) == pytest.approx(
-        found.divergence, rel=0.2 if family == "gemma2" else 0.06
+    assert measured.divergence == pytest.approx(divergence(slim, model, probe), rel=1e-6)
+    assert sum(part.cost for part in measured.contributions) == pytest.approx(
+        measured.divergence, rel=0.2 if family == "gemma2" else 0.06
     )
-    assert len(found.contributions) == 2 * len(layers)
+    assert len(measured.contributions) == 2 * len(layers)
     parts, whole = (
         measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), points=p) for p in (MIDPOINT, ENDPOINT)
     )
-    assert parts.contributions == found.contributions
+    assert parts.contributions == measured.contributions
     assert parts.divergence == pytest.approx(sum(part.cost for part in parts.contributions), rel=1e-12)
-    assert (whole.divergence, whole.contributions) == (found.divergence, ())
+    assert (whole.divergence, whole.contributions) == (measured.divergence, ())
 
 
 @pytest.mark.parametrize(("family", "points"), [("llama", MIDPOINT), ("gpt2", MIDPOINT), ("llama", SIMPSON)])
 def test_a_part_is_the_integral_of_the_slope_along_the_path(family, points):
     model, plan, layers = case(family)
-    found = measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), points=points)
+    measured = measure(model, layers.__getitem__, IDS, plan, CONFIG, run(), points=points)
     fit, probe = split_windows(IDS, 52)
     structures = {s.unit: s for s in slimgpt.ARCHITECTURES[family].chosen(plan.head_unit)}
     step = {}
@@ -97,11 +97,11 @@ def test_a_part_is_the_integral_of_the_slope_along_the_path(family, points):
         return divergence(moved, model, probe)
 
     e = 0.01  # norms compute in fp32
-    for part in found.contributions:
+    for part in measured.contributions:
         key, expected = (part.layer, part.unit), 0.0
         for alpha, weight in points:
-            there = dict.fromkeys(step, alpha)
-            slope = (at({**there, key: alpha + e}) - at({**there, key: alpha - e})) / (2 * e)
+            point = dict.fromkeys(step, alpha)
+            slope = (at({**point, key: alpha + e}) - at({**point, key: alpha - e})) / (2 * e)
             expected += weight * slope
         assert part.cost == pytest.approx(expected, rel=1e-3, abs=1e-7)
 
@@ -125,13 +125,13 @@ def test_measuring_changes_nothing():
 
 def test_what_is_kept_in_files_and_run_in_other_batches_gives_the_same():
     model, plan, layers = case("llama")
-    found = [
+    measurements = [
         measure(model, layers.__getitem__, IDS, plan, replace(CONFIG, batch_size=size), run(place))
         for size, place in ((5, "device"), (5, "file"), (2, "device"))
     ]
-    for other in found[1:]:
-        assert other.divergence == pytest.approx(found[0].divergence, rel=1e-6)
-        for one, two in zip(found[0].contributions, other.contributions):
+    for other in measurements[1:]:
+        assert other.divergence == pytest.approx(measurements[0].divergence, rel=1e-6)
+        for one, two in zip(measurements[0].contributions, other.contributions):
             assert two.cost == pytest.approx(one.cost, rel=1e-5, abs=1e-10)
 
 
@@ -141,8 +141,8 @@ def test_a_search_takes_the_better_of_what_it_measured_and_what_it_was_given():
     tried = report.allocation["tried"]
     assert len(tried) == 2
     model = tiny_model("llama")
-    found = measure(model, model.model.layers.__getitem__, IDS, report.plan, CONFIG, run())
-    assert found.divergence == pytest.approx(min(tried), rel=1e-3)
+    measured = measure(model, model.model.layers.__getitem__, IDS, report.plan, CONFIG, run())
+    assert measured.divergence == pytest.approx(min(tried), rel=1e-3)
     assert report.allocation["divergence"] == min(tried)
 
 
@@ -194,12 +194,12 @@ def test_an_unknown_allocation_lists_the_known_ones():
 
 
 def test_by_default_it_is_measured_where_there_are_tokens_enough():
-    found = {}
+    allocations = {}
     for count in (8, 40):
         model = tiny_model("llama")  # 52 channels: 208 tokens for the trial run, beside those that are compared
-        found[count] = slimgpt.prune(model, None, 0.3, windows(count, 24), device="cpu").allocation
-    assert found[8] == {}
-    assert found[40]["by"] == "sensitivity"
+        allocations[count] = slimgpt.prune(model, None, 0.3, windows(count, 24), device="cpu").allocation
+    assert allocations[8] == {}
+    assert allocations[40]["by"] == "sensitivity"
     paper = slimgpt.prune(tiny_model("llama"), None, 0.3, windows(40, 24), device="cpu", method="paper")
     assert paper.settings.allocation == "schedule"
     assert paper.allocation == {}

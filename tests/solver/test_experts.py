@@ -73,14 +73,14 @@ def test_the_weighted_hessian_gives_the_best_matrix_of_an_expert_in_the_whole_mi
     gram = Gram(CHANNELS, dtype=torch.float64)
     gram.add(m.h(expert, m.x[rows]) * p)
     H = gram.mean()
-    found = reconstruct(m.W[expert] @ H, H, columns)
+    repaired = reconstruct(m.W[expert] @ H, H, columns)
 
     others = m.output(torch.stack([W if e != expert else W * 0 for e, W in enumerate(m.W)]))
     target = m.output(m.W) - others
     design = torch.zeros(TOKENS, 3, dtype=torch.float64)
     design[rows] = m.h(expert, m.x[rows])[:, columns] * p
     expected = torch.linalg.lstsq(design, target).solution.T
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(repaired, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_weights_of_the_router_decide_which_channels_stay():

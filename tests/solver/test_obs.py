@@ -131,10 +131,10 @@ def test_every_repair_is_the_closed_form(n, out, seed, data):
     W, H = problem(n, out, seed=seed)
     kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n))))
     expected = (W @ H)[:, kept] @ torch.linalg.inv(H[kept][:, kept])
-    found = reconstruct(W @ H, H, kept)
-    assert (found - expected).abs().max() <= 1e-7 * max(1.0, float(expected.abs().max()))
+    repaired = reconstruct(W @ H, H, kept)
+    assert (repaired - expected).abs().max() <= 1e-7 * max(1.0, float(expected.abs().max()))
     if len(kept) == n:
-        assert relative_error(W, found, H, kept) < 1e-12
+        assert relative_error(W, repaired, H, kept) < 1e-12
 
 
 def test_relative_error_is_the_error_on_the_tokens():

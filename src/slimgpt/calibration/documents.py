@@ -94,8 +94,8 @@ def read_rows(rows: Iterable[object]) -> Iterator[Document]:
 def hub_dataset(source: str) -> str | None:
     """The id on the hub of a source that :func:`read_documents` reads from there; ``None`` for any other."""
     path = Path(source).expanduser()
-    here = os.path.lexists(path) or text_format(path) or path.is_absolute() or source.startswith((".", "~"))
-    return None if source in (assets.DEMO, AUTO, *IN_MEMORY) or here else source.partition(":")[0]
+    local = os.path.lexists(path) or text_format(path) or path.is_absolute() or source.startswith((".", "~"))
+    return None if source in (assets.DEMO, AUTO, *IN_MEMORY) or local else source.partition(":")[0]
 
 
 def text_format(path: Path) -> str | None:

@@ -144,10 +144,10 @@ class Writer:
         if ranks.world == 1:
             return written
         values = json.dumps([[document.ids, document.own, document.ended] for document in written])
-        everything = [each for text in ranks.texts(values) for each in json.loads(text)]
+        documents = [each for text in ranks.texts(values) for each in json.loads(text)]
         return [
             Document(start, ids, own=sampled, ended=ended)
-            for start, (ids, sampled, ended) in zip(starts, everything, strict=True)
+            for start, (ids, sampled, ended) in zip(starts, documents, strict=True)
         ]
 
     def finished(self, document: Document, kept: int) -> list[int]:

@@ -53,10 +53,10 @@ def export(
 
     silence_libraries()
     check_json(json_file, overwrite)
-    with export_phases() as told:
+    with export_phases() as callbacks:
         report = run(
             slim, output, to, quantize=quantize, tokenizer_pre=tokenizer_pre, overwrite=overwrite, check=verify,
-            push_to_hub=push_to_hub, private=private, **told,
+            push_to_hub=push_to_hub, private=private, **callbacks,
         )  # fmt: skip
     write_json(json_file, report.to_json())
     print_export(report)

@@ -162,9 +162,13 @@ def prune(
         from slimgpt.cli.export import export_phases, print_export
         from slimgpt.exporting.run import export
 
-        with export_phases() as told:
+        with export_phases() as export_callbacks:
             written = export(
-                prepared.output, export_path(prepared.output, export_to), export_to, overwrite=overwrite, **told
+                prepared.output,
+                export_path(prepared.output, export_to),
+                export_to,
+                overwrite=overwrite,
+                **export_callbacks,
             )
         print_export(written)
     if repository is not None:

@@ -87,5 +87,5 @@ def _metrics(scores: TaskScores) -> Iterator[tuple[str, str | None]]:
 
 
 def _answers(scores: TaskScores, task: str | None) -> Answers:
-    everything = answers(scores)
-    return everything if task is None else {task: everything.get(task, {})}
+    by_task = answers(scores)
+    return by_task if task is None else {task: by_task.get(task, {})}

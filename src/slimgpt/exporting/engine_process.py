@@ -120,11 +120,11 @@ def ask(python: str, request: dict[str, Any]) -> dict[str, Any]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     log = Path(tempfile.mkdtemp(prefix="slimgpt-engine-")) / f"{engine}.log"
     try:
-        asked, said = log.with_name("request.json"), log.with_name("result.json")
-        asked.write_text(json.dumps(request), encoding="utf-8")
+        request_file, result_file = log.with_name("request.json"), log.with_name("result.json")
+        request_file.write_text(json.dumps(request), encoding="utf-8")
         with log.open("wb") as output:
             done = subprocess.run(
-                [python, str(Path(prompt_logprobs.__file__)), str(asked), str(said)],
+                [python, str(Path(prompt_logprobs.__file__)), str(request_file), str(result_file)],
                 check=False,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -132,7 +132,7 @@ def ask(python: str, request: dict[str, Any]) -> dict[str, Any]:
                 stderr=subprocess.STDOUT,
                 cwd=log.parent,
             )
-        result = json.loads(said.read_text(encoding="utf-8")) if said.is_file() else {}
+        result = json.loads(result_file.read_text(encoding="utf-8")) if result_file.is_file() else {}
     except OSError as error:
         shutil.rmtree(log.parent)
         raise ExportError(f"{engine} could not be run with {python}: {one_line(error)}") from error

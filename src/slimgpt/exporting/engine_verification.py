@@ -275,11 +275,11 @@ class Reference:
         """
         versions = result["versions"]
         engine = " ".join(next(iter(versions.items()), ("engine", "")))
-        said = [sequence["logprobs"] for sequence in result["sequences"]]
-        if [len(part) for part in said] != [len(part) for part in self.logprobs]:
-            raise ExportError(f"{engine} gave {sum(map(len, said))} log-probabilities, not {self._count()}")
-        _check_finite(said, engine)
-        apart = [[abs(a - b) for a, b in zip(*pair)] for pair in zip(said, self.logprobs)]
+        logprobs = [sequence["logprobs"] for sequence in result["sequences"]]
+        if [len(part) for part in logprobs] != [len(part) for part in self.logprobs]:
+            raise ExportError(f"{engine} gave {sum(map(len, logprobs))} log-probabilities, not {self._count()}")
+        _check_finite(logprobs, engine)
+        apart = [[abs(a - b) for a, b in zip(*pair)] for pair in zip(logprobs, self.logprobs)]
         limit = 2 * (tolerance if tolerance is not None else TOLERANCE)
         compared = []
         for index, prompt in enumerate(self.prompts):
@@ -290,7 +290,7 @@ class Reference:
         start, flat = len(self.prompts), [value for part in apart for value in part]
         perplexities = [
             math.exp(-sum(sum(part) for part in side[start:]) / sum(len(part) for part in side[start:]))
-            for side in (said, self.logprobs)
+            for side in (logprobs, self.logprobs)
         ]
         return EngineVerification(
             engine=engine,

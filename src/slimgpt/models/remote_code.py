@@ -40,11 +40,11 @@ def register_model_class(config: PreTrainedConfig, location: str) -> None:
     if reference is None:
         raise ModelError(f"{location}: auto_map in its config.json names no {AUTO_MODEL}, so there is nothing to prune")
     try:
-        found: Any = get_class_from_dynamic_module(reference, location)
+        imported: Any = get_class_from_dynamic_module(reference, location)
     except Exception as error:  # whatever the code does when it is imported
         raise ModelError(f"cannot import {reference} from the repository of {location}: {one_line(error)}") from error
-    bases = [base for base in found.__mro__ if base.__name__ != "SlimMixin" and base is not found]
-    own = bases[0] if any(base.__name__ == "SlimMixin" for base in found.__mro__) else found
+    bases = [base for base in imported.__mro__ if base.__name__ != "SlimMixin" and base is not imported]
+    own = bases[0] if any(base.__name__ == "SlimMixin" for base in imported.__mro__) else imported
     own.config_class = type(config)  # a module that was imported again has a class of its own of the same name
     _MODEL_CLASSES[type(config)] = own
 

@@ -47,10 +47,10 @@ def check_measurable(config: PruneConfig, shape: ModelShape) -> None:
     if config.allocation not in ("sensitivity", "search") or measurable(shape):
         return
     if config.uniform or config.whole_experts:
-        option, what = ("uniform", "equal layers") if config.uniform else ("whole_experts", "whole experts")
+        option, subject = ("uniform", "equal layers") if config.uniform else ("whole_experts", "whole experts")
         raise PlanError(
-            f"allocation '{config.allocation}' measures no {what} of a mixture of experts, which follow the schedule; "
-            f"leave out allocation, or {option}"
+            f"allocation '{config.allocation}' measures no {subject} of a mixture of experts, which follow the "
+            f"schedule; leave out allocation, or {option}"
         )
 
 

@@ -139,11 +139,11 @@ def _trim(
     def parameters() -> int:
         return shape.parameters - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
 
-    everything = [index for index, layer in enumerate(shape.layers) if layer.has_ffn]
+    with_ffn = [index for index, layer in enumerate(shape.layers) if layer.has_ffn]
     steps_of = [step_of(layer, round_to) for layer in shape.layers]
     while (over := parameters() - limit) > 0:
-        widest = max(everything, key=lambda i: (layers[i][CHANNELS], i))
-        chosen = list(everything) if uniform else [widest]
+        widest = max(with_ffn, key=lambda i: (layers[i][CHANNELS], i))
+        chosen = list(with_ffn) if uniform else [widest]
         step = sum(steps_of[i] * shape.layers[i].channel_parameters(layers[i]) for i in chosen)
         steps = -(-over // step) if uniform else 1
         for i in chosen:
@@ -153,7 +153,7 @@ def _trim(
     room = True
     while room:
         room = False
-        groups = [list(everything)] if uniform else [[i] for i in reversed(everything)]
+        groups = [list(with_ffn)] if uniform else [[i] for i in reversed(with_ffn)]
         for chosen in groups:
             cost = sum(steps_of[i] * shape.layers[i].channel_parameters(layers[i]) for i in chosen)
             fits = all(layers[i][CHANNELS] + steps_of[i] <= shape.layers[i].sizes[CHANNELS] for i in chosen)

@@ -254,9 +254,9 @@ class _Measurement:
             probe: the windows of that half that this process has, perhaps none; they come first in the batches.
         """
         batches = probe.split(self.config.batch_size) if len(probe) else ()
-        some = range(len(batches))
+        all_batches = range(len(batches))
         removal = AttentionRemoval(
-            self._narrow_layer, self.attention, self.whole_attention, passes.arguments, some, self.run
+            self._narrow_layer, self.attention, self.whole_attention, passes.arguments, all_batches, self.run
         )
         for _ in self._steps(removal.forward(inputs) if batches else ()):
             pass

@@ -84,8 +84,8 @@ def _described(model_type: str, entry: Entry, config: PreTrainedConfig | None) -
             layout = entry(AutoConfig.for_model(model_type, **_SUPPORTED[model_type]))
     assert isinstance(layout, Architecture)
     units = tuple(dict.fromkeys(_name(structure, layout) for structure in layout.structures))
-    here = [s for s in layout.structures if _in_stock_class(s.unit, layout, config)]
-    stock = tuple(dict.fromkeys(_name(structure, layout) for structure in here))
+    kept_by_stock = [s for s in layout.structures if _in_stock_class(s.unit, layout, config)]
+    stock = tuple(dict.fromkeys(_name(structure, layout) for structure in kept_by_stock))
     if isinstance(layout, Mixture) and len({type(s) for s in layout.structures if s.unit == "ffn"}) > 1:
         notes.append("uniform where every layer has experts")
     notes += [f"no {part}: {why}" for part, why in layout.refused.items()]

@@ -27,8 +27,8 @@ def found_in(model: nn.Module) -> str:
         indices_by_lines.setdefault(tuple(_lines(layer)), []).append(index)
     text = []
     for lines, indices in indices_by_lines.items():
-        which = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}..{indices[-1]} ({len(indices)} layers)"
-        text += [f"{name}.{which}: {type(layers[indices[0]]).__name__}", *lines]
+        numbers = f"{indices[0]}" if len(indices) == 1 else f"{indices[0]}..{indices[-1]} ({len(indices)} layers)"
+        text += [f"{name}.{numbers}: {type(layers[indices[0]]).__name__}", *lines]
     return "\n".join(text)
 
 
