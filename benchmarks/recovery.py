@@ -21,10 +21,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from matplotlib.figure import Figure
 from rich.console import Console
 
 import slimgpt
+from slimgpt.io.figures import BLUE, GREEN, GREY, ORANGE, new_figure
 from slimgpt.runtime.versions import versions
 
 console = Console()
@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """A ``rate`` times the root of the ratio is the learning rate: the less there is to be won, the smaller the steps."""
 
-COLORS = {"lora": "#b54708", "lora-paper": "#98a2b3", "full": "#067647", "distill": "#175cd3"}
+COLORS = {"lora": ORANGE, "lora-paper": GREY, "full": GREEN, "distill": BLUE}
 TIMED = 12
 
 
@@ -238,8 +238,8 @@ def table(result: dict[str, Any], name: str) -> str:
 def plot(result: dict[str, Any], file: Path) -> None:
     """Held-out loss against CPU time, a panel per ratio."""
     ratios = list(dict.fromkeys(row["ratio"] for row in result["rows"]))
-    figure = Figure(figsize=(4.5 * len(ratios), 4), layout="constrained")
-    for axes, ratio in zip(figure.subplots(1, len(ratios), squeeze=False)[0], ratios):
+    figure, panels = new_figure(4.5 * len(ratios), 4, columns=len(ratios))
+    for axes, ratio in zip(panels, ratios):
         for row in result["rows"]:
             points = [point for point in row["curve"] if point[0] is not None]
             if row["ratio"] == ratio:
@@ -247,7 +247,6 @@ def plot(result: dict[str, Any], file: Path) -> None:
         axes.set_title(f"{ratio:.0%} removed")
         axes.set_xlabel("core-minutes")
         axes.set_ylabel("held-out loss per token")
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend()
     figure.savefig(file, dpi=120)
 

@@ -37,7 +37,7 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "engine", "beyond", "there", "expected"),
+    ("name", "engine", "beyond", "present", "expected"),
     [
         ("a.gguf", "auto", [], True, "llama.cpp"),
         ("a.gguf", "auto", [], False, "transformers"),

@@ -23,7 +23,7 @@ def model_folder(folder: Path, card: str = "") -> Path:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError(errno.ENOSPC, "No space left on device")])
-@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("existing", [False, True])
 def test_whatever_goes_wrong_the_old_state_remains(error, existing, tmp_path):
     if existing:
         model_folder(tmp_path / "slim", "old")

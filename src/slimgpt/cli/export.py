@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_json
+from slimgpt.cli.console import (
+    app,
+    check_json,
+    handle_errors,
+    out,
+    print_uploaded,
+    show,
+    silence_libraries,
+    write_json,
+)
 from slimgpt.cli.options import PrivateOption, PushOption, TrustOption
 from slimgpt.cli.progress import bar, phases
 from slimgpt.errors import UsageError
@@ -60,8 +69,7 @@ def export(
         )  # fmt: skip
     write_json(json_file, report.to_json())
     print_export(report)
-    if push_to_hub is not None:
-        out.print(f"uploaded to {show(push_to_hub)}", soft_wrap=True, highlight=False)
+    print_uploaded(push_to_hub)
 
 
 @app.command()

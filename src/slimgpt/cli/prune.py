@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
+from slimgpt.cli.console import app, handle_errors, out, print_uploaded, show, silence_libraries
 from slimgpt.cli.divergence import print_dense_comparison, print_next
 from slimgpt.cli.options import (
     DeviceOption,
@@ -172,7 +172,7 @@ def prune(
             )
         print_export(written)
     if repository is not None:
-        out.print(f"uploaded to {show(repository.upload(prepared.output))}", soft_wrap=True, highlight=False)
+        print_uploaded(repository.upload(prepared.output))
     print_next(model, output)
 
 

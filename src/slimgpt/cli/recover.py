@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
+from slimgpt.cli.console import app, handle_errors, out, print_uploaded, show, silence_libraries
 from slimgpt.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -108,8 +108,7 @@ def recover(
             **settings,
         )
     _print(recovery)
-    if push_to_hub is not None:
-        out.print(f"uploaded to {show(push_to_hub)}", soft_wrap=True, highlight=False)
+    print_uploaded(push_to_hub)
 
 
 def _losses(step: Step) -> str:

@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slimgpt.comparison.plots import COLORS, figures
+from slimgpt.comparison.plots import figures
 from slimgpt.comparison.protocols import in_words, protocols
+from slimgpt.io.figures import COLORS, DARK_COLORS
 
 if TYPE_CHECKING:
     from slimgpt.comparison.measure import ModelResult
@@ -61,16 +62,13 @@ summary { cursor: pointer; white-space: pre-wrap; }
 _BASE = ' class="base"'
 """Of the cells of the base."""
 
-_DARK = ("#58a6ff", "#f0883e", "#3fb68b", "#c586e0", "#f06595", "#9ca3af")
-"""The colours of the plots on a dark page."""
-
 
 def write_page(comparison: Comparison, file: Path) -> None:
     """Write the report."""
     names = [result.name for result in comparison.sides]
     variables = {
         "light": " ".join(f"--c{i}: {color};" for i, color in enumerate(COLORS)),
-        "dark": " ".join(f"--c{i}: {color};" for i, color in enumerate(_DARK)),
+        "dark": " ".join(f"--c{i}: {color};" for i, color in enumerate(DARK_COLORS)),
     }
     details = json.dumps(protocols(comparison), indent=1)
     body = [

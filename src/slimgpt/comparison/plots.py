@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimgpt.evaluation.tasks import metric_of
+from slimgpt.io.figures import COLORS, new_figure, series_style
 
 if TYPE_CHECKING:
     from slimgpt.comparison.result import Comparison
-
-COLORS = ("#1f6feb", "#d9730d", "#2f9e6e", "#a44cc4", "#c2255c", "#6b7280")
-MARKERS = ("o", "s", "^", "D", "v", "P")
 
 LONG_NAME = 18
 """Characters of a name from which on a legend has one column."""
@@ -29,7 +27,7 @@ def figures(comparison: Comparison) -> list[Any]:
     """All plots that the measurements allow, one figure each."""
     drawn = []
     for panel in [*_quality_panels(comparison), *_other_panels(comparison)]:
-        figure, axis = _figure()
+        figure, (axis,) = _figure()
         panel(axis)
         _legend(figure, axis)
         drawn.append(figure)
@@ -40,9 +38,9 @@ def plot_quality(comparison: Comparison, file: Path) -> None:
     """Write quality against size, a panel per text and one for tasks, as a PNG or SVG by the file's suffix."""
     panels = _quality_panels(comparison)
     figure, axes = _figure(len(panels))
-    for panel, axis in zip(panels, axes if len(panels) > 1 else [axes]):
+    for panel, axis in zip(panels, axes):
         panel(axis)
-    _legend(figure, axes[0] if len(panels) > 1 else axes)
+    _legend(figure, axes[0])
     figure.savefig(file, dpi=130)
 
 
@@ -83,7 +81,7 @@ def _by_size(axis: Any, comparison: Comparison, values: Sequence[float], label: 
 
     base = comparison.sides[0].parameters
     for index, (side, value) in enumerate(zip(comparison.sides, values)):
-        axis.plot([100 * side.parameters / base], [value], label=side.name, linestyle="none", **_style(index))
+        axis.plot([100 * side.parameters / base], [value], label=side.name, linestyle="none", **series_style(index))
     axis.set_xlabel(f"parameters, % of {comparison.sides[0].name}")
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
@@ -153,7 +151,7 @@ def _kept(axis: Any, comparison: Comparison) -> None:
 
     for index, side in enumerate(comparison.sides):
         if side.kept:
-            axis.plot([100 * share for share in side.kept], label=side.name, linewidth=1.4, **_style(index, 4))
+            axis.plot([100 * share for share in side.kept], label=side.name, linewidth=1.4, **series_style(index, 4))
     axis.set_xlabel("layer")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.yaxis.set_major_formatter(PercentFormatter(decimals=0))
@@ -166,7 +164,7 @@ def _positions(axis: Any, comparison: Comparison) -> None:
     for index, side in enumerate(comparison.sides):
         values = (side.by_position.by_position or {}) if side.by_position else {}
         every += values.values()
-        axis.plot(list(values), list(values.values()), label=side.name, linewidth=1.4, **_style(index))
+        axis.plot(list(values), list(values.values()), label=side.name, linewidth=1.4, **series_style(index))
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:.0f}")
     axis.set_yscale("log")
@@ -175,18 +173,9 @@ def _positions(axis: Any, comparison: Comparison) -> None:
     axis.set_ylabel("perplexity (lower is better)")
 
 
-def _style(index: int, size: float = 7) -> dict[str, Any]:
-    turn = index // len(COLORS)  # the seventh model has the first one's colour and another marker
-    return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[(index + turn) % len(MARKERS)], "markersize": size}
-
-
-def _figure(columns: int = 1) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # takes a while to import
-
-    figure = Figure(figsize=(5 * columns, 3.8), layout="constrained")
-    axes = figure.subplots(1, columns)
-    for axis in axes if columns > 1 else [axes]:
-        axis.spines[["top", "right"]].set_visible(False)
+def _figure(columns: int = 1) -> tuple[Any, list[Any]]:
+    figure, axes = new_figure(5 * columns, 3.8, columns=columns)
+    for axis in axes:
         axis.grid(visible=True, alpha=0.25)
         axis.set_axisbelow(True)
     return figure, axes

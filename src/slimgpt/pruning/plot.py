@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimgpt.models.architecture import Sizes
+from slimgpt.io.figures import BLUE, ORANGE, PALE, new_figure
+from slimgpt.models.architecture import CHANNELS, HEADS, Sizes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-DENSE, HEADS, CHANNELS = "#d0d5dd", "#b54708", "#175cd3"
 
 
 def plot_widths(dense: Sequence[Sizes], slim: Sequence[Sizes], file: Path) -> None:
@@ -23,19 +22,15 @@ def widths_figure(dense: Sequence[Sizes], slim: Sequence[Sizes]) -> Figure:
     """Query heads and FFN channels per layer, before (grey) and after."""
     from matplotlib.ticker import MaxNLocator  # takes a while to import, and most commands draw nothing
 
-    from slimgpt.pruning.notebook_figure import NotebookFigure
-
-    figure = NotebookFigure(figsize=(9, 5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    figure, (upper, lower) = new_figure(9, 5, rows=2)
     layers = range(len(slim))
     for axes, field, label, color in (
-        (upper, "num_attention_heads", "attention heads", HEADS),
-        (lower, "intermediate_size", "FFN channels", CHANNELS),
+        (upper, HEADS, "attention heads", ORANGE),
+        (lower, CHANNELS, "FFN channels", BLUE),
     ):
-        axes.bar(layers, [sizes[field] for sizes in dense], color=DENSE, width=0.86, label="removed")
+        axes.bar(layers, [sizes[field] for sizes in dense], color=PALE, width=0.86, label="removed")
         axes.bar(layers, [sizes[field] for sizes in slim], color=color, width=0.86, label="kept")
         axes.set_ylabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.legend(loc="lower left", framealpha=0.9)
     lower.set_xlabel("layer")
     lower.set_xlim(-0.6, len(slim) - 0.4)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimgpt.io.figures import BLUE, GREY, new_figure
+
 CURVE_FILE, CURVE_PICTURE = "recovery.json", "recovery.png"
-TRAINING, HELD_OUT = "#98a2b3", "#175cd3"
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,16 @@ class Curve:
 
 def write_curve(folder: Path, values: dict[str, Any]) -> None:
     """Write ``recovery.json`` and ``recovery.png`` from what a recovery's ``to_json`` gave."""
-    from matplotlib.figure import Figure  # takes a while to import
-
     curve = Curve(**values["curve"])
     (folder / CURVE_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, (axes,) = new_figure(8, 4.5)
     if curve.training:
-        axes.plot(*zip(*curve.training), color=TRAINING, linewidth=1, label="training")
+        axes.plot(*zip(*curve.training), color=GREY, linewidth=1, label="training")
     if curve.held_out:
-        axes.plot(*zip(*curve.held_out), color=HELD_OUT, marker="o", markersize=4, label="held out (cross-entropy)")
-        axes.axvline(curve.kept, color=HELD_OUT, linewidth=0.8, linestyle=":", label="kept")
+        axes.plot(*zip(*curve.held_out), color=BLUE, marker="o", markersize=4, label="held out (cross-entropy)")
+        axes.axvline(curve.kept, color=BLUE, linewidth=0.8, linestyle=":", label="kept")
     axes.set_xlabel("step")
     axes.set_ylabel("loss per token")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend()
     figure.suptitle("Recovery")
     figure.savefig(folder / CURVE_PICTURE, dpi=120)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimgpt.checkpoint.journal import delete_unfinished, open_unfinished, reading, unfinished_folder, write_text
+from slimgpt.io.atomic import write_text
+from slimgpt.io.resume import delete_unfinished, open_unfinished, reading, unfinished_folder
 
 CHOICES_FILE = "choices.json"
 

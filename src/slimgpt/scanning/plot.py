@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from slimgpt.io.figures import GREEN, GREY, LINES, new_figure, series_style
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from slimgpt.scanning.points import ScanPoint
-
-STYLES = (("#1f6feb", "o", "-"), ("#d9730d", "s", "--"))
-"""Colour, marker and line of what is drawn, so that each tells without the others."""
 
 
 def scan_figure(
@@ -25,38 +24,32 @@ def scan_figure(
         titles: of the texts, by name.
         recommended: the ratio that is recommended, marked by a vertical line.
     """
-    from slimgpt.pruning.notebook_figure import NotebookFigure  # matplotlib takes a while to import
-
-    figure = NotebookFigure(figsize=(12, 3.8), layout="constrained")
-    divergence, agreement, speed = figure.subplots(1, 3)
-    names = list(points[0].losses)
-    for name, style in zip(names, STYLES):
-        _line(divergence, points, [point.losses[name].kl for point in points], style, titles[name])
-        _line(agreement, points, [100 * point.losses[name].same_top for point in points], style, titles[name])
-    divergence.axhline(max_kl, color="#6b7280", linestyle=":", label=f"bound: {max_kl:g}")
+    figure, (divergence, agreement, speed) = new_figure(12, 3.8, columns=3)
+    for series, name in enumerate(points[0].losses):
+        _line(divergence, points, [point.losses[name].kl for point in points], series, titles[name])
+        _line(agreement, points, [100 * point.losses[name].same_top for point in points], series, titles[name])
+    divergence.axhline(max_kl, color=GREY, linestyle=":", label=f"bound: {max_kl:g}")
     divergence.set_yscale("log")
     divergence.yaxis.set_major_formatter("{x:g}")
     divergence.yaxis.set_minor_formatter("{x:g}")
     divergence.set_ylabel("KL from the dense model, nats per token")
     agreement.set_ylabel("same most likely token, %")
-    for field, style, title in (("prefill", STYLES[0], "prompts"), ("decode", STYLES[1], "new tokens")):
-        _line(speed, points, [getattr(point, field) for point in points], style, title)
+    for series, (field, title) in enumerate((("prefill", "prompts"), ("decode", "new tokens"))):
+        _line(speed, points, [getattr(point, field) for point in points], series, title)
     speed.set_ylabel("times as fast, by FLOPs")
     for axis in (divergence, agreement, speed):
         axis.set_xlabel("parameters of the layers removed, %")
-        axis.spines[["top", "right"]].set_visible(False)
         if recommended is not None:
-            axis.axvline(
-                100 * recommended, color="#2f9e6e", linestyle="-.", label=f"recommended: {100 * recommended:g}%"
-            )
+            label = f"recommended: {100 * recommended:g}%"
+            axis.axvline(100 * recommended, color=GREEN, linestyle="-.", label=label)
         axis.legend(fontsize="small", framealpha=0.9)
     figure.suptitle("filled: pruned and measured; hollow: predicted", fontsize="small")
     return figure
 
 
-def _line(axis: Any, points: Sequence[ScanPoint], values: Sequence[float], style: tuple[str, ...], label: str) -> None:
-    color, marker, line = style
+def _line(axis: Any, points: Sequence[ScanPoint], values: Sequence[float], series: int, label: str) -> None:
+    style = series_style(series, size=6)
     x = [100 * point.removed for point in points]
-    axis.plot(x, values, color=color, linestyle=line, marker=marker, markerfacecolor="white", label=label)
+    axis.plot(x, values, linestyle=LINES[series], markerfacecolor="white", label=label, **style)
     measured = [(at, value) for at, value, point in zip(x, values, points) if point.measured]
-    axis.plot(*zip(*measured), color=color, linestyle="", marker=marker)
+    axis.plot(*zip(*measured), linestyle="", **style)
