@@ -108,6 +108,33 @@ def patched_constants(source: str) -> Iterator[str]:
             yield name
 
 
+CLAUSES = ("What ", "Whose ", "Where ", "Which ", "Whatever ", "How ", "Who ")
+
+
+def docstrings(source: str) -> Iterator[tuple[int, str]]:
+    """The docstrings of a file, of its classes and functions, with their lines."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+            yield node.body[0].lineno, text
+
+
+def test_a_docstring_names_its_thing():
+    """A noun first, and no clause. The help of commands says what a command does in words of its own."""
+    clauses = [
+        f"{file.relative_to(ROOT)}:{line}: {text.splitlines()[0]}"
+        for file in sorted((ROOT / "src").rglob("*.py"))
+        if file.parent.name != "cli"
+        for line, text in docstrings(file.read_text(encoding="utf-8"))
+        if text.startswith(CLAUSES)
+    ]
+    assert clauses == []
+
+
+def test_docstrings_are_seen():
+    source = '"""A."""\nclass B:\n    """What."""\n    def c(self):\n        """D."""\n'
+    assert sorted(docstrings(source)) == [(1, "A."), (3, "What."), (5, "D.")]
+
+
 @pytest.mark.parametrize("file", sorted(TESTS.rglob("*.py")), ids=lambda file: str(file.relative_to(TESTS)))
 def test_thresholds_are_set_and_not_patched(file):
     """`other_thresholds(name=value)`, or an argument, in place of a patched constant."""

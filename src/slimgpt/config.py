@@ -36,7 +36,7 @@ ALL = ("prune", "plan", "scan")
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """How to prune.
+    """Settings of pruning.
 
     Args:
         **settings: one line each, from the fields below.

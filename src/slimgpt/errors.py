@@ -97,7 +97,7 @@ class AssetError(SlimGPTError):
 
 
 def one_line(error: Exception) -> str:
-    """What an error of another library says, on one line; a long text only as far as :data:`LONGEST_REASON`."""
+    """The message of another library's error, on one line; a long text only as far as :data:`LONGEST_REASON`."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

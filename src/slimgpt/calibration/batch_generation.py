@@ -39,7 +39,7 @@ MAX_QUESTION = 96
 
 @dataclass(frozen=True)
 class Start:
-    """What a document begins with.
+    """The beginning of a document.
 
     Args:
         kind: ``chat`` or ``text``.

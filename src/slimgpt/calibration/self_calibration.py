@@ -53,7 +53,7 @@ OnWritten = Callable[[int, int, float], None]
 
 
 class Rounds(Protocol):
-    """Where finished rounds are kept, so that a run that was killed goes on."""
+    """Storage of finished rounds, so that a killed run goes on."""
 
     def read(self, number: int) -> dict[str, Any] | None:
         """A round that is kept, as plain values."""

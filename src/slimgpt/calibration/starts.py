@@ -1,4 +1,4 @@
-"""What the documents begin with that a model writes to calibrate on."""
+"""Beginnings of the documents that a model writes to calibrate on."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ class Refused:
     def unless_refused(
         self, tokenizer: PreTrainedTokenizerBase, document: Document, read: Callable[[], Read]
     ) -> Read | None:
-        """What ``read`` makes of the document; ``None`` where the template refuses it.
+        """The result of ``read`` for the document; ``None`` where the template refuses it.
 
         Raises:
             CalibrationError: a conversation, and a tokenizer without a template.
@@ -277,6 +277,6 @@ def calibration_windows(
 
 
 def evaluation_tokens(calibration_tokens: int) -> int:
-    """On how many tokens of a text a run measures what was lost: 1/32 of the calibration's, from 1,024 to 4,096, so
+    """Number of tokens of a text that a run measures its loss on: 1/32 of the calibration's, from 1,024 to 4,096, so
     that it costs a few percent of the run; at most half of the calibration's."""
     return min(max(calibration_tokens // 32, 1024), 4096, calibration_tokens // 2)

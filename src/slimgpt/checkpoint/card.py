@@ -142,7 +142,7 @@ def _training(report: PruneReport) -> str:
 
 
 def _read_from(report: PruneReport) -> str:
-    """From what the base model's numbers were had, where it was quantised."""
+    """The checkpoint that the base model's numbers were unpacked from, where it was quantised."""
     read = report.quantization
     if not read:
         return ""
@@ -180,7 +180,7 @@ def _measured(report: PruneReport) -> list[str]:
 
 
 def _divergence(report: PruneReport) -> list[str]:
-    """How far the predictions are from the base model's; nothing if it was not measured."""
+    """The KL divergence from the base model; nothing if it was not measured."""
     texts = {title: report.divergence[name] for name, title in FOR_PEOPLE.items() if name in report.divergence}
     if not texts:
         return []

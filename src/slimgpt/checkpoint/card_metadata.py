@@ -120,7 +120,7 @@ def _text_results(text: str, protocol: str, figures: dict[str, Any]) -> Iterator
 
 
 def _front(folder: str | Path | None) -> dict[str, Any]:
-    """What the head of a folder's card says; nothing where there is none, or none that can be read."""
+    """The YAML head of a folder's card; nothing where there is none, or none that can be read."""
     file = Path(folder) / CARD_FILE if folder else None
     if file is None or not file.is_file():
         return {}

@@ -40,7 +40,7 @@ DERIVED = ("rotary_emb.inv_freq",)
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was converted.
+    """Result of a conversion.
 
     Args:
         model_type: what the model called itself.
@@ -62,7 +62,7 @@ class Conversion:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one family's checkpoint becomes Llama's.
+    """Conversion of one family's checkpoint to Llama's.
 
     Args:
         description: what is cut apart.

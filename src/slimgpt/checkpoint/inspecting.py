@@ -1,4 +1,4 @@
-"""What a model folder holds, without loading its weights."""
+"""Contents of a model folder, without loading its weights."""
 
 from __future__ import annotations
 

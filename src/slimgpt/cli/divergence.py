@@ -1,4 +1,4 @@
-"""How far a model is from the dense one, on a terminal."""
+"""The divergence from the dense model, on a terminal."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def print_divergence(divergence: Divergence, result: Perplexity) -> None:
 
 
 def print_dense_comparison(divergence: dict[str, Any]) -> None:
-    """What a report says of how far a pruned model's predictions are from the dense model's, a row per text."""
+    """Print a report's divergence of the pruned model from the dense one, a row per text."""
     from slimgpt.calibration.evaluation_text import FOR_PEOPLE
 
     measured = {name: divergence[name] for name in FOR_PEOPLE if name in divergence}

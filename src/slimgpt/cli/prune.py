@@ -205,7 +205,7 @@ def _print_start(placement: Placement, finished: int) -> None:
 
 
 def _print_estimate(request: PruneRequest, seconds: float) -> None:
-    """How long it will take, and how long with a quarter of the text where that is long."""
+    """Print the estimated time, and that with a quarter of the text where it is long."""
     from slimgpt.pipeline.estimate import run_seconds
 
     windows = len(request.windows)

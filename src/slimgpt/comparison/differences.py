@@ -18,7 +18,7 @@ SIGNIFICANT = 1.96
 
 @dataclass(frozen=True)
 class Difference:
-    """How much a metric of a slim model is above the base's.
+    """Difference of a metric of a slim model from the base's.
 
     Args:
         value: the slim model's minus the base's; of a perplexity the difference of logarithms.
@@ -65,8 +65,8 @@ def passkey_difference(base: Passkey, slim: Passkey | None, length: int) -> Diff
 
 
 def recovery(base: ModelResult, slim: ModelResult) -> dict[str, Any] | None:
-    """What is left of the base's scores, as JSON values: the ratio and the difference of every task and of the mean;
-    ``None`` where no tasks were asked."""
+    """Share of the base's scores that is left, as JSON values: the ratio and the difference of every task and of the
+    mean; ``None`` where no tasks were asked."""
     if base.tasks is None or slim.tasks is None:
         return None
     return dict(_recovery(base.tasks, slim.tasks))

@@ -152,7 +152,7 @@ def _change(row: ComparisonRow, index: int) -> str:
 
 
 def _samples(comparison: Comparison) -> list[str]:
-    """What every model wrote, by prompt."""
+    """The texts that the models wrote, by prompt."""
     sides = comparison.sides
     lines = ["<h2>What they write</h2>"] if any(side.samples for side in sides) else []
     for index in range(max(len(side.samples) for side in sides)):
@@ -169,7 +169,7 @@ def _samples(comparison: Comparison) -> list[str]:
 
 
 def _commands(comparison: Comparison) -> list[str]:
-    """How every model with a report was made."""
+    """The commands that made the models, where they have a report."""
     made = [side for side in comparison.sides if side.commands]
     lines = ["<h2>How they were made</h2>"] if made else []
     for side in made:

@@ -294,6 +294,6 @@ class _ModelMeasurer:
 
 
 def _identity(name: str) -> list[Any]:
-    """What tells one model of a name from another, as JSON values."""
+    """JSON values that tell models of one name apart."""
     source = locate(name)
     return [source.location, fingerprint(source_files(source))]

@@ -1,4 +1,4 @@
-"""How the figures of a comparison were taken, as JSON values and in words."""
+"""Protocols of a comparison's figures, as JSON values and in words."""
 
 from __future__ import annotations
 

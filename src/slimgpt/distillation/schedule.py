@@ -1,4 +1,4 @@
-"""How many tokens a pruned model is trained on, and what that costs."""
+"""Number of tokens that a pruned model is trained on, and its cost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ GENERATION_COST = 1.5
 
 
 class TrainingBudget(NamedTuple):
-    """How much is trained.
+    """Limits of the training after pruning.
 
     Args:
         passes: so many forward passes of the dense layers over the calibration tokens the training may cost.
@@ -39,8 +39,8 @@ class TrainingBudget(NamedTuple):
     other_matrices_lr: float
 
     def cost_per_token(self, plan: Plan) -> float:
-        """What a token that is there costs, in forward passes of the dense layers: one, and the way through the pruned
-        layers and back."""
+        """Cost of a token of the text, in forward passes of the dense layers: one, and the passes forward and backward
+        through the pruned layers."""
         return 1 + (1 + (2 if self.other_matrices_lr else BACKWARD_COST)) * (1 - plan.achieved)
 
 
@@ -57,16 +57,16 @@ MAX_SEQ_LEN = 256
 
 
 def passes_to_distill(config: PruneConfig, plan: Plan, windows: Tensor, tokens: int) -> float:
-    """What the training costs, heads left out, in forward passes of the dense layers over one token: one over every
-    token that is there, the writing of those that are not, and the way forth and back through the pruned layers."""
+    """Cost of the training, heads left out, in forward passes of the dense layers over one token: one over every token
+    of the text, the writing of those that it lacks, and the passes forward and backward through the pruned layers."""
     return tokens * training_budget(config).cost_per_token(plan) + max(tokens - trainable_tokens(windows), 0) * (
         GENERATION_COST - 1
     )
 
 
 def tokens_to_distill(config: PruneConfig, plan: Plan, windows: Tensor) -> int:
-    """On how many tokens a pruned model is trained; 0: not at all. If they are more than there are, the dense model
-    writes the others.
+    """Number of tokens that a pruned model is trained on; 0: not at all. If they are more than the text has, the dense
+    model writes the others.
 
     Raises:
         UsageError: it was asked for and cannot be done.
@@ -97,7 +97,7 @@ def disk_to_distill(
     itemsize: int,
     device: torch.device,
 ) -> int:
-    """What a training of a run from folder to folder keeps in files beside the layers, in bytes.
+    """Bytes of the files that the training of a run from folder to folder keeps beside the layers.
 
     That is the hidden states of what the dense model writes; on a CPU, where memory holds nothing that grows with the
     depth, also what is trained, in fp32 with Adam's moments in bfloat16, and the hidden states of all text in front of
@@ -148,7 +148,7 @@ def training_budget(config: PruneConfig) -> TrainingBudget:
 
 
 def trainable_tokens(windows: Tensor) -> int:
-    """How many calibration tokens can be trained on."""
+    """Number of calibration tokens that can be trained on."""
     return (len(windows) - _held_windows(windows)) * windows.shape[1]
 
 

@@ -128,8 +128,8 @@ class ShardedAdam:
 
 
 def _step_scale(weight: Tensor, share: float) -> float | Tensor:
-    """What a step of a parameter is multiplied by: its share of the rate times its root mean square, of every matrix
-    of a stack its own, ``(experts, 1, 1)``."""
+    """Factor of a parameter's step: its share of the rate times its root mean square, for every matrix of a stack its
+    own, ``(experts, 1, 1)``."""
     if weight.ndim < 3:
         return share * float(weight.square().mean().sqrt())
     return share * weight.square().mean((-2, -1), keepdim=True).sqrt()

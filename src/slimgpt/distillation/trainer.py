@@ -1,4 +1,4 @@
-"""What the repair of single matrices cannot reach: a short training of the pruned model on the calibration text.
+"""Training of the pruned model on the calibration text, for the errors that the repair of single matrices cannot reach.
 
 The repair solves every output matrix for itself, and errors of one layer go on through all others. Here the same
 matrices, those of all layers, and the layers' norms are moved together towards what the dense model predicts and the
@@ -58,7 +58,7 @@ class Losses(NamedTuple):
     cross_entropy: float
 
     def loss(self, text: float) -> float:
-        """What is minimised."""
+        """The objective."""
         return self.kl + text * self.cross_entropy
 
 

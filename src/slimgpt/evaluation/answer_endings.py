@@ -1,4 +1,4 @@
-"""How the answers to generated tasks end: a loop, or no end at all, is what scores of a choice never show."""
+"""Endings of the answers to generated tasks: a loop, or no end at all, which scores of a choice never show."""
 
 from __future__ import annotations
 

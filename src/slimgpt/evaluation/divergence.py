@@ -142,7 +142,7 @@ class Divergence:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """What :meth:`to_json` gave, also if it has been in a file."""
+        """The inverse of :meth:`to_json`, also after a file."""
         positions = {int(first): PositionDivergence(**row) for first, row in values["by_position"].items()}
         distributions = {name: Distribution(**values[name]) for name in ("kl", "delta_p")}
         return cls(**{**values, **distributions, "by_position": positions})
@@ -200,7 +200,7 @@ class DivergenceMeter:
 
 @in_eval_mode
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """What predicts every token but the first, ``(batch, window - 1, vocabulary)``."""
+    """Logits of every token but the first, ``(batch, window - 1, vocabulary)``."""
     return model(input_ids=ids, use_cache=False).logits[:, :-1]
 
 

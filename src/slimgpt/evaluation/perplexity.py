@@ -195,7 +195,7 @@ def perplexity(
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """What a model was loaded as; its class for one that was not loaded."""
+    """The name that a model was loaded by; its class for one that was not loaded."""
     return str(model.config.name_or_path or type(model).__name__)
 
 

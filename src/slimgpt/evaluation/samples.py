@@ -33,7 +33,7 @@ NEW_TOKENS = 96
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model wrote.
+    """A continuation written by a model.
 
     Args:
         prompt: the question or the opening, without the template.
@@ -51,7 +51,7 @@ class Sample:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """What :meth:`to_json` gave."""
+        """The inverse of :meth:`to_json`."""
         return cls(**values)
 
 

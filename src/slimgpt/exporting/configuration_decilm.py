@@ -31,7 +31,7 @@ class DeciLMConfig(PreTrainedConfig):
 
     @property
     def block_configs(self) -> list[Block]:
-        """What every layer is made of."""
+        """The parts of every layer."""
         return self.__dict__["block_configs"]
 
     @block_configs.setter

@@ -111,7 +111,7 @@ def check_installed(python: str, engine: str) -> None:
 
 
 def ask(python: str, request: dict[str, Any]) -> dict[str, Any]:
-    """What an engine answers to a request; see `in_engine/prompt_logprobs.py`, which is run with its Python.
+    """The answer of an engine to a request; see `in_engine/prompt_logprobs.py`, which is run with its Python.
 
     Raises:
         ExportError: it is not installed there, or failed; then its whole output is kept in a file that is named.

@@ -262,7 +262,7 @@ class Reference:
         return ids
 
     def compare(self, result: dict[str, Any], tolerance: float | None, allowed: float) -> EngineVerification:
-        """What an engine said about the same sequences, beside this.
+        """The log-probabilities of an engine for the same sequences, beside these.
 
         Args:
             result: of `in_engine/prompt_logprobs.py`.

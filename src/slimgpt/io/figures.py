@@ -1,4 +1,4 @@
-"""What all plots share: colours, markers, line styles and axes."""
+"""Colours, markers, line styles and axes of all plots."""
 
 from __future__ import annotations
 

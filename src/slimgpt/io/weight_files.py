@@ -1,4 +1,5 @@
-"""Which safetensors files of a folder are the model: the same for every command, and the same as transformers takes."""
+"""The safetensors files of a folder that are the model: the same for every command, and the same as transformers
+takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where layers run: device, type, placement of activations, processes."""
+"""Execution of layers: device, dtype, placement of activations, processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slimgpt.runtime.memory import DEVICE, FILE, HOST, USABLE_FRACTION, Placemen
 
 @dataclass(frozen=True)
 class ExecutionContext:
-    """How and where the loop runs.
+    """Device, dtype, placement and processes that layers are run with.
 
     Args:
         device: where layers run and are solved, one at a time.

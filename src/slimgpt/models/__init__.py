@@ -1,4 +1,4 @@
-"""What a decoder is, described as data, and how to make one narrower."""
+"""Decoders described as data, and how to make one narrower."""
 
 from slimgpt.models.architecture import SIZE_FIELDS, Architecture, Fused, Relabel, Structure
 from slimgpt.models.families import ARCHITECTURES, REFUSED, register

@@ -1,4 +1,4 @@
-"""What a decoder is, as data: the pieces of which :mod:`slimgpt.models.families` makes its table.
+"""Descriptions of decoders as data: the pieces of which :mod:`slimgpt.models.families` makes its table.
 
 Sizes have one name here whatever a family's config calls them: ``num_attention_heads``, ``num_key_value_heads`` and
 ``intermediate_size``; :attr:`Architecture.fields` says what the config calls them.
@@ -71,7 +71,7 @@ class Structure:
 
     @property
     def name(self) -> str:
-        """What reports call it: ``heads`` or ``channels``."""
+        """Its name in reports: ``heads`` or ``channels``."""
         return {"kv": "heads", "query": "heads", "ffn": "channels"}.get(self.unit, self.unit)
 
     @property
@@ -90,11 +90,11 @@ class Structure:
         return (self.output, *(item if isinstance(item, str) else item.module for item in self.inputs))
 
     def units(self, sizes: Sizes) -> int:
-        """How many units a layer of these sizes has."""
+        """Number of units in a layer of these sizes."""
         return sizes[self.sizes[0]]
 
     def group_count(self, sizes: Sizes) -> int:
-        """In how many groups the units of a layer of these sizes fall; 1 where the choice is free."""
+        """Number of groups of the units in a layer of these sizes; 1 where the choice is free."""
         return sizes[self.groups] if self.groups else 1
 
     def shrink(self, sizes: Sizes, keep: int) -> dict[str, int]:

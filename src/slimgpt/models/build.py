@@ -34,7 +34,7 @@ Resizing = tuple[str, int, tuple[tuple[str, str, tuple[tuple[str, int], ...]], .
 
 
 def resizing(config: PreTrainedConfig, architecture: Architecture) -> Resizing | None:
-    """How layers get their widths where the family's constructor does not take them; see ``modeling_slim.py``."""
+    """Widths of layers whose constructors do not take them; see ``modeling_slim.py``."""
     if not architecture.resized:
         return None
     each = {HEADS: head_dim(config), KV_HEADS: head_dim(config)}

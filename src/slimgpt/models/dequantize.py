@@ -31,7 +31,7 @@ def as_factors(scales: Tensor) -> Tensor:
 
 
 def grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, int]:
-    """How many blocks a matrix has along both axes; the last ones may be cut short."""
+    """Number of blocks along both axes of a matrix; the last ones may be cut short."""
     return -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
 
 

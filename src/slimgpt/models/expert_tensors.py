@@ -34,7 +34,7 @@ def routed(arguments: tuple[Any, ...], experts: Experts, count: int) -> tuple[Te
 
 
 def returned(outputs: Tensor, experts: Experts, count: int) -> Tensor:
-    """What the module of the experts returns, from the sum of their outputs ``(tokens, hidden)``."""
+    """The output of the experts' module, from the sum of their outputs ``(tokens, hidden)``."""
     if not experts.scaled_inputs:
         return outputs
     return torch.cat([outputs, outputs.new_zeros((count - 1) * len(outputs), outputs.shape[1])])  # summed by the layer
@@ -71,7 +71,7 @@ def down_matrix(tensors: Mapping[str, Tensor], experts: Experts, expert: int) ->
 
 
 def expert_output(module: nn.Module, experts: Experts, expert: int, tokens: Tensor) -> Tensor:
-    """What an expert makes of its tokens, ``(count, hidden)``, before the router's weight."""
+    """The output of an expert for its tokens, ``(count, hidden)``, before the router's weight."""
     tensors = {f"{experts.module}.{name}": value for name, value in module.named_parameters()}
     W, bias = down_matrix(tensors, experts, expert)
     return F.linear(intermediate(module, experts, expert, tokens), W, bias)

@@ -1,4 +1,4 @@
-"""What a GGUF file says of its positions and parts, which transformers' reader leaves out."""
+"""Settings of positions and parts in a GGUF file that transformers' reader leaves out."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
 
 
 def _lacking_modules(folder: Path) -> str | None:
-    """What is to be installed for a SentencePiece model without a ``tokenizer.json``; ``None`` if nothing is.
+    """Packages to install for a SentencePiece model without a ``tokenizer.json``; ``None`` if nothing is missing.
 
     transformers itself asks for tiktoken there.
     """

@@ -1,4 +1,4 @@
-"""What a model's layers weigh and what each unit of them weighs, from the config alone."""
+"""Parameters of a model's layers and of each unit in them, from the config alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slimgpt.models.slicing import output_matrix, slice_state
 
 @dataclass(frozen=True)
 class ExpertsShape:
-    """What bounds the experts of a layer.
+    """Limits of the number of experts in a layer.
 
     Args:
         least: how few may stay.
@@ -146,7 +146,7 @@ def _experts_shape(config: PreTrainedConfig, architecture: Mixture, sizes: Sizes
 
 
 def _expert_parameters(layer: nn.Module, experts: Experts, sizes: Sizes) -> dict[str, int]:
-    """What goes with a whole expert, and with one channel of it: everything but its router's row and output bias."""
+    """Parameters of a whole expert, and of one channel of it: everything but its router's row and output bias."""
     own = {name: tensor.numel() for name, tensor in layer.named_parameters() if name.startswith(f"{experts.module}.")}
     rows = sum(
         tensor.numel()
@@ -176,7 +176,7 @@ def _numel(tensors: Iterable[Tensor]) -> int:
 
 
 def _unit_parameters(state: dict[str, Tensor], structure: Structure, sizes: dict[str, int]) -> int:
-    """What the layer loses with one unit (one from every group), measured by cutting its empty state dict."""
+    """Parameters of one unit (one from every group) of a layer, measured by cutting its empty state dict."""
     units, groups = structure.units(sizes), structure.group_count(sizes)
     W = output_matrix(state, structure)
     keep = units - groups

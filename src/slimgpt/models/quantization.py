@@ -1,4 +1,4 @@
-"""How a checkpoint is quantised, by its JSON files, and whether its numbers can be had back."""
+"""Quantisation of a checkpoint, by its JSON files, and whether it can be undone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ WAY_OUT = (
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint is quantised.
+    """Format and bits of a quantised checkpoint.
 
     Args:
         method: ``quant_method`` in its config; ``modelopt`` for a folder with ``hf_quant_config.json``.
@@ -57,7 +57,7 @@ class Quantization:
     settings: Mapping[str, Any]
 
     def to_json(self, dtype: torch.dtype) -> dict[str, str]:
-        """What a report says of it.
+        """Its entry in a report.
 
         Args:
             dtype: what the weights were read as.
@@ -85,7 +85,7 @@ class Quantization:
             )
 
     def group(self, module: str) -> Mapping[str, Any]:
-        """Of compressed-tensors' groups, the one that a module of the files belongs to.
+        """The one of compressed-tensors' groups that a module of the files belongs to.
 
         Patterns come before classes of modules, of which a file knows nothing.
         """
@@ -100,7 +100,7 @@ class Quantization:
 
 
 def folder_quantization(folder: Path) -> Quantization | None:
-    """How the checkpoint in a folder is quantised; ``None`` if it is not, or has no config.json.
+    """Quantisation of the checkpoint in a folder; ``None`` if it has none, or no config.json.
 
     Raises:
         ModelError: its numbers cannot be had back; or one of the JSON files is damaged.
@@ -140,7 +140,7 @@ def strip_quantization(config: PreTrainedConfig) -> None:
 
 
 def quantization_of(name: str, config: Mapping[str, Any], beside: Mapping[str, Any] | None) -> Quantization | None:
-    """How a checkpoint is quantised.
+    """Quantisation of a checkpoint.
 
     Args:
         name: of the model, for messages.

@@ -1,4 +1,4 @@
-"""Which of the tensors in a checkpoint's files belong together: numbers, their scales, and what is not needed."""
+"""Groups of tensors in a quantised checkpoint's files: numbers, their scales, and those that are not needed."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def reference(cls: type) -> str:
-    """What an ``auto_map`` calls a class: its file without the suffix, and its name."""
+    """A class as an ``auto_map`` names it: its file without the suffix, and its name."""
     return f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}"
 
 

@@ -1,4 +1,4 @@
-"""Where a model is: a hub id, a folder, a GGUF file, an adapter or the demo."""
+"""The place of a model: a hub id, a folder, a GGUF file, an adapter or the demo."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ and terms of use."""
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is: what ``from_pretrained`` is given, the name of a GGUF file inside it if it is one, and the
-    folder of an adapter to be merged into it."""
+    """The place of a model: the argument of ``from_pretrained``, the name of a GGUF file inside it if it is one, and
+    the folder of an adapter to be merged into it."""
 
     name: str
     location: str
@@ -50,7 +50,7 @@ class Source:
 
     @cached_property
     def quantization(self) -> Quantization | None:
-        """How the weights are quantised; ``None`` if they are not, and for a GGUF file.
+        """Quantisation of the weights; ``None`` if they have none, and for a GGUF file.
 
         Raises:
             ModelError: in a way that cannot be read; or one of the JSON files is damaged.

@@ -1,4 +1,4 @@
-"""Which class can hold a model of given widths: a stock one of transformers, or our subclass."""
+"""The class for a model of given widths: a stock one of transformers, or our subclass."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """Settings of sampling.
 
     Args:
         max_new_tokens: of an answer.
@@ -54,7 +54,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """A text written by a model.
 
     Args:
         ids: its tokens, one that ended it included.
@@ -86,7 +86,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
 
 def room_for(model: PreTrainedModel, ids: Sequence[int], max_new_tokens: int) -> int:
-    """How many tokens an answer may have: ``max_new_tokens``, or what the model's context leaves."""
+    """Largest number of tokens of an answer: ``max_new_tokens``, or what the model's context leaves."""
     longest = context_length(model.config)
     return max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids))
 
@@ -193,7 +193,7 @@ class _Batch(StoppingCriteria):
         return [Answer(*parts) for parts in zip(answers, texts, self.stopped)]
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:  # noqa: ARG002
-        """Which answers are over."""
+        """The answers that are over, as a mask."""
         new = input_ids[:, self.width :].tolist()
         for row in sorted(self.open):
             ended = new[row][-1] in self.ends or any(

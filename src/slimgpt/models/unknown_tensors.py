@@ -19,7 +19,7 @@ HARMLESS = (
 
 
 def unknown_tensors(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    """Of the names that a model has no tensor for, those that are neither harmless nor left out by its class.
+    """Names in the files that the model has no tensor for, but for those that are harmless or that its class ignores.
 
     Classes leave out what belongs to another task: layers that predict a second token, towers of another modality.
     """
@@ -38,7 +38,7 @@ def refuse_unknown(where: str, unknown: list[str]) -> None:
 
 
 def unknown_text(unknown: list[str]) -> str:
-    """What is wrong with files that hold such tensors, and how to mend it."""
+    """The message about files that hold such tensors, with the cure."""
     tensors = "a tensor" if len(unknown) == 1 else f"{len(unknown)} tensors"
     return (
         f"holds {tensors} that the model of its config does not have, the first is {unknown[0]}; without them it is "

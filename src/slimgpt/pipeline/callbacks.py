@@ -1,4 +1,4 @@
-"""Who is told of a run's progress."""
+"""Callbacks of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a pruned model's predictions are from the dense model's, measured while both pass by layer by layer."""
+"""Divergence of the pruned model from the dense one, measured while both pass by layer by layer."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class DenseComparison:
             self.dense.put(number, run_layer(running, self.dense.get(number), arguments[index]))
 
     def _gathered(self, pieces: Sequence[TokenDivergence]) -> TokenDivergence:
-        """What was compared in all processes, ``(windows, seq_len - 1)`` each; whole in the first one."""
+        """The comparisons of all processes, ``(windows, seq_len - 1)`` each; whole in the first one."""
         parts = [torch.cat(part).float() for part in zip(*pieces, strict=True)] or [torch.empty(0)] * 4
         table = torch.stack(parts, -1).view(len(self.windows), self.all_windows.shape[1] - 1, len(parts))
         if self.run.ranks.main and self.run.ranks.world > 1:
@@ -137,7 +137,7 @@ class DenseComparison:
 
 
 def _values(text: EvaluationText, tokens: TokenDivergence) -> dict[str, Any]:
-    """What a report says of one text; without figures where a model predicts NaN or infinity."""
+    """The entry of one text in a report; without figures where a model predicts NaN or infinity."""
     count, window = text.windows.shape
     values: dict[str, Any] = {
         "source": text.source,

@@ -199,7 +199,7 @@ def plan(
     device: str = "auto",
     **settings: Any,
 ) -> Estimate:
-    """What pruning a model would give, before any weight is loaded: widths, sizes, cost, and which engines run it.
+    """The result of pruning a model, before any weight is loaded: widths, sizes, cost, and which engines run it.
 
     Args:
         model: a hub id, a local folder, a ``.gguf`` file, or ``demo``.

@@ -55,7 +55,7 @@ class KeptRounds:
 
 
 def described_before(request: PruneRequest) -> dict[str, Any]:
-    """What decides the calibration text of a run: the tokens themselves, or how the model is to write them."""
+    """Identity of a run's calibration text: the tokens themselves, or how the model is to write them."""
     text = request.text
     if text is None or not text.self_written:
         return described(request.windows, request.calibration)

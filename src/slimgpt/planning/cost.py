@@ -1,4 +1,4 @@
-"""What a plan costs and saves: bytes in every type, FLOPs per token, and the work of pruning itself."""
+"""Costs of a plan: bytes in every dtype, FLOPs per token, and the work of pruning itself."""
 
 from __future__ import annotations
 

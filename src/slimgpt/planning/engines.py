@@ -1,4 +1,4 @@
-"""Which engines run a model of given widths, and what to change where one does not. From the config alone.
+"""Support of given widths by inference engines, and what to change where one lacks it. From the config alone.
 
 The facts behind it are those of the engines' own sources; what `slimgpt export` and the tests run here agrees with it.
 """
@@ -26,7 +26,7 @@ VLLM_NATIVE = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "granite", 
 
 @dataclass(frozen=True)
 class EngineSupport:
-    """What an engine does with a model.
+    """Support of a model by one engine.
 
     Args:
         engine: its name, a key of :data:`ENGINES`.
@@ -209,7 +209,7 @@ ENGINES: dict[str, Callable[[PreTrainedConfig, Sequence[Sizes]], EngineSupport]]
 
 @dataclass(frozen=True)
 class EngineConstraints:
-    """What ``--for`` asks of a plan: a step of FFN widths, and equal layers or not."""
+    """Constraints that ``--for`` puts on a plan: a step of FFN widths, and equal layers or not."""
 
     round_to: int
     uniform: bool

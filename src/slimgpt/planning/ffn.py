@@ -1,4 +1,4 @@
-"""How a layer's FFN, or its experts, lose a number of parameters: whole experts, then channels."""
+"""Removal of a number of parameters from a layer's FFN, or from its experts: whole experts, then channels."""
 
 from __future__ import annotations
 

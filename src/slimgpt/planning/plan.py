@@ -118,7 +118,7 @@ def plan_of_widths(
 
 
 def head_units(sizes: dict[str, int], head_unit: str) -> int:
-    """How many removable units of heads a layer has: KV heads, or query heads per KV head."""
+    """Number of removable units of heads in a layer: KV heads, or query heads per KV head."""
     if head_unit == "kv" or not sizes[KV_HEADS]:
         return sizes[KV_HEADS]
     return sizes[HEADS] // sizes[KV_HEADS]

@@ -208,7 +208,7 @@ def _natural_unit(shape: ModelShape) -> str:
 
 
 def _removable(layer: LayerShape, head_unit: str) -> int:
-    """How many units of heads a layer has; 1, which stays, where it has none that can go."""
+    """Number of units of heads in a layer; 1, which stays, where none can go."""
     return head_units(layer.sizes, head_unit) if head_unit in layer.unit_parameters else 1
 
 

@@ -1,4 +1,4 @@
-"""What a user may ask a plan for besides a ratio: parameters, bytes, or bytes of KV cache."""
+"""Targets of a plan other than a ratio: parameters, bytes, or bytes of KV cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEADER_BYTES = 256
 
 
 def parameters_for(size: int, itemsize: int, tensors: int) -> int:
-    """How many parameters fit into so many bytes of safetensors files with so many tensors.
+    """Number of parameters that fit into so many bytes of safetensors files with so many tensors.
 
     Raises:
         PlanError: none does.

@@ -81,7 +81,7 @@ class ExpertsPruner:
         return self._narrow(target[CHANNELS])
 
     def returned(self, outputs: Tensor) -> Tensor:
-        """What the module of the experts returns, from the sum of their outputs ``(tokens, hidden)``."""
+        """The output of the experts' module, from the sum of their outputs ``(tokens, hidden)``."""
         return returned(outputs, self.experts, self.sizes[EXPERTS])
 
     def _route(self, number: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What pruning needs of memory, from shapes alone."""
+"""Memory that pruning needs, from shapes alone."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def memory_need(
     *,
     processes: int = 1,
 ) -> MemoryRequirement:
-    """What pruning needs on its device, from shapes alone.
+    """Memory that pruning needs on its device, from shapes alone.
 
     Args:
         model: the model, or its empty form.

@@ -1,4 +1,4 @@
-"""What was done to each layer, and to the whole model."""
+"""Reports of a pruned layer and of a pruned model."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class PruneReport:
         return f"<{name} of {self.base_model}: {self.plan.achieved:.2%} of the decoder layers removed>"
 
     def summary(self) -> str:
-        """What was done and what was lost, a line each."""
+        """The removed parts and the losses in words, a line each."""
         rows = self._facts()
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
@@ -240,7 +240,7 @@ class PrunedLayer:
 
 
 def described(windows: Tensor, source: str) -> dict[str, Any]:
-    """What a report says of the calibration tokens; of a mixture also every source with its share."""
+    """The entry of the calibration tokens in a report; of a mixture also every source with its share."""
     parts = parse_mixture(source)
     mixture = [
         {"source": part.source, "share": float(part.share), "dataset": hub_dataset(part.source)} for part in parts
@@ -256,7 +256,7 @@ def described(windows: Tensor, source: str) -> dict[str, Any]:
 
 
 def execution(dtype: torch.dtype, placement: Placement, processes: int = 1) -> dict[str, Any]:
-    """What a report says of how a run went about its work."""
+    """The entry of a run's device, dtype, placement and times in a report."""
     return {
         "forward_dtype": str(dtype).removeprefix("torch."),
         "placement": {"stream": placement.stream, "kept": placement.kept, "gram": placement.gram},

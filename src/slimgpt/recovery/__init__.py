@@ -17,7 +17,7 @@ _HOME = {"Recovery": "run", "Step": "trainer", "recover": "run"}
 
 
 def __getattr__(name: str) -> Any:
-    """What needs torch is imported when it is used: the command line derives its options from the settings."""
+    """Import a name that needs torch when it is used: the command line derives its options from the settings."""
     if name not in _HOME:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

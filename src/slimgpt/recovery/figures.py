@@ -22,8 +22,8 @@ WINDOW, MAX_TOKENS = 256, 4096
 
 
 def figures_after_training(request: RecoverRequest, model: PreTrainedModel) -> dict[str, Any]:
-    """What a report says of a recovered model: perplexity on the bundled text, and the divergence from the base model
-    where that can be had; nothing where the text is none for it."""
+    """The figures of a recovered model for its report: perplexity on the bundled text, and the divergence from the base
+    model where that can be had; nothing where the text is none for it."""
     context = context_length(request.model_config) or WINDOW
     arguments: Any = (model, request.tokenizer, assets.general_text(), min(WINDOW, context), MAX_TOKENS)
     base = _base(request)

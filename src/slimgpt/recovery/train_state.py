@@ -118,7 +118,7 @@ def load_generators(path: Path) -> None:
 
 
 def load_progress(path: Path) -> TrainerState:
-    """How far a state has come.
+    """Progress of a saved state.
 
     Raises:
         ResumeError: the file is damaged.

@@ -1,1 +1,1 @@
-"""How much of a model can be removed: what is lost against how small it gets."""
+"""Scan over sizes of a model: losses against the share removed."""

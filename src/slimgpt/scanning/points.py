@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Loss:
-    """How far a pruned model's predictions are from the dense model's on one text.
+    """Divergence of a pruned model from the dense one on one text.
 
     Args:
         kl: ``KL(dense || pruned)`` in nats per token.

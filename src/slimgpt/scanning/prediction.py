@@ -42,7 +42,7 @@ class MeasuredSize:
 
 
 def measured_size(report: PruneReport, texts: Sequence[str]) -> MeasuredSize:
-    """What a pruning report says of a size.
+    """A size as a pruning report measured it.
 
     Raises:
         NumericalError: the pruned model predicts NaN or infinity.

@@ -1,4 +1,4 @@
-"""What a scan says: a row for every size, and the largest one that loses little enough."""
+"""Report of a scan: a row for every size, and the largest one that loses little enough."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MARKED = "* pruned and measured; the others are predicted; speed as FLOPs promis
 
 @dataclass(frozen=True, repr=False)
 class ScanReport:
-    """What every size of a model loses and gains.
+    """Losses and gains of every size of a model.
 
     Args:
         base_model: the dense model, as the user named it.

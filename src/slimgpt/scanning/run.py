@@ -62,7 +62,7 @@ def scan(
     progress: bool = False,
     **settings: Any,
 ) -> ScanReport:
-    """What 5 to 60% removed costs and gains: KL divergence, agreement, expected speed, and the largest size in a bound.
+    """Costs and gains of removing 5 to 60%: KL divergence, agreement, expected speed, and the largest size in a bound.
 
     The model is pruned to a few sizes in memory, each as :func:`slimgpt.prune` does it, and is unchanged afterwards;
     nothing is written. Other sizes are predicted; see :class:`slimgpt.scanning.prediction.LossPredictor`.

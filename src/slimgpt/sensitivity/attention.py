@@ -1,4 +1,4 @@
-"""What whole attentions cost: each is taken out of the narrowed model in turn, and the predictions are compared.
+"""Costs of whole attentions: each is taken out of the narrowed model in turn, and the predictions are compared.
 
 The cost of all heads of a layer is no continuation of the cost of some: the heads that stay take over the others' work
 as long as there are any. So it is measured, on the trial plan, whose loss the other costs are parts of.

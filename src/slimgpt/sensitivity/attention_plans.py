@@ -50,7 +50,7 @@ def plans_without_attention(
 
 
 def _needed(shape: ModelShape, order: list[int], config: PreTrainedConfig, cache: CacheTarget) -> int:
-    """How many layers must lose their attention for the cache to fit while the others keep their KV heads."""
+    """Number of layers that must lose their attention for the cache to fit while the others keep their KV heads."""
     heads = [layer.sizes[KV_HEADS] for layer in shape.layers]
     for count, layer in enumerate(order):
         if cache_bytes(config, heads, cache.context) <= cache.bytes:

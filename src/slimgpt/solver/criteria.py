@@ -1,4 +1,4 @@
-"""What decides which units stay: the paper's method, ours, and the baselines people compare with.
+"""Criteria by which units stay: the paper's method, ours, and the baselines people compare with.
 
 A criterion answers two questions, which heads stay and which channels stay, and says whether its authors
 repair the weights that remain. Repair matters more than selection, so it can be switched for every one.
@@ -34,7 +34,7 @@ class SelectChannels(Protocol):
 
 @dataclass(frozen=True)
 class Criterion:
-    """How a method chooses, and whether it repairs what stays.
+    """Choice of units by a method, and whether it repairs what stays.
 
     Args:
         damped: whether it chooses by the damped Hessian, as all that invert it must, or by ``E[x x^T]`` as it is.

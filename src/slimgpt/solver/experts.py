@@ -21,7 +21,7 @@ CHUNK = 2048
 
 
 class Routing:
-    """Which tokens each expert sees and with which weight, from what the router returned.
+    """Tokens of each expert and their weights, from the router's output.
 
     Args:
         index: ``(tokens, k)`` long, the experts of every token.
@@ -45,11 +45,11 @@ class Routing:
         return self._rows[expert]
 
     def slots(self, expert: int) -> Tensor:
-        """Which of the ``k`` choices of those tokens the expert is, ``(count,)`` long."""
+        """Positions of the expert among the ``k`` choices of those tokens, ``(count,)`` long."""
         return self._slots[expert]
 
     def weights(self, expert: int) -> Tensor:
-        """What its output is multiplied by, ``(count, 1)``."""
+        """Factors of its output, ``(count, 1)``."""
         return self._weights[expert].unsqueeze(1)
 
 
@@ -140,7 +140,7 @@ class OutputGram:
 
 
 def expert_scores(method: str, gram: OutputGram, norms: Tensor, generator: torch.Generator) -> Tensor:
-    """How much each expert is worth keeping, ``(experts,)`` on the CPU.
+    """Importance of each expert, ``(experts,)`` on the CPU.
 
     Args:
         method: ``random`` draws, ``magnitude`` goes by the output matrices, ``reap`` by :meth:`OutputGram.saliency`;
@@ -177,7 +177,7 @@ def select_experts(scores: Tensor, keep: int, groups: int = 1) -> Tensor:
 def contributions(
     routing: Routing, tokens: Tensor, k: int, hidden: int, compute: Callable[[int, Tensor], Tensor]
 ) -> Tensor:
-    """What every expert adds to every token's output, ``(tokens, k, hidden)``, the router's weight included.
+    """Contribution of every expert to every token's output, ``(tokens, k, hidden)``, the router's weight included.
 
     Args:
         tokens: ``(tokens, n)``, what the experts read.

@@ -1,1 +1,1 @@
-"""What runs in the Python of an engine, where slimgpt is not installed; the folder is on that Python's path."""
+"""Code that runs in the Python of an engine, where slimgpt is not installed; the folder is on that Python's path."""

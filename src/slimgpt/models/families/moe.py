@@ -116,11 +116,11 @@ class Mixture(Architecture):
         return {**super().write(rest), self.width: sizes[CHANNELS], **shared}
 
     def groups_of_experts(self, config: Any) -> int:
-        """In how many groups of equal size the experts of a layer fall."""
+        """Number of groups of equal size among the experts of a layer."""
         return int((self.expert_groups and getattr(config, self.expert_groups)) or 1)
 
     def least_experts(self, config: Any) -> int:
-        """How few experts a layer can have: as many as a token goes to, and what the router's groups need."""
+        """Smallest number of experts of a layer: as many as a token goes to, and what the router's groups need."""
         groups, active = self.groups_of_experts(config), self.active_experts(config)
         per_group = self.group_least
         if groups > 1:  # a token's experts lie in so many groups
@@ -128,7 +128,7 @@ class Mixture(Architecture):
         return max(groups * per_group, -(-active // groups) * groups)
 
     def active_experts(self, config: Any) -> int:
-        """How many experts a token goes to."""
+        """Number of experts that a token goes to."""
         return int(getattr(config, self.per_token))
 
     def expert_parameters(self, config: Any, width: int) -> int:

@@ -1,4 +1,4 @@
-"""What can be removed from every family of the table, for people."""
+"""The table of families in words: what can be removed from each."""
 
 from __future__ import annotations
 

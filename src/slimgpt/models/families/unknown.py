@@ -1,4 +1,4 @@
-"""What is in a model of a family that nobody has described yet, for the error that says so."""
+"""Description of a model of an unknown family, for the error that refuses it."""
 
 from __future__ import annotations
 
