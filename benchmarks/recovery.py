@@ -24,7 +24,7 @@ import typer
 from rich.console import Console
 
 import slimgpt
-from slimgpt.io.figures import BLUE, GREEN, GREY, ORANGE, new_figure
+from slimgpt.io.plotting import BLUE, GREEN, GREY, ORANGE, new_figure
 from slimgpt.runtime.versions import versions
 
 console = Console()

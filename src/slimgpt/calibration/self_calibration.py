@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.calibration.batch_generation import (
-    Document,
+    GeneratedDocument,
     TurnTokens,
     folded_on_cpu,
     generate_documents,
@@ -118,7 +118,7 @@ class Writer:
 
     def round(
         self, number: int, count: int, together: int, on_written: Callable[[int, int, float], None] | None, ranks: Ranks
-    ) -> list[Document]:
+    ) -> list[GeneratedDocument]:
         """The documents of a round, as they were written, in all processes.
 
         Args:
@@ -129,7 +129,7 @@ class Writer:
         own = ranks.rows(count)
         mixed = int.from_bytes(hashlib.sha256(f"{self.seed} {number}".encode()).digest()[:7], "big")
         uniforms = torch.rand(count, self.length, generator=torch.Generator().manual_seed(mixed))
-        written: list[Document] = []
+        written: list[GeneratedDocument] = []
         with folded_on_cpu(self.model):
             for first in range(own.start, own.stop, together):
                 rows = slice(first, min(first + together, own.stop))
@@ -146,11 +146,11 @@ class Writer:
         values = json.dumps([[document.ids, document.own, document.ended] for document in written])
         documents = [each for text in ranks.texts(values) for each in json.loads(text)]
         return [
-            Document(start, ids, own=sampled, ended=ended)
+            GeneratedDocument(start, ids, own=sampled, ended=ended)
             for start, (ids, sampled, ended) in zip(starts, documents, strict=True)
         ]
 
-    def finished(self, document: Document, kept: int) -> list[int]:
+    def finished(self, document: GeneratedDocument, kept: int) -> list[int]:
         """The tokens of a document as they stand in a window.
 
         Args:
@@ -164,7 +164,9 @@ class Writer:
         return document.ids[:kept] + closed + ([] if set(end) & set(closed) else end)
 
 
-def kept_documents(writer: Writer, documents: Sequence[Document], seen: SeenText) -> tuple[list[list[int]], Counter]:
+def kept_documents(
+    writer: Writer, documents: Sequence[GeneratedDocument], seen: SeenText
+) -> tuple[list[list[int]], Counter]:
     """The documents that are good to calibrate on, cut where they begin to loop, and how many of them were what.
 
     Args:

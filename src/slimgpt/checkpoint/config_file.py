@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-CONFIG_FILE = "config.json"
+from slimgpt.models.config_files import CONFIG_FILE
 
 
 def write_config(config: PreTrainedConfig, folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from slimgpt.comparison.plots import figures
 from slimgpt.comparison.protocols import in_words, protocols
-from slimgpt.io.figures import COLORS, DARK_COLORS
+from slimgpt.io.plotting import COLORS, DARK_COLORS
 
 if TYPE_CHECKING:
     from slimgpt.comparison.measure import ModelResult

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slimgpt.evaluation.tasks import metric_of
-from slimgpt.io.figures import COLORS, new_figure, series_style
+from slimgpt.io.plotting import COLORS, new_figure, series_style
 
 if TYPE_CHECKING:
     from slimgpt.comparison.result import Comparison

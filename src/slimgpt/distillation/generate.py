@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from slimgpt.layerwise.capture import patched_layers
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.divergence import on_device
+from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.kv_cache import preallocated
 from slimgpt.models.lookup import layer_sizes, text_config
@@ -147,7 +148,7 @@ def _batch_size(model: PreTrainedModel, length: int, free: int, dtype: torch.dty
     Args:
         free: bytes.
     """
-    heads = [sizes["num_key_value_heads"] for sizes in layer_sizes(model.config)]
+    heads = [sizes[KV_HEADS] for sizes in layer_sizes(model.config)]
     cache = cache_bytes(text_config(model.config), heads, length) * dtype.itemsize // CACHE_BYTES
     return min(max(free // max(cache, 1), 1), MAX_BATCH)
 

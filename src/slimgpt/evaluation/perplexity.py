@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimgpt.calibration.windows import prefix_ids
 from slimgpt.errors import NumericalError, UsageError
 from slimgpt.evaluation.divergence import Divergence, DivergenceMeter
+from slimgpt.evaluation.loglikelihood import MAX_LOGITS
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, check_ids
 
@@ -146,7 +147,7 @@ def perplexity(
     if step < window:
         predicted_here[1:, : window - 1 - step] = False
     # Logits are the largest thing here: keep a batch's under about 2^25 numbers.
-    size = max(1, min(batch_size, (1 << 25) // (window * config.vocab_size)))
+    size = max(1, min(batch_size, MAX_LOGITS // (window * config.vocab_size)))
     sums = torch.zeros(window - 1, dtype=torch.float64)
     meter = None if against is None else DivergenceMeter(against)
     for start in range(0, count, size):

@@ -279,15 +279,15 @@ class Reference:
         if [len(part) for part in logprobs] != [len(part) for part in self.logprobs]:
             raise ExportError(f"{engine} gave {sum(map(len, logprobs))} log-probabilities, not {self._count()}")
         _check_finite(logprobs, engine)
-        apart = [[abs(a - b) for a, b in zip(*pair)] for pair in zip(logprobs, self.logprobs)]
+        gaps = [[abs(a - b) for a, b in zip(*pair)] for pair in zip(logprobs, self.logprobs)]
         limit = 2 * (tolerance if tolerance is not None else TOLERANCE)
         compared = []
         for index, prompt in enumerate(self.prompts):
             new = [int(token) for token in result["sequences"][index]["continuation"]]
             own_ids = result["text_ids"][index] if result.get("text_ids") else None
             same_ids = None if own_ids is None else own_ids == self.sequences[index]["ids"]
-            compared.append(self._prompt(index, prompt, max(apart[index], default=0.0), new, limit, same_ids))
-        start, flat = len(self.prompts), [value for part in apart for value in part]
+            compared.append(self._prompt(index, prompt, max(gaps[index], default=0.0), new, limit, same_ids))
+        start, flat = len(self.prompts), [value for part in gaps for value in part]
         perplexities = [
             math.exp(-sum(sum(part) for part in side[start:]) / sum(len(part) for part in side[start:]))
             for side in (logprobs, self.logprobs)

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slimgpt.checkpoint.config_file import CONFIG_FILE, legacy_fields
+from slimgpt.checkpoint.config_file import legacy_fields
 from slimgpt.errors import ExportError
 from slimgpt.exporting import configuration_decilm
 from slimgpt.exporting.configuration_decilm import DeciLMConfig
 from slimgpt.exporting.hf_folder import write_rest, write_weights
 from slimgpt.exporting.source import ExportSource
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
+from slimgpt.models.config_files import CONFIG_FILE
 from slimgpt.models.lookup import head_dim
 from slimgpt.planning.engines import NEMOTRON_STEP, nemotron_problem
 

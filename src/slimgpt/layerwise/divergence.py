@@ -15,7 +15,7 @@ from slimgpt.losses.chunked import TokenDivergence, distillation_loss, token_div
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.lookup import text_config
 
-MAX_LOGITS = 2**24
+MAX_COMPARED_LOGITS = 2**24
 """Most logits of one comparison of predictions."""
 
 
@@ -92,7 +92,7 @@ def predicted_tokens(
 
 def _chunk(model: PreTrainedModel) -> int:
     """Tokens whose predictions are compared at once."""
-    return max(MAX_LOGITS // text_config(model.config).vocab_size, 1)
+    return max(MAX_COMPARED_LOGITS // text_config(model.config).vocab_size, 1)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ EVALUATION_TOKENS = 20 * WINDOW
 
 
 @dataclass(frozen=True)
-class Side:
+class DemoModel:
     """One model's column of the table."""
 
     parameters: int
@@ -49,8 +49,8 @@ class Side:
 class DemoResult:
     """Before, after, and where everything is."""
 
-    dense: Side
-    slim: Side
+    dense: DemoModel
+    slim: DemoModel
     report: PruneReport
     folder: Path
     dense_folder: Path
@@ -135,7 +135,7 @@ def run_demo(
     say("loading both folders in fresh processes")
     memory = [peak_memory(locate(str(path))) for path in (dense_folder, folder)]
     sides = [
-        Side(parameters, weight_bytes(path), quality[0], speed.prefill, speed.decode, peak, quality[1])
+        DemoModel(parameters, weight_bytes(path), quality[0], speed.prefill, speed.decode, peak, quality[1])
         for parameters, path, quality, speed, peak in zip(
             (report.plan.parameters_before, report.plan.parameters),
             (dense_folder, folder),

@@ -57,7 +57,7 @@ class DenseComparison:
             self.dense.put(number, hidden.get(number))
         self.seconds = time.perf_counter() - start
 
-    def along(self, load_layer: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
+    def with_dense_pass(self, load_layer: Callable[[int], nn.Module]) -> Callable[[int], nn.Module]:
         """``load_layer``, called once per layer in order, which takes the dense hidden states through every layer."""
 
         def load(index: int) -> nn.Module:

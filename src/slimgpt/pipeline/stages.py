@@ -208,7 +208,7 @@ def run_stages(
     comparison = None
     if job.evaluation and readers.member:
         comparison = DenseComparison(model, job.evaluation, config.batch_size * windows.shape[1], shared)
-    load_layer = source if comparison is None else comparison.along(source)
+    load_layer = source if comparison is None else comparison.with_dense_pass(source)
     reports: list[LayerReport] = []
     try:
         for layer in prune_layers(model, load_layer, windows, plan, config, context, sink.finished_layer):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedConfig
 
-from slimgpt.models.architecture import CHANNELS, Sizes
+from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes
 from slimgpt.models.families.moe import EXPERTS, SHARED, Mixture
 from slimgpt.models.lookup import head_dim, lookup, text_config
 from slimgpt.models.parameter_counts import ModelShape
@@ -118,7 +118,7 @@ def pruning_seconds(flops: dict[str, float], device: torch.device, dtype: torch.
 
 
 def _widths(layer: Sizes) -> tuple[int, int, int]:
-    return layer["num_attention_heads"], layer["num_key_value_heads"], layer["intermediate_size"]
+    return layer[HEADS], layer[KV_HEADS], layer[CHANNELS]
 
 
 def _bits(kind: str, row: int) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slimgpt.io.figures import BLUE, ORANGE, PALE, new_figure
+from slimgpt.io.plotting import BLUE, ORANGE, PALE, new_figure
 from slimgpt.models.architecture import CHANNELS, HEADS, Sizes
 
 if TYPE_CHECKING:

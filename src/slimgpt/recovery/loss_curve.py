@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimgpt.io.figures import BLUE, GREY, new_figure
+from slimgpt.io.plotting import BLUE, GREY, new_figure
 
 CURVE_FILE, CURVE_PICTURE = "recovery.json", "recovery.png"
 

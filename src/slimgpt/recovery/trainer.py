@@ -192,10 +192,10 @@ class RecoveryTrainer(Trainer):
         """Mean cross-entropy of the held-out tokens; every process takes a share of the examples."""
         self.learner.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        mine = self.held_out[self.args.process_index :: self.args.world_size]
+        examples = self.held_out[self.args.process_index :: self.args.world_size]
         with self.compute_loss_context_manager():
-            for start in range(0, len(mine), self.config.micro_batch):
-                batch = collate(mine[start : start + self.config.micro_batch], self.pad_id)
+            for start in range(0, len(examples), self.config.micro_batch):
+                batch = collate(examples[start : start + self.config.micro_batch], self.pad_id)
                 batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
                 labels = batch.pop("labels")
                 logits, tokens = predicted(self.learner(**batch, use_cache=False).logits, labels)

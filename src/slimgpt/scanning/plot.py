@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from slimgpt.io.figures import GREEN, GREY, LINES, new_figure, series_style
+from slimgpt.io.plotting import GREEN, GREY, LINES, new_figure, series_style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

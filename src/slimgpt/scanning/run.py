@@ -35,14 +35,14 @@ from slimgpt.scanning.points import Loss, ScanPoint
 from slimgpt.scanning.prediction import LossPredictor, MeasuredSize, measured_size
 from slimgpt.scanning.report import MAX_KL, ScanReport
 
-RATIOS = tuple(number / 100 for number in range(5, 61, 5))
+SCANNED_RATIOS = tuple(number / 100 for number in range(5, 61, 5))
 """The sizes of the table."""
 
 PRUNED = (1 / 6, 1 / 2, 11 / 12)
 """Where sizes are pruned to if none are given, as shares of the largest size that widths can have: 10, 30 and 55% of
 60%."""
 
-PROMPT, NEW_TOKENS = 512, 128
+PROMPT_TOKENS, NEW_TOKENS = 512, 128
 """Tokens of the prompt, and new ones, that the promised speed is for; those of ``slimgpt speed``."""
 
 
@@ -178,11 +178,11 @@ def table_plans(
         PlanError: there is no plan of any size.
     """
     plans, omitted = {}, {}
-    for ratio in RATIOS:
+    for ratio in SCANNED_RATIOS:
         try:
             plans[ratio] = plan_for(model.config, replace(config, ratio=ratio), shape)
         except PlanError as error:
-            if ratio == RATIOS[-1] and not plans:
+            if ratio == SCANNED_RATIOS[-1] and not plans:
                 raise
             omitted[f"{ratio:g}"] = str(error)
     return plans, omitted
@@ -230,8 +230,8 @@ def _point(
     model: PreTrainedModel, ratio: float, plan: Plan, shape: ModelShape, losses: dict[str, Loss], *, measured: bool
 ) -> ScanPoint:
     dense = [layer.sizes for layer in shape.layers]
-    before = generation_flops(model.config, dense, shape.parameters, PROMPT, NEW_TOKENS)
-    after = generation_flops(model.config, plan.layers, plan.parameters, PROMPT, NEW_TOKENS)
+    before = generation_flops(model.config, dense, shape.parameters, PROMPT_TOKENS, NEW_TOKENS)
+    after = generation_flops(model.config, plan.layers, plan.parameters, PROMPT_TOKENS, NEW_TOKENS)
     prefill, decode = (old / new for old, new in zip(before, after))
     return ScanPoint(ratio, plan.achieved, plan.parameters, measured, prefill, decode, losses)
 
