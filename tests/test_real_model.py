@@ -79,6 +79,7 @@ def test_ours_beats_the_paper_and_the_paper_beats_the_baselines():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("whole_pictures")
 def test_demo_ends_with_the_table(tmp_path):
     result = CliRunner().invoke(app, ["demo", str(tmp_path / "demo"), "--num-samples", "8", "--seq-len", "256"])
     assert result.exit_code == 0, result.output

@@ -55,12 +55,14 @@ def refused(prune, tmp_path):
     return call
 
 
+@pytest.mark.usefixtures("whole_pictures")
 def test_prune_writes_a_whole_folder(prune, dense_folder):
     result, folder = prune("--ratio", 0.3)
     assert result.exit_code == 0, result.output
     names = {file.name for file in folder.iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "slimgpt.json", "README.md",
                      "widths.png", "modeling_slim.py", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    assert (folder / "widths.png").stat().st_size > 5000
     report = json.loads((folder / "slimgpt.json").read_text())
     assert report["settings"]["seed"] == 0
     assert len(report["layers"]) == LAYERS
@@ -364,7 +366,7 @@ def test_remote_code_is_refused_without_the_flag(refused, dense_folder, tmp_path
 
 
 def test_ctrl_c_leaves_no_folder_that_looks_finished(tmp_path, tokenizer, text_file):
-    model = tiny_model("llama", num_hidden_layers=48, hidden_size=240, intermediate_size=2048)
+    model = tiny_model("llama", num_hidden_layers=32, hidden_size=96, intermediate_size=700)  # a second or two
     model.save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")
     words = ["prune", tmp_path / "dense", tmp_path / "slim", "--calibration", text_file, "--num-samples", "60",

@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from slimgpt.errors import DISK_FULL, NumericalError, OutputError, RankError, SlimGPTError, VerificationError
-from slimgpt.io.atomic import write_bytes
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -219,11 +218,18 @@ def write_file(file: Path, content: str | bytes) -> None:
     Raises:
         OutputError: the disk is full, or the folder may not be written to.
     """
-    device = file.exists() and not file.is_file()  # such as /dev/stdout, which nothing can replace
+    regular = file.is_file() or not file.exists()
+    draft = file.with_name(f".{file.name}.partial") if regular else file  # a device has no other name
     try:
-        (Path.write_bytes if device else write_bytes)(file, content.encode() if isinstance(content, str) else content)
+        draft.write_bytes(content.encode() if isinstance(content, str) else content)
+        if regular:
+            draft.replace(file)
     except OSError as error:
         raise OutputError(f"writing {file} failed: {error}; free some space, or give another file") from error
+    finally:
+        if regular:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
 
 def print_uploaded(repository: str | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimgpt.io.atomic import write_text
+from slimgpt.checkpoint.journal import write_text
 
 
 def cache_folder(output: Path) -> Path:

@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig
 
 from slimgpt.checkpoint.card import EXPORTS
 from slimgpt.checkpoint.hub import check_repository
+from slimgpt.checkpoint.journal import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
 from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, openvino, padded
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
-from slimgpt.io.atomic import publish, write_text
 from slimgpt.io.folders import check_output, new_folder, output_lock
 from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config
@@ -242,8 +242,10 @@ def _write_file(
     try:
         with output_lock(path):
             notes = form.write(exported, draft)
+        with draft.open("rb") as handle:
+            os.fsync(handle.fileno())
         unverified = compare(draft)
-        publish(draft, path)
+        draft.rename(path)
         return notes, unverified
     except OSError as error:
         raise OutputError(f"writing {path} failed, nothing was left there: {error}") from error

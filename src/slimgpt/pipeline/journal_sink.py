@@ -13,11 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimgpt.checkpoint.assemble_folder import assemble
-from slimgpt.checkpoint.journal import Journal
+from slimgpt.checkpoint.journal import Journal, reading, write_text
 from slimgpt.distillation.generate import GeneratedText
 from slimgpt.distillation.trainer import Distillation
-from slimgpt.io.atomic import write_text
-from slimgpt.io.resume import reading
 from slimgpt.models.build import decoder_layers, rebuild_layer
 from slimgpt.models.slicing import State
 from slimgpt.models.source import weights_folder

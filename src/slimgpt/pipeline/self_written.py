@@ -15,9 +15,8 @@ from slimgpt.calibration.generation_limits import writing_dtype
 from slimgpt.calibration.self_calibration import Rounds, SelfCalibration, write_calibration
 from slimgpt.calibration.starts import starts_digest
 from slimgpt.calibration.windows import digest
+from slimgpt.checkpoint.journal import reading, write_text
 from slimgpt.distillation.data import OnRehearsed
-from slimgpt.io.atomic import write_text
-from slimgpt.io.resume import reading
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.loading import load_model
 from slimgpt.models.lookup import text_config

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimgpt.io.atomic import write_text
-from slimgpt.io.resume import delete_unfinished, open_unfinished, reading, unfinished_folder
+from slimgpt.checkpoint.journal import delete_unfinished, open_unfinished, reading, unfinished_folder, write_text
 
 CHOICES_FILE = "choices.json"
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from slimgpt.checkpoint.journal import reading, write_text
 from slimgpt.errors import NumericalError, OutputError
-from slimgpt.io.atomic import write_text
-from slimgpt.io.resume import reading
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
 from slimgpt.recovery.dataset import Example, collate

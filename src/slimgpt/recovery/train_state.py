@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 
+from slimgpt.checkpoint.journal import reading
 from slimgpt.errors import OutputError, ResumeError
-from slimgpt.io.resume import reading
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "trainer_state.json"
 SCALARS = "scalars.json"
