@@ -1,4 +1,4 @@
-"""Every script in `examples` runs, in a process of its own as a user would start it."""
+"""Every script in `examples` runs, in a fresh process as a user would start it."""
 
 from __future__ import annotations
 
@@ -36,39 +36,53 @@ def long_text(tmp_path_factory, text_file) -> Path:
     return file
 
 
-def run(name: str, *words: object) -> str:
-    script = [sys.executable, str(ROOT / "examples" / name), *map(str, words)]
+MARK = "=== script"
+
+DRIVER = f"""
+import json, runpy, sys
+for script, *words in json.loads(sys.argv[1]):
+    print("{MARK}")
+    sys.argv = [script, *words]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+def run(*scripts: tuple[object, ...]) -> list[str]:
+    """What scripts print that run one after the other, each with its arguments: to import torch takes longer."""
+    words = [[str(ROOT / "examples" / str(name)), *map(str, arguments)] for name, *arguments in scripts]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)
+    command = [sys.executable, "-c", DRIVER, json.dumps(words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return done.stdout.split(MARK)[1:]
 
 
 @pytest.mark.network
 def test_prune_and_generate(folders, tmp_path):
-    assert "removed" in run("prune_and_generate.py", folders / "dense", tmp_path / "slim")
+    assert "removed" in run(("prune_and_generate.py", folders / "dense", tmp_path / "slim"))[0]
     assert (tmp_path / "slim/model.safetensors").is_file()
 
 
-def test_own_text(folders, long_text, text_file, tmp_path):
-    assert "nats per token" in run("own_text.py", folders / "dense", tmp_path / "slim", long_text, text_file)
-
-
-def test_equal_layers(folders, long_text, tmp_path):
-    text = run("equal_layers_for_vllm.py", folders / "dense", tmp_path / "slim", long_text)
-    assert "vllm serve" in text
-    assert not (tmp_path / "slim/modeling_slim.py").exists()
-
-
-def test_mixture(folders, long_text, tmp_path):
-    assert "layer 1: experts" in run("mixture_of_experts.py", folders / "mixture", tmp_path / "slim", long_text)
+def test_own_text_equal_layers_and_a_mixture(folders, long_text, text_file, tmp_path):
+    own, equal, mixture = run(
+        ("own_text.py", folders / "dense", tmp_path / "own", long_text, text_file),
+        ("equal_layers_for_vllm.py", folders / "dense", tmp_path / "equal", long_text),
+        ("mixture_of_experts.py", folders / "mixture", tmp_path / "mixture", long_text),
+    )
+    assert "nats per token" in own
+    assert "vllm serve" in equal
+    assert not (tmp_path / "equal/modeling_slim.py").exists()
+    assert "layer 1: experts" in mixture
 
 
 @pytest.mark.slow
 def test_training(folders, long_text, tmp_path):
     slim = tmp_path / "slim"
-    run("own_text.py", folders / "dense", slim, long_text, long_text)
-    assert "slim" in run("train_afterwards.py", folders / "dense", slim, tmp_path / "better", long_text)
+    _, trained = run(
+        ("own_text.py", folders / "dense", slim, long_text, long_text),
+        ("train_afterwards.py", folders / "dense", slim, tmp_path / "better", long_text),
+    )
+    assert "slim" in trained
 
 
 def test_the_notebook_runs(folders, long_text, tmp_path, monkeypatch):

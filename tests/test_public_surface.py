@@ -130,11 +130,13 @@ def files() -> dict[str, list[str]]:
         "slim", "recovered", "text.txt", teacher="dense", method="distill", layer_weight=1.0, max_steps=2,
         max_length=24, batch_size=8, device="cpu", bf16=False, evaluations=1,
     )  # fmt: skip
-    call(
+    with pytest.MonkeyPatch.context() as patch:  # a process of its own for each model
+        patch.setattr("slimgpt.comparison.timing.peak_memory", lambda *_, **__: 1)
+        call(
         "compare", "dense", "slim", "--out", "compared", "--text", "text.txt", "--window", 32, "--max-tokens", 256,
         "--tasks", "boolq", "--data-dir", "rows", "--long", 64, "--passkey", 200, "--prompt", 8, "--new-tokens", 2,
         "--rounds", 1, "--device", "cpu",
-    )  # fmt: skip
+        )  # fmt: skip
     call(
         "evaluate", "slim", "--against", "dense", "--text", "text.txt", "--window", 32, "--max-tokens", 256,
         "--json", "evaluate.json", "--device", "cpu",

@@ -156,7 +156,7 @@ def test_compare(folders, text_file, tmp_path):
     quantised, plain = folders
     done = run(
         "compare", quantised, plain, "--out", tmp_path / "out", "--text", text_file, "--window", 32,
-        "--max-tokens", 512, "--batch", 1, "--prompt", 8, "--new-tokens", 2, "--rounds", 1, "--device", "cpu",
+        "--max-tokens", 512, "--no-speed", "--device", "cpu",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     values = json.loads((tmp_path / "out/compare.json").read_text())

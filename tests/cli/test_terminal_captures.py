@@ -22,8 +22,12 @@ BAR = re.compile(
 
 @pytest.fixture(scope="module", params=[80, 120])
 def captures(request, dense_folder, text_file, tmp_path_factory) -> tuple[int, dict[str, list[str]]]:
-    """The lines of every command, by its name."""
+    """The lines of every command, by its name.
+
+    In the wide one no process is started for the peak memory of each model, which shows no bar.
+    """
     dense, text = str(dense_folder), str(text_file)
+    in_compare, in_speed = ([], []) if request.param == 80 else (["--no-speed"], ["--no-memory"])
     text_options = ["--calibration", text, "--num-samples", "16", "--seq-len", "64"]
     commands = {
         "prune": ["prune", dense, "slim", "--ratio", "0.3", *text_options, "--distill", "1500"],
@@ -34,12 +38,12 @@ def captures(request, dense_folder, text_file, tmp_path_factory) -> tuple[int, d
         ],
         "compare": [
             "compare", dense, "slim", "--text", text, "--window", "64", "--prompt", "16", "--new-tokens", "4",
-            "--rounds", "1", "--samples", "1",
+            "--rounds", "1", "--samples", "1", *in_compare,
         ],
         "evaluate": ["evaluate", "slim", "--against", dense, "--text", text, "--window", "64"],
         "export": ["export", "slim", "slim.gguf", "--to", "gguf", "--quantize", "F32"],
         "verify": ["verify", "other-padded", "--against", "other"],
-        "speed": ["speed", "slim", "--prompt", "16", "--new-tokens", "4", "--rounds", "1"],
+        "speed": ["speed", "slim", "--prompt", "16", "--new-tokens", "4", "--rounds", "1", *in_speed],
         "generate": ["generate", "slim", "The river", "--max-new-tokens", "4"],
         "plan": ["plan", dense],
         "inspect": ["inspect", "slim"],
@@ -86,7 +90,10 @@ def test_nothing_of_other_libraries_is_seen(captures):
     ],
 )
 def test_bars_have_a_phase_a_count_and_the_time_left(captures, command, phases):
-    lines = captures[1][command]
+    columns, seen = captures
+    lines = seen[command]
+    if (command, columns) == ("compare", 120):
+        phases = phases - {"timing"}
     drawn = [line for line in lines if re.search(r"[━╸╺]{10}", line) and not re.search(r"[┏┡└│]", line)]
     matches = bars(lines)
     assert len(matches) == len(drawn), [line for line in drawn if not BAR.match(line)]

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from slimgpt.comparison.html_report import write_page
 from slimgpt.comparison.plots import figures
 from slimgpt.comparison.result import ComparisonRow
 from slimgpt.evaluation.samples import write_samples
+from slimgpt.evaluation.speed import peak_memory
 from slimgpt.evaluation.tasks import TaskScores, answers, difference, flips
 from slimgpt.models.lookup import layer_sizes
+from slimgpt.models.source import locate
 from slimgpt.planning.cost import generation_flops
 from tests.cli.test_command_line import run
 from tests.comparison.browser import CHROMIUM, browse
@@ -45,13 +48,17 @@ def folders(tmp_path_factory, tokenizer, text_file):
 
 @pytest.fixture(scope="module")
 def compared(folders, text_file, data_dir, tmp_path_factory):  # noqa: F811
-    """What `slimgpt compare` left, with everything that it can measure."""
+    """What `slimgpt compare` left, with everything that it can measure; the peak memory of one model, measured in a
+    process of its own, stands for all."""
     out = tmp_path_factory.mktemp("compared") / "out"
-    done = run(
-        "compare", folders / "dense", folders / "slim-20", folders / "slim-50", "--out", out, "--text", text_file,
-        "--window", "32,64", "--max-tokens", 1024, "--tasks", "piqa,boolq", "--data-dir", data_dir, "--long", 200,
-        "--batch", 1, "--prompt", 16, "--new-tokens", 4, "--rounds", 2, "--device", "cpu",
-    )  # fmt: skip
+    peak = cache(lambda: peak_memory(locate(str(folders / "slim-50")), "cpu", prompt=16, new_tokens=4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["slimgpt.comparison.timing"], "peak_memory", lambda *_, **__: peak())
+        done = run(
+            "compare", folders / "dense", folders / "slim-20", folders / "slim-50", "--out", out, "--text", text_file,
+            "--window", "32,64", "--max-tokens", 1024, "--tasks", "piqa,boolq", "--data-dir", data_dir, "--long", 200,
+            "--batch", 1, "--prompt", 16, "--new-tokens", 4, "--rounds", 2, "--device", "cpu",
+        )  # fmt: skip
     assert done.exit_code == 0, done.output
     return out, done.output
 
