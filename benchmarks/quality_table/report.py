@@ -26,7 +26,7 @@ CUT = 30
 
 ABOUT_ABLATIONS = (
     "What is in brackets differs from the settings above. A row that calibrates on `wikitext2` (train text) is "
-    "measured on the same kind of text; `self` is text that the dense model wrote."
+    "measured on the same kind of text; `auto` is text that the dense model writes, `self` such text by plain sampling."
 )
 
 YES_NO = ("boolq", "BoolQ")

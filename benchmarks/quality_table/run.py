@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import slimgpt
 from quality_table.models import bring, run_in
 from quality_table.rows import DENSE, Result, Row, Store
-from quality_table.texts import SOURCES, Texts, own_words, sha256
+from quality_table.texts import SOURCES, Texts, self_written, sha256
 from slimgpt.calibration import digest
 from slimgpt.errors import CalibrationError
 from slimgpt.evaluation import perplexity
@@ -221,12 +221,10 @@ class Bench:
         key = (row.model, *wanted.values())
         if key not in self._windows:
             model, tokenizer = self._bring(row.model)
-            if wanted["source"] == "self":
-                name = "-".join(str(part) for part in key)
-                source = wanted.pop("source")
-                file = self.store.folder / f"windows-{name}-{source}.safetensors"
-                self._windows[key] = own_words(model.to(self.device), tokenizer, **wanted, file=file)
-                model.to("cpu")
+            if wanted["source"] == "auto":
+                file = self.store.folder / f"windows-{'-'.join(map(str, key))}.safetensors"
+                del wanted["source"]
+                self._windows[key] = self_written(model, tokenizer, file, self.device, **wanted)
             else:
                 self._windows[key] = self.texts.windows(tokenizer, **wanted)
         return self._windows[key]

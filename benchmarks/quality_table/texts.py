@@ -15,13 +15,14 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from slimgpt.calibration import Document, cut_windows, prefix_ids, read_documents, shuffled
+from slimgpt.calibration import Document, cut_windows, read_documents, shuffled
+from slimgpt.calibration.self_calibration import write_calibration
 from slimgpt.errors import CalibrationError
+from slimgpt.models.eval_mode import in_eval_mode
 
 FILES = {
     "c4": "c4/c4_train_shard0_first1000.jsonl",
@@ -29,8 +30,8 @@ FILES = {
     "wikitext2-train": "wikitext2/wiki.train.raw.first1MB.txt",
     "wikitext2-test": "wikitext2/wiki.test.raw",
 }
-SOURCES = ("c4", "alpaca", "wikitext2", "self")
-"""What can be calibrated on; ``self`` is text that the dense model writes."""
+SOURCES = ("c4", "alpaca", "wikitext2", "auto")
+"""What can be calibrated on; ``auto`` is text that the dense model writes."""
 
 C4_CALIBRATION, C4_VALIDATION = 700, 100
 """Shares of the 1,000 documents; what is left is the test share."""
@@ -142,47 +143,18 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@torch.no_grad()
-def own_words(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    num_samples: int,
-    seq_len: int,
-    seed: int,
-    file: Path,
-    batch_size: int = 64,
+def self_written(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path, device: torch.device, **sizes: int
 ) -> Tensor:
-    """Windows ``(num_samples, seq_len)`` that the model writes itself: plain sampling at temperature 1.
+    """Windows that the model writes itself, as ``--calibration auto`` has them; kept in a file: they take minutes.
 
-    Writing starts from the token that every text starts with, else from the tokenizer's end token, which separates
-    documents. The tokens are kept in ``file``, since they take minutes.
+    Args:
+        sizes: ``num_samples``, ``seq_len`` and ``seed``.
     """
-    if file.is_file():
-        return load_file(file)["windows"]
-    prefix = prefix_ids(tokenizer) or [tokenizer.eos_token_id]
-    torch.manual_seed(seed)
-    parts = []
-    starts = range(0, num_samples, batch_size)
-    for start in track(starts, "the model writes its calibration text", transient=True):
-        count = min(batch_size, num_samples - start)
-        ids = torch.tensor(prefix, device=model.device).expand(count, -1)
-        parts.append(
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                min_new_tokens=seq_len - len(prefix),
-                max_new_tokens=seq_len - len(prefix),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                repetition_penalty=1.0,
-                pad_token_id=tokenizer.eos_token_id,
-            ).cpu()
-        )
-    windows = torch.cat(parts)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    save_file({"windows": windows.contiguous()}, unfinished)
-    unfinished.rename(file)
-    return windows
+    if not file.is_file():
+        written = in_eval_mode(write_calibration)(model, tokenizer, **sizes, device=device, dtype=torch.float32)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        save_file({"windows": written.windows.contiguous()}, unfinished)
+        unfinished.rename(file)
+    return load_file(file)["windows"]

@@ -167,5 +167,5 @@ def test_the_papers_ablations_are_all_there_each_once():
     for method in ("paper", "slimgpt"):
         assert {f"{method}[num_samples={n}]" for n in NUM_SAMPLES if n != 128} < set(titles)
         assert {f"{method}[seq_len={n}]" for n in SEQ_LENS if n != 512} < set(titles)
-        assert {f"{method}[source={name}]" for name in ("alpaca", "wikitext2", "self")} < set(titles)
+        assert {f"{method}[source={name}]" for name in ("alpaca", "wikitext2", "auto")} < set(titles)
     assert {f"paper[schedule={name}]" for name in RATIOS if name != "log_increase"} < set(titles)

@@ -158,9 +158,9 @@ def test_a_refusal_of_the_method_is_the_packages_own_error(bench):
 
 
 def test_the_model_writes_its_own_calibration_text_once(bench):
-    row = Row("gemma3", "paper", 0.3, changes=(("source", "self"), ("num_samples", 5)))
+    row = Row("gemma3", "paper", 0.3, changes=(("source", "auto"), ("num_samples", 5), ("seq_len", 48)))
     first = bench.windows(row)
-    assert first.shape == (5, 16)
+    assert first.shape == (5, 48)
     again = Bench(bench.texts, bench.store, bench.settings)
     assert torch.equal(again.windows(row), first)
     assert len(set(map(tuple, first.tolist()))) == 5
