@@ -329,8 +329,8 @@ def _read_hub(source: str) -> Iterator[Document]:
         raise CalibrationError(f"'{source}' is no file or folder here, and not on the hub: {reason}") from error
 
 
-def shuffled(documents: Iterator[Document], seed: int, reservoir: int = 10_000) -> list[Document]:
-    """At most ``reservoir`` of the first documents, in an order given by the seed."""
-    chosen = [document for document, _ in zip(documents, range(reservoir))]
+def shuffled(documents: Iterator[Document], seed: int, shuffle_buffer: int = 10_000) -> list[Document]:
+    """At most ``shuffle_buffer`` of the first documents, in an order given by the seed."""
+    chosen = [document for document, _ in zip(documents, range(shuffle_buffer))]
     random.Random(seed).shuffle(chosen)
     return chosen

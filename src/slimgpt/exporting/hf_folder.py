@@ -44,14 +44,14 @@ def write_weights(
     """Write the weights in shards, a layer in memory at a time."""
     start = f"{exported.architecture.layers}."
     around = {name: exported[name] for name in exported.names if not name.startswith(start)}
-    take = layer or exported.layer
+    load_layer = layer or exported.layer
 
     def groups():
         layers = len(exported.sizes)
         yield around
         for index in range(layers):
             exported.written(index + 1, layers + 1)
-            yield {f"{start}{index}.{name}": tensor for name, tensor in take(index).items()}
+            yield {f"{start}{index}.{name}": tensor for name, tensor in load_layer(index).items()}
 
     write_shards(folder, groups(), thresholds().shard_bytes)
     exported.written(len(exported.sizes) + 1, len(exported.sizes) + 1)
