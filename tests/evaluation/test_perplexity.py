@@ -29,7 +29,8 @@ def plain(model, ids, window, stride=None):
 
 
 @pytest.mark.network
-@pytest.mark.parametrize(("window", "tokens"), [(128, 1024), pytest.param(2048, 2048, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tiny models hold the same in the default level
+@pytest.mark.parametrize(("window", "tokens"), [(128, 1024), (2048, 2048)])
 def test_smollm2_at_the_windows_of_the_literature(window, tokens, smollm2):
     model, tokenizer = smollm2
     text = slimgpt.evaluation.read_text("demo").content

@@ -202,7 +202,8 @@ def test_tasks_without_options_have_no_commonest_one(argument):
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("limit", [2, pytest.param(100, marks=pytest.mark.slow)])  # slow: about 4 minutes
+@pytest.mark.slow  # tiny models hold the same in the default level
+@pytest.mark.parametrize("limit", [2, 100])  # the second takes about 4 minutes
 def test_smollm2_equals_the_plain_harness(limit, smollm2, shared):
     assert_equal_question_by_question(*smollm2, shared, limit)
 

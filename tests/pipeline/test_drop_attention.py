@@ -97,7 +97,7 @@ def test_every_command_takes_it(slim, dense, text_file, tmp_path):
     run(
         "evaluate", slim, "--text", text_file, "--window", 32, "--max-tokens", 500, "--json", tmp_path / "evaluate.json"
     )
-    run("speed", slim, "--prompt", 8, "--new-tokens", 4, "--batch", 1, "--rounds", 1)
+    run("speed", slim, "--prompt", 8, "--new-tokens", 4, "--batch", 1, "--rounds", 1, "--no-memory")
     run("compare", dense, slim, "--text", text_file, "--window", 32, "--max-tokens", 500, "--no-speed",
         "--out", tmp_path / "comparison")  # fmt: skip
     run("recover", slim, tmp_path / "trained", "--data", text_file, "--max-steps", 2, "--max-length", 32)

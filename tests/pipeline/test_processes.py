@@ -77,6 +77,7 @@ def torchrun(processes: int, words: list[str]) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words[1:]]
 
 
+@pytest.mark.slow  # `test_ranks.py` holds the same, and more, of Python calls
 def test_two_processes_decide_like_one(wide, text_file, tmp_path):
     options = ("--ratio", "0.3")
     run(command(wide, tmp_path / "one", text_file, *options))
@@ -96,9 +97,12 @@ def test_two_processes_decide_like_one(wide, text_file, tmp_path):
 def test_a_process_that_dies_ends_all_and_the_run_resumes_with_another_number(wide, text_file, tmp_path):
     words = torchrun(2, command(wide, tmp_path / "slim", text_file))
     with start(words, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1") as process:
+        plans = 0
         for line in process.stdout:
+            plans += line.startswith("plan:")
             if line.startswith("pruning  layer 2/"):
                 break
+        assert plans == 1  # one of the two speaks
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         if not children.exists():
             process.kill()
