@@ -35,7 +35,7 @@ from slimgpt.calibration.template_tokens import special_ids, turn_tokens
 from slimgpt.calibration.windows import digest, prefix_ids
 from slimgpt.errors import CalibrationError
 from slimgpt.models.lookup import context_length
-from slimgpt.runtime.devices import DTYPES
+from slimgpt.runtime.devices import DTYPES, dtype_name
 from slimgpt.runtime.distributed import ALONE, Ranks
 from slimgpt.runtime.thresholds import thresholds
 
@@ -237,7 +237,7 @@ def write_calibration(
     """
     rounds = rounds if rounds is not None and ranks.main else NoRounds()
     first = rounds.read(0)  # a resumed run goes on in the type it began with
-    dtype = DTYPES[ranks.values(first["dtype"] if first else str(dtype).removeprefix("torch."))]
+    dtype = DTYPES[ranks.values(first["dtype"] if first else dtype_name(dtype))]
     writer = Writer(model, tokenizer, min(MAX_TOKENS, seq_len, context_length(model.config) or MAX_TOKENS), seed)
     in_windows = num_samples * (seq_len - len(writer.prefix))
     needed = in_windows + held_out
@@ -271,7 +271,7 @@ def write_calibration(
                 "counts": dict(kinds),
                 "written": count,
                 "sampled": sum(text.own for text in texts),
-                "dtype": str(dtype).removeprefix("torch."),
+                "dtype": dtype_name(dtype),
                 "seconds": time.perf_counter() - begin,
             }
             rounds.write(number, values)
@@ -295,7 +295,7 @@ def write_calibration(
         "sampled_tokens": counts["sampled"],
         "temperatures": list(CHAT_TEMPERATURES),
         "text_temperature": TEXT_TEMPERATURE,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "seconds": seconds,
     }
     behind = [token for document in documents for token in document][in_windows:needed]

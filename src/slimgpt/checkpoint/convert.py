@@ -27,6 +27,7 @@ from slimgpt.models.build import empty_model
 from slimgpt.models.config_files import check_config_files, read_generation_config
 from slimgpt.models.source import Source, fetched, locate
 from slimgpt.models.streaming import WeightFiles
+from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.thresholds import thresholds
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
@@ -199,7 +200,7 @@ def _llama_config(source: Source, raw: Mapping[str, Any], layout: Layout, weight
         *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "rope_theta", "rope_scaling"),
     )
     values = {"tie_word_embeddings": False, **{name: raw[name] for name in known if name in raw}, **layout.config(raw)}
-    dtype = str(weights.dtype).removeprefix("torch.")
+    dtype = dtype_name(weights.dtype)
     try:
         return LlamaConfig(**values, dtype=dtype, architectures=["LlamaForCausalLM"])
     except Exception as error:  # whatever a value in the file made of it

@@ -45,7 +45,7 @@ def save(
     """Write a model as a folder that ``from_pretrained`` loads; it appears whole or not at all.
 
     Layers of equal widths are written for a stock class, under another family's name where the own one refuses
-    the head count (``formats``: a Llama with 26 of 32 heads is a Mistral without a sliding window). Layers of
+    the head count: a Llama with 26 of 32 heads is a Mistral without a sliding window. Layers of
     different widths bring a small modeling file and load with ``trust_remote_code=True``.
 
     Args:

@@ -18,6 +18,7 @@ from slimgpt.models.loading import load
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import Source, locate
 from slimgpt.planning.cost import generation_flops
+from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.versions import versions
 
 
@@ -138,7 +139,7 @@ def time_models(
         speeds.append(measure_speed(models, prompt, new_tokens, rounds, step, batch))
     target = models[0].device
     columns = [_model_columns(source, model, prompt, new_tokens) for source, model in zip(sources, models)]
-    stored = str(models[0].dtype).removeprefix("torch.")
+    stored = dtype_name(models[0].dtype)
     del models  # the fresh processes need the memory
     rows = [
         Timing(

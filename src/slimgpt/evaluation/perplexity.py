@@ -20,6 +20,7 @@ from slimgpt.evaluation.divergence import Divergence, DivergenceMeter
 from slimgpt.evaluation.loglikelihood import MAX_LOGITS
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, check_ids
+from slimgpt.runtime.devices import dtype_name
 
 BOS = ("auto", "once", "window")
 """Where the tokens stand that the tokenizer puts before a text: at its start, or at the start of every window.
@@ -187,7 +188,7 @@ def perplexity(
             "first_token_of_window_predicted": False,
             "max_tokens": max_tokens,
             "engine": getattr(model, "engine", f"transformers {transformers.__version__}"),
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "device": model.device.type,
         },
         by_position=_buckets(sums / counts) if by_position else None,

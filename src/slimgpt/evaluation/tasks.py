@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import UsageError
 from slimgpt.evaluation.answer_endings import AnswerEndings
+from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.thresholds import thresholds
 
 COMMONSENSE = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -163,7 +164,7 @@ def evaluate_tasks(
             "chat_template": chat_template,
             "bos": bool(getattr(tokenizer, "add_bos_token", False)),
             "mean_of": "acc_norm where the task has it, else acc",
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": dtype_name(model.dtype),
             "device": model.device.type,
         },
     )

@@ -17,6 +17,7 @@ from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.config_files import CONFIG_FILE
 from slimgpt.models.lookup import head_dim
 from slimgpt.planning.engines import NEMOTRON_STEP, nemotron_problem
+from slimgpt.runtime.devices import dtype_name
 
 CONFIGURATION_FILE = "configuration_decilm.py"
 """The file in a nemotron-nas folder that holds the class of its config."""
@@ -49,7 +50,7 @@ def write_nemotron(exported: ExportSource, folder: Path) -> list[str]:
         KV_HEADS: None,
         CHANNELS: None,
         "head_dim": head_dim(exported.config),
-        "dtype": str(exported.config.dtype or "float32").removeprefix("torch."),
+        "dtype": dtype_name(exported.config.dtype or "float32"),
         "block_configs": [
             {
                 "attention": {

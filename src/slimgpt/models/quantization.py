@@ -15,6 +15,7 @@ from transformers.utils.hub import cached_file
 
 from slimgpt.errors import ModelError
 from slimgpt.models.config_files import CONFIG_FILE, read_object
+from slimgpt.runtime.devices import dtype_name
 
 MODELOPT_FILE = "hf_quant_config.json"
 """Where NVIDIA's Model-Optimizer says what it did; its older versions leave config.json as it was."""
@@ -62,7 +63,7 @@ class Quantization:
         Args:
             dtype: what the weights were read as.
         """
-        read_as = str(dtype).removeprefix("torch.")
+        read_as = dtype_name(dtype)
         return {"quant_method": self.method, "format": self.format, "read_as": read_as}
 
     def check_library(self, where: str) -> None:

@@ -23,6 +23,7 @@ from slimgpt.losses.chunked import TokenDivergence
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.lookup import text_config
 from slimgpt.planning.plan import Plan
+from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.memory import malloc_trim
 
 
@@ -133,7 +134,7 @@ class DenseComparison:
             first = end
         dtype = self.run.dtype or next(self.model.get_input_embeddings().parameters()).dtype
         self.seconds += time.perf_counter() - start
-        return {**values, "dtype": str(dtype).removeprefix("torch."), "seconds": self.seconds}
+        return {**values, "dtype": dtype_name(dtype), "seconds": self.seconds}
 
 
 def _values(text: EvaluationText, tokens: TokenDivergence) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from slimgpt.pipeline.self_written import KeptRounds, described_before, with_sel
 from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.pipeline.weights_source import open_model
 from slimgpt.pruning.report import PruneReport
+from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.distributed import Ranks, join, rank_of_environment
 from slimgpt.runtime.memory import free_bytes, limit_gpu_memory
 from slimgpt.runtime.versions import versions
@@ -144,8 +145,8 @@ def _request(p: PruneRequest, job: PruneJob) -> dict[str, Any]:
         "settings": asdict(p.config),
         "plan": p.plan.to_json(),
         "calibration": described_before(p),
-        "dtype": str(p.stored).removeprefix("torch."),
-        "forward_dtype": str(job.dtype or job.stored).removeprefix("torch."),
+        "dtype": dtype_name(p.stored),
+        "forward_dtype": dtype_name(job.dtype or job.stored),
         "versions": {name: installed[name] for name in ("slimgpt", "torch", "transformers", "device")},
     }
 

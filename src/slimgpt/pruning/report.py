@@ -18,6 +18,7 @@ from slimgpt.config import PruneConfig
 from slimgpt.models.slicing import State
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.plot import widths_figure
+from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.memory import Placement
 
 if TYPE_CHECKING:
@@ -258,7 +259,7 @@ def described(windows: Tensor, source: str) -> dict[str, Any]:
 def execution(dtype: torch.dtype, placement: Placement, processes: int = 1) -> dict[str, Any]:
     """The entry of a run's device, dtype, placement and times in a report."""
     return {
-        "forward_dtype": str(dtype).removeprefix("torch."),
+        "forward_dtype": dtype_name(dtype),
         "placement": {"stream": placement.stream, "kept": placement.kept, "gram": placement.gram},
         "processes": processes,
     }

@@ -35,7 +35,7 @@ from slimgpt.recovery.trainer import (
     should_stop_early,
     total_steps,
 )
-from slimgpt.runtime.devices import forward_dtype
+from slimgpt.runtime.devices import dtype_name, forward_dtype
 from slimgpt.runtime.distributed import Ranks, join, rank_of_environment
 from slimgpt.runtime.settings import has_settings
 from slimgpt.runtime.versions import resume_versions, versions
@@ -191,7 +191,7 @@ def _run(
             "device": request.device.type,
             "processes": ranks.world,
             "bf16": bf16,
-            "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+            "dtype": dtype_name(next(model.parameters()).dtype),
             "teacher": request.teacher[0].name if request.teacher else None,
         },
         versions=versions(request.device),

@@ -23,6 +23,11 @@ def as_dtype(name: str) -> torch.dtype | str:
     return DTYPES.get(name, name)
 
 
+def dtype_name(dtype: torch.dtype | str) -> str:
+    """The name of a dtype, without the module that it is in."""
+    return str(dtype).removeprefix("torch.")
+
+
 def as_device(name: str) -> torch.device:
     """A torch device from its name; ``auto`` is CUDA, then MPS, then the CPU.
 

@@ -58,11 +58,6 @@ class Gram:
                 target += left @ right
         self.count += x.shape[0]
 
-    def merge(self, other: Gram) -> None:
-        """Add the partial sum of other tokens, as if they had been given to :meth:`add`."""
-        self.sum += other.sum.to(self.sum)
-        self.count += other.count
-
     def mean(self) -> Tensor:
         """``H = E[x x^T]``, shape ``(size, size)``, symmetric.
 
