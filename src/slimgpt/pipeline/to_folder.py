@@ -101,7 +101,7 @@ def _check_disk(request: PruneRequest, empty: PreTrainedModel, tokens: int) -> N
     check_output(request.output, request.overwrite, needed)
 
 
-def reduced_budget(p: PruneRequest, budget: int | None, ranks: Ranks, error: torch.OutOfMemoryError) -> int:
+def reduced_budget(request: PruneRequest, budget: int | None, ranks: Ranks, error: torch.OutOfMemoryError) -> int:
     """The next budget to try when the estimate was too low and the device ran out of memory.
 
     Raises:
@@ -112,19 +112,19 @@ def reduced_budget(p: PruneRequest, budget: int | None, ranks: Ranks, error: tor
             f"the device of process {ranks.rank} ran out of memory; start the same command with --resume and a smaller "
             "--memory"
         ) from error
-    if p.device.type == "cuda":
+    if request.device.type == "cuda":
         torch.cuda.empty_cache()
-    before = budget if budget is not None else free_bytes(p.device)
+    before = budget if budget is not None else free_bytes(request.device)
     return int(0.75 * before)
 
 
-def finished_before(p: PruneRequest, journal: Journal, digest: str) -> PruneReport | None:
+def finished_before(request: PruneRequest, journal: Journal, digest: str) -> PruneReport | None:
     """The report of this very run if its output is whole: it was killed on its last steps, or is asked for again.
 
     Raises:
         OutputError: the output holds something else.
     """
-    file = p.output / REPORT_FILE
+    file = request.output / REPORT_FILE
     if not file.is_file():
         return None
     with suppress(ValueError, TypeError, KeyError):
@@ -133,19 +133,19 @@ def finished_before(p: PruneRequest, journal: Journal, digest: str) -> PruneRepo
             report = PruneReport.from_json(values)
             journal.discard()
             return report
-    check_output(p.output, p.overwrite)
+    check_output(request.output, request.overwrite)
     return None
 
 
-def _request(p: PruneRequest, job: PruneJob) -> dict[str, Any]:
+def _request(request: PruneRequest, job: PruneJob) -> dict[str, Any]:
     """Everything that decides the result."""
-    installed = versions(p.device)
+    installed = versions(request.device)
     return {
-        "model": {"name": p.source.name, "files": fingerprint(source_files(p.source))},
-        "settings": asdict(p.config),
-        "plan": p.plan.to_json(),
-        "calibration": described_before(p),
-        "dtype": dtype_name(p.stored),
+        "model": {"name": request.source.name, "files": fingerprint(source_files(request.source))},
+        "settings": asdict(request.config),
+        "plan": request.plan.to_json(),
+        "calibration": described_before(request),
+        "dtype": dtype_name(request.stored),
         "forward_dtype": dtype_name(job.dtype or job.stored),
         "versions": {name: installed[name] for name in ("slimgpt", "torch", "transformers", "device")},
     }

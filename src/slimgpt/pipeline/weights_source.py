@@ -35,15 +35,17 @@ class DenseLayers:
             check_finite(self.model.state_dict().items())
 
 
-def open_model(p: PruneRequest) -> DenseLayers:
+def open_model(request: PruneRequest) -> DenseLayers:
     """The model mapped from its files, or, where these need converting on the way in, loaded whole."""
-    folder = weights_folder(p.source) if p.source.adapter is None else None
+    folder = weights_folder(request.source) if request.source.adapter is None else None
     if folder is not None and (folder / "config.json").is_file():
-        empty = empty_model(p.model_config)
-        weights = ConvertedFiles(folder, empty, p.stored)
+        empty = empty_model(request.model_config)
+        weights = ConvertedFiles(folder, empty, request.stored)
         if weights_mismatch(empty, weights) is None:
-            streamed = StreamedModel(p.model_config, weights, p.stored)
-            streamed.model.config.name_or_path = p.source.name
-            streamed.model.config.dtype = p.stored
+            streamed = StreamedModel(request.model_config, weights, request.stored)
+            streamed.model.config.name_or_path = request.source.name
+            streamed.model.config.dtype = request.stored
             return DenseLayers(streamed.model, streamed)
-    return DenseLayers(load_model(p.source, p.model_config, p.dtype, "cpu", p.trust_remote_code), None)
+    return DenseLayers(
+        load_model(request.source, request.model_config, request.dtype, "cpu", request.trust_remote_code), None
+    )
