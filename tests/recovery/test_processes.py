@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from slimgpt.errors import UsageError
 from slimgpt.recovery import train_state
 from slimgpt.recovery.sharding import divided_like, is_sharded, shard, whole
 from slimgpt.runtime.distributed import Ranks
+from tests.killing import kill
 from tests.recovery.conftest import SMALL
 
 STEPS = 6
@@ -178,12 +178,11 @@ def test_a_divided_run_goes_on_with_other_processes(
     out = tmp_path / "out"
     command = words(slim_folder, out, text_file, "--method", "distill", "--teacher", str(dense_folder))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launched = subprocess.Popen([*torchrun(2), *command, "--shard"], env=environment, start_new_session=True)
+    launched = subprocess.Popen([*torchrun(2), *command, "--shard"], env=environment)
     state = tmp_path / ".out.unfinished" / "states" / f"step-{STEPS // 2:08d}"
     while not state.exists() and launched.poll() is None:
         time.sleep(0.01)
-    os.killpg(launched.pid, signal.SIGKILL)
-    launched.wait()
+    kill(launched)
     assert not out.exists()
     launch = torchrun(processes) if processes > 1 else [sys.executable, "-m", "slimgpt"]
     run([*launch, *command, *(["--shard"] if divided else []), "--resume"])

@@ -159,7 +159,7 @@ class RecoveryTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if config.report_to == "tensorboard" and ranks.main:
             from torch.utils.tensorboard import SummaryWriter
-            from transformers.integrations import TensorBoardCallback
+            from transformers.integrations.integration_utils import TensorBoardCallback
 
             self.add_callback(TensorBoardCallback(SummaryWriter(logs)))  # its own folder ends with the run's
         self.model_accepts_loss_kwargs = True  # so that tokens are counted over a whole batch, on all devices
@@ -246,7 +246,8 @@ class RecoveryTrainer(Trainer):
 
         Gradients are summed over all processes before this, so all of them see it.
         """
-        norm: Any = whole(super()._clip_grad_norm(model))
+        norm: Any = super()._clip_grad_norm(model)
+        norm = whole(norm)
         if not math.isfinite(float(norm)):
             self._save_checkpoint(model, None)
             done = self.state.global_step
@@ -259,9 +260,9 @@ class RecoveryTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
         main, optimizer = self.args.should_save, self.optimizer
         if main or self.sharded:
-            gathered = states.gathered_state(self.learner, optimizer, main)  # type: ignore[arg-type]
+            weights, moments = states.gathered_state(self.learner, optimizer, main)  # type: ignore[arg-type]
         if main:
-            states.write_state(self.folder, *gathered, self.lr_scheduler, self.state)
+            states.write_state(self.folder, weights, moments, self.lr_scheduler, self.state)
             states.keep_only(self.folder, {self.state.global_step, self.best_step})
         self.accelerator.wait_for_everyone()
 
