@@ -7,10 +7,8 @@ import os
 import random
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -18,6 +16,7 @@ import slimgpt
 from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.row_shards import RowShards
 from slimgpt.runtime.thresholds import other_thresholds
+from tests.killing import kill
 from tests.models.families import tiny_model
 from tests.pipeline.test_to_folder import report_of, weights_of
 
@@ -95,15 +94,6 @@ def start(processes: int, *words) -> subprocess.Popen:
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
     )
-
-
-def kill(process: subprocess.Popen) -> None:
-    """Kill a launcher and what it has started, which would go on without it: it has sessions of its own."""
-    launcher = psutil.Process(process.pid)
-    for each in (launcher, *launcher.children(recursive=True)):
-        with suppress(psutil.NoSuchProcess):
-            each.kill()
-    process.communicate(timeout=60)
 
 
 def finish(process: subprocess.Popen) -> str:

@@ -43,8 +43,8 @@ Several GPUs: torchrun --nproc-per-node 8 -m slimgpt recover slim OUT --data my.
         "Method": "method teacher rank alpha dropout train_embeddings",
         "Training": "epochs max_steps learning_rate schedule warmup weight_decay batch_size patience evaluations",
         "Distillation": "distill_weight text_weight top_k layer_weight layers",
-        "Resources": "device dtype bf16 micro_batch gradient_checkpointing",
-        "Output": "push_to_hub private resume overwrite",
+        "Resources": "device dtype bf16 micro_batch gradient_checkpointing shard",
+        "Output": "report_to push_to_hub private resume overwrite",
     }
 )
 @setting_options(RecoverConfig, "recover", before={"teacher": ""})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 
 from slimgpt.errors import UsageError
 from slimgpt.runtime import settings
@@ -35,6 +36,7 @@ METHODS: dict[str, Method] = {
 
 
 SCHEDULES = ("cosine", "linear", "constant")
+TRACKERS = ("none", "tensorboard", "wandb")
 
 setting = partial(settings.setting, commands=("recover",))
 
@@ -49,6 +51,14 @@ def check_schedule(name: str, value: str) -> None:
     """Refuse a schedule that there is not."""
     if value not in SCHEDULES:
         raise UsageError(f"{name} '{value}' is unknown; choose cosine, linear or constant")
+
+
+def check_report_to(name: str, value: str) -> None:
+    """Refuse a tracker that is unknown or not installed."""
+    if value not in TRACKERS:
+        raise UsageError(f"{name} '{value}' is unknown; choose {', '.join(TRACKERS)}")
+    if value != "none" and find_spec(value) is None:
+        raise UsageError(f"{name} {value} needs the package: pip install {value}")
 
 
 def check_max_length(name: str, value: int) -> None:
@@ -151,6 +161,12 @@ class RecoverConfig:
         None, "bfloat16 autocast.", detail="Weights stay as they are.", unset="where it is faster"
     )
     gradient_checkpointing: bool = setting(False, "Recompute activations to save memory.")
+    shard: bool = setting(
+        False,
+        "Divide the model among the processes (FSDP2).",
+        detail="Weights, gradients, Adam's moments and the teacher, by torchrun; else every process has all of them.",
+    )
+    report_to: str = setting("none", "Where losses are logged: tensorboard, wandb or none.", check=check_report_to)
 
     def __post_init__(self) -> None:
         settings.run_checks(self)

@@ -25,6 +25,7 @@ from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.figures import figures_after_training
 from slimgpt.recovery.loss_curve import Curve, write_curve
 from slimgpt.recovery.resume import Workspace
+from slimgpt.recovery.sharding import shard
 from slimgpt.recovery.teacher_cache import TeacherCache
 from slimgpt.recovery.train_state import load_progress, load_weights, states
 from slimgpt.recovery.trainer import (
@@ -149,6 +150,11 @@ def _run(
     on_step: OnStep | None,
 ) -> Recovery:
     config = request.config
+    if config.shard and ranks.world == 1:
+        raise UsageError(
+            "shard divides the model among processes, and this is one alone; start several with torchrun "
+            "--nproc-per-node N -m slimgpt recover, or leave it out"
+        )
     if config.batch_size % (config.micro_batch * ranks.world):
         raise UsageError(
             f"batch_size {config.batch_size} is no multiple of micro_batch {config.micro_batch} x {ranks.world} "
@@ -156,7 +162,7 @@ def _run(
         )
     workspace = Workspace(request.output)
     if ranks.main:
-        workspace.open(_resume_request(request, ranks.world), resume, overwrite)
+        workspace.open(_resume_request(request), resume, overwrite)
     bf16 = bool(ranks.agree(int(workspace.choice("bf16", lambda: _bf16(config, request.device)) if ranks.main else 0)))
     seconds = workspace.seconds
     start = time.perf_counter()
@@ -165,22 +171,30 @@ def _run(
         workspace.add_seconds("teacher", time.perf_counter() - start)
 
     start = time.perf_counter()
-    dtype = request.dtype if request.dtype != "auto" or config.adapters else "float32"
-    model = load_model(request.source, request.model_config, dtype, request.device, request.trust_remote_code)
-    stored = stored_dtype(request.source, request.model_config, "auto")
+    model = _load_learner(request)
     set_seed(config.seed % SEEDS_OF_NUMPY)  # adapters begin with random numbers
     trained = make_trainable(model, config)
+    if config.shard:
+        shard(trained, model, request.device, ranks)
     pad_id: Any = request.tokenizer.pad_token_id or 0
     trainer = RecoveryTrainer(
         trained, config, request.data.training, request.data.held_out, cache=cache, folder=workspace.folder / "states",
-        pad_id=pad_id, bf16=bf16, device=request.device, world=ranks.world, on_step=on_step,
+        pad_id=pad_id, bf16=bf16, device=request.device, ranks=ranks, on_step=on_step,
+        logs=request.output.parent / "runs" / request.output.name,
     )  # fmt: skip
     try:
-        curve = _train(trainer)
+        curve, kept = _train(trainer)
     finally:
         if ranks.main:
             workspace.add_seconds("training", time.perf_counter() - start)
-    model = trained.merge_and_unload() if config.adapters else trained  # type: ignore[operator]
+    dtype = dtype_name(next(model.parameters()).dtype)
+    if config.shard:  # the first process has the trained weights in the kept state, and none of the others needs them
+        del trainer, model, trained
+        if ranks.main:
+            trained = make_trainable(_load_learner(request), config)
+            load_weights(kept, trained)
+    elif ranks.main:
+        load_weights(kept, trained)
     recovery = Recovery(
         folder=request.output,
         settings=asdict(config) | {"learning_rate": config.peak_learning_rate, "data": list(request.sources)},
@@ -191,20 +205,30 @@ def _run(
             "device": request.device.type,
             "processes": ranks.world,
             "bf16": bf16,
-            "dtype": dtype_name(next(model.parameters()).dtype),
+            "dtype": dtype,
+            "sharded": config.shard,
             "teacher": request.teacher[0].name if request.teacher else None,
         },
         versions=versions(request.device),
     )
     if ranks.main:
-        _save(request, model, stored, recovery, overwrite)
+        model = trained.merge_and_unload() if config.adapters else trained  # type: ignore[operator]
+        _save(request, model, recovery, overwrite)
         workspace.discard()
     ranks.agree(0)  # other processes wait until the folder exists
     return recovery
 
 
-def _train(trainer: RecoveryTrainer) -> Curve:
-    """Train from the last saved state; the model ends with the weights of the best step."""
+def _load_learner(request: RecoverRequest) -> PreTrainedModel:
+    """The slim model in the type that it is trained in; on the CPU where it is to be divided."""
+    config = request.config
+    dtype = request.dtype if request.dtype != "auto" or config.adapters else "float32"
+    device = "cpu" if config.shard else request.device
+    return load_model(request.source, request.model_config, dtype, device, request.trust_remote_code)
+
+
+def _train(trainer: RecoveryTrainer) -> tuple[Curve, Path]:
+    """Train from the last saved state; the curve, and the state of the best step, whose weights are to be taken."""
     saved = states(trainer.folder)
     finished = False
     if saved:
@@ -213,14 +237,12 @@ def _train(trainer: RecoveryTrainer) -> Curve:
         finished = stopped or before.global_step >= trainer.args.max_steps
         if finished:
             trainer.state = before
-            load_weights(saved[-1], trainer.learner)
     if not finished:
         trainer.args.eval_on_start = not saved and bool(trainer.held_out)
         trainer.train(resume_from_checkpoint=str(saved[-1]) if saved else None)
     best = trainer.best_step
-    if best != trainer.state.global_step:
-        load_weights(trainer.folder / f"step-{best:08d}", trainer.learner)
-    return Curve.from_history(trainer.state.log_history, trainer.args.max_steps, best)
+    curve = Curve.from_history(trainer.state.log_history, trainer.args.max_steps, best)
+    return curve, trainer.folder / f"step-{best:08d}"
 
 
 def _cache_teacher(
@@ -236,10 +258,17 @@ def _cache_teacher(
     if ranks.main:
         cache.create()
     ranks.agree(0)
-    dtype = forward_dtype("auto", torch.bfloat16, request.device)  # None: bfloat16 is the faster one
-    name = "auto" if request.device.type == "cuda" else "bfloat16" if dtype is None else "float32"
-    teacher: PreTrainedModel = load_model(source, teacher_config, name, request.device, request.trust_remote_code)
-    cache.fill(teacher, config.micro_batch, ranks.rank, ranks.world, on_teacher)
+    if not cache.complete:
+        dtype = forward_dtype("auto", torch.bfloat16, request.device)  # None: bfloat16 is the faster one
+        name = "auto" if request.device.type == "cuda" else "bfloat16" if dtype is None else "float32"
+        device = "cpu" if config.shard else request.device
+        teacher = load_model(source, teacher_config, name, device, request.trust_remote_code)
+        if config.shard:
+            shard(teacher, teacher, request.device, ranks)
+        cache.fill(teacher, config.micro_batch, ranks, on_teacher)
+        ranks.agree(0)
+        if ranks.main:
+            cache.mark_complete()
     ranks.agree(0)
     cache.open("r")
     return cache
@@ -254,10 +283,12 @@ def _bf16(config: RecoverConfig, device: torch.device) -> bool:
     return device.type == "cpu" and forward_dtype("auto", torch.bfloat16, device) is None
 
 
-def _resume_request(request: RecoverRequest, world: int) -> dict[str, Any]:
-    """The settings a resumed run must share: all but the learning rate, which may be lowered after a NaN loss."""
+def _resume_request(request: RecoverRequest) -> dict[str, Any]:
+    """The settings a resumed run must share: all but the number of processes and what they share, where the course is
+    reported, and the learning rate, which may be lowered after a NaN loss."""
     settings = asdict(request.config)
-    settings.pop("learning_rate")
+    for name in ("learning_rate", "shard", "report_to"):
+        settings.pop(name)
     return {
         "command": "recover",
         "model": {"name": request.source.name, "files": fingerprint(source_files(request.source))},
@@ -265,7 +296,6 @@ def _resume_request(request: RecoverRequest, world: int) -> dict[str, Any]:
         "data": _describe_data(request),
         "teacher": request.teacher[0].name if request.teacher else None,
         "dtype": request.dtype,
-        "processes": world,
         "versions": resume_versions(request.device),
     }
 
@@ -283,8 +313,9 @@ def _describe_data(request: RecoverRequest) -> dict[str, Any]:
     }
 
 
-def _save(request: RecoverRequest, model: Any, stored: torch.dtype, recovery: Recovery, overwrite: bool) -> None:
+def _save(request: RecoverRequest, model: Any, recovery: Recovery, overwrite: bool) -> None:
     """Save the model with the reports of pruning and recovery."""
+    stored = stored_dtype(request.source, request.model_config, "auto")
     model = model.to("cpu", stored).requires_grad_(False).eval()
     model.config.dtype = stored
     model.config.use_cache = True

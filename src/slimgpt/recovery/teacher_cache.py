@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,11 @@ from slimgpt.errors import NumericalError, OutputError
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
 from slimgpt.recovery.dataset import Example, collate
+from slimgpt.recovery.sharding import is_sharded, most
 from slimgpt.runtime.activation_store import reserve
+from slimgpt.runtime.distributed import ALONE, Ranks
+
+COMPLETE = "complete.json"
 
 
 def layer_numbers(count: int, depth: int) -> list[int]:
@@ -108,13 +113,21 @@ class TeacherCache:
                     raise ValueError(f"it is {values.dtype} {values.shape}, and the examples need {kind} {shape}")
                 self.files[name] = values
 
+    @property
+    def complete(self) -> bool:
+        """Whether all predictions are there, whatever the number of processes that took them."""
+        return (self.folder / COMPLETE).is_file()
+
+    def mark_complete(self) -> None:
+        """Say that all predictions are there."""
+        write_text(self.folder / COMPLETE, json.dumps(len(self.examples)))
+
     @torch.no_grad()
     def fill(
         self,
         teacher: PreTrainedModel,
         batch_size: int,
-        rank: int = 0,
-        world: int = 1,
+        ranks: Ranks = ALONE,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Run the dense model over this process's share of the examples, from where a killed run stopped.
@@ -123,12 +136,13 @@ class TeacherCache:
             NumericalError: the dense model's predictions are no numbers.
         """
         self.open("r+")
-        mark = self.folder / f"done-{rank}-of-{world}.json"
+        mark = self.folder / f"done-{ranks.rank}-of-{ranks.world}.json"
         with reading(mark):
             done = int(json.loads(mark.read_text(encoding="utf-8"))) if mark.is_file() else 0
-        share = range(rank, len(self.examples), world)
+        share = range(ranks.rank, len(self.examples), ranks.world)
         numbers = layer_numbers(self.hidden[0], teacher.config.num_hidden_layers) if self.hidden else []
-        for count, start in enumerate(range(done, len(share), batch_size), start=1):
+        starts = range(done, len(share), batch_size)
+        for count, start in enumerate(starts, start=1):
             chosen = list(share[start : start + batch_size])
             self._fill_batch(teacher, chosen, numbers)
             stop = min(start + batch_size, len(share))
@@ -138,12 +152,19 @@ class TeacherCache:
                 write_text(mark, json.dumps(stop))
             if progress:
                 progress(stop, len(share))
+        if is_sharded(teacher):  # through a divided model all processes go equally often
+            for _ in range(most(ranks, len(starts)) - len(starts)):
+                self._predict(teacher, [0], numbers)
 
-    def _fill_batch(self, teacher: PreTrainedModel, chosen: list[int], numbers: list[int]) -> None:
+    def _predict(self, teacher: PreTrainedModel, chosen: list[int], numbers: list[int]) -> tuple[Any, Tensor]:
+        """The dense model's outputs for some examples, and their labels."""
         batch = collate([self.examples[index] for index in chosen], 0)
         batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        outputs = teacher(**batch, use_cache=False, output_hidden_states=bool(numbers))
+        return teacher(**batch, use_cache=False, output_hidden_states=bool(numbers)), labels
+
+    def _fill_batch(self, teacher: PreTrainedModel, chosen: list[int], numbers: list[int]) -> None:
+        outputs, labels = self._predict(teacher, chosen, numbers)
         logits, _ = predicted(outputs.logits, labels)
         tokens = logits.topk(self.top_k, -1).indices
         log_p = log_probabilities(logits, tokens)

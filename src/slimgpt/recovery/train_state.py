@@ -15,6 +15,7 @@ from transformers.trainer_callback import TrainerState
 
 from slimgpt.checkpoint.journal import reading
 from slimgpt.errors import OutputError, ResumeError
+from slimgpt.recovery.sharding import divided_like, whole
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "trainer_state.json"
 SCALARS = "scalars.json"
@@ -25,14 +26,42 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def gathered_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, main: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The trained parameters, and the optimizer's state, whole and on the CPU.
+
+    Where a model is divided among processes, every process has to call it, and those but the first keep nothing.
+
+    Args:
+        main: keep the tensors.
+    """
+
+    def kept(tensor: Tensor) -> Tensor:
+        tensor = whole(tensor.detach())
+        return tensor.cpu().contiguous() if main else torch.empty(0)
+
+    weights = {name: kept(parameter) for name, parameter in trainable(model).items()}
+    state = optimizer.state_dict() if optimizer is not None else {}
+    moments = {
+        number: {name: kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
+        for number, values in state.get("state", {}).items()
+    }
+    return weights, {**state, "state": moments}
+
+
 def write_state(
     folder: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Any],
     scheduler: Any,
     state: TrainerState,
 ) -> Path:
     """Save the state after ``state.global_step`` steps as a folder that appears whole or not at all.
+
+    Args:
+        weights: the trained parameters.
+        optimizer: its state; see :func:`gathered_state`.
 
     Raises:
         OutputError: the disk is full; earlier states are kept.
@@ -42,8 +71,8 @@ def write_state(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        save_file({name: p.detach().contiguous() for name, p in trainable(model).items()}, draft / WEIGHTS)
-        tensors, scalars = _split(optimizer.state_dict() if optimizer is not None else {})
+        save_file(weights, draft / WEIGHTS)
+        tensors, scalars = _split(optimizer)
         for device, numbers in _generators().items():
             tensors[f"rng.{device}"] = numbers
         save_file(tensors, draft / OPTIMIZER)
@@ -83,7 +112,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise ResumeError(f"{path} holds other weights than this run trains; start anew with --overwrite")
     with torch.no_grad(), reading(path / WEIGHTS):
         for name, parameter in own.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(divided_like(parameter, weights[name]))
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any, learning_rate: float) -> None:
@@ -96,7 +125,7 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any,
         tensors = load_file(path / OPTIMIZER)
     with reading(path / SCALARS):
         scalars = json.loads((path / SCALARS).read_text(encoding="utf-8"))
-        optimizer.load_state_dict(_joined(tensors, scalars))
+        optimizer.load_state_dict(_divided(_joined(tensors, scalars), optimizer))
         scheduler.load_state_dict(scalars["scheduler"])
     scheduler.base_lrs = [learning_rate for _ in scheduler.base_lrs]
     for group, factor in zip(optimizer.param_groups, _factors(scheduler)):
@@ -145,7 +174,7 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for number, values in state.get("state", {}).items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                tensors[f"{number}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{number}.{name}"] = value
             else:
                 rest[f"{number}.{name}"] = value
     return tensors, {"state": rest, "groups": state.get("param_groups", [])}
@@ -158,3 +187,16 @@ def _joined(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, An
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
     return {"state": state, "param_groups": scalars["groups"]}
+
+
+def _divided(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A whole state with moments divided as the parameters of ``optimizer`` are."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        number: {
+            name: divided_like(parameters[number], value) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": moments}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from slimgpt.losses.distillation import layer_distance, predicted, text_loss, te
 from slimgpt.recovery import train_state as states
 from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.dataset import Example, collate
+from slimgpt.recovery.sharding import is_sharded, most, whole
 from slimgpt.recovery.teacher_cache import TeacherCache, layer_numbers
+from slimgpt.runtime.distributed import ALONE, Ranks
 
 MAX_GRADIENT_NORM = 1.0
 SEEDS_OF_NUMPY = 2**32
@@ -92,7 +95,8 @@ class RecoveryTrainer(Trainer):
         pad_id: any token id; padded positions are masked.
         bf16: multiply in bfloat16.
         device: where to train.
-        world: processes that train together.
+        ranks: the processes that train together.
+        logs: folder of tensorboard's files.
     """
 
     def __init__(
@@ -107,12 +111,14 @@ class RecoveryTrainer(Trainer):
         pad_id: int,
         bf16: bool,
         device: torch.device,
-        world: int = 1,
+        ranks: Ranks = ALONE,
+        logs: Path | None = None,
         on_step: OnStep | None = None,
     ):
         self.learner, self.config, self.cache, self.folder = model, config, cache, folder
         self.training, self.held_out, self.pad_id = training, held_out, pad_id
-        accumulate = config.batch_size // (config.micro_batch * world)
+        self.ranks, self.sharded = ranks, is_sharded(model)
+        accumulate = config.batch_size // (config.micro_batch * ranks.world)
         steps = total_steps(config, len(training))
         evaluate_every = max(1, steps // config.evaluations)
         arguments = TrainingArguments(
@@ -138,7 +144,7 @@ class RecoveryTrainer(Trainer):
             save_steps=evaluate_every,
             remove_unused_columns=False,
             disable_tqdm=True,
-            report_to="none",
+            report_to="wandb" if config.report_to == "wandb" else "none",
             dataloader_pin_memory=device.type == "cuda",
             ddp_find_unused_parameters=False,
         )
@@ -151,7 +157,20 @@ class RecoveryTrainer(Trainer):
             callbacks=[_Steps(bool(held_out), on_step)],
         )
         self.remove_callback(PrinterCallback)
+        if config.report_to == "tensorboard" and ranks.main:
+            from torch.utils.tensorboard import SummaryWriter
+            from transformers.integrations.integration_utils import TensorBoardCallback
+
+            self.add_callback(TensorBoardCallback(SummaryWriter(logs)))  # its own folder ends with the run's
         self.model_accepts_loss_kwargs = True  # so that tokens are counted over a whole batch, on all devices
+        if self.sharded:  # FSDP2 adds gradients up, so accelerate must not wrap the model in DDP
+            self.accelerator.prepare_model = partial(  # type: ignore[method-assign]
+                self.accelerator.prepare_model, device_placement=False, evaluation_mode=True
+            )
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not is_sharded(model):  # else every process has its part where it belongs
+            super()._move_model_to_device(model, device)
 
     def _collate(self, numbers: list[int]) -> dict[str, Any]:
         batch = collate([self.training[number] for number in numbers], self.pad_id)
@@ -193,13 +212,18 @@ class RecoveryTrainer(Trainer):
         self.learner.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         examples = self.held_out[self.args.process_index :: self.args.world_size]
+        size = self.config.micro_batch
+        batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+        count = most(self.ranks, len(batches)) if self.sharded else len(batches)
         with self.compute_loss_context_manager():
-            for start in range(0, len(examples), self.config.micro_batch):
-                batch = collate(examples[start : start + self.config.micro_batch], self.pad_id)
+            for number in range(count):  # through a divided model all processes go equally often
+                counted = number < len(batches)
+                batch = collate(batches[number] if counted else self.held_out[:1], self.pad_id)
                 batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
                 labels = batch.pop("labels")
                 logits, tokens = predicted(self.learner(**batch, use_cache=False).logits, labels)
-                sums += torch.tensor([float(text_loss(logits, tokens)), len(tokens)], device=sums.device)
+                if counted:
+                    sums += torch.tensor([float(text_loss(logits, tokens)), len(tokens)], device=sums.device)
         self.learner.train()
         total, count = self.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
         metrics = {"held_out_loss": total / max(count, 1)}
@@ -223,6 +247,7 @@ class RecoveryTrainer(Trainer):
         Gradients are summed over all processes before this, so all of them see it.
         """
         norm: Any = super()._clip_grad_norm(model)
+        norm = whole(norm)
         if not math.isfinite(float(norm)):
             self._save_checkpoint(model, None)
             done = self.state.global_step
@@ -233,9 +258,11 @@ class RecoveryTrainer(Trainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
-        if self.args.should_save:
-            optimizer: Any = self.optimizer
-            states.write_state(self.folder, self.learner, optimizer, self.lr_scheduler, self.state)
+        main, optimizer = self.args.should_save, self.optimizer
+        if main or self.sharded:
+            weights, moments = states.gathered_state(self.learner, optimizer, main)  # type: ignore[arg-type]
+        if main:
+            states.write_state(self.folder, weights, moments, self.lr_scheduler, self.state)
             states.keep_only(self.folder, {self.state.global_step, self.best_step})
         self.accelerator.wait_for_everyone()
 
