@@ -22,7 +22,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from slimgpt.errors import DISK_FULL, NumericalError, OutputError, RankError, SlimGPTError, VerificationError
+from slimgpt.errors import (
+    DISK_FULL,
+    NumericalError,
+    OutputError,
+    RankError,
+    SlimGPTError,
+    UsageError,
+    VerificationError,
+)
+
+DISTRIBUTED = ("prune", "recover")
+"""Commands that several processes share the work of."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,6 +73,7 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
         first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process speaks for all
         out.quiet = quiet or not first
         try:
+            _check_processes(command.__name__)
             command(*args, **kwargs)
         except SlimGPTError as error:
             if not first and not isinstance(error, (RankError, NumericalError)):  # what only this process can know
@@ -69,6 +81,8 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
             raise typer.Exit(1 if isinstance(error, VerificationError) else 2) from None
         except KeyboardInterrupt as stop:
+            if not first:
+                raise typer.Exit(130) from None
             err.print(f"interrupted; {str(stop) or 'no unfinished folder was left'}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from None
         except OSError as error:
@@ -81,6 +95,20 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     set_parameters(wrapped, [with_option(parameter, **_switch(parameter)) for parameter in (*own, *common)])
     wrapped.__doc__ = unwrap(command.__doc__)
     return wrapped
+
+
+def _check_processes(command: str) -> None:
+    """Refuse a command under ``torchrun`` that every process would do anew.
+
+    Raises:
+        UsageError: with its name.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1") and "RANK" in os.environ and command not in DISTRIBUTED:
+        raise UsageError(
+            f"{command} runs in one process, and WORLD_SIZE is {processes}; start it without torchrun, which is for "
+            f"{' and '.join(DISTRIBUTED)}"
+        )
 
 
 def unwrap(text: str | None) -> str:

@@ -210,7 +210,7 @@ def new_folder(
     """
     path = Path(folder).expanduser().absolute()
     with _output_errors(path), output_lock(path):
-        _clear_leftovers(path)
+        clear_leftovers(path)
         check_output(path, overwrite, kind=kind, inputs=inputs)
         work = path.parent / f".{path.name}.partial"
         try:
@@ -246,8 +246,11 @@ def _output_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left beside an output; what was being replaced gets its name back."""
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside an output; what was being replaced gets its name back.
+
+    Call it while the output's lock is held.
+    """
     old = path.parent / f".{path.name}.replaced"
     if old.is_dir() and not path.exists():
         old.rename(path)
