@@ -117,8 +117,9 @@ def scan(
     if not job.evaluation:
         raise UsageError("a scan compares predictions on text; give the tokenizer, and windows of at least 2 tokens")
     reports, failed = _prune_all(dense, job, targets, step, budget)
-    plans = {ratio: plan for ratio, plan in plans.items() if all(ratio < larger for larger in failed)}
-    omitted |= {f"{ratio:g}": reason for ratio, reason in failed.items()}
+    for smallest, reason in failed.items():
+        omitted = {f"{ratio:g}": reason for ratio in sorted({*plans, smallest}) if ratio >= smallest} | omitted
+        plans = {ratio: plan for ratio, plan in plans.items() if ratio < smallest}
     texts = list(job.evaluation)
     sizes = {ratio: measured_size(report, texts) for ratio, report in reports.items()}
     predictor = LossPredictor(list(sizes.values()), shape, config, dense.config)
@@ -213,7 +214,7 @@ def check_apart(targets: dict[float, Plan]) -> None:
 def _prune_all(
     model: PreTrainedModel, job: PruneJob, targets: dict[float, Plan], step: OnPhase | None, budget: int | None
 ) -> tuple[dict[float, PruneReport], dict[float, str]]:
-    """Prune to every size, the smallest first; the reports, and why a size gave none and all larger ones are left out.
+    """Prune to every size, the smallest first; the reports, and the size that ended in no numbers, with the reason.
 
     Raises:
         NumericalError: one of the first two sizes gives NaN or infinity, so that nothing can be predicted.
@@ -225,7 +226,9 @@ def _prune_all(
         except NumericalError as error:
             if len(reports) < 2:
                 raise
-            return reports, {ratio: f"pruning to {ratio:.0%} gave no numbers, and no larger size is told: {error}"}
+            return reports, {
+                ratio: f"removing {ratio:.0%} ends in no numbers ({error}); larger sizes are not predicted"
+            }
     return reports, {}
 
 
