@@ -127,7 +127,9 @@ def _check(names: Sequence[str], config: CompareConfig, data_dir: str | Path | N
             check_context(model_config, "a text", length)
         for batch in config.batches:
             check_generation(model_config, config.prompt, config.new_tokens, config.rounds, batch)
-    if config.tasks and config.chat_template:
+    if not config.tasks and (config.chat_template or config.confirm_run_unsafe_code):
+        raise UsageError("--chat-template and --confirm-run-unsafe-code are for tasks: give --tasks, too")
+    if config.chat_template:
         for source in [locate(name) for name in names]:
             check_chat_template(load_tokenizer(source, trust_remote_code), source.name)
     if config.tasks:
