@@ -137,7 +137,7 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
     if corpus is None or path.is_file():
         if path.is_file() and text_format(path) not in (None, ".txt"):
             return Text(name, _joined(path), "the texts of the rows, an empty line between two", path)
-        return Text(name, _read(path, thresholds().longest_line), file=path)
+        return Text(name, _read(path, thresholds().longest_text), file=path)
     joining = f"rows joined with {corpus.separator!r}"
     if corpus.max_rows:
         joining = f"the first {corpus.max_rows:,} {joining}"
@@ -158,7 +158,7 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
 def _joined(path: Path) -> str:
     """The texts of a file's rows, with an empty line between two; more than fits into memory is refused as in
     :func:`_read`."""
-    parts, longest, length = [], thresholds().longest_line, 0
+    parts, longest, length = [], thresholds().longest_text, 0
     for document in read_file(path):
         parts.append(_plain(document, path))
         length += len(parts[-1]) + 2
