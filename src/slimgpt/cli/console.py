@@ -24,6 +24,7 @@ from rich.markup import escape
 
 from slimgpt.errors import (
     DISK_FULL,
+    UNUSABLE_PATH,
     NumericalError,
     OutputError,
     RankError,
@@ -31,6 +32,9 @@ from slimgpt.errors import (
     UsageError,
     VerificationError,
 )
+
+LONGEST_PATH = 200
+"""Characters of a path in a message, where the path itself is what is wrong."""
 
 DISTRIBUTED = ("prune", "recover")
 """Commands that several processes share the work of."""
@@ -86,9 +90,17 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             err.print(f"interrupted; {str(stop) or 'no unfinished folder was left'}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from None
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            if error.errno in DISK_FULL:
+                say_disk_full(error)
+            elif error.errno in UNUSABLE_PATH and error.filename:
+                path = show(str(error.filename)[:LONGEST_PATH])
+                err.print(
+                    f"[bold red]error:[/] '{path}' cannot be used: {error.strerror}; give another path",
+                    soft_wrap=True,
+                    highlight=False,
+                )
+            else:
                 raise
-            say_disk_full(error)
             raise typer.Exit(2) from None
 
     own, common = (inspect.signature(each, eval_str=True).parameters.values() for each in (command, _common_options))
@@ -212,12 +224,20 @@ def check_json(file: Path | None, overwrite: bool, option: str = "--json") -> No
         option: which names it.
 
     Raises:
-        OutputError: it exists, or its folder does not.
+        OutputError: it exists, its folder does not or may not be written to, or its name is too long.
     """
-    if file is not None and file.exists() and not overwrite:
+    if file is None:
+        return
+    from slimgpt.io.folders import check_name  # imports safetensors
+
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is no folder; make it first, or give another place for {option}")
+    if not os.access(folder, os.W_OK):
+        raise OutputError(f"{folder} may not be written to; give another place for {option}")
+    check_name(file)
+    if file.exists() and not overwrite:
         raise OutputError(f"{file} exists; give another file, or pass --overwrite to replace it")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise OutputError(f"{file.absolute().parent} is no folder; make it first, or give another place for {option}")
 
 
 def write_json(file: Path | None, values: Any) -> None:

@@ -20,7 +20,7 @@ from slimgpt.errors import ExportError, OutputError, PlanError
 from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, openvino, padded
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
-from slimgpt.io.folders import check_output, new_folder, output_lock
+from slimgpt.io.folders import check_name, check_output, new_folder, output_lock
 from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.engines import gguf_architecture, graph_problem, nemotron_problem
@@ -235,6 +235,8 @@ def check_target(to: str, path: Path, overwrite: bool, inputs: Sequence[Path]) -
 def _check_file(path: Path, overwrite: bool) -> None:
     if path.suffix != ".gguf":
         raise OutputError(f"{path} does not end in .gguf; give the name of the file to write")
+    if path.parent.is_dir():
+        check_name(path)
     if path.is_symlink():
         raise OutputError(f"{path} is a symbolic link; give the file itself, or another name")
     if path.is_dir():

@@ -113,19 +113,34 @@ def _existing_ancestor(path: Path) -> Path:
         ancestor /= part
     if not ancestor.is_dir():
         raise OutputError(f"{ancestor} is a file, and a folder is to be written below it; give another name")
+    check_name(path, ancestor)
+    return ancestor
+
+
+def check_name(path: Path, ancestor: Path | None = None) -> None:
+    """Refuse names that a file system does not take.
+
+    Args:
+        ancestor: the folder above that exists; the file's own if not given.
+
+    Raises:
+        OutputError: one is too long, with what is added to the last one while it is written.
+    """
+    ancestor = ancestor or path.absolute().parent
     longest = os.pathconf(ancestor, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    names = [*path.relative_to(ancestor).parts, WORKING_NAME.format(path.name)]
-    if (name := max(names, key=lambda name: len(os.fsencode(name)))) and len(os.fsencode(name)) > longest:
+    names = [*path.absolute().relative_to(ancestor).parts, WORKING_NAME.format(path.name)]
+    if max(len(os.fsencode(name)) for name in names) > longest:
         raise OutputError(
             f"the name '{path.name[:40]}...' is too long: with what is added while the run goes on, {longest} bytes is "
             "the most that the file system takes; give a shorter one"
         )
-    return ancestor
 
 
 def _check_replaceable(path: Path, overwrite: bool, kind: FolderKind, inputs: Iterable[Path]) -> None:
     if os.path.ismount(path):
         raise OutputError(f"{path} is a mount point, which cannot be replaced; give a folder below it")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} may not be written to; give another folder, or the right to write to it")
     if not any(path.iterdir()):
         return
     for source in inputs:

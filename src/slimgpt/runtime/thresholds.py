@@ -23,8 +23,8 @@ class Thresholds:
         degenerate_share: share of questions with the same answer from which a score counts as degenerate.
         longest_line: characters of a line of text at most: a file without line ends would fill the memory before its
             first row is known.
-        longest_text: characters of a text that perplexity is measured on at most: it is tokenised as a whole, which takes
-            about a hundred bytes a character.
+        longest_text: characters of a text that perplexity is measured on at most: it is tokenised as a whole, which
+            takes about a hundred bytes a character.
         segment: characters after which a plain text file is cut at the next line end, so that a long file can be
             shuffled.
         template_seconds: seconds that a chat template may take for one conversation; milliseconds are usual.
