@@ -167,3 +167,26 @@ def test_options_are_read_from_regular_files_only(kind, tmp_path):
     result = CliRunner().invoke(app, ["inspect", "model", "--config", str(file)])
     assert result.exit_code == 2
     assert "no regular file" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_names_that_no_file_system_takes_are_one_line(length, dense_folder, text_file, tmp_path):
+    long = tmp_path / ("x" * length)
+    device = ["--device", "cpu"]
+    for words in (
+        ["prune", dense_folder, long, "--calibration", text_file, *SMALL],
+        ["prune", dense_folder, tmp_path / "slim", "--calibration", f"{long}.txt", *SMALL],
+        ["prune", dense_folder, tmp_path / "slim", "--plan", long, "--calibration", text_file],
+        ["export", dense_folder, long, "--to", "padded"],
+        ["export", dense_folder, f"{long}.gguf", "--to", "gguf"],
+        ["plan", dense_folder, "--save", f"{long}.toml"],
+        ["evaluate", dense_folder, "--text", text_file, "--json", f"{long}.json", *device],
+        ["evaluate", dense_folder, "--text", long, *device],
+        ["scan", dense_folder, "--out", long, "--calibration", text_file, *device],
+        ["inspect", long],
+        ["inspect", dense_folder, "--config", long],
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 2, (words, result.output, result.exception)
+        assert "ETA" not in result.output, words  # before any work
+    assert list(tmp_path.iterdir()) == []

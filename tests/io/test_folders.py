@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from slimgpt.cli.console import check_json
 from slimgpt.errors import OutputError
 from slimgpt.io.folders import check_output, new_folder, output_lock
 
@@ -118,6 +119,36 @@ def test_links_and_names_that_the_file_system_refuses(tmp_path):
             check_output("/proc/slim")
         with pytest.raises(OutputError, match="is a mount point"):
             check_output("/proc", overwrite=True)
+
+
+def read_only(folder, monkeypatch):
+    """A folder that may not be written to, not even by root, whom permissions do not hold."""
+    folder.chmod(0o555)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not (Path(path) == folder and mode & os.W_OK) and access(path, mode)
+    )
+    return folder
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_read_only_is_refused(overwrite, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    if overwrite:
+        model_folder(folder)
+    else:
+        folder.mkdir()
+    read_only(folder, monkeypatch)
+    with pytest.raises(OutputError, match="model may not be written to; give another folder"):
+        check_output(folder, overwrite)
+
+
+def test_a_file_for_results_in_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    check_json(tmp_path / "results" / "a.json", overwrite=False)
+    read_only(tmp_path / "results", monkeypatch)
+    with pytest.raises(OutputError, match="results may not be written to; give another place for --json"):
+        check_json(tmp_path / "results" / "a.json", overwrite=True)
 
 
 def test_two_processes_do_not_write_one_output(tmp_path):
