@@ -228,13 +228,12 @@ def check_json(file: Path | None, overwrite: bool, option: str = "--json") -> No
     """
     if file is None:
         return
-    from slimgpt.io.folders import check_name  # imports safetensors
+    from slimgpt.io.folders import check_name, check_writable  # imports safetensors
 
     folder = file.absolute().parent
     if not folder.is_dir():
         raise OutputError(f"{folder} is no folder; make it first, or give another place for {option}")
-    if not os.access(folder, os.W_OK):
-        raise OutputError(f"{folder} may not be written to; give another place for {option}")
+    check_writable(folder)
     check_name(file)
     if file.exists() and not overwrite:
         raise OutputError(f"{file} exists; give another file, or pass --overwrite to replace it")
@@ -255,8 +254,9 @@ def check_folder(folder: Path) -> None:
     place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not place.is_dir():
         raise OutputError(f"{folder} cannot be a folder: {place} is a file; give another --out")
-    if not os.access(place, os.W_OK):
-        raise OutputError(f"{place} may not be written to; give another --out")
+    from slimgpt.io.folders import check_writable  # imports safetensors
+
+    check_writable(place)
 
 
 def write_file(file: Path, content: str | bytes) -> None:

@@ -20,7 +20,7 @@ from slimgpt.errors import ExportError, OutputError, PlanError
 from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, openvino, padded
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
-from slimgpt.io.folders import check_name, check_output, new_folder, output_lock
+from slimgpt.io.folders import check_name, check_output, check_writable, new_folder, output_lock
 from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.engines import gguf_architecture, graph_problem, nemotron_problem
@@ -243,8 +243,9 @@ def _check_file(path: Path, overwrite: bool) -> None:
         raise OutputError(f"{path} is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists; give another name, or pass --overwrite to replace it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if not path.parent.is_dir():
         raise OutputError(f"cannot write into {path.parent}; give a folder that is there and that you may write to")
+    check_writable(path.parent)
 
 
 def _write_file(

@@ -82,13 +82,7 @@ def check_output(
         raise OutputError(f"{path} exists and is a file; give the name of a folder")
     if path.is_dir():
         _check_replaceable(path, overwrite, kind, inputs)
-    try:
-        with tempfile.TemporaryFile(dir=ancestor):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write below {ancestor} ({error.strerror}); give a folder you may write to"
-        ) from error
+    check_writable(ancestor)
     if _lock_file(path).exists():
         with output_lock(path):
             pass
@@ -98,6 +92,19 @@ def check_output(
             f"the disk of {ancestor} has {free / 1e9:.2f} GB free, the output needs about {needed / 1e9:.2f} GB"
         )
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written into; a file that leaves no trace is tried.
+
+    Raises:
+        OutputError: with what the system says.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write below {folder} ({error.strerror}); give a folder you may write to") from error
 
 
 def _existing_ancestor(path: Path) -> Path:
@@ -139,8 +146,7 @@ def check_name(path: Path, ancestor: Path | None = None) -> None:
 def _check_replaceable(path: Path, overwrite: bool, kind: FolderKind, inputs: Iterable[Path]) -> None:
     if os.path.ismount(path):
         raise OutputError(f"{path} is a mount point, which cannot be replaced; give a folder below it")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise OutputError(f"{path} may not be written to; give another folder, or the right to write to it")
+    check_writable(path)
     if not any(path.iterdir()):
         return
     for source in inputs:
