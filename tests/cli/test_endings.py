@@ -182,7 +182,7 @@ def test_names_that_no_file_system_takes_are_one_line(length, dense_folder, text
         ["plan", dense_folder, "--save", f"{long}.toml"],
         ["evaluate", dense_folder, "--text", text_file, "--json", f"{long}.json", *device],
         ["evaluate", dense_folder, "--text", long, *device],
-        ["scan", dense_folder, "--out", long, "--calibration", text_file, *device],
+        ["scan", dense_folder, "--out", f"{long}{long.name}", "--calibration", text_file, *device],
         ["inspect", long],
         ["inspect", dense_folder, "--config", long],
     ):
