@@ -157,9 +157,9 @@ def _read_config_file(context: typer.Context, file: Path | None) -> Path | None:
     """Take the values of a TOML file as the defaults of a command's options."""
     if file is None or context.resilient_parsing:
         return file
-    if not file.is_file():
-        raise typer.BadParameter(f"{file} does not exist, or is no regular file; give a file of TOML")
     try:
+        if not file.is_file():
+            raise OSError("it does not exist, or is no regular file")
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise typer.BadParameter(f"{file} is no TOML file that can be read: {error}") from None
