@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-import sys
 from dataclasses import replace
 
 import pytest
@@ -193,7 +193,7 @@ def test_what_cannot_be_scanned_is_refused_at_once(given, message, tokenizer):
 
 
 def test_sizes_below_one_that_ends_in_nan_are_kept(text_file, tokenizer, monkeypatch):
-    module = sys.modules["slimgpt.scanning.run"]
+    module = importlib.import_module("slimgpt.scanning.run")
     prune, tried = module._prune, []
 
     def failing(model, job, ratio, *rest):
