@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def test_what_killed_processes_left_beside_the_output_is_cleared(wide, text_file
         (tmp_path / name).mkdir()
     slimgpt.prune_folder(str(wide), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".slim.partial-mine", "slim"]
+    shutil.rmtree(tmp_path / ".slim.partial-mine")
+    (tmp_path / "slim").rename(tmp_path / ".slim.replaced")  # as a kill leaves it that came amid an --overwrite
+    with pytest.raises(OutputError, match="slim exists"):
+        slimgpt.prune_folder(str(wide), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["slim"]
+    assert slimgpt.load(str(tmp_path / "slim"))[0].config.num_hidden_layers == 8
 
 
 @pytest.mark.parametrize("moment", ["config", "weights", "card", "replace", "rename", "discard"])

@@ -54,7 +54,10 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
             _check_disk(request, empty, tokens)
         job = make_job(request, ranks, tokens)
         if ranks.main:
+            absent = not request.output.exists()
             clear_leftovers(request.output)
+            if absent and request.output.exists():  # a killed process was replacing it
+                check_output(request.output, request.overwrite)
         journal = Journal(request.output, architecture_of(request.model_config, empty).layers, _request(request, job))
         job = replace(job, request=hashlib.sha256(json.dumps(journal.request, sort_keys=True).encode()).hexdigest())
         before = finished_before(request, journal, job.request) if ranks.main and request.resume else None
