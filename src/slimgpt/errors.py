@@ -25,6 +25,12 @@ import re
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What the system says where there is no room: on the disk, in a quota, or for a file so large."""
 
+UNUSABLE_PATH = (
+    *(errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+)
+"""What the system says of a path that is too long, may not be read or written, or is of another kind."""
+
 _FLAG = re.compile(r"(?<![\w-])--([a-z][a-z0-9-]*)")
 
 _KEYWORDS = {"for": "engines", "export": "slimgpt.export(...)", "against": "the second argument"}

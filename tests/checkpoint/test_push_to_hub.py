@@ -46,6 +46,15 @@ def test_a_pruned_folder_arrives_whole(hub, dense_folder, text_file, tmp_path):
     assert str(tmp_path).encode() not in b"".join(hub.files["me/slim-llama"].values())  # no path of this machine
 
 
+def test_what_is_exported_beside_it_is_not_uploaded_and_the_command_says_so(hub, dense_folder, text_file, tmp_path):
+    words = ["--push-to-hub", "both", "--export", "gguf", "--no-evaluate", "--distill", "off"]
+    result = prune(dense_folder, text_file, tmp_path / "slim", *words)
+    assert result.exit_code == 0, result.output
+    assert "slim.gguf" not in hub.files["me/both"]
+    assert (tmp_path / "slim.gguf").is_file()
+    assert f"hf upload me/both {tmp_path / 'slim.gguf'} slim.gguf" in result.output
+
+
 def test_name_and_token_are_checked_before_the_run(hub, dense_folder, text_file, tmp_path, monkeypatch):
     runs = {
         "no name": ("a//b", "no name of a repository"),

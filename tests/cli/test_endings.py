@@ -124,3 +124,69 @@ def test_square_brackets_in_a_name_are_text(dense_folder, text_file, tmp_path, m
     again = CliRunner().invoke(app, [str(word) for word in words["prune"]])
     assert again.exit_code == 2
     assert "a[/b] exists" in "".join(again.output.split("\n"))
+
+
+@pytest.mark.parametrize("command", ["scan", "compare", "export", "evaluate", "inspect"])
+def test_what_every_process_would_do_anew_is_refused_under_torchrun(command, dense_folder, tmp_path, monkeypatch):
+    words = {
+        "scan": [dense_folder, "--out", tmp_path / "scan"],
+        "compare": [dense_folder, dense_folder, "--out", tmp_path / "compare"],
+        "export": [dense_folder, tmp_path / "padded", "--to", "padded"],
+        "evaluate": [dense_folder],
+        "inspect": [dense_folder],
+    }[command]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        result = CliRunner().invoke(app, [command, *map(str, words)])
+        assert result.exit_code == 2
+        said = f"{command} runs in one process, and WORLD_SIZE is 2; start it without torchrun"
+        assert (said in " ".join(result.stderr.split())) == (rank == "0")  # one line from all of them
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["padded", "gguf"])
+def test_the_place_of_an_export_is_looked_at_before_the_run(form, dense_folder, text_file, tmp_path):
+    target = tmp_path / ("slim.gguf" if form == "gguf" else "slim-padded")
+    target.symlink_to(tmp_path / "nothing")
+    words = ["prune", dense_folder, tmp_path / "slim", "--calibration", text_file, *SMALL, "--export", form]
+    for more in ([], ["--overwrite"]):
+        result = CliRunner().invoke(app, [str(word) for word in (*words, *more)])
+        assert result.exit_code == 2
+        assert "is a symbolic link" in " ".join(result.output.split())
+        assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless link", "device"])
+def test_options_are_read_from_regular_files_only(kind, tmp_path):
+    file = tmp_path / "options.toml"
+    if kind == "pipe":
+        os.mkfifo(file)
+    else:
+        file.symlink_to(file if kind == "endless link" else "/dev/zero")
+    result = CliRunner().invoke(app, ["inspect", "model", "--config", str(file)])
+    assert result.exit_code == 2
+    assert "no regular file" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_names_that_no_file_system_takes_are_one_line(length, dense_folder, text_file, tmp_path):
+    long = tmp_path / ("x" * length)
+    device = ["--device", "cpu"]
+    for words in (
+        ["prune", dense_folder, long, "--calibration", text_file, *SMALL],
+        ["prune", dense_folder, tmp_path / "slim", "--calibration", f"{long}.txt", *SMALL],
+        ["prune", dense_folder, tmp_path / "slim", "--plan", long, "--calibration", text_file],
+        ["export", dense_folder, long, "--to", "padded"],
+        ["export", dense_folder, f"{long}.gguf", "--to", "gguf"],
+        ["plan", dense_folder, "--save", f"{long}.toml"],
+        ["evaluate", dense_folder, "--text", text_file, "--json", f"{long}.json", *device],
+        ["evaluate", dense_folder, "--text", long, *device],
+        ["scan", dense_folder, "--out", f"{long}{long.name}", "--calibration", text_file, *device],
+        ["inspect", long],
+        ["inspect", dense_folder, "--config", long],
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 2, (words, result.output, result.exception)
+        assert "ETA" not in result.output, words  # before any work
+    assert list(tmp_path.iterdir()) == []

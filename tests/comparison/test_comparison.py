@@ -213,7 +213,9 @@ def test_a_killed_comparison_goes_on(changed, folders, text_file, data_dir, tmp_
         return measure(*arguments, **options)
 
     monkeypatch.setattr(module, "evaluate_tasks", killed)
-    assert run(*words, out, "--window", "32").exit_code == 130
+    interrupted = run(*words, out, "--window", "32")
+    assert interrupted.exit_code == 130
+    assert f"what is measured is kept in {tmp_path / '.out.measured'}" in "".join(interrupted.output.split("\n"))
     assert not out.exists()
     assert loads == ["dense", "slim"]
     if changed:
@@ -291,6 +293,8 @@ def test_compare_replaces_only_comparisons(compared, folders, text_file, tmp_pat
         (["--tasks", "piqa,pica"], "task 'pica' is unknown"),
         (["--tasks", "piqa,winogrande"], "winogrande"),
         (["--tasks", "piqa", "--limit", 0], "limit 0 leaves no rows"),
+        (["--chat-template"], "are for tasks: give --tasks, too"),
+        (["--tasks", "piqa", "--chat-template"], "the tokenizer of dense has no chat template"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_any_model_is(words, message, folders, tmp_path, monkeypatch):

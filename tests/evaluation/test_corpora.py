@@ -176,11 +176,22 @@ def test_passkey_answers_are_those_of_generate(tokenizer):
 def test_a_text_without_measure_is_refused(tmp_path):
     file = tmp_path / "one-line.txt"
     file.write_text("x" * 1000)
-    with other_thresholds(longest_line=1000):
+    with other_thresholds(longest_text=1000):
         assert len(read_text(str(file)).content) == 1000
     file.write_text("x" * 1001)
     with (
-        other_thresholds(longest_line=1000),
+        other_thresholds(longest_text=1000),
         pytest.raises(CalibrationError, match=r"one-line\.txt has more than 1,000 characters"),
     ):
         read_text(str(file))
+
+
+def test_rows_without_measure_are_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "x" * 400}) + "\n")
+    with other_thresholds(longest_text=1000):
+        assert read_text(str(file)).content == "x" * 400
+        file.write_text(file.read_text() * 3)
+        with pytest.raises(CalibrationError, match=r"rows\.jsonl has more than 1,000 characters"):
+            read_text(str(file))
+    assert len(read_text(str(file)).content) == 3 * 400 + 2 * 2

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from slimgpt.cli.console import check_json
 from slimgpt.errors import OutputError
 from slimgpt.io.folders import check_output, new_folder, output_lock
 
@@ -118,6 +120,40 @@ def test_links_and_names_that_the_file_system_refuses(tmp_path):
             check_output("/proc/slim")
         with pytest.raises(OutputError, match="is a mount point"):
             check_output("/proc", overwrite=True)
+
+
+def read_only(folder, monkeypatch):
+    """A folder that may not be written to, not even by root, whom permissions do not hold."""
+    create = tempfile.TemporaryFile
+
+    def refuse(*arguments, dir=None, **options):
+        if Path(dir) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return create(*arguments, dir=dir, **options)
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_that_is_read_only_is_refused(overwrite, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    if overwrite:
+        model_folder(folder)
+    else:
+        folder.mkdir()
+    read_only(folder, monkeypatch)
+    with pytest.raises(
+        OutputError, match=r"cannot write below .*model \(Permission denied\); give a folder you may write to"
+    ):
+        check_output(folder, overwrite)
+
+
+def test_a_file_for_results_in_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "results").mkdir()
+    check_json(tmp_path / "results" / "a.json", overwrite=False)
+    read_only(tmp_path / "results", monkeypatch)
+    with pytest.raises(OutputError, match=r"cannot write below .*results \(Permission denied\)"):
+        check_json(tmp_path / "results" / "a.json", overwrite=True)
 
 
 def test_two_processes_do_not_write_one_output(tmp_path):

@@ -25,7 +25,7 @@ from slimgpt.models.loading import load_config
 from slimgpt.models.source import locate
 from slimgpt.pipeline.estimate import forecast
 from slimgpt.pipeline.weights_source import open_model
-from tests.models.families import LAYERS, tiny_model, windows
+from tests.models.families import LAYERS, REPRESENTATIVE, tiny_model, windows
 
 IDS = windows(2, 24, seed=7)
 OPTIONS = {"ratio": 0.3, "num_samples": 8, "seq_len": 24, "device": "cpu"}
@@ -121,6 +121,22 @@ def test_all_readers_see_what_transformers_sees(family, case, folder):
         equal(tensors, expected, reader)
 
 
+OTHER_FAMILIES = [name for name in REPRESENTATIVE if name not in ("llama", "qwen2", "gemma3_text")]
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_all_readers_see_shards_of_other_families_alike(family, folder):
+    path = folder(family, shards="40KB")
+    assert len(list(path.glob("model-*.safetensors"))) > 1
+    expected = state(AutoModelForCausalLM.from_pretrained(path))
+    equal(state(slimgpt.load(str(path))[0]), expected, "load")
+    equal(streamed(path), expected, "stream")
+    source = open_folder(path)
+    equal({name: source[name] for name in source.names}, {name: expected[name] for name in source.names}, "export")
+    parameters = dict(AutoModelForCausalLM.from_pretrained(path).named_parameters())  # tied ones once, no buffers
+    assert parameters.keys() <= set(source.names)
+
+
 def evaluated(path, text_file, tmp_path):
     """The cross-entropy that `evaluate` gives for a text, and the ids that it is of."""
     file = tmp_path / "evaluated.json"
@@ -149,14 +165,23 @@ def cross_entropy(model, tokenizer, text_file):
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
 
 
-@pytest.mark.parametrize("case", [*TABLE, "an adapter"])
+READ_BY_BOTH = [
+    *(("llama", case) for case in (*TABLE, "an adapter")),
+    ("qwen2", "untied, shards"),
+    ("gemma3_text", "a head of its own"),
+    ("gpt2", "shards"),
+    ("phi3", "untied"),
+]
+
+
+@pytest.mark.parametrize(("family", "case"), READ_BY_BOTH)
 @pytest.mark.filterwarnings("ignore:.*untied")
-def test_evaluate_and_recover_see_it_too(case, folder, adapter, text_file, tmp_path):
+def test_evaluate_and_recover_see_it_too(family, case, folder, adapter, text_file, tmp_path):
     if case == "an adapter":
         path, _ = adapter(target_modules=["q_proj", "lm_head"])
-        plain = slimgpt.load(str(path))[0]  # held to peft's own logits above
+        plain = slimgpt.load(str(path))[0]  # held to peft's own logits below
     else:
-        path = folder(**TABLE[case])
+        path = folder(family, **TABLE[case])
         plain = AutoModelForCausalLM.from_pretrained(path)
     tokenizer = slimgpt.load(str(path))[1]
     assert evaluated(path, text_file, tmp_path) == pytest.approx(cross_entropy(plain, tokenizer, text_file), abs=1e-5)
@@ -318,6 +343,16 @@ def test_an_adapter_is_merged_as_peft_computes_it(kind, tied, folder, adapter, t
     assert torch.equal(slim.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "granite"])
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_on_shards_of_other_families(family, folder, adapter):
+    path, expected = adapter(folder(family, shards="40KB"), target_modules=["k_proj", "up_proj", "lm_head"])
+    model, _ = slimgpt.load(str(path))
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    equal(streamed(path), state(model), "stream")
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
 def test_an_adapter_that_keeps_head_and_embedding_tied_is_refused(adapter):
     path, _ = adapter(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
@@ -427,6 +462,50 @@ def test_harmless_tensors_are_left_out(family, names, folder):
     equal(state(slimgpt.load(str(path))[0]), expected, "load")
     equal(streamed(path), expected, "stream")
     open_folder(path)
+
+
+@pytest.mark.parametrize("place", ["../outside.safetensors", "ABSOLUTE", "shards/../../outside.safetensors"])
+def test_a_shard_outside_the_folder_is_refused_by_every_reader(place, folder, text_file, tmp_path):
+    path = folder(shards="40KB")
+    shard = sorted(path.glob("model-*"))[0]
+    shard.rename(tmp_path / "outside.safetensors")
+    (path / "shards").mkdir()
+    index = path / "model.safetensors.index.json"
+    index.write_text(
+        index.read_text().replace(shard.name, place.replace("ABSOLUTE", f"{tmp_path}/outside.safetensors"))
+    )
+    refused_by_all(path, text_file, tmp_path, "lies outside the folder")
+
+
+def test_a_tensor_in_two_shards_is_refused_by_every_reader(folder, text_file, tmp_path):
+    path = folder(shards="40KB")
+    first, second = sorted(path.glob("model-*.safetensors"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor + 1}, second, {"format": "pt"})
+    refused_by_all(path, text_file, tmp_path, f"{name} is in {first.name} and in {second.name}; which one is meant")
+
+
+def refused_by_all(path, text_file, tmp_path, message):
+    """Whether every command that reads a model says this in one line, with exit code 2 and nothing written."""
+    short = ["--device", "cpu"]
+    out = tmp_path / "out"
+    for words in (
+        ["inspect", path],
+        ["plan", path, "--ratio", 0.3],
+        ["prune", path, out, "--ratio", 0.3, "--calibration", text_file, "--num-samples", 8, "--seq-len", 24, *short],
+        ["evaluate", path, "--text", text_file, "--window", 24, *short],
+        ["export", path, out, "--to", "padded"],
+        ["export", path, tmp_path / "out.gguf", "--to", "gguf"],
+        ["recover", path, out, "--data", text_file, "--max-length", 24, "--max-steps", 1, *short],
+        ["speed", path, "--prompt", 8, "--new-tokens", 2, "--no-memory", *short],
+        ["generate", path, "river", *short],
+    ):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        assert result.exit_code == 2, (words[0], result.output)
+        errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1, (words[0], result.stderr)
+        assert message in errors[0], words[0]
+        assert not [file.name for file in tmp_path.iterdir() if "out" in file.name.replace("outside", "")], words[0]
 
 
 def test_missing_shards_are_refused_before_anything_else(folder):

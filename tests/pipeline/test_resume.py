@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,19 @@ def test_killed_at_every_layer_and_resumed_is_the_same_to_the_byte(plain, wide, 
     assert files_of(plain) == files_of(tmp_path / "resumed")
     assert report_of(plain) == report_of(tmp_path / "resumed")
     assert [path.name for path in tmp_path.iterdir()] == ["resumed"]
+
+
+def test_what_killed_processes_left_beside_the_output_is_cleared(wide, text_file, tmp_path):
+    for name in (".slim.partial", ".slim.partial-0123abcd", ".slim.partial-mine"):
+        (tmp_path / name).mkdir()
+    slimgpt.prune_folder(str(wide), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".slim.partial-mine", "slim"]
+    shutil.rmtree(tmp_path / ".slim.partial-mine")
+    (tmp_path / "slim").rename(tmp_path / ".slim.replaced")  # as a kill leaves it that came amid an --overwrite
+    with pytest.raises(OutputError, match="slim exists"):
+        slimgpt.prune_folder(str(wide), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["slim"]
+    assert slimgpt.load(str(tmp_path / "slim"))[0].config.num_hidden_layers == 8
 
 
 @pytest.mark.parametrize("moment", ["config", "weights", "card", "replace", "rename", "discard"])
@@ -133,6 +147,19 @@ def test_an_unfinished_run_is_neither_continued_nor_dropped_unasked(wide, text_f
     assert (out / "model.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(OutputError, match="exists"):
         slimgpt.prune_folder(str(wide), out, **options)
+
+
+@pytest.mark.parametrize("name", ["00001.safetensors", "00001.json"])
+def test_a_changed_byte_of_a_kept_layer_is_refused(name, wide, text_file, tmp_path):
+    out = tmp_path / "slim"
+    unfinished(wide, text_file, out)
+    file = tmp_path / ".slim.unfinished" / "layers" / name
+    content = bytearray(file.read_bytes())
+    content[-30] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ResumeError, match=rf"{name} is damaged .*start anew with --overwrite"):
+        slimgpt.prune_folder(str(wide), out, calibration=str(text_file), resume=True, **OPTIONS)
+    assert not out.exists()
 
 
 def test_damaged_layers_of_an_unfinished_run_are_refused(wide, text_file, tmp_path):

@@ -163,19 +163,27 @@ def test_a_cut_training_state_is_refused_by_its_file(recover, tmp_path):
         if step.step == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"kept in .*\.cut\.unfinished; go on with --resume"):
         recover("cut", max_steps=4, evaluations=4, on_step=stop)
     whole, work = tmp_path / "whole", tmp_path / ".cut.unfinished"
     shutil.copytree(work, whole)
     state = "states/step-00000002"
-    names = ("trainer_state.json", "scalars.json", "optimizer.safetensors", "trainable.safetensors")
+    names = ("trainer_state.json", "scalars.json", "optimizer.safetensors", "trainable.safetensors", "checksums.json")
     damaged = [*(f"{state}/{name}" for name in names), "choices.json", "journal.json"]
     for name in damaged:
-        for content in (lambda data: data[: len(data) // 2], lambda _: b"", lambda _: b"[]", lambda _: b"\xff\xfe"):
+        for content in (
+            lambda data: data[: len(data) // 2],
+            lambda _: b"",
+            lambda _: b"[]",
+            lambda _: b"\xff\xfe",
+            lambda data: data[:-30] + bytes([data[-30] ^ 1]) + data[-29:],
+        ):
             shutil.rmtree(work)
             shutil.copytree(whole, work)
             (work / name).write_bytes(content((whole / name).read_bytes()))
-            with pytest.raises(ResumeError, match=rf"{name} is damaged .*start anew with --overwrite|differs"):
+            with pytest.raises(
+                ResumeError, match=rf"{name} is damaged .*start anew with --overwrite|differs|is another one"
+            ):
                 recover("cut", max_steps=4, evaluations=4, resume=True)
     shutil.rmtree(work)
     shutil.copytree(whole, work)

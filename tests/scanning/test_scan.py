@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 import slimgpt
 from slimgpt.cli import app
 from slimgpt.config import make_config
-from slimgpt.errors import UsageError
+from slimgpt.errors import NumericalError, UsageError
 from slimgpt.models.parameter_counts import describe
 from slimgpt.planning.allocation import POWERS, Sensitivity, StructureCost, predicted_cost
 from slimgpt.planning.plan import plan_of_widths
@@ -189,6 +190,32 @@ def test_a_schedule_is_predicted_from_the_share_removed(text_file, tokenizer):
 def test_what_cannot_be_scanned_is_refused_at_once(given, message, tokenizer):
     with pytest.raises(UsageError, match=re.escape(message)):
         slimgpt.scan(tiny_model("llama"), tokenizer, "no-such-file.txt", **given)
+
+
+def test_sizes_below_one_that_ends_in_nan_are_kept(text_file, tokenizer, monkeypatch):
+    module = importlib.import_module("slimgpt.scanning.run")
+    prune, tried = module._prune, []
+
+    def failing(model, job, ratio, *rest):
+        tried.append(ratio)
+        if ratio > 0.25:
+            raise NumericalError("layer 2 gives NaN")
+        return prune(model, job, ratio, *rest)
+
+    monkeypatch.setattr(module, "_prune", failing)
+    options = {**OPTIONS, "allocation": "schedule", "distill": "off"}
+    call = {"tokenizer": tokenizer, "calibration": str(text_file), **options}
+    report = slimgpt.scan(tiny_model("llama"), points=[0.1, 0.2, 0.3, 0.4], **call)
+    assert tried == [0.1, 0.2, 0.3]
+    assert [each.ratio for each in report.points] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.25])
+    assert [each.ratio for each in report.points if each.measured] == [0.1, 0.2]
+    assert [each["ratio"] for each in report.prunings] == [0.1, 0.2]
+    reason = report.omitted["0.3"]
+    assert reason == "removing 30% ends in no numbers (layer 2 gives NaN); larger sizes are not predicted"
+    assert next(iter(report.omitted)) == "0.3"
+    assert {float(ratio) for ratio in report.omitted} == {number / 100 for number in range(30, 61, 5)}
+    with pytest.raises(NumericalError, match="layer 2"):  # one size tells nothing of the others
+        slimgpt.scan(tiny_model("llama"), points=[0.2, 0.3], **call)
 
 
 def test_without_a_tokenizer_there_is_no_text_to_compare_on():

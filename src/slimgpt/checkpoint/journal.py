@@ -20,17 +20,26 @@ A layer is finished once its safetensors file has its name, which it gets when i
 from __future__ import annotations
 
 import json
-import mmap
-import os
 import shutil
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
+from slimgpt.checkpoint.kept_files import (
+    check_file,
+    file_checksum,
+    file_checksums,
+    publish,
+    read_checked_tensors,
+    read_values,
+    reading,
+    write_checked_tensors,
+    write_text,
+    write_values,
+)
 from slimgpt.distillation.generate import GeneratedText
 from slimgpt.errors import OutputError, ResumeError
 from slimgpt.io.tensors import write_tensors
@@ -38,8 +47,8 @@ from slimgpt.models.slicing import State
 from slimgpt.pruning.report import LayerReport, PrunedLayer
 
 JOURNAL_FILE, DISCARDED_FILE = "journal.json", "discarded.json"
-CHECKSUM = "crc32"
-"""In a layer's report while it is in the journal: of the bytes of its weights file."""
+WEIGHTS_CHECKSUM = "weights_crc32"
+"""In a layer's report while it is in the journal: of the bytes of its weights file, which gets its name last."""
 
 DISTILLATION_FILE = "distillation.json"
 TEXT_FILE, TRAINING_FILE, SELF_WRITTEN = "text.safetensors", "training.safetensors", "self-calibration"
@@ -80,10 +89,7 @@ class Journal:
             leftover.unlink()
         finished = sorted(self.layers.glob("*.safetensors"))
         for index, file in enumerate(finished):
-            with reading(file):
-                stored = json.loads(self.files(index)[1].read_text(encoding="utf-8"))[CHECKSUM]
-                if stored != _checksum(file):
-                    raise ValueError("its checksum is another than when it was written")
+            check_file(file, self._report(index)[WEIGHTS_CHECKSUM])
         return len(finished)
 
     def __call__(self, index: int) -> PrunedLayer | None:
@@ -92,14 +98,21 @@ class Journal:
         Raises:
             ResumeError: its files are damaged.
         """
-        weights, report = self.files(index)
+        weights, _ = self.files(index)
         if not weights.is_file():
             return None
+        values = self._report(index)
         with reading(weights):
-            state = _tensors(weights, len(f"{self.prefix}.{index}."))
-            values = json.loads(report.read_text(encoding="utf-8"))
-            values.pop(CHECKSUM)
-            return PrunedLayer(LayerReport.from_json(values), state)
+            values.pop(WEIGHTS_CHECKSUM)
+            return PrunedLayer(LayerReport.from_json(values), _tensors(weights, len(f"{self.prefix}.{index}.")))
+
+    def _report(self, index: int) -> dict[str, Any]:
+        """The report of a finished layer, with the checksum of its weights."""
+        values = read_values(file := self.files(index)[1])
+        with reading(file):
+            if values["layer"] != index or not isinstance(values[WEIGHTS_CHECKSUM], int):
+                raise ValueError("it is of another layer")
+        return values
 
     def write(self, finished: PrunedLayer) -> None:
         """Keep a layer.
@@ -111,7 +124,7 @@ class Journal:
         weights, report = self.files(index)
         with self._writing(weights, kept=index > 0):
             draft = self._write_draft(weights, index, finished.state)
-            write_text(report, json.dumps({**finished.report.to_json(), CHECKSUM: _checksum(draft)}))
+            write_values(report, {**finished.report.to_json(), WEIGHTS_CHECKSUM: file_checksum(draft)})
             publish(draft, weights)
 
     def write_distilled(self, states: Iterable[State], info: dict[str, Any]) -> None:
@@ -123,8 +136,10 @@ class Journal:
         with self._writing(self.distilled, kept=True):
             self.distilled.mkdir(exist_ok=True)
             for index, state in enumerate(states):
-                self._write_state(self.distilled / self.files(index)[0].name, index, state)
-            write_text(self.folder / DISTILLATION_FILE, json.dumps(info))
+                file = self.distilled / self.files(index)[0].name
+                publish(self._write_draft(file, index, state), file)
+            layers = file_checksums(sorted(self.distilled.glob("*.safetensors")))
+            write_values(self.folder / DISTILLATION_FILE, {"report": info, "layers": layers})
 
     def write_generated(self, text: GeneratedText) -> None:
         """Keep the text that the dense model has written; a full disk is an :class:`OutputError`."""
@@ -134,7 +149,7 @@ class Journal:
         """The text that the dense model has written, if it is kept; a damaged file is a :class:`ResumeError`."""
         file = self.folder / TEXT_FILE
         with reading(file):
-            return GeneratedText(**_tensors(file)) if file.is_file() else None
+            return GeneratedText(**read_checked_tensors(file)) if file.is_file() else None
 
     def write_training(self, reached: State) -> None:
         """Keep what the training has reached, in place of what it had before; not where the disk has no room for it
@@ -154,18 +169,26 @@ class Journal:
             ResumeError: it is damaged.
         """
         file = self.folder / TRAINING_FILE
-        with reading(file):
-            return _tensors(file) if file.is_file() else None
+        return read_checked_tensors(file) if file.is_file() else None
 
     def _write(self, file: Path, tensors: State) -> None:
         with self._writing(file, kept=True):
-            _write_tensors(tensors, file)
+            write_checked_tensors(file, tensors)
 
     def distillation_info(self) -> dict[str, Any] | None:
-        """The report's entry on the training, if it is finished."""
+        """The report's entry on the training, if it is finished.
+
+        Raises:
+            ResumeError: it or a trained layer is damaged.
+        """
         file = self.folder / DISTILLATION_FILE
+        if not file.is_file():
+            return None
+        values = read_values(file)
         with reading(file):
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+            for name, checksum in values["layers"].items():
+                check_file(self.distilled / name, checksum)
+            return values["report"]
 
     def weights(self, index: int) -> Path:
         """The file of a layer's weights as they are to be saved."""
@@ -177,9 +200,6 @@ class Journal:
         """The weights of a layer to be saved, by their names inside it; a damaged file is a :class:`ResumeError`."""
         with reading(file := self.weights(index)):
             return _tensors(file, len(f"{self.prefix}.{index}."))
-
-    def _write_state(self, file: Path, index: int, state: State) -> None:
-        publish(self._write_draft(file, index, state), file)
 
     def _write_draft(self, file: Path, index: int, state: State) -> Path:
         start, draft = f"{self.prefix}.{index}.", file.with_suffix(".tmp")
@@ -216,33 +236,9 @@ class Journal:
         delete_unfinished(self.folder)
 
 
-def _write_tensors(tensors: State, file: Path) -> None:
-    draft = file.with_suffix(".tmp")
-    write_tensors(tensors, draft)
-    publish(draft, file)
-
-
 def _tensors(file: Path, start: int = 0) -> State:
     with safe_open(file, framework="pt") as handle:
         return {name[start:]: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-
-
-def _checksum(file: Path) -> int:
-    with file.open("rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return zlib.crc32(content)
-
-
-@contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Say of an error while a kept file is read that the file is damaged.
-
-    Raises:
-        ResumeError: in place of it.
-    """
-    try:
-        yield
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ResumeError(f"{file} is damaged ({error}); start anew with --overwrite") from error
 
 
 def open_unfinished(
@@ -319,20 +315,6 @@ def delete_unfinished(folder: Path) -> None:
 def unfinished_folder(output: Path) -> Path:
     """Working folder of a run that will write ``output``."""
     return output.parent / f".{output.name}.unfinished"
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    publish(draft, file)
-
-
-def publish(draft: Path, file: Path) -> None:
-    """Give a file its name once its bytes are on the disk."""
-    with draft.open("rb") as handle:
-        os.fsync(handle.fileno())
-    draft.rename(file)
 
 
 def differences(before: Any, now: Any, where: str = "") -> list[str]:

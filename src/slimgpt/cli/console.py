@@ -22,7 +22,22 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from slimgpt.errors import DISK_FULL, NumericalError, OutputError, RankError, SlimGPTError, VerificationError
+from slimgpt.errors import (
+    DISK_FULL,
+    UNUSABLE_PATH,
+    NumericalError,
+    OutputError,
+    RankError,
+    SlimGPTError,
+    UsageError,
+    VerificationError,
+)
+
+LONGEST_PATH = 200
+"""Characters of a path in a message, where the path itself is what is wrong."""
+
+DISTRIBUTED = ("prune", "recover")
+"""Commands that several processes share the work of."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,6 +77,7 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
         first = os.environ.get("RANK", "0") == "0"  # under torchrun the first process speaks for all
         out.quiet = quiet or not first
         try:
+            _check_processes(command.__name__)
             command(*args, **kwargs)
         except SlimGPTError as error:
             if not first and not isinstance(error, (RankError, NumericalError)):  # what only this process can know
@@ -69,18 +85,42 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
             raise typer.Exit(1 if isinstance(error, VerificationError) else 2) from None
         except KeyboardInterrupt as stop:
+            if not first:
+                raise typer.Exit(130) from None
             err.print(f"interrupted; {str(stop) or 'no unfinished folder was left'}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from None
         except OSError as error:
-            if error.errno not in DISK_FULL:
+            if error.errno in DISK_FULL:
+                say_disk_full(error)
+            elif error.errno in UNUSABLE_PATH and error.filename:
+                path = show(str(error.filename)[:LONGEST_PATH])
+                err.print(
+                    f"[bold red]error:[/] '{path}' cannot be used: {error.strerror}; give another path",
+                    soft_wrap=True,
+                    highlight=False,
+                )
+            else:
                 raise
-            say_disk_full(error)
             raise typer.Exit(2) from None
 
     own, common = (inspect.signature(each, eval_str=True).parameters.values() for each in (command, _common_options))
     set_parameters(wrapped, [with_option(parameter, **_switch(parameter)) for parameter in (*own, *common)])
     wrapped.__doc__ = unwrap(command.__doc__)
     return wrapped
+
+
+def _check_processes(command: str) -> None:
+    """Refuse a command under ``torchrun`` that every process would do anew.
+
+    Raises:
+        UsageError: with its name.
+    """
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1") and "RANK" in os.environ and command not in DISTRIBUTED:
+        raise UsageError(
+            f"{command} runs in one process, and WORLD_SIZE is {processes}; start it without torchrun, which is for "
+            f"{' and '.join(DISTRIBUTED)}"
+        )
 
 
 def unwrap(text: str | None) -> str:
@@ -118,8 +158,10 @@ def _read_config_file(context: typer.Context, file: Path | None) -> Path | None:
     if file is None or context.resilient_parsing:
         return file
     try:
+        if not file.is_file():
+            raise OSError("it does not exist, or is no regular file")
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise typer.BadParameter(f"{file} is no TOML file that can be read: {error}") from None
     options = {
         name.removeprefix("--").replace("-", "_"): parameter
@@ -182,12 +224,19 @@ def check_json(file: Path | None, overwrite: bool, option: str = "--json") -> No
         option: which names it.
 
     Raises:
-        OutputError: it exists, or its folder does not.
+        OutputError: it exists, its folder does not or may not be written to, or its name is too long.
     """
-    if file is not None and file.exists() and not overwrite:
+    if file is None:
+        return
+    from slimgpt.io.folders import check_name, check_writable  # imports safetensors
+
+    folder = file.absolute().parent
+    if not folder.is_dir():
+        raise OutputError(f"{folder} is no folder; make it first, or give another place for {option}")
+    check_writable(folder)
+    check_name(file)
+    if file.exists() and not overwrite:
         raise OutputError(f"{file} exists; give another file, or pass --overwrite to replace it")
-    if file is not None and not file.absolute().parent.is_dir():
-        raise OutputError(f"{file.absolute().parent} is no folder; make it first, or give another place for {option}")
 
 
 def write_json(file: Path | None, values: Any) -> None:
@@ -205,8 +254,9 @@ def check_folder(folder: Path) -> None:
     place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not place.is_dir():
         raise OutputError(f"{folder} cannot be a folder: {place} is a file; give another --out")
-    if not os.access(place, os.W_OK):
-        raise OutputError(f"{place} may not be written to; give another --out")
+    from slimgpt.io.folders import check_writable  # imports safetensors
+
+    check_writable(place)
 
 
 def write_file(file: Path, content: str | bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,6 @@ from slimgpt.cli.options import (
 )
 from slimgpt.cli.progress import duration, layer_progress
 from slimgpt.config import PruneConfig, make_config
-from slimgpt.errors import OutputError
 from slimgpt.runtime.setting_checks import AUTO
 
 if TYPE_CHECKING:
@@ -132,12 +132,10 @@ def prune(
             memory=memory,
         )
     if export_to is not None:
-        from slimgpt.exporting.run import check_format
+        from slimgpt.exporting.run import check_format, check_target
 
         check_format(export_to, prepared.model_config, prepared.plan.layers)
-        exported = export_path(output, export_to)
-        if exported.exists() and not overwrite:
-            raise OutputError(f"{exported} exists; give another OUT, or pass --overwrite to replace it")
+        check_target(export_to, export_path(output, export_to), overwrite, prepared.source.folders)
     _print_plan(prepared.plan, config, prepared.shape)
     widest = max(layer.sizes["intermediate_size"] for layer in prepared.shape.layers)
     if prepared.windows.numel() < 2 * widest:
@@ -173,6 +171,11 @@ def prune(
         print_export(written)
     if repository is not None:
         print_uploaded(repository.upload(prepared.output))
+        if export_to is not None:
+            exported = export_path(output, export_to)
+            beside = f" {exported.name}" if exported.is_file() else ""
+            out.print(f"not uploaded: {show(exported)}. To add it:")
+            out.print_commands(f"hf upload {shlex.quote(repository.name)} {shlex.quote(str(exported))}{beside}")
     print_next(model, output)
 
 

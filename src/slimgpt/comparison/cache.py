@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from slimgpt.checkpoint.journal import write_text
+from slimgpt.checkpoint.kept_files import read_values, write_values
+from slimgpt.errors import ResumeError
 
 
 def cache_folder(output: Path) -> Path:
@@ -28,7 +30,8 @@ class MeasurementCache:
         self.file = folder / f"{hashlib.sha256(_canonical(model_key).encode()).hexdigest()[:16]}.json"
         self._values: dict[str, Any] = {}
         if self.file.is_file():
-            self._values = json.loads(self.file.read_text(encoding="utf-8"))
+            with suppress(ResumeError):  # what is damaged is measured anew
+                self._values = read_values(self.file)
 
     def get_or_measure(self, settings: Any, measure: Callable[[], Any]) -> Any:
         """The cached result for ``settings``, or a new one, which is cached.
@@ -42,7 +45,7 @@ class MeasurementCache:
             value = measure()
             self._values[key] = json.loads(json.dumps(value))  # equal to the value that a resumed run reads
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.file, json.dumps(self._values, indent=1) + "\n")
+            write_values(self.file, self._values)
         return self._values[key]
 
 

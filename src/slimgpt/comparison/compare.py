@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from slimgpt.comparison.cache import cache_folder
@@ -18,9 +19,9 @@ from slimgpt.evaluation.corpora import read_text
 from slimgpt.evaluation.perplexity import check_protocol
 from slimgpt.evaluation.samples import QUESTIONS
 from slimgpt.evaluation.speed import check_generation
-from slimgpt.evaluation.tasks import check_tasks
+from slimgpt.evaluation.tasks import check_chat_template, check_tasks
 from slimgpt.io.folders import COMPARISON_FOLDER, check_output, new_folder
-from slimgpt.models.loading import load_config
+from slimgpt.models.loading import load_config, load_tokenizer
 from slimgpt.models.lookup import check_context
 from slimgpt.models.source import locate
 
@@ -65,7 +66,7 @@ def compare(
     measurer = Measurer(
         base, config, texts, cache, data_dir, device, dtype, trust_remote_code=trust_remote_code, new_progress=counter
     )
-    with new_folder(output, overwrite, COMPARISON_FOLDER) as folder:
+    with _kept(cache), new_folder(output, overwrite, COMPARISON_FOLDER) as folder:
         results = []
         for name, label in zip(names, _labels(names)):
             say(f"measuring {label}")
@@ -96,6 +97,17 @@ def compare(
     return comparison
 
 
+@contextmanager
+def _kept(cache: Path) -> Iterator[None]:
+    """Say where finished measurements are when a comparison is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not cache.is_dir():
+            raise
+        raise KeyboardInterrupt(f"what is measured is kept in {cache}; the same command goes on") from None
+
+
 def _check(names: Sequence[str], config: CompareConfig, data_dir: str | Path | None, trust_remote_code: bool) -> None:
     """Check the settings against every model before the first one is measured.
 
@@ -115,6 +127,11 @@ def _check(names: Sequence[str], config: CompareConfig, data_dir: str | Path | N
             check_context(model_config, "a text", length)
         for batch in config.batches:
             check_generation(model_config, config.prompt, config.new_tokens, config.rounds, batch)
+    if not config.tasks and (config.chat_template or config.confirm_run_unsafe_code):
+        raise UsageError("--chat-template and --confirm-run-unsafe-code are for tasks: give --tasks, too")
+    if config.chat_template:
+        for source in [locate(name) for name in names]:
+            check_chat_template(load_tokenizer(source, trust_remote_code), source.name)
     if config.tasks:
         check_tasks(
             config.tasks,

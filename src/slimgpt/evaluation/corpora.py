@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from slimgpt import assets
 from slimgpt.calibration.documents import (
@@ -136,9 +136,8 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
     corpus = CORPORA.get(name)
     if corpus is None or path.is_file():
         if path.is_file() and text_format(path) not in (None, ".txt"):
-            content = "\n\n".join(_plain(document, path) for document in read_file(path))
-            return Text(name, content, "the texts of the rows, an empty line between two", path)
-        return Text(name, _read(path, thresholds().longest_line), file=path)
+            return Text(name, _joined(path), "the texts of the rows, an empty line between two", path)
+        return Text(name, _read(path, thresholds().longest_text), file=path)
     joining = f"rows joined with {corpus.separator!r}"
     if corpus.max_rows:
         joining = f"the first {corpus.max_rows:,} {joining}"
@@ -156,6 +155,24 @@ def read_text(name: str, data_dir: str | Path | None = None) -> Text:
     return Text(name, corpus.separator.join(rows), f"{joining}, from the hub", None, corpus.max_windows)
 
 
+def _joined(path: Path) -> str:
+    """The texts of a file's rows, with an empty line between two; more than fits into memory is refused as in
+    :func:`_read`."""
+    parts, longest, length = [], thresholds().longest_text, 0
+    for document in read_file(path):
+        parts.append(_plain(document, path))
+        length += len(parts[-1]) + 2
+        if length > longest:
+            _refuse_length(path, longest)
+    return "\n\n".join(parts)
+
+
+def _refuse_length(path: Path, longest: int) -> NoReturn:
+    raise CalibrationError(
+        f"{path} has more than {longest:,} characters, and perplexity takes a text as a whole; give a part of it"
+    )
+
+
 def _plain(document: Document, path: Path) -> str:
     if isinstance(document, Instruction):
         return document.prompt + document.response
@@ -171,10 +188,7 @@ def _read(path: Path, longest: int = -1) -> str:
         with open_text(path) as file:
             content = file.read(longest + 1 if longest >= 0 else -1)
             if 0 <= longest < len(content):
-                raise CalibrationError(
-                    f"{path} has more than {longest:,} characters, and perplexity takes a text as a whole; give a part "
-                    "of it"
-                )
+                _refuse_length(path, longest)
             return content
     except CalibrationError:
         raise

@@ -203,14 +203,18 @@ def check_tasks(
     return names, folder
 
 
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str | None = None) -> None:
     """Refuse to put questions through a chat template where there is none.
+
+    Args:
+        name: of the model, where there are several.
 
     Raises:
         UsageError: the tokenizer has none.
     """
     if not tokenizer.chat_template:
-        raise UsageError("the tokenizer has no chat template; leave out --chat-template")
+        whose = "the tokenizer" if name is None else f"the tokenizer of {name}"
+        raise UsageError(f"{whose} has no chat template; leave out --chat-template")
 
 
 def task_names(tasks: str | Sequence[str]) -> list[str]:

@@ -14,13 +14,13 @@ from transformers import PreTrainedConfig
 
 from slimgpt.checkpoint.card import EXPORTS
 from slimgpt.checkpoint.hub import check_repository
-from slimgpt.checkpoint.journal import write_text
+from slimgpt.checkpoint.kept_files import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
 from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, openvino, padded
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
-from slimgpt.io.folders import check_output, new_folder, output_lock
+from slimgpt.io.folders import check_name, check_output, check_writable, new_folder, output_lock
 from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.engines import gguf_architecture, graph_problem, nemotron_problem
@@ -157,10 +157,7 @@ def export(
     if to != "gguf" and (quantize or tokenizer_pre):
         raise ExportError(f"quantize and tokenizer_pre are for GGUF files, and {to} is none; leave them out")
     path = Path(out).expanduser().absolute()
-    if form.single:
-        _check_file(path, overwrite)
-    else:
-        _check_folder(path, overwrite, Path(slim).expanduser())
+    check_target(to, path, overwrite, [Path(slim).expanduser()])
     exported = open_folder(slim, on_written)
     form.check(exported)
     file = path.name if form.single else None
@@ -217,21 +214,38 @@ def _format(to: str) -> Format:
     return FORMATS[to]
 
 
-def _check_folder(path: Path, overwrite: bool, slim: Path) -> None:
-    if path.suffix == ".gguf":
+def check_target(to: str, path: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
+    """Refuse the folder, or the GGUF file, of an export before the work that would fill it.
+
+    Args:
+        inputs: folders that are read, which are never replaced.
+
+    Raises:
+        ExportError: an unknown form.
+        OutputError: what :func:`slimgpt.io.folders.check_output` refuses.
+    """
+    if _format(to).single:
+        _check_file(path, overwrite)
+    elif path.suffix == ".gguf":
         raise OutputError(f"{path} is the name of a GGUF file, and a folder will be written; give another name")
-    check_output(path, overwrite, inputs=[slim])
+    else:
+        check_output(path, overwrite, inputs=inputs)
 
 
 def _check_file(path: Path, overwrite: bool) -> None:
     if path.suffix != ".gguf":
         raise OutputError(f"{path} does not end in .gguf; give the name of the file to write")
+    if path.parent.is_dir():
+        check_name(path)
+    if path.is_symlink():
+        raise OutputError(f"{path} is a symbolic link; give the file itself, or another name")
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give the name of a file")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists; give another name, or pass --overwrite to replace it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if not path.parent.is_dir():
         raise OutputError(f"cannot write into {path.parent}; give a folder that is there and that you may write to")
+    check_writable(path.parent)
 
 
 def _write_file(

@@ -82,13 +82,7 @@ def check_output(
         raise OutputError(f"{path} exists and is a file; give the name of a folder")
     if path.is_dir():
         _check_replaceable(path, overwrite, kind, inputs)
-    try:
-        with tempfile.TemporaryFile(dir=ancestor):
-            pass
-    except OSError as error:
-        raise OutputError(
-            f"cannot write below {ancestor} ({error.strerror}); give a folder you may write to"
-        ) from error
+    check_writable(ancestor)
     if _lock_file(path).exists():
         with output_lock(path):
             pass
@@ -98,6 +92,19 @@ def check_output(
             f"the disk of {ancestor} has {free / 1e9:.2f} GB free, the output needs about {needed / 1e9:.2f} GB"
         )
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written into; a file that leaves no trace is tried.
+
+    Raises:
+        OutputError: with what the system says.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write below {folder} ({error.strerror}); give a folder you may write to") from error
 
 
 def _existing_ancestor(path: Path) -> Path:
@@ -113,19 +120,33 @@ def _existing_ancestor(path: Path) -> Path:
         ancestor /= part
     if not ancestor.is_dir():
         raise OutputError(f"{ancestor} is a file, and a folder is to be written below it; give another name")
+    check_name(path, ancestor)
+    return ancestor
+
+
+def check_name(path: Path, ancestor: Path | None = None) -> None:
+    """Refuse names that a file system does not take.
+
+    Args:
+        ancestor: the folder above that exists; the file's own if not given.
+
+    Raises:
+        OutputError: one is too long, with what is added to the last one while it is written.
+    """
+    ancestor = ancestor or path.absolute().parent
     longest = os.pathconf(ancestor, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
-    names = [*path.relative_to(ancestor).parts, WORKING_NAME.format(path.name)]
-    if (name := max(names, key=lambda name: len(os.fsencode(name)))) and len(os.fsencode(name)) > longest:
+    names = [*path.absolute().relative_to(ancestor).parts, WORKING_NAME.format(path.name)]
+    if max(len(os.fsencode(name)) for name in names) > longest:
         raise OutputError(
             f"the name '{path.name[:40]}...' is too long: with what is added while the run goes on, {longest} bytes is "
             "the most that the file system takes; give a shorter one"
         )
-    return ancestor
 
 
 def _check_replaceable(path: Path, overwrite: bool, kind: FolderKind, inputs: Iterable[Path]) -> None:
     if os.path.ismount(path):
         raise OutputError(f"{path} is a mount point, which cannot be replaced; give a folder below it")
+    check_writable(path)
     if not any(path.iterdir()):
         return
     for source in inputs:
@@ -210,7 +231,7 @@ def new_folder(
     """
     path = Path(folder).expanduser().absolute()
     with _output_errors(path), output_lock(path):
-        _clear_leftovers(path)
+        clear_leftovers(path)
         check_output(path, overwrite, kind=kind, inputs=inputs)
         work = path.parent / f".{path.name}.partial"
         try:
@@ -246,8 +267,11 @@ def _output_errors(path: Path) -> Iterator[None]:
         raise
 
 
-def _clear_leftovers(path: Path) -> None:
-    """Remove what killed processes left beside an output; what was being replaced gets its name back."""
+def clear_leftovers(path: Path) -> None:
+    """Remove what killed processes left beside an output; what was being replaced gets its name back.
+
+    Call it while the output's lock is held.
+    """
     old = path.parent / f".{path.name}.replaced"
     if old.is_dir() and not path.exists():
         old.rename(path)

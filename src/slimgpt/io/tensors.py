@@ -40,15 +40,18 @@ def align(module: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file whose tensors begin at multiples of 64 bytes.
 
     The library's own writer aligns to 8. Tensors are sorted by name as it does, so that the same tensors make the same
     file whatever order they come in. The format leaves no room between tensors, so those whose
     size is no multiple of 64 (biases of odd widths, as a rule) come last, where only they are affected.
+
+    Args:
+        metadata: of the file, beside the format.
     """
     ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT > 0, item[0]))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.nbytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimgpt.checkpoint.assemble_folder import assemble
-from slimgpt.checkpoint.journal import Journal, reading, write_text
+from slimgpt.checkpoint.journal import Journal
+from slimgpt.checkpoint.kept_files import read_values, reading, write_values
 from slimgpt.distillation.generate import GeneratedText
 from slimgpt.distillation.trainer import Distillation
 from slimgpt.models.build import decoder_layers, rebuild_layer
@@ -63,10 +63,10 @@ class JournalSink:
         if not self.ranks.agree(int(file.is_file())):
             plan, allocation = measure()
             if self.ranks.main:
-                write_text(file, json.dumps({"layers": plan.layers, "allocation": allocation}))
+                write_values(file, {"layers": plan.layers, "allocation": allocation})
         if self.ranks.main:
+            values = read_values(file)
             with reading(file):
-                values = json.loads(file.read_text(encoding="utf-8"))
                 allocation = values["allocation"]
                 rows = [[layer[name] for name in own] for own, layer in zip(names, values["layers"], strict=True)]
                 widths = torch.tensor([row + [0] * (longest - len(row)) for row in rows])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from slimgpt.calibration.generation_limits import writing_dtype
 from slimgpt.calibration.self_calibration import Rounds, SelfCalibration, write_calibration
 from slimgpt.calibration.starts import starts_digest
 from slimgpt.calibration.windows import digest
-from slimgpt.checkpoint.journal import reading, write_text
+from slimgpt.checkpoint.kept_files import read_values, write_values
 from slimgpt.distillation.data import OnRehearsed
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.loading import load_model
@@ -41,13 +40,12 @@ class KeptRounds:
             ResumeError: it is damaged.
         """
         file = self._file(number)
-        with reading(file):
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return read_values(file) if file.is_file() else None
 
     def write(self, number: int, values: dict[str, Any]) -> None:
         """Keep a round."""
         self.folder.mkdir(exist_ok=True)
-        write_text(self._file(number), json.dumps(values))
+        write_values(self._file(number), values)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:05d}.json"

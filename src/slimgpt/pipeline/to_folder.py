@@ -22,7 +22,7 @@ from slimgpt.distillation.data import OnRehearsed
 from slimgpt.distillation.schedule import disk_to_distill, tokens_to_distill
 from slimgpt.distillation.trainer import OnDistilled
 from slimgpt.errors import NumericalError, RankError
-from slimgpt.io.folders import check_output, output_lock
+from slimgpt.io.folders import check_output, clear_leftovers, output_lock
 from slimgpt.models.build import architecture_of, empty_model
 from slimgpt.models.fingerprint import fingerprint, source_files
 from slimgpt.pipeline.callbacks import Callbacks, OnLayer, with_bars
@@ -54,6 +54,11 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
         if tokens and ranks.main and not request.resume:
             _check_disk(request, empty, tokens)
         job = make_job(request, ranks, tokens)
+        if ranks.main:
+            absent = not request.output.exists()
+            clear_leftovers(request.output)
+            if absent and request.output.exists():  # a killed process was replacing it
+                check_output(request.output, request.overwrite)
         journal = Journal(request.output, architecture_of(request.model_config, empty).layers, _request(request, job))
         job = replace(job, request=hashlib.sha256(json.dumps(journal.request, sort_keys=True).encode()).hexdigest())
         before = finished_before(request, journal, job.request) if ranks.main and request.resume else None

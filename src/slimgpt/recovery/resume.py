@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from slimgpt.checkpoint.journal import delete_unfinished, open_unfinished, reading, unfinished_folder, write_text
+from slimgpt.checkpoint.journal import delete_unfinished, open_unfinished, unfinished_folder
+from slimgpt.checkpoint.kept_files import read_values, reading, write_values
 
 CHOICES_FILE = "choices.json"
 
@@ -35,8 +36,9 @@ class Workspace:
         request = json.loads(json.dumps(request))  # as it will be read back
         open_unfinished(self.folder, request, resume, overwrite, self.discard)
         if (choices := self.folder / CHOICES_FILE).is_file():
+            values = read_values(choices)
             with reading(choices):
-                self._choices = _checked(json.loads(choices.read_text(encoding="utf-8")))
+                self._choices = _checked(values)
         self.seconds = self._choices.setdefault("seconds", {})
 
     def choice(self, name: str, choose: Callable[[], Any]) -> Any:
@@ -57,7 +59,7 @@ class Workspace:
         delete_unfinished(self.folder)
 
     def _write(self) -> None:
-        write_text(self.folder / CHOICES_FILE, json.dumps(self._choices))
+        write_values(self.folder / CHOICES_FILE, self._choices)
 
 
 def _checked(choices: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from slimgpt.calibration.documents import hub_dataset
 from slimgpt.checkpoint.hub import check_repository
+from slimgpt.checkpoint.journal import unfinished_folder
 from slimgpt.checkpoint.saving import save
 from slimgpt.errors import UsageError
 from slimgpt.io.folders import output_lock
@@ -135,7 +136,13 @@ def recover(
     main = rank_of_environment() == 0
     repository = check_repository(push_to_hub, private=private, overwrite=overwrite) if main else None
     with join(request.device) as ranks, output_lock(request.output) if ranks.main else nullcontext():
-        recovery = _run(request, ranks, resume, overwrite, on_teacher, on_step)
+        try:
+            recovery = _run(request, ranks, resume, overwrite, on_teacher, on_step)
+        except KeyboardInterrupt:
+            folder = unfinished_folder(request.output)
+            if not (ranks.main and folder.is_dir()):
+                raise
+            raise KeyboardInterrupt(f"what is finished is kept in {folder}; go on with --resume") from None
     if repository is not None:
         repository.upload(request.output)
     return recovery

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt.checkpoint.journal import reading, write_text
+from slimgpt.checkpoint.kept_files import reading, write_text
 from slimgpt.errors import NumericalError, OutputError
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted

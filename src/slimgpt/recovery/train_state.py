@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_callback import TrainerState
 
-from slimgpt.checkpoint.journal import reading
+from slimgpt.checkpoint.kept_files import check_file, file_checksums, read_values, reading, write_values
 from slimgpt.errors import OutputError, ResumeError
 from slimgpt.recovery.sharding import divided_like, whole
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "trainer_state.json"
 SCALARS = "scalars.json"
+CHECKSUMS = "checksums.json"
+FILES = (WEIGHTS, OPTIMIZER, STATE, SCALARS)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -79,6 +83,7 @@ def write_state(
         scalars["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
         (draft / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
         state.save_to_json(str(draft / STATE))
+        write_values(draft / CHECKSUMS, file_checksums(draft / name for name in FILES))
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
     except (OSError, SafetensorError) as error:
@@ -105,7 +110,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         ResumeError: the files are damaged or of another model.
     """
-    with reading(path / WEIGHTS):
+    with _checked(path, WEIGHTS):
         weights = load_file(path / WEIGHTS)
     own = trainable(model)
     if weights.keys() != own.keys():
@@ -121,9 +126,9 @@ def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any,
     Raises:
         ResumeError: the files are damaged.
     """
-    with reading(path / OPTIMIZER):
+    with _checked(path, OPTIMIZER):
         tensors = load_file(path / OPTIMIZER)
-    with reading(path / SCALARS):
+    with _checked(path, SCALARS):
         scalars = json.loads((path / SCALARS).read_text(encoding="utf-8"))
         optimizer.load_state_dict(_divided(_joined(tensors, scalars), optimizer))
         scheduler.load_state_dict(scalars["scheduler"])
@@ -139,7 +144,7 @@ def load_generators(path: Path) -> None:
     Raises:
         ResumeError: the file is damaged.
     """
-    with reading(path / OPTIMIZER):
+    with _checked(path, OPTIMIZER):
         tensors = load_file(path / OPTIMIZER)
         torch.set_rng_state(tensors["rng.cpu"])
         if torch.cuda.is_available() and "rng.cuda" in tensors:
@@ -152,8 +157,23 @@ def load_progress(path: Path) -> TrainerState:
     Raises:
         ResumeError: the file is damaged.
     """
-    with reading(path / STATE):
+    with _checked(path, STATE):
         return TrainerState.load_from_json(str(path / STATE))
+
+
+@contextmanager
+def _checked(path: Path, name: str) -> Iterator[None]:
+    """Read a file of a state, if it is as it was written.
+
+    Raises:
+        ResumeError: it is not.
+    """
+    checksums = read_values(path / CHECKSUMS)
+    with reading(path / CHECKSUMS):
+        checksum = checksums[name]
+    check_file(path / name, checksum)
+    with reading(path / name):
+        yield
 
 
 def _generators() -> dict[str, Tensor]:

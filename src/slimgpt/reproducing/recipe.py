@@ -115,9 +115,11 @@ def read_recipe(file: Path, model: str | None = None, tiny: bool = False) -> Rec
     Raises:
         UsageError: it cannot be read, or holds an unknown key or value.
     """
+    if not file.is_file():
+        raise UsageError(f"cannot read the recipe {file}: it does not exist, or is no regular file")
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read the recipe {file}: {error}") from error
     _known(file, values, RECIPE_KEYS)
     for key in ("title", "model", "rows"):

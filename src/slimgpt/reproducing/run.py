@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from slimgpt.checkpoint.journal import write_text
+from slimgpt.checkpoint.kept_files import write_text
 from slimgpt.config import make_config
 from slimgpt.errors import OutputError, UsageError
 from slimgpt.models.loading import load_config

@@ -38,7 +38,7 @@ class ScanReport:
         calibration: what the prunings were calibrated on.
         prunings: of every size that was pruned to: the report's entries on the divergence and on measured costs, and
             the seconds.
-        omitted: sizes of the table that no widths can have, with the reason.
+        omitted: sizes that no widths can have, or from the first on that pruning gave NaN for, with the reason.
         seconds: of all.
     """
 

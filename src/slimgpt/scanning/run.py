@@ -17,7 +17,7 @@ from slimgpt.calibration.mixture import AUTO
 from slimgpt.calibration.windows import Calibration
 from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.schedule import tokens_to_distill
-from slimgpt.errors import PlanError, UsageError
+from slimgpt.errors import NumericalError, PlanError, UsageError
 from slimgpt.models.loading import load
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.pipeline.callbacks import Callbacks, OnPhase, by_phase, phase_bars
@@ -116,7 +116,10 @@ def scan(
     )
     if not job.evaluation:
         raise UsageError("a scan compares predictions on text; give the tokenizer, and windows of at least 2 tokens")
-    reports = {ratio: _prune(dense, job, ratio, plan, step, budget) for ratio, plan in targets.items()}
+    reports, failed = _prune_all(dense, job, targets, step, budget)
+    for smallest, reason in failed.items():
+        omitted = {f"{ratio:g}": reason for ratio in sorted({*plans, smallest}) if ratio >= smallest} | omitted
+        plans = {ratio: plan for ratio, plan in plans.items() if ratio < smallest}
     texts = list(job.evaluation)
     sizes = {ratio: measured_size(report, texts) for ratio, report in reports.items()}
     predictor = LossPredictor(list(sizes.values()), shape, config, dense.config)
@@ -206,6 +209,27 @@ def check_apart(targets: dict[float, Plan]) -> None:
                 f"points {ratio:g} and {larger:g} both remove {plan.achieved:.2%}, the nearest that heads and channels "
                 "allow; give --points that are further apart, or a smaller --round-to"
             )
+
+
+def _prune_all(
+    model: PreTrainedModel, job: PruneJob, targets: dict[float, Plan], step: OnPhase | None, budget: int | None
+) -> tuple[dict[float, PruneReport], dict[float, str]]:
+    """Prune to every size, the smallest first; the reports, and the size that ended in no numbers, with the reason.
+
+    Raises:
+        NumericalError: one of the first two sizes gives NaN or infinity, so that nothing can be predicted.
+    """
+    reports: dict[float, PruneReport] = {}
+    for ratio, plan in targets.items():
+        try:
+            reports[ratio] = _prune(model, job, ratio, plan, step, budget)
+        except NumericalError as error:
+            if len(reports) < 2:
+                raise
+            return reports, {
+                ratio: f"removing {ratio:.0%} ends in no numbers ({error}); larger sizes are not predicted"
+            }
+    return reports, {}
 
 
 def _prune(
