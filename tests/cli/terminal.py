@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MARK = "=== command"
@@ -45,6 +45,20 @@ def in_terminal(commands: Sequence[Sequence[str]], columns: int, folder: Path) -
     Returns:
         For each of them its lines without colours, every frame of a bar as a line of its own.
     """
+    # A cursor that goes up begins a frame of all bars; a carriage return begins a line again.
+    lines = re.split(r"\r\n|\r|\n|\x1b\[\d*A", raw_output(commands, columns, folder))
+    seen = [CONTROL.sub("", line).rstrip() for line in lines]
+    each: list[list[str]] = []
+    for line in seen:
+        if line == MARK:
+            each.append([])
+        elif line and each:
+            each[-1].append(line)
+    return each
+
+
+def raw_output(commands: Sequence[Sequence[str]], columns: int, folder: Path) -> str:
+    """What commands write to a terminal of so many columns, with :data:`MARK` before each."""
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     words: list[str] = []
@@ -68,14 +82,21 @@ def in_terminal(commands: Sequence[Sequence[str]], columns: int, folder: Path) -
         output += block
     os.close(primary)
     assert process.wait() == 0, output.decode(errors="replace")
-    text = output.decode()
-    # A cursor that goes up begins a frame of all bars; a carriage return begins a line again.
-    lines = re.split(r"\r\n|\r|\n|\x1b\[\d*A", text)
-    seen = [CONTROL.sub("", line).rstrip() for line in lines]
-    each: list[list[str]] = []
-    for line in seen:
-        if line == MARK:
-            each.append([])
-        elif line and each:
-            each[-1].append(line)
-    return each
+    return output.decode()
+
+
+def screens(output: str) -> Iterator[list[str]]:
+    """What is on the screen after every step of what was written, its colours kept: lines that were drawn over are gone."""
+    lines, row = [""], 0
+    for token in re.findall(r"\x1b\[\d*[A-Z]|\r|\n|(?:[^\r\n\x1b]|\x1b\[[\d;]*m|\x1b(?!\[\d*[A-Z]))+", output):
+        if token == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+            yield lines
+        elif up := re.fullmatch(r"\x1b\[(\d*)A", token):
+            row = max(0, row - int(up[1] or 1))
+        elif token.endswith("K"):
+            lines[row] = ""
+        elif not CONTROL.fullmatch(token) and token != "\r":
+            lines[row] += token
+    yield lines
