@@ -59,7 +59,7 @@ def run(work: Path, name: str) -> str:
         shutil.rmtree(work / name, ignore_errors=True)
         kept.write_text(raw_output([RUNS[name]], COLUMNS, work), encoding="utf-8", newline="")
     with kept.open(encoding="utf-8", newline="") as file:
-        return file.read().partition(MARK)[2].lstrip("\r\n")
+        return file.read().partition(MARK)[2].lstrip("\r\n").replace(f"{work}/", "")
 
 
 def until(output: str, shown: str) -> list[str]:
