@@ -99,7 +99,7 @@ def raw_output(commands: Sequence[Sequence[str]], columns: int, folder: Path, **
 
 
 def screens(output: str) -> Iterator[list[str]]:
-    """What is on the screen after every line that was written, with its colours; lines that were drawn over are gone."""
+    """The screen after every line that was written, with its colours; lines that were drawn over are gone."""
     lines, row = [""], 0
     for token in re.findall(r"\x1b\[\d*[A-Z]|\r|\n|(?:[^\r\n\x1b]|\x1b\[[\d;]*m|\x1b(?!\[\d*[A-Z]))+", output):
         if token == "\n":
