@@ -114,7 +114,8 @@ class Writer:
             self.turns = None  # no room for a conversation
         self.special = special_ids(self.tokenizer, self.model)
         longest = max(min(self.length // 2, self.length - LEAST_TOKENS), 1)
-        self.starts = Starts(self.tokenizer, self.prefix, self.turns, longest, self.seed)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        self.starts = Starts(self.tokenizer, self.prefix, self.turns, longest, self.seed, vocabulary)
 
     def round(
         self, number: int, count: int, together: int, on_written: Callable[[int, int, float], None] | None, ranks: Ranks
