@@ -45,8 +45,9 @@ RUNS = {
     "slim-40": ("prune", "demo", "slim-40", "--ratio", "0.4", *SMALL),
     "rows": ("data", "fetch", "commonsense", "rows"),
     "page": (
-        "compare", "demo", "slim-20", "slim-40", "--window", "512", "--max-tokens", "8192", "--samples", "1",
-        "--tasks", "piqa,hellaswag,arc_easy", "--limit", "50", "--data-dir", "rows", "--out", "page",
+        "compare", "demo", "slim-20", "slim-40", "--window", "256", "--max-tokens", "2048", "--samples", "1",
+        "--tasks", "piqa,arc_easy", "--limit", "20", "--data-dir", "rows", "--out", "page",
+        "--prompt", "64", "--new-tokens", "16", "--rounds", "2",
     ),
     "plan": ("plan", "demo", "--ratio", "0.3", "--for", "vllm"),
 }  # fmt: skip
