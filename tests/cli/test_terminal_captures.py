@@ -98,7 +98,10 @@ def test_nothing_of_other_libraries_is_seen(captures):
         ("export", {"writing"}),
         ("verify", {"comparing"}),
         ("speed", {"timing"}),
-        ("demo", {"writing text", "measuring", "pruning", "comparing", "dense model", "slim model", "timing", "memory"}),
+        (
+            "demo",
+            {"writing text", "measuring", "pruning", "comparing", "dense model", "slim model", "timing", "memory"},
+        ),
     ],
 )
 def test_bars_have_a_phase_a_count_and_the_time_left(captures, command, phases):

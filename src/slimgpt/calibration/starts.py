@@ -49,8 +49,8 @@ def separator(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None)
     """The token that stands between documents, if the vocabulary has one; else the one a text starts or ends with.
 
     Args:
-        vocabulary: rows of the model's embedding. transformers gives tokenizers of GGUF files an ``<|endoftext|>`` behind
-            them where the file has none.
+        vocabulary: rows of the model's embedding. transformers gives tokenizers of GGUF files an ``<|endoftext|>``
+            behind them where the file has none.
     """
     special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     for name in SEPARATORS:
