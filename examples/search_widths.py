@@ -5,8 +5,8 @@ import sys
 import slimgpt
 
 name, output, text = sys.argv[1:]  # MODEL OUT and a text file to calibrate on
-plan = slimgpt.plan(name, ratio=0.33)
-print(f"{plan.parameters:,} parameters will be left")
+estimate = slimgpt.plan(name, ratio=0.33)
+print(f"{estimate.plan.parameters:,} parameters will be left")
 
 report = slimgpt.prune_folder(
     name, output, ratio=0.33, allocation="search", calibration=text, num_samples=32, seq_len=256, progress=True
