@@ -243,7 +243,8 @@ def plot(result: dict[str, Any], file: Path) -> None:
         for row in result["rows"]:
             points = [point for point in row["curve"] if point[0] is not None]
             if row["ratio"] == ratio:
-                axes.plot(*zip(*points), marker="o", markersize=3, label=row["method"], color=COLORS[row["method"]])
+                marker = "os^D"[list(COLORS).index(row["method"])]
+                axes.plot(*zip(*points), marker=marker, markersize=4, label=row["method"], color=COLORS[row["method"]])
         axes.set_title(f"{ratio:.0%} removed")
         axes.set_xlabel("core-minutes")
         axes.set_ylabel("held-out loss per token")

@@ -117,14 +117,26 @@ def main(out: Annotated[Path, typer.Option(help="The page to write.")]) -> None:
     lines = [
         "# How it scales, on paper",
         "",
-        f"20% of each model, 128 x 2048 = {TOKENS:,} tokens, bf16 weights. **Nothing on this page was measured on a "
-        "GPU** (`benchmarks/results/gpu.md` was: 7B on one H100 or H200): operations are counted as in `benchmarks/floor.md` and divided by assumed rates of an H100-class machine: "
-        f"{m.half / 1e12:.0f} TFLOP/s for 16-bit products, {m.single / 1e12:.0f} TFLOP/s for factorisations, "
-        f"{m.disk / 1e9:.0f} GB/s from disk, {m.bus / 1e9:.0f} GB/s to the GPU, {m.link / 1e9:.0f} GB/s for sums "
-        f"within a node of {m.gpus_per_node}, {m.network / 1e9:.0f} GB/s between nodes. On two CPU cores the loop runs at the "
-        "rates of `benchmarks/results/wallclock.md`. Put in your own with `benchmarks/scaling.py`.",
+        "Time and memory of pruning 20% of each model on GPUs, with 128 x 2048 calibration tokens and bf16 weights. **Everything on this page "
+        "is computed, nothing is measured**; [gpu.md](../../benchmarks/results/gpu.md) has measurements of 7B on one H100 and one H200.",
         "",
-        "| model | GPUs | reading | forward | Gram | sums | solver | total | limited by |",
+        "Operations are counted as in [floor.md](../../benchmarks/floor.md) and divided by assumed rates of an H100-class machine:",
+        "",
+        "| part | assumed rate |",
+        "|---|---|",
+        f"| 16-bit products | {m.half / 1e12:.0f} TFLOP/s |",
+        f"| factorisations | {m.single / 1e12:.0f} TFLOP/s |",
+        f"| reading from disk | {m.disk / 1e9:.0f} GB/s |",
+        f"| host to GPU | {m.bus / 1e9:.0f} GB/s |",
+        f"| all-reduce within a node of {m.gpus_per_node} | {m.link / 1e9:.0f} GB/s |",
+        f"| all-reduce between nodes | {m.network / 1e9:.0f} GB/s |",
+        "",
+        "To use other rates, change them in `benchmarks/scaling.py` and run it. Counted is the loop of `--method paper`; the "
+        "[other parts of the default](#the-default) come on top.",
+        "",
+        "## Time",
+        "",
+        "| model | GPUs | reading | forward passes | Gram matrices | all-reduce | solver | total | limited by |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
@@ -135,10 +147,16 @@ def main(out: Annotated[Path, typer.Option(help="The page to write.")]) -> None:
             lines.append(f"| {shape.name} | {gpus} | {cells} | {sum(parts.values()) / 60:,.1f} min | {worst} |")
     lines += [
         "",
-        "Memory of the busiest GPU (GB). The stream and the kept inputs move to host memory, or are computed twice, "
-        "when `--memory` or the GPU is smaller; a layer and its solver must fit.",
+        "- **7B** is limited by forward passes and Gram matrices, which are proportional to the tokens. More GPUs divide them; the "
+        "solver remains, which runs on the first GPU while the others wait.",
+        "- **70B and 405B** are limited by the solver, whose work grows with the cube of the FFN's width and does not depend on the "
+        "tokens. Eight GPUs save a third or less, and 64 hardly more.",
+        "- **Reading:** every process reads every layer. Processes of one node share the page cache, so each node reads the disk "
+        "once. A slow network disk may dominate.",
         "",
-        "| model | GPUs | layer | solver | stream | kept inputs | one batch | all on the GPU | at least |",
+        "## Memory of the busiest GPU, in GB",
+        "",
+        "| model | GPUs | layer | solver | hidden states | matrix inputs | one batch | all on the GPU | at least |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for shape in SHAPES:
@@ -150,22 +168,30 @@ def main(out: Annotated[Path, typer.Option(help="The page to write.")]) -> None:
             lines.append(f"| {shape.name} | {gpus} | {cells} | {full / 1e9:,.1f} | {least / 1e9:,.1f} |")
     lines += [
         "",
-        "What limits each:",
+        "- *Hidden states* are those of all calibration tokens between two layers, *matrix inputs* those of the output matrix in work. If "
+        "`--memory` or the GPU is too small for them, they move to host memory or are computed twice. A layer and its solver must fit.",
+        "- The Gram matrix and the inverse of 53,248 columns take 11 GB each in fp32, so the solver of the 405B model fits into 80 GB. "
+        "The whole model never has to fit anywhere.",
+        "- Host memory holds about one layer, and what the GPU has no room for; weights are mapped from their files "
+        "([memory.md](../../benchmarks/results/memory.md)).",
         "",
-        "- **7B:** on one GPU the forward pass and the Gram matrices, both in proportion to the tokens; more GPUs divide "
-        "them, and what is left is the solver, which runs on the first GPU while the others wait.",
-        "- **70B and 405B:** the solver from the start: its work grows with the cube of the FFN's width and not with the "
-        "tokens. Eight GPUs save a third or less, sixty-four no more than that. Factorising one matrix on several GPUs, "
-        "or 16-bit tensor cores with refinement, would be the next step.",
-        "- **Reading:** every process reads every layer; those of one node share the page cache, so the disk is read once "
-        "per node. On a network disk this part leads.",
-        "- **Memory:** the Gram matrix and the inverse of 53,248 columns are 11 GB each in fp32, so the solver of the 405B "
-        "model fits into 80 GB; on one GPU its kept inputs go to host memory. The weights never have to fit anywhere.",
-        "- **Host memory:** anonymous memory stays near one narrow layer and what the GPU has no room for; weights are "
-        "mapped from their files (`benchmarks/results/memory.md`).",
+        "## Starting it",
         "",
-        "Start it with `torchrun --nproc-per-node 8 -m slimgpt prune MODEL OUT ...`, on several nodes with torchrun's "
-        "own `--nnodes` and `--rdzv-endpoint`; OUT must be on the first node's disk, the model on every node's.",
+        "```",
+        "torchrun --nproc-per-node 8 -m slimgpt prune MODEL OUT ...",
+        "```",
+        "",
+        "For several nodes add torchrun's `--nnodes` and `--rdzv-endpoint`. Every node needs the model on its disk, and OUT must be on a disk "
+        "that all nodes see; otherwise the first process trains and compares with the dense model by itself.",
+        "",
+        "## The default",
+        "",
+        "Measuring, training, the comparison and generated text are divided among the processes, too. Their traffic was not measured on GPUs:",
+        "",
+        "- **Measuring:** one Gram matrix per structure, as in the loop, then one number per structure.",
+        "- **Training:** per step and process about twice the trained parameters in fp32 (a reduce-scatter of gradients, which overlaps with the "
+        "backward pass of the next layer, and an all-gather of weights). Adam's moments, 4 bytes per trained parameter, are divided among the "
+        "processes; the fp32 weights are not. A step has at least two windows of 256 tokens, so more processes than windows gain nothing.",
         "",
     ]
     out.write_text("\n".join(lines), encoding="utf-8")

@@ -35,7 +35,12 @@ def navigation() -> list[dict[str, object]]:
         "Results": sorted(str(page.relative_to(ROOT)) for page in (ROOT / "benchmarks/results").glob("*.md")),
         "Project": ["CHANGELOG.md", "CONTRIBUTING.md", *titled("lab-notes")],
     }
-    return [{"Home": "README.md"}, {"All pages": "docs/index.md"}, *({name: list_} for name, list_ in pages.items())]
+    first: list[dict[str, object]] = [
+        {"Home": "README.md"},
+        {"Quick start": "docs/quick-start.md"},
+        {"All pages": "docs/index.md"},
+    ]
+    return [*first, *({name: list_} for name, list_ in pages.items())]
 
 
 def stage(folder: Path) -> None:

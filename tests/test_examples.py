@@ -85,6 +85,13 @@ def test_training(folders, long_text, tmp_path):
     assert "slim" in trained
 
 
+@pytest.mark.slow
+def test_search(folders, long_text, tmp_path):
+    text = run("search_widths.py", folders / "dense", tmp_path / "slim", long_text)
+    assert "parameters will be left" in text
+    assert (tmp_path / "slim/model.safetensors").is_file()
+
+
 def test_the_notebook_runs(folders, long_text, tmp_path, monkeypatch):
     """Every cell, in a kernel of its own, with a tiny model and text in place of the demo's."""
     nbformat = pytest.importorskip("nbformat")

@@ -1,4 +1,4 @@
-"""Finished rows as Markdown, JSON and two plots."""
+"""Finished rows as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ from typing import Any
 from baselines import METHODS
 
 from quality_table.models import MODELS
+from quality_table.plots import CUT, measure_name, plot_ratio, plot_seconds
 from quality_table.rows import DENSE, Result, Row
-from quality_table.run import TASKS, TEXTS, VALIDATION, Settings
+from quality_table.run import TASKS, TEXTS, Settings
 from slimgpt.evaluation.tasks import Answers, difference, flips, mean_of, stderr_of_mean
 
 Rows = Sequence[tuple[Row, Result]]
 EXACT = 0.002
 """How far the achieved share may be from the ratio."""
-
-CUT = 30
-"""The plots end at so many times the dense model's perplexity."""
-
 
 ABOUT_ABLATIONS = (
     "What is in brackets differs from the settings above. A row that calibrates on `wikitext2` (train text) is "
@@ -39,7 +36,7 @@ ABOUT_YES_NO = (
 
 def measure_names(validation: bool) -> list[str]:
     """The perplexities of the table."""
-    return [f"{name}{VALIDATION if validation else ''}@{window}" for name, window in TEXTS]
+    return [measure_name(text, window, validation) for text, window in TEXTS]
 
 
 def increase(result: Result, dense: Result, measure: str) -> float | None:
@@ -181,7 +178,7 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
         + ". C4 documents that are measured on are none that are calibrated on. `(!)` marks a share that is more than "
         "0.2 points off. *Share of `paper`'s increase*: how much log-perplexity rises over dense, `paper` being 1. "
         "Core-seconds are processor time, which a busy machine changes less than seconds. The plots end at "
-        f"{CUT} times the dense model's perplexity; what is above has a triangle at the upper edge of the second.",
+        f"{CUT} times the dense model's perplexity; what is above has a hollow marker at the upper edge of the second.",
         "",
         "Written by `benchmarks/quality.py`"
         + (" on the validation texts." if settings.validation else ".")
@@ -212,123 +209,13 @@ def markdown(rows: Rows, ablations: Rows, settings: Settings, plots: Sequence[Pa
     return "\n".join(lines)
 
 
-def plot_ratio(rows: Rows, settings: Settings, file: Path) -> None:
-    """Perplexity against the share removed, one panel per model and text."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    models = list(dict.fromkeys(row.model for row, result in rows if result.measures))
-    measures = measure_names(settings.validation)[1:]
-    figure, axes = plt.subplots(
-        len(measures), len(models), figsize=(5 * len(models), 7), squeeze=False, layout="constrained"
-    )
-    colours, shown = _colours(rows), set[str]()
-    for column, model in enumerate(models):
-        for line, measure in enumerate(measures):
-            axis = axes[line][column]
-            series: dict[str, list[tuple[float, float]]] = {}
-            for row, result in rows:
-                value = result.value(measure)
-                if row.model == model and not row.repair and value is not None:
-                    series.setdefault(row.method, []).append((result.found["achieved"], value))
-            dense = series.pop(DENSE, [])
-            for method, points in series.items():
-                x, y = zip(*sorted(dense + points))
-                label = None if method in shown else method
-                shown.add(method)
-                axis.plot(x, y, marker="o", markersize=4, color=colours[method], label=label, **_weight(method))
-            axis.set(yscale="log", xlabel="share of the decoder removed", ylabel=f"perplexity, {measure}")
-            if dense:
-                axis.set_ylim(top=min(axis.get_ylim()[1], CUT * dense[0][1]))
-            _plain_ticks(axis.yaxis)
-            axis.grid(alpha=0.3)
-            axis.set_title(MODELS[model].title, fontsize=9)
-    _save(figure, bool(shown), file)
-
-
-def plot_seconds(rows: Rows, settings: Settings, file: Path) -> None:
-    """Perplexity against core-seconds, one panel per model and ratio."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    measure = measure_names(settings.validation)[1]
-    pruned = [(row, result) for row, result in rows if row.method != DENSE and not row.repair and result.measures]
-    models, ratios = (list(dict.fromkeys(items)) for items in zip(*((row.model, row.ratio) for row, _ in pruned)))
-    colours, shown = _colours(pruned), set[str]()
-    figure, axes = plt.subplots(
-        len(ratios),
-        len(models),
-        figsize=(5 * len(models), 3.2 * len(ratios)),
-        squeeze=False,
-        sharex=True,
-        layout="constrained",
-    )
-    for column, model in enumerate(models):
-        dense = _find(rows, model, DENSE, 0.0)
-        limit = CUT * ((dense and dense.value(measure)) or math.inf)
-        for line, ratio in enumerate(ratios):
-            axis = axes[line][column]
-            chosen = [(row, result) for row, result in pruned if (row.model, row.ratio) == (model, ratio)]
-            points = [(row, result.found.get("core_seconds"), result.value(measure)) for row, result in chosen]
-            points = [(row, x, y) for row, x, y in points if x is not None and y is not None]
-            top = min(max((y for *_, y in points), default=1.0), limit)
-            for row, x, y in points:
-                # What is off the plot stands at its upper edge.
-                marker = "^" if y > top else "o"
-                label = None if row.method in shown else row.method
-                shown.add(row.method)
-                axis.scatter([x], [min(y, top)], color=colours[row.method], marker=marker, label=label)
-            axis.set(xscale="log", yscale="log", ylabel=f"perplexity, {measure}")
-            axis.margins(0.15)
-            _plain_ticks(axis.xaxis, (1, 2, 5))
-            _plain_ticks(axis.yaxis)
-            axis.grid(alpha=0.3)
-            axis.set_title(f"{model}, {ratio:.0%} removed", fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel("core-seconds of pruning")
-    _save(figure, bool(shown), file)
-
-
-def _save(figure: Any, labelled: bool, file: Path) -> None:
-    """Write a plot, with a legend of what is labelled in its panels, if anything is."""
-    from matplotlib import pyplot as plt
-
-    if labelled:
-        figure.legend(loc="outside lower center", ncols=5, fontsize=8)
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
-def _colours(rows: Rows) -> dict[str, str]:
-    """The same for a method in every panel."""
-    methods = dict.fromkeys(row.method for row, result in rows if row.method != DENSE and result.measures)
-    return {name: f"C{number % 10}" for number, name in enumerate(methods)}
-
-
-def _plain_ticks(axis: Any, digits: Sequence[float] = (1, 1.5, 2, 3, 5, 7)) -> None:
-    """Numbers as people write them, along one axis of a plot."""
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    axis.set_major_locator(LogLocator(subs=digits))
-    axis.set_major_formatter(ScalarFormatter())
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _weight(method: str) -> dict[str, Any]:
-    return {"linewidth": 2.5} if method.startswith("slimgpt") else {"linewidth": 1.2, "linestyle": "--"}
-
-
 def write(rows: Rows, ablations: Rows, settings: Settings, out: Path) -> list[Path]:
     """Write the page, the JSON file and the plots; `out` has no suffix."""
     out.parent.mkdir(parents=True, exist_ok=True)
     plots = [out.with_name(f"{out.name}-{kind}.png") for kind in ("ratio", "seconds")]
     if any(row.method != DENSE and result.measures for row, result in rows):
-        plot_ratio(rows, settings, plots[0])
-        plot_seconds(rows, settings, plots[1])
+        plot_ratio(rows, settings.validation, plots[0])
+        plot_seconds(rows, settings.validation, plots[1])
     else:
         plots = []
     page, data = out.with_suffix(".md"), out.with_suffix(".json")

@@ -55,7 +55,7 @@ class PruneConfig:
     )
     schedule: str | tuple[float, ...] | None = setting(
         None,
-        "By rule: log_increase, uniform, ..., or a ratio per layer: a,b,c.",
+        "Ratio of each layer: a rule (log_increase, uniform, ...) or a,b,c.",
         detail="The rules: log_increase (the paper's Incremental Pruning Ratio), linear_increase, uniform, "
         "log_decrease, linear_decrease.",
         unset="log_increase",
@@ -63,10 +63,12 @@ class PruneConfig:
     )
     method: str = setting(
         "slimgpt",
-        "slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda, random, or reap: whole experts of mixtures.",
+        "slimgpt, paper, paper-no-gcd, paper-no-dgs, magnitude, wanda, random, or reap (whole experts only).",
         commands=ALL,
     )
-    repair: bool | None = setting(None, "Solve for the weights that stay.", unset="as the method", commands=RUNS)
+    repair: bool | None = setting(
+        None, "Least-squares update of the kept weights.", unset="as the method", commands=RUNS
+    )
     head_unit: str = setting(
         "auto",
         "auto, kv (KV heads with their query heads) or query.",
@@ -74,22 +76,22 @@ class PruneConfig:
         "query heads where several share a KV head.",
         commands=ALL,
     )
-    num_samples: int = setting(128, "Calibration windows.", check=check_at_least_one, commands=ALL)
+    num_samples: int = setting(128, "Number of calibration windows.", check=check_at_least_one, commands=ALL)
     seq_len: int = setting(2048, "Tokens per window.", check=check_at_least_one, commands=ALL)
-    batch_size: int = setting(4, "Windows that go through a layer together.", check=check_at_least_one, commands=RUNS)
+    batch_size: int = setting(4, "Windows per forward pass of a layer.", check=check_at_least_one, commands=RUNS)
     damping: float = setting(
-        0.01, "Share of its mean added to the Hessian's diagonal.", check=check_damping, commands=RUNS
+        0.01, "Damping of the Hessian, as a share of its mean diagonal.", check=check_damping, commands=RUNS
     )
     seed: int = setting(
         0,
-        "For the choice of text.",
-        detail="Also for the method random and for text that is generated.",
+        "Random seed.",
+        detail="Of the calibration text, of the method random and of generated text.",
         check=check_seed,
         commands=RUNS,
     )
     round_to: str | int = setting(
         AUTO,
-        "FFN widths become multiples of it: auto or a number.",
+        "Make FFN widths multiples of this: auto or a number.",
         detail="auto: of 64 where every FFN has at least 4,096 channels, of 32 where it has at least 1,024, else 1; "
         "equal layers: of 64 from 1,024 on. With auto the step is halved until the target is met (within 0.2 points, "
         "equal layers 0.5). Methods other than slimgpt take 1, as published.",
@@ -98,48 +100,48 @@ class PruneConfig:
         check=check_round_to,
         commands=ALL,
     )
-    uniform: bool = setting(False, "Equal layers: the result loads as a stock class.", commands=ALL)
+    uniform: bool = setting(False, "Same widths in all layers: loads as a stock class.", commands=ALL)
     ffn_only: bool = setting(False, "Remove FFN channels and experts only.", commands=ALL)
     heads_only: bool = setting(False, "Remove attention heads only.", commands=ALL)
     drop_attention: bool = setting(
         False,
-        "Layers may lose their whole attention, where it costs least.",
+        "Let layers lose their whole attention where it costs least.",
         detail="Each layer's attention is removed in turn from the pruned model of the trial run; plans with the "
         "cheapest ones gone are pruned on trial, and the plan of lowest divergence is taken, which may be one that "
         "keeps them all. Saves KV cache and time that narrower layers do not. Never the first layer, and not in "
         "equal layers.",
     )
     skip_layers: str | tuple[int, ...] | None = setting(
-        None, "Layers that stay as they are: 0,1,-1 (from the end).", commands=ALL
+        None, "Layers to leave unpruned: 0,1,-1 (from the end).", commands=ALL
     )
     forward_dtype: str = setting(
         "auto",
-        "Of passes over the text: auto, float32, float16, bfloat16.",
+        "Type of forward passes: auto, float32, float16, bfloat16.",
         detail="auto: as stored; on a CPU the faster one. Weights are scored, repaired and saved in their own type "
         "whatever it is.",
         commands=RUNS,
     )
     params: str | int | None = setting(
         None,
-        "In place of a ratio: parameters of the result, such as 1.0B.",
+        "Target in parameters instead of a ratio, such as 1.0B.",
         detail="Of the whole model. Never exceeded.",
         commands=BOTH,
     )
     bytes: str | int | None = setting(
         None,
-        "In place of a ratio: bytes of its weights, such as 800MB.",
+        "Target in bytes of weights instead of a ratio: 800MB.",
         detail="Never exceeded.",
         commands=BOTH,
     )
     kv_cache: str | None = setting(
         None,
-        "Limit of its KV cache at a context, such as 1GB@32k.",
+        "Limit of the KV cache at a context length: 1GB@32k.",
         detail="Whole KV heads go until it fits.",
         commands=BOTH,
     )
     allocation: str = setting(
         "auto",
-        "Which layers lose how much: auto, schedule, sensitivity, search.",
+        "How widths are chosen: auto, schedule, sensitivity, search.",
         detail="schedule: as the schedule says; sensitivity: where it costs least, measured on a trial run; search: "
         "measured at more points, then trained eight times as long; auto: sensitivity for the method slimgpt if the "
         "text is enough. A search compares with the schedule's plan, and its training moves all matrices, mostly on "
@@ -149,19 +151,18 @@ class PruneConfig:
         commands=RUNS,
     )
     plan: str | None = setting(
-        None, "A file that `slimgpt plan --save` wrote.", detail="In place of every other choice of widths."
+        None, "Widths from a file of `slimgpt plan --save`.", detail="In place of every other choice of widths."
     )
     whole_experts: float = setting(
         0.0,
-        "Mixtures: share of the loss taken as whole experts, 0 to 1.",
-        detail="The share of what experts lose. The rest is channels inside the experts that stay. With the method "
-        "reap: 1.",
+        "MoE: share of the removed weights in whole experts, 0 to 1.",
+        detail="Of what experts lose; the rest is channels inside the experts that stay. With the method reap: 1.",
         check=check_share,
         commands=ALL,
     )
     distill: str | int = setting(
         "auto",
-        "Tokens of the short training after pruning: auto, off or a number.",
+        "Tokens of the distillation after pruning: auto, off or a number.",
         detail="Output matrices, norms and routers are trained together on so many calibration tokens, towards what "
         "the dense model predicts and the text says. auto: as many as cost 1.4 forward passes (11.5 in a search) over "
         "all, for the method slimgpt if the text is enough. If the text has fewer, the dense model generates the "
@@ -173,9 +174,9 @@ class PruneConfig:
 
     evaluate: bool = setting(
         True,
-        "Measure what was lost when it is done.",
-        detail="How far the predictions are from the dense model's: KL divergence, same most likely token and "
-        "perplexity before and after, on text held out of the calibration and on a bundled one: two passes over some "
+        "Measure the divergence from the dense model at the end.",
+        detail="KL divergence of the predictions, same most likely token and perplexity before and after, "
+        " on text held out of the calibration and on a bundled one: two passes over some "
         "thousand tokens.",
     )
 

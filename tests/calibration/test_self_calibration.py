@@ -268,6 +268,17 @@ def test_texts_begin_where_pretraining_divides_documents(chatting, tokenizer):
     assert separator(tokenizer) == tokenizer.eos_token_id
 
 
+def test_a_separator_without_a_row_in_the_embedding_is_not_used(tokenizer):
+    """transformers adds one to the tokenizers of GGUF files."""
+    parted = copy.deepcopy(tokenizer)
+    parted.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    model = tiny_model("llama").eval()
+    assert parted.convert_tokens_to_ids("<|endoftext|>") == len(model.get_input_embeddings().weight)
+    writer = Writer(model, parted, 64, 0)
+    assert writer.starts.begin == (tokenizer.eos_token_id,)
+    assert writer.round(0, 2, 2, None, ALONE)
+
+
 def test_a_seed_decides_the_text(chatting):
     model = tiny_model("llama").train()
     write = in_eval_mode(written)

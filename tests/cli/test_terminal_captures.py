@@ -3,11 +3,14 @@ nothing of other libraries, and no line that is longer than the terminal."""
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
 
-from tests.cli.terminal import in_terminal
+import slimgpt
+from tests.cli.terminal import DEMO, in_terminal
+from tests.models.families import tiny_model
 
 LEAKS = (
     "Reading global config", "fatal:", "Writing:", "Loading weights", "it/s", "WARNING", "Traceback", "tqdm",
@@ -20,8 +23,18 @@ BAR = re.compile(
 )
 
 
+@pytest.fixture(scope="module")
+def demo_model(tokenizer, tmp_path_factory):
+    """A GGUF file in place of the demo's: a tiny model with room for the texts that the demo measures."""
+    root = tmp_path_factory.mktemp("demo")
+    tiny_model("llama", max_position_embeddings=1024).save_pretrained(root / "folder")
+    tokenizer.save_pretrained(root / "folder")
+    slimgpt.export(root / "folder", root / "model.gguf", "gguf", quantize="F32", check=False)
+    return root / "model.gguf"
+
+
 @pytest.fixture(scope="module", params=[80, 120])
-def captures(request, dense_folder, text_file, tmp_path_factory) -> tuple[int, dict[str, list[str]]]:
+def captures(request, dense_folder, text_file, demo_model, tmp_path_factory) -> tuple[int, dict[str, list[str]]]:
     """The lines of every command, by its name.
 
     In the wide one no process is started for the peak memory of each model, which shows no bar.
@@ -45,11 +58,13 @@ def captures(request, dense_folder, text_file, tmp_path_factory) -> tuple[int, d
         "verify": ["verify", "other-padded", "--against", "other"],
         "speed": ["speed", "slim", "--prompt", "16", "--new-tokens", "4", "--rounds", "1", *in_speed],
         "generate": ["generate", "slim", "The river", "--max-new-tokens", "4"],
+        "demo": ["demo", "shown", "--num-samples", "16", "--seq-len", "64"],
         "plan": ["plan", dense],
         "inspect": ["inspect", "slim"],
     }  # fmt: skip
     folder = tmp_path_factory.mktemp(f"terminal-{request.param}")
-    lines = in_terminal(list(commands.values()), request.param, folder)
+    stand_in = {DEMO: f"{demo_model}{os.pathsep}{text_file}"}
+    lines = in_terminal(list(commands.values()), request.param, folder, **stand_in)
     return request.param, dict(zip(commands, lines, strict=True))
 
 
@@ -87,6 +102,10 @@ def test_nothing_of_other_libraries_is_seen(captures):
         ("export", {"writing"}),
         ("verify", {"comparing"}),
         ("speed", {"timing"}),
+        (
+            "demo",
+            {"writing text", "measuring", "pruning", "comparing", "dense model", "slim model", "timing", "memory"},
+        ),
     ],
 )
 def test_bars_have_a_phase_a_count_and_the_time_left(captures, command, phases):

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import locate
 from slimgpt.planning.cost import generation_flops
 from tests.cli.test_command_line import run
-from tests.comparison.browser import CHROMIUM, browse
+from tests.comparison.browser import CHROMIUM, browser
 from tests.evaluation.conftest import data_dir  # noqa: F401  (a fixture)
 from tests.models.families import tiny_model
 
@@ -161,30 +162,92 @@ def test_the_page_asks_nobody_for_anything(compared):
     assert "<script" not in page
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-def test_the_page_in_a_real_browser(compared, tmp_path):
-    out, _ = compared
-    done = browse(out / "report.html", tmp_path, "--dump-dom")
-    assert "CONSOLE" not in done.stderr
-    dom = done.stdout
-    assert dom.count("<svg") == dom.count("<figure>") >= 2
-    assert dom.count("<table>") == 1
-    for text in (
-        "dense",
-        "slim-20",
-        "slim-50",
-        "piqa (acc_norm)",
-        "decode, tokens per second",
-        "parameters, % of dense",
-    ):
-        assert text in dom
+# What is laid out, by JavaScript in the page.
+BOXES = """[...document.querySelectorAll("figure")].map(figure => [...figure.querySelectorAll("svg text")].map(text => {
+  const box = text.getBoundingClientRect();
+  return {text: text.textContent, left: box.left, right: box.right, top: box.top, bottom: box.bottom}; }))"""
+SIZES = """[...document.querySelectorAll("svg text")].map(text => parseFloat(getComputedStyle(text).fontSize)
+  * text.closest("svg").getBoundingClientRect().width / text.closest("svg").viewBox.baseVal.width)"""
+COLOURS = """[...document.querySelectorAll("h1, h2, p, td, th, small, summary, pre, dt, dd")].filter(e => e.textContent)
+  .map(element => { let under = element;
+    while (getComputedStyle(under).backgroundColor === "rgba(0, 0, 0, 0)" && under !== document.body)
+      under = under.parentElement;
+    return [element.textContent.slice(0, 40), getComputedStyle(element).color,
+      getComputedStyle(under).backgroundColor]; })"""
+ROW = """[...document.querySelector("tbody tr:not(.group)").children].map(cell => cell.getBoundingClientRect())
+  .map(box => [box.left, box.right])"""
+
+
+@pytest.fixture(scope="module")
+def view(tmp_path_factory):
+    if CHROMIUM is None:
+        pytest.skip("no Chromium")
+    with browser(tmp_path_factory.mktemp("browser") / "profile") as page:
+        yield page
+
+
+WINDOWS = [(1100, "light"), (1100, "dark"), (390, "light")]
+
+
+@pytest.mark.parametrize(("width", "scheme"), WINDOWS)
+def test_the_page_in_a_real_browser(width, scheme, compared, view, tmp_path):
+    view.open(compared[0] / "report.html", width, scheme)
+    assert view.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
+    assert [e for e in view.events if e["method"] in ("Log.entryAdded", "Runtime.consoleAPICalled")] == []
+    asked = [e["params"]["request"]["url"] for e in view.events if e["method"] == "Network.requestWillBeSent"]
+    assert asked == [(compared[0] / "report.html").as_uri()]
+    text = view.evaluate("document.body.innerText")
+    for words in ("dense", "slim-20", "slim-50", "piqa (acc_norm)", "decode, tokens per second"):
+        assert words in text
+    # Nothing is wider than the window but what scrolls by itself, and names in plots keep apart and can be read.
+    assert view.evaluate("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
+    assert len(view.evaluate(BOXES)) >= 5
+    for texts in view.evaluate(BOXES):
+        assert len(texts) > 3
+        assert [(a["text"], b["text"]) for a, b in combinations(texts, 2) if overlap(a, b)] == []
+    assert min(view.evaluate(SIZES)) >= 9
+    low = [(words, ink, page) for words, ink, page in view.evaluate(COLOURS) if contrast(ink, page) < 4.5]  # WCAG AA
+    assert low == []
     # Every plotted line is drawn in a colour that the page knows in both of its schemes.
-    used = set(re.findall(r"var\((--c\d)\)", dom))
-    assert {"--c0", "--c1", "--c2"} <= used
-    for size in ((1100, 1400), (390, 844)):
-        shot = tmp_path / f"{size[0]}.png"
-        browse(out / "report.html", tmp_path, f"--screenshot={shot}", size=size)
-        assert shot.stat().st_size > 10_000
+    assert {"--c0", "--c1", "--c2"} <= set(re.findall(r"var\((--c\d)\)", view.evaluate("document.body.innerHTML")))
+    view.picture(tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+
+
+def test_a_phone_shows_the_slim_models_beside_the_names(compared, view):
+    view.open(compared[0] / "report.html", 390, "light")
+    name, dense, first, second = view.evaluate(ROW)
+    assert name[0] < name[1] <= first[0] < first[1] <= second[0] < second[1] <= 390  # both without scrolling
+    assert dense[0] >= second[1]
+    view.open(compared[0] / "report.html", 1100, "light")
+    name, dense, first, second = view.evaluate(ROW)
+    assert name[1] <= dense[0] < dense[1] <= first[0] < first[1] <= second[0]
+
+
+def overlap(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two boxes share more than a pixel."""
+    across, down = (min(a[end], b[end]) - max(a[start], b[start]) for start, end in BOX_SIDES)
+    return across > 1 and down > 1
+
+
+BOX_SIDES = (("left", "right"), ("top", "bottom"))
+
+
+def contrast(ink: str, page: str) -> float:
+    """The ratio of two colours' luminances (WCAG 2.2)."""
+    bright, dim = sorted((luminance(ink), luminance(page)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_the_luminance_of_colours_is_that_of_wcag():
+    assert contrast("rgb(0, 0, 0)", "rgb(255, 255, 255)") == pytest.approx(21)
+    assert contrast("rgb(118, 118, 118)", "rgb(255, 255, 255)") == pytest.approx(4.54, abs=0.005)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from slimgpt.calibration.starts import CHAT_TEMPERATURES, TEXT_TEMPERATURE, Star
 from slimgpt.calibration.template_tokens import special_ids, turn_tokens
 from slimgpt.calibration.windows import digest, prefix_ids
 from slimgpt.errors import CalibrationError
-from slimgpt.models.lookup import context_length
+from slimgpt.models.lookup import context_length, text_config
 from slimgpt.runtime.devices import DTYPES, dtype_name
 from slimgpt.runtime.distributed import ALONE, Ranks
 from slimgpt.runtime.thresholds import thresholds
@@ -114,7 +114,8 @@ class Writer:
             self.turns = None  # no room for a conversation
         self.special = special_ids(self.tokenizer, self.model)
         longest = max(min(self.length // 2, self.length - LEAST_TOKENS), 1)
-        self.starts = Starts(self.tokenizer, self.prefix, self.turns, longest, self.seed)
+        vocabulary = text_config(self.model.config).vocab_size
+        self.starts = Starts(self.tokenizer, self.prefix, self.turns, longest, self.seed, vocabulary)
 
     def round(
         self, number: int, count: int, together: int, on_written: Callable[[int, int, float], None] | None, ranks: Ranks

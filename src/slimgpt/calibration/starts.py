@@ -45,11 +45,16 @@ def passages() -> tuple[str, ...]:
     return tuple(text.removesuffix("\n").split("\n%%\n"))
 
 
-def separator(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that stands between documents, if the vocabulary has one; else the one a text starts or ends with."""
+def separator(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> int | None:
+    """The token that stands between documents, if the vocabulary has one; else the one a text starts or ends with.
+
+    Args:
+        vocabulary: rows of the model's embedding. transformers gives tokenizers of GGUF files an ``<|endoftext|>``
+            behind them where the file has none.
+    """
     special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     for name in SEPARATORS:
-        if name in special:
+        if name in special and (vocabulary is None or special[name] < vocabulary):
             return special[name]
     first = tokenizer.bos_token_id
     return first if first is not None else tokenizer.eos_token_id  # type: ignore[return-value]
@@ -63,6 +68,7 @@ class Starts:
         turns: of the chat template.
         longest: tokens that a text begins with at most.
         seed: of all that is chosen.
+        vocabulary: rows of the model's embedding.
     """
 
     def __init__(
@@ -72,9 +78,10 @@ class Starts:
         turns: TurnTokens | None,
         longest: int,
         seed: int,
+        vocabulary: int | None = None,
     ):
         self.tokenizer, self.turns, self.longest, self.seed = tokenizer, turns, longest, seed
-        between = separator(tokenizer)
+        between = separator(tokenizer, vocabulary)
         self.begin = tuple(prefix) or (() if between is None else (between,))
         chooser = random.Random(f"{seed} openings")
         self.passages = chooser.sample(passages(), len(passages()))

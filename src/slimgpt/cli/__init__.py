@@ -8,6 +8,7 @@ import sys
 from typing import Annotated
 
 import typer
+from typer.models import CommandInfo, TyperInfo
 
 from slimgpt.cli import (  # importing a module registers its commands
     compare,
@@ -28,6 +29,14 @@ from slimgpt.cli import (  # importing a module registers its commands
 )
 from slimgpt.cli.console import app, say_disk_full
 from slimgpt.errors import DISK_FULL
+
+PANELS = {
+    "Prune": "demo scan plan prune recover",
+    "Measure": "compare evaluate speed inspect",
+    "Use": "generate chat export verify",
+    "Models and data": "families convert data reproduce",
+}
+"""The commands as the help lists them."""
 
 __all__ = [
     "app",
@@ -64,11 +73,23 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Make a trained language model smaller.
+    """Prune a language model: remove heads, FFN channels and experts, repair the rest, save a checkpoint."""
 
-    It removes attention heads and FFN channels, repairs the rest in closed form, and saves an ordinary
-    Hugging Face checkpoint.
-    """
+
+def _in_panels() -> None:
+    """Order the commands as :data:`PANELS` lists them."""
+    panels = {name: panel for panel, names in PANELS.items() for name in names.split()}
+    for each in (*app.registered_commands, *app.registered_groups):
+        each.rich_help_panel = panels[_name(each)]
+    app.registered_commands.sort(key=lambda each: list(panels).index(_name(each)))
+
+
+def _name(command: CommandInfo | TyperInfo) -> str:
+    """Of a command, which is its function's unless it is given."""
+    return command.name or getattr(command.callback, "__name__", "")
+
+
+_in_panels()
 
 
 def main() -> None:

@@ -46,23 +46,25 @@ def compare(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="The dense model: a hub id, a local folder, a .gguf file, or 'demo'.")
     ],
-    slim: Annotated[list[str], typer.Argument(metavar="SLIM...", help="One or more models to set beside it.")],
+    slim: Annotated[list[str], typer.Argument(metavar="SLIM...", help="One or more models to compare with it.")],
     output: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.")] = Path(
         "slimgpt-compare"
     ),
     text: Annotated[str, typer.Option(help="Text files, wikitext2, ptb, c4 or demo, separated by commas.")] = "demo",
     window: Annotated[str, typer.Option(help="Tokens per window, for example 128,2048.")] = "128",
-    max_tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens of a text.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Use only this many tokens of each text.")] = None,
     tasks: Annotated[str | None, typer.Option(help=TasksHelp)] = None,
     limit: LimitOption = None,
     num_fewshot: FewshotOption = None,
     data_dir: DataOption = None,
     chat_template: TemplateOption = False,
     confirm_run_unsafe_code: CodeOption = False,
-    long: Annotated[int | None, typer.Option(help="Also perplexity by position, in windows of so many tokens.")] = None,
+    long: Annotated[
+        int | None, typer.Option(help="Also measure perplexity by position, in windows of this many tokens.")
+    ] = None,
     passkey: PasskeyOption = None,
-    samples: Annotated[int, typer.Option(help="Short texts that every model writes (0 to 4).")] = 3,
-    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time the models in turn.")] = True,
+    samples: Annotated[int, typer.Option(help="Number of generated samples on the page, 0 to 4.")] = 3,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time all models in turn.")] = True,
     batch: BatchOption = "1",
     prompt: PromptOption = 512,
     new_tokens: NewOption = 128,
@@ -72,7 +74,7 @@ def compare(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a comparison.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """BASE and its slim versions in one table, one picture and one HTML page."""
+    """Compare BASE with its slim versions: a table, a plot and an HTML page."""
     from slimgpt.comparison.compare import compare as run
     from slimgpt.comparison.measure import CompareConfig
     from slimgpt.evaluation.tasks import task_names

@@ -59,8 +59,9 @@ class TerminalConsole(Console):
         super().print("\n".join(map(escape, lines)), soft_wrap=True, highlight=False)
 
 
-out = TerminalConsole()
-err = TerminalConsole(stderr=True)
+# rich would colour the digits of "134,515,008" in three parts.
+out = TerminalConsole(highlight=False)
+err = TerminalConsole(stderr=True, highlight=False)
 
 
 def show(path: object) -> str:

@@ -18,7 +18,7 @@ def convert(
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Write a checkpoint whose layout is Llama's under other names (Baichuan-7B, InternLM2) as Llama.
+    """Convert a checkpoint that is Llama under other names (Baichuan-7B, InternLM2) to Llama.
 
     No code of the repository runs, and no pickled file is read.
     """

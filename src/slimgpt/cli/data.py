@@ -10,13 +10,13 @@ import typer
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.errors import UsageError
 
-data = typer.Typer(no_args_is_help=True, help="Data for evaluation without a hub.")
+data = typer.Typer(no_args_is_help=True, help="Fetch data for evaluation without a hub.")
 app.add_typer(data, name="data")
 
 
 @data.callback()
 def group() -> None:
-    """Data for evaluation without a hub."""
+    """Fetch data for evaluation without a hub."""
 
 
 @data.command()

@@ -12,7 +12,7 @@ from rich.table import Table
 from slimgpt import assets
 from slimgpt.cli.console import app, handle_errors, out, show, silence_libraries
 from slimgpt.cli.divergence import print_dense_comparison
-from slimgpt.cli.progress import layer_progress
+from slimgpt.cli.progress import phase_progress
 
 if TYPE_CHECKING:
     from slimgpt.pipeline.demo import DemoResult
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 def demo(
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")] = Path("slimgpt-demo"),
     ratio: Annotated[float, typer.Option(help="Share of the decoder layers' parameters to remove.")] = 0.2,
-    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 32,
+    num_samples: Annotated[int, typer.Option(help="Number of calibration windows.")] = 32,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo.")] = False,
 ) -> None:
-    """Prune SmolLM2-135M-Instruct and show it before and after; calibrated on text that it writes; needs no hub."""
+    """Prune SmolLM2-135M-Instruct and show it before and after. Needs no hub and no data."""
     from slimgpt.io.folders import check_output
+    from slimgpt.pipeline.callbacks import by_phase
     from slimgpt.pipeline.demo import run_demo
 
     silence_libraries()
@@ -36,9 +37,16 @@ def demo(
         check_output(output / part, overwrite)
     from slimgpt.runtime.devices import as_device
 
-    with layer_progress(num_samples * seq_len, as_device("auto")) as callbacks:
+    with phase_progress(num_samples * seq_len, as_device("auto")) as step:
         result = run_demo(
-            output, ratio, num_samples, seq_len, overwrite, lambda text: out.print(f"[dim]{show(text)}[/]"), callbacks
+            output,
+            ratio,
+            num_samples,
+            seq_len,
+            overwrite,
+            lambda text: out.print(f"[dim]{show(text)}[/]"),
+            by_phase(step),
+            on_phase=step,
         )
     _print_demo(result)
 

@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data-dir", metavar="DIR", help="Texts and rows of tasks from files here instead of the hub."),
+    typer.Option("--data-dir", metavar="DIR", help="Read texts and task rows from this folder instead of the hub."),
 ]
-LimitOption = Annotated[int | None, typer.Option(help="Only the first so many rows of every task.")]
+LimitOption = Annotated[int | None, typer.Option(help="Use only this many rows of each task.")]
 FewshotOption = Annotated[
-    int | None, typer.Option(help="Examples before every question.", show_default="as the task says")
+    int | None, typer.Option(help="Few-shot examples per question.", show_default="as the task says")
 ]
 PasskeyOption = Annotated[
-    str | None, typer.Option(metavar="LENGTHS", help="Hide a number in texts of 512,1024,... tokens; ask for it.")
+    str | None, typer.Option(metavar="LENGTHS", help="Passkey retrieval in texts of so many tokens: 512,1024.")
 ]
 TemplateOption = Annotated[
-    bool, typer.Option("--chat-template", help="Put the questions of tasks through the chat template.")
+    bool, typer.Option("--chat-template", help="Apply the chat template to the questions of tasks.")
 ]
 CodeOption = Annotated[
-    bool, typer.Option("--confirm-run-unsafe-code", help="Let tasks such as humaneval run the code a model writes.")
+    bool, typer.Option("--confirm-run-unsafe-code", help="Allow tasks such as humaneval, which run generated code.")
 ]
 TasksHelp = (
     "Tasks of lm-evaluation-harness by name, separated by commas; 'commonsense' is the usual seven; ifeval, "
-    "gsm8k and humaneval are generated."
+    "gsm8k and humaneval have generated answers."
 )
 
 
@@ -47,20 +47,20 @@ TasksHelp = (
 def evaluate(
     model: ModelArgument,
     text: Annotated[str | None, typer.Option(help="A text file, wikitext2, ptb, c4, or 'demo'.")] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window; 128 and 2048 are the literature's.")] = 128,
+    window: Annotated[int, typer.Option(help="Tokens per window; papers use 128 or 2048.")] = 128,
     against: Annotated[
         str | None,
-        typer.Option(metavar="BASE", help="The dense model: tell the KL divergence of MODEL's predictions from it."),
+        typer.Option(metavar="BASE", help="The dense model: also measure the KL divergence from it."),
     ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens from one window to the next.", show_default="window: no overlap")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Use only the first so many tokens.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Use only this many tokens of the text.")] = None,
     by_position: Annotated[
-        bool, typer.Option("--by-position", help="Also perplexity by position in the window, for long ones.")
+        bool, typer.Option("--by-position", help="Also measure perplexity by position in the window.")
     ] = False,
     bos: Annotated[
-        str, typer.Option(help="Start the text ('once') or every 'window' with BOS, if the tokenizer adds one.")
+        str, typer.Option(help="BOS token: 'once' at the start of the text, or in every 'window'.")
     ] = "auto",
     tasks: Annotated[str | None, typer.Option(help=TasksHelp)] = None,
     limit: LimitOption = None,
@@ -75,18 +75,15 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
     engine: Annotated[
         str,
-        typer.Option(
-            help="transformers or llama.cpp; auto: llama.cpp for the text of a .gguf file where it is installed."
-        ),
+        typer.Option(help="transformers or llama.cpp; auto: llama.cpp for .gguf files where it is installed."),
     ] = "auto",
     update_card: Annotated[
-        bool, typer.Option("--update-card", help="Add the figures to the card and the report of MODEL, a slim folder.")
+        bool, typer.Option("--update-card", help="Add the results to the model card and report of MODEL.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Perplexity of MODEL on a text and its divergence from a BASE, its scores on tasks, pass keys in long texts;
-    each with its protocol."""
+    """Measure perplexity, KL divergence from a dense model, task scores and passkey retrieval of MODEL."""
     from slimgpt.checkpoint.inspecting import read_report
     from slimgpt.checkpoint.updating import read_own_report
     from slimgpt.checkpoint.updating import update_card as add_to_card

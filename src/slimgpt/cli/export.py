@@ -47,17 +47,17 @@ def export(
     ] = None,
     tokenizer_pre: Annotated[
         str | None,
-        typer.Option(help="For GGUF: llama.cpp's name of how the tokenizer splits text.", show_default="found"),
+        typer.Option(help="For GGUF: llama.cpp's name of the pre-tokenizer.", show_default="found"),
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Compare with SLIM in the real engine where it is installed.")
+        bool, typer.Option("--verify/--no-verify", help="Compare with SLIM in the engine, if it is installed.")
     ] = True,
     push_to_hub: PushOption = None,
     private: PrivateOption = False,
     json_file: JsonOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Write SLIM in a form that other engines read, and compare the two."""
+    """Write SLIM in a form that another engine reads, and check that it computes the same."""
     from slimgpt.exporting.run import export as run
 
     silence_libraries()
@@ -75,13 +75,11 @@ def export(
 @app.command()
 @handle_errors
 def verify(
-    exported: Annotated[
-        Path, typer.Argument(metavar="EXPORT", help="A folder of a stock class, or a .gguf file; what --engine reads.")
-    ],
+    exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="An exported folder or .gguf file.")],
     against: Annotated[
         Path | None,
         typer.Option(
-            metavar="SLIM", help="The folder that it was made from.", show_default="EXPORT itself with --engine"
+            metavar="SLIM", help="The slim folder that it was made from.", show_default="EXPORT itself with --engine"
         ),
     ] = None,
     engine: Annotated[
@@ -93,21 +91,23 @@ def verify(
     ] = None,
     python: Annotated[
         Path | None,
-        typer.Option(metavar="PATH", help="The Python where the engine is installed.", show_default="this one"),
+        typer.Option(metavar="PATH", help="Python of the environment with the engine.", show_default="this one"),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="With --engine: prompts, one a line.", show_default="five of ours"),
+        typer.Option(
+            metavar="FILE", help="With --engine: prompts, one per line.", show_default="five built-in prompts"
+        ),
     ] = None,
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="With --engine: what a log-probability may differ by.",
+            help="With --engine: largest difference of a log-probability.",
             show_default="0.001; for GGUF below F32 the perplexity counts",
         ),
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="A text file, or 'demo'.", show_default="a paragraph of ours")
+        str | None, typer.Option(help="A text file, or 'demo'.", show_default="a built-in paragraph")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of the text to compare.")] = 1024,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
@@ -115,7 +115,7 @@ def verify(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Run EXPORT in its engine and SLIM in transformers on the same tokens, and compare.
+    """Check that EXPORT computes in its engine what SLIM computes in transformers.
 
     The exit code is 1 where the two differ by more than the form allows.
     """

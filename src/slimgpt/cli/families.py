@@ -17,12 +17,14 @@ from slimgpt.cli.console import app, handle_errors, out, silence_libraries
 def families(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="Only those of this name: a model_type, or what people say: Qwen3.5."),
+        typer.Argument(metavar="[NAME]", help="A model_type or a common name, such as Qwen3.5."),
     ] = None,
-    refused: Annotated[bool, typer.Option("--refused", help="Also those that are refused, and why.")] = False,
+    refused: Annotated[
+        bool, typer.Option("--refused", help="Also list families that cannot be pruned, and why.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """What can be removed from every family, and what of it still loads as a stock class."""
+    """List what can be removed from each family of models."""
     from slimgpt.models.families.names import matching
     from slimgpt.models.families.support import families as run
 

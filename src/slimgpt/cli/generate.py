@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
     from slimgpt.models.text_generation import Sampling
 
-NewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0: greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling probability.")]
+Seed = Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")]
 
 
 @app.command()
 @handle_errors
 def generate(
     model: ModelArgument,
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The text to go on from; - reads standard input.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
     max_new_tokens: NewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Go on from the text itself, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Do not apply the chat template.")] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Print what MODEL answers to PROMPT, or how it goes on where it has no chat template."""
+    """Print MODEL's answer to PROMPT; a model without a chat template continues it."""
     from slimgpt.models.loading import load
     from slimgpt.models.text_generation import Sampling
 
@@ -63,7 +63,7 @@ def chat(
     dtype: DtypeOption = "auto",
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Talk to MODEL; an empty line or Ctrl-D ends it."""
+    """Chat with MODEL; an empty line or Ctrl-D ends it."""
     from slimgpt.models.loading import load
     from slimgpt.models.text_generation import Sampling
 

@@ -19,7 +19,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Widths per layer, parameters, bytes, and what was removed. Loads no weights."""
+    """Show widths per layer, parameters, bytes and what was removed, without loading weights."""
     from slimgpt.checkpoint.inspecting import inspect as run
 
     silence_libraries()

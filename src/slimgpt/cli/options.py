@@ -17,9 +17,7 @@ ModelArgument = Annotated[
 ]
 
 
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let Python code from the model's repository run.")
-]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code from the model's repository.")]
 
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
@@ -30,11 +28,11 @@ DtypeOption = Annotated[str, typer.Option(help="auto (as stored), float32, float
 
 PushOption = Annotated[
     str | None,
-    typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this repository of the hub (me/slim)."),
+    typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to this hub repository, such as me/slim."),
 ]
 
 
-PrivateOption = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")]
+PrivateOption = Annotated[bool, typer.Option("--private", help="With --push-to-hub: make a new repository private.")]
 
 
 def setting_options(

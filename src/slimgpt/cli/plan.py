@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 def plan(
     model: ModelArgument,
     engines: Annotated[
-        str | None, typer.Option("--for", help="Engines to suit: hf, vllm, llama.cpp, sglang, mlx, onnx; with commas.")
+        str | None, typer.Option("--for", help="Engines to serve it in: hf, vllm, llama.cpp, sglang, mlx, onnx.")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights on disk.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Type of the saved weights.")] = "auto",
     save: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the widths as TOML for prune --plan.")
     ] = None,
@@ -44,7 +44,7 @@ def plan(
     trust_remote_code: TrustOption = False,
     **settings: Any,
 ) -> None:
-    """What pruning MODEL would give, before any weight is loaded: widths, sizes, cost, and which engines run it."""
+    """Show widths, size, cost and engines of a pruned MODEL before any weight is loaded."""
     from slimgpt.config import make_config
     from slimgpt.pipeline.estimate import forecast
     from slimgpt.planning.plan_file import to_toml

@@ -77,7 +77,7 @@ def prune(
     model: ModelArgument,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
     engines: Annotated[
-        str | None, typer.Option("--for", help="Engines to suit: hf, vllm, llama.cpp, sglang, mlx, onnx; with commas.")
+        str | None, typer.Option("--for", help="Engines to serve it in: hf, vllm, llama.cpp, sglang, mlx, onnx.")
     ] = None,
     export_to: Annotated[
         str | None,
@@ -97,16 +97,16 @@ def prune(
     dtype: DtypeOption = "auto",
     memory: Annotated[
         str | None,
-        typer.Option(help="Of the GPU or this process, such as 8GB.", show_default="what is free"),
+        typer.Option(help="Memory limit of the GPU or this process, such as 8GB.", show_default="what is free"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume a killed run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
     trust_remote_code: TrustOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, plan, estimate; write nothing.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show a row for every layer.")] = False,
     **settings: Any,
 ) -> None:
-    """Prune MODEL and save the smaller model as the folder OUT."""
+    """Prune MODEL and write the smaller model to the folder OUT."""
     for_engines(engines, settings)
     config = make_config(**settings)  # before torch is imported: what is wrong in it is said at once
     from slimgpt.checkpoint.hub import check_repository

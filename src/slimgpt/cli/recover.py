@@ -65,12 +65,12 @@ def recover(
     dtype: DtypeOption = "auto",
     push_to_hub: PushOption = None,
     private: PrivateOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where a killed run stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume a killed run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
     trust_remote_code: TrustOption = False,
     **settings: Any,
 ) -> None:
-    """Train SLIM to win back what pruning lost, and save the result as the folder OUT.
+    """Train SLIM to recover quality, and write the result to the folder OUT.
 
     Plain text is packed; of instructions and chats only the answers are trained on.
     """

@@ -19,17 +19,19 @@ DEFAULT_OUT = Path("slimgpt-reproduced")
 @handle_errors
 def reproduce(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of one in recipes/, such as llama-7b.")],
-    output: Annotated[Path, typer.Option("--out", metavar="DIR", help="For tables and finished rows.")] = DEFAULT_OUT,
-    tiny: Annotated[bool, typer.Option("--tiny", help="The small variant, on SmolLM2: does it run here?")] = False,
+    output: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder of tables and finished rows.")
+    ] = DEFAULT_OUT,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Run a small variant on SmolLM2, to see that it works here.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="Another model for all rows, such as a local copy.")] = None,
     device: DeviceOption = "auto",
-    data_dir: Annotated[
-        Path | None, typer.Option(help="Files with the rows of the tasks, in place of the hub.")
-    ] = None,
-    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the models below DIR.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Do finished rows again.")] = False,
+    data_dir: Annotated[Path | None, typer.Option(help="Read task rows from this folder instead of the hub.")] = None,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the pruned models in DIR.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Repeat finished rows.")] = False,
 ) -> None:
-    """Measure a table of the paper, row by row, beside what the paper states.
+    """Measure a table of the paper row by row.
 
     A run that was stopped goes on where it was: the same command again.
     """

@@ -56,7 +56,7 @@ def scan(
         str | None,
         typer.Option(
             metavar="RATIOS",
-            help="Sizes to prune to and measure; the others are predicted.",
+            help="Ratios to prune to and measure; others are predicted.",
             show_default="0.1,0.3,0.55",
         ),
     ] = None,
@@ -64,7 +64,7 @@ def scan(
         float, typer.Option(metavar="NATS", help="The largest KL divergence per token to recommend.")
     ] = 0.25,
     engines: Annotated[
-        str | None, typer.Option("--for", help="Engines to suit: hf, vllm, llama.cpp, sglang, mlx, onnx; with commas.")
+        str | None, typer.Option("--for", help="Engines to serve it in: hf, vllm, llama.cpp, sglang, mlx, onnx.")
     ] = None,
     output: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.")] = Path("slimgpt-scan"),
     calibration: Annotated[
@@ -73,7 +73,8 @@ def scan(
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     memory: Annotated[
-        str | None, typer.Option(help="Of the GPU or this process, such as 8GB.", show_default="what is free")
+        str | None,
+        typer.Option(help="Memory limit of the GPU or this process, such as 8GB.", show_default="what is free"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier scan in OUT.")] = False,
     trust_remote_code: TrustOption = False,

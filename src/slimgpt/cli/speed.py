@@ -16,23 +16,23 @@ from slimgpt.cli.progress import bar
 if TYPE_CHECKING:
     from slimgpt.comparison.timing import Timings
 
-BatchOption = Annotated[str, typer.Option(help="Prompts at once, for example 1,8.")]
+BatchOption = Annotated[str, typer.Option(help="Batch sizes, such as 1,8.")]
 PromptOption = Annotated[int, typer.Option(help="Tokens per prompt.")]
-NewOption = Annotated[int, typer.Option(help="Tokens decoded after it.")]
-RoundsOption = Annotated[int, typer.Option(help="Timed rounds; medians count.")]
+NewOption = Annotated[int, typer.Option(help="New tokens per prompt.")]
+RoundsOption = Annotated[int, typer.Option(help="Timed rounds; the median is reported.")]
 
 
 @app.command()
 @handle_errors
 def speed(
     model: ModelArgument,
-    against: Annotated[str | None, typer.Option(metavar="BASE", help="Time BASE in turn with MODEL.")] = None,
+    against: Annotated[str | None, typer.Option(metavar="BASE", help="Time BASE as well, in turn with MODEL.")] = None,
     batch: BatchOption = "1",
     prompt: PromptOption = 512,
     new_tokens: NewOption = 128,
     rounds: RoundsOption = 5,
     memory: Annotated[
-        bool, typer.Option("--memory/--no-memory", help="Peak memory, in a fresh process for every model.")
+        bool, typer.Option("--memory/--no-memory", help="Measure peak memory in a fresh process per model.")
     ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the result here.")] = None,
     device: DeviceOption = "auto",
@@ -40,7 +40,7 @@ def speed(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the JSON file.")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Prefill and decode in tokens per second, time to the first token, peak memory, bytes and FLOPs."""
+    """Measure the speed, peak memory, bytes and FLOPs of MODEL."""
     from slimgpt.comparison.timing import speed as run
 
     silence_libraries()

@@ -29,7 +29,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: an
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 p { margin: .25rem 0; color: var(--soft); }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { flex: 1 1 20rem; max-width: 36rem; min-width: 0; margin: 0;
+figure { flex: 1 1 26rem; max-width: 36rem; min-width: 0; margin: 0;
   padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   overflow-x: auto; }
 figure svg { display: block; width: 100%%; min-width: 18rem; height: auto; }
@@ -52,6 +52,7 @@ small.good { color: var(--good); } small.bad { color: var(--bad); }
 small.note { color: var(--note); white-space: normal; }
 pre { overflow-x: auto; padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   font-size: .78rem; }
+pre.copy { user-select: all; }
 summary { cursor: pointer; white-space: pre-wrap; }
 .samples { display: flex; flex-wrap: wrap; gap: .75rem; margin: .5rem 0 1rem; }
 .samples dt { flex: 0 0 100%%; font-size: .8rem; color: var(--soft); }
@@ -82,7 +83,8 @@ def write_page(comparison: Comparison, file: Path) -> None:
         "<p>Under a value of a slim model: its ratio to the first column, of scores what is left of them, and the "
         "difference with its standard error on the same questions or tokens. Grey where the difference is within 1.96 "
         "standard errors or there were fewer than 20 questions: it may be chance.</p>",
-        f"<details><summary>the table as Markdown</summary><pre>{_escape(comparison.markdown())}</pre></details>",
+        "<details><summary>the table as Markdown (a click selects all of it)</summary>"
+        f'<pre class="copy">{_escape(comparison.markdown())}</pre></details>',
         *_samples(comparison),
         *_commands(comparison),
         "<h2>How the figures were taken</h2>",

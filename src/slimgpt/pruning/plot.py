@@ -31,7 +31,8 @@ def widths_figure(dense: Sequence[Sizes], slim: Sequence[Sizes]) -> Figure:
         axes.bar(layers, [sizes[field] for sizes in dense], color=PALE, width=0.86, label="removed")
         axes.bar(layers, [sizes[field] for sizes in slim], color=color, width=0.86, label="kept")
         axes.set_ylabel(label)
-        axes.legend(loc="lower left", framealpha=0.9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)  # covers no bar
     lower.set_xlabel("layer")
     lower.set_xlim(-0.6, len(slim) - 0.4)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))  # there is no layer 0.5
