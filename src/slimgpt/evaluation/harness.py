@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import UsageError, one_line
 from slimgpt.evaluation.answer_endings import endings_of
+from slimgpt.evaluation.code_execution import ALLOWED, local_code_eval
 from slimgpt.evaluation.loglikelihood import log_likelihoods
 from slimgpt.evaluation.task_rows import read_rows
 from slimgpt.models.text_generation import Answer, Sampling, generate_answers
@@ -183,7 +184,14 @@ def run_harness(
 @contextmanager
 def code_allowed(allowed: bool) -> Iterator[None]:
     """While this lasts, the metric that runs code does so or refuses to, whatever the environment said before."""
-    with mock.patch.dict(os.environ, {"HF_ALLOW_CODE_EVAL": "1" if allowed else "0"}):
+    with mock.patch.dict(os.environ, {ALLOWED: "1" if allowed else "0"}):
+        yield
+
+
+@contextmanager
+def _code_runs(allowed: bool) -> Iterator[None]:
+    """While this lasts, tasks that are built run code with our metric, if they may."""
+    with code_allowed(allowed), local_code_eval():
         yield
 
 
@@ -205,7 +213,7 @@ def build_tasks(
     for task in tasks:  # before it is built: its module runs code when it is imported
         if task.startswith(RUN_CODE):
             _check_code(task, run_code)
-    with redirect_stderr(io.StringIO()), _rows_from(data_dir, num_fewshot, limit), code_allowed(run_code):
+    with redirect_stderr(io.StringIO()), _rows_from(data_dir, num_fewshot, limit), _code_runs(run_code):
         built = [item for task in tasks for item in _build(manager, task, data_dir)]
     for item in built:
         if getattr(item, "UNSAFE_CODE", False):
@@ -279,10 +287,6 @@ def _build(manager: TaskManager, task: str, data_dir: Path | None) -> list[Any]:
         raise UsageError(f"task '{task}' needs {error.name or one_line(error)}: pip install 'slimgpt[eval]'") from error
     except Exception as error:
         reason = one_line(error)
-        if task.startswith(RUN_CODE):
-            raise UsageError(
-                f"task '{task}' needs the metric code_eval of the hub, which cannot be had: {reason}"
-            ) from error
         if data_dir is None:
             raise
         raise UsageError(
