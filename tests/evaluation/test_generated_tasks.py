@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from slimgpt.errors import UsageError
-from slimgpt.evaluation import harness
+from slimgpt.evaluation import harness, harness_tasks
 from slimgpt.evaluation.answer_endings import endings_of
 from slimgpt.evaluation.tasks import TaskScores, answers, check_tasks, difference, evaluate_tasks
 from slimgpt.models.text_generation import Answer
@@ -158,7 +158,7 @@ def test_no_code_runs_unasked(task, model, tokenizer, rows, monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     with (
         mock.patch("evaluate.load", side_effect=AssertionError("built")),
-        mock.patch.object(harness, "_build") as build,
+        mock.patch.object(harness_tasks, "_build") as build,
     ):
         with pytest.raises(UsageError, match=f"'{task}' runs the code .* --confirm-run-unsafe-code"):
             evaluate_tasks(model, tokenizer, task, data_dir=rows)
@@ -172,7 +172,7 @@ def test_code_is_allowed_while_it_is_confirmed_alone(monkeypatch):
 
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     for allowed in (True, False):
-        with harness.code_allowed(allowed):
+        with harness_tasks.code_allowed(allowed):
             assert os.environ["HF_ALLOW_CODE_EVAL"] == str(int(allowed))
         assert "HF_ALLOW_CODE_EVAL" not in os.environ
 

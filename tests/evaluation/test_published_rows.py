@@ -20,7 +20,9 @@ MMLU = [
     {"question": "What is old?", "subject": "anatomy", "choices": ["the sea", "the mill", "she", "b"], "answer": 1},
 ]
 GSM8K = [{"question": f"She counted {n}. How many?", "answer": f"{n}\n#### {n}"} for n in (2, 3)]
-HUMANEVAL = [{"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "", "canonical_solution": ""}]
+HUMANEVAL = [
+    {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "", "canonical_solution": ""}
+]
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ def test_the_folders_serve_the_tasks(tokenizer, tmp_path):
     # The example before the question is the first of the dev split.
     assert second["arguments"][0][0].count("What runs?") == 1
     assert check_tasks("gsm8k", num_fewshot=0, data_dir=tmp_path / "gsm8k")[0] == ["gsm8k"]
-    with pytest.raises(UsageError, match="no train rows.*gsm8k_cot"):
+    with pytest.raises(UsageError, match=r"no train rows.*gsm8k_cot"):
         check_tasks("gsm8k", data_dir=tmp_path / "gsm8k")
     assert check_tasks("gsm8k_cot", data_dir=tmp_path / "gsm8k")[0] == ["gsm8k_cot"]
     for name in ("humaneval", "humaneval_instruct"):

@@ -19,8 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from slimgpt.errors import UsageError
-from slimgpt.evaluation import harness
-from slimgpt.evaluation.harness import FOLDERS, run_harness, task_manager
+from slimgpt.evaluation import harness_tasks
+from slimgpt.evaluation.harness import run_harness
+from slimgpt.evaluation.harness_tasks import FOLDERS, task_manager
 from slimgpt.evaluation.tasks import (
     COMMONSENSE,
     MIN_QUESTIONS,
@@ -255,7 +256,7 @@ def test_what_cannot_be_run(message, arguments, tokenizer, data_dir):
 
 def test_an_unknown_task_names_its_neighbours(monkeypatch):
     monkeypatch.setattr(
-        harness, "TaskManager", lambda **_: TaskManager(include_defaults=False, include_path=ROOT / "arc")
+        harness_tasks, "TaskManager", lambda **_: TaskManager(include_defaults=False, include_path=ROOT / "arc")
     )  # all tasks take half a minute
     with pytest.raises(UsageError, match="did you mean arc_easy"):
         task_manager(["arc_eazy"])

@@ -35,18 +35,25 @@ STYLES = {"good": "green", "bad": "red", "": "dim"}
 @handle_errors
 @help_panels(
     {
-        "Texts": "text window max_tokens long passkey samples",
+        "Texts": "text window max_tokens long passkey samples seeds",
         "Tasks": "tasks limit num_fewshot data_dir chat_template confirm_run_unsafe_code",
         "Speed": "speed batch prompt new_tokens rounds",
         "Resources": "device dtype trust_remote_code",
-        "Output": "output overwrite",
+        "Output": "output overwrite update_card",
     }
 )
 def compare(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="The dense model: a hub id, a local folder, a .gguf file, or 'demo'.")
     ],
-    slim: Annotated[list[str], typer.Argument(metavar="SLIM...", help="One or more models to set beside it.")],
+    slim: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SLIM...",
+            help="One or more models to set beside it; NAME=FOLDER,FOLDER,... is one column, such as several prunings "
+            "that differ by their seed.",
+        ),
+    ],
     output: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.")] = Path(
         "slimgpt-compare"
     ),
@@ -62,6 +69,15 @@ def compare(
     long: Annotated[int | None, typer.Option(help="Also perplexity by position, in windows of so many tokens.")] = None,
     passkey: PasskeyOption = None,
     samples: Annotated[int, typer.Option(help="Short texts that every model writes (0 to 4).")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="Measure so often, each time with other rows of --limit, examples, sampled tokens, and windows.",
+        ),
+    ] = 1,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="Add the figures to the card and the report of every SLIM folder.")
+    ] = False,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time the models in turn.")] = True,
     batch: BatchOption = "1",
     prompt: PromptOption = 512,
@@ -74,7 +90,7 @@ def compare(
 ) -> None:
     """BASE and its slim versions in one table, one picture and one HTML page."""
     from slimgpt.comparison.compare import compare as run
-    from slimgpt.comparison.measure import CompareConfig
+    from slimgpt.comparison.model_result import CompareConfig
     from slimgpt.evaluation.tasks import task_names
 
     silence_libraries()
@@ -94,6 +110,7 @@ def compare(
         new_tokens=new_tokens,
         rounds=rounds,
         samples=samples,
+        seeds=seeds,
     )
     comparison = run(
         base,
@@ -105,6 +122,7 @@ def compare(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
+        update_cards=update_card,
         say=lambda words: out.print(f"[dim]{escape(words)}[/]"),
         counter=count_bar,
     )
@@ -119,7 +137,8 @@ def print_comparison(comparison: Comparison) -> None:
     for row in comparison.table():
         cells = []
         for index in range(len(comparison.sides)):
-            change = row.change_text(index)
-            cells.append(row.text(index) + (f"\n[{STYLES[row.verdict(index)]}]{change}[/]" if change else ""))
+            change, spread = row.change_text(index), row.spread_text(index)
+            value = row.text(index) + (f"\n[dim]{spread}[/]" if spread else "")
+            cells.append(value + (f"\n[{STYLES[row.verdict(index)]}]{change}[/]" if change else ""))
         table.add_row(row.name + (f"\n[yellow]{escape(row.note)}[/]" if row.note else ""), *cells)
     out.print(table)

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from unittest import mock
 
@@ -100,8 +100,8 @@ class CodeEval:
 
 
 def pass_at_k(total: int, right: int, k: int) -> float:
-    """The chance that one of ``k`` of ``total`` programs, drawn without replacement, is among the ``right`` ones (Chen et
-    al., arXiv 2107.03374, equation 1)."""
+    """The chance that one of ``k`` of ``total`` programs, drawn without replacement, is among the ``right`` ones (Chen
+    et al., arXiv 2107.03374, equation 1)."""
     return 1 - math.comb(total - right, k) / math.comb(total, k)
 
 
@@ -134,10 +134,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if hasattr(os, "killpg"):
         import signal
 
-        try:
+        with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
             os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # nothing of it is left
-            pass
     process.kill()
     process.wait()
 
