@@ -88,6 +88,7 @@ def test_several_prunings_add_how_far_they_are_from_each_other():
 def test_columns_are_models_or_named_lists(tmp_path, monkeypatch):
     for name in ("dense", "slim-0", "slim-1", "a=b"):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     three = columns("dense", ["seeds=slim-0,slim-1", "a=b", "one=slim-1"])
     assert [(column.label, column.models) for column in three] == [
