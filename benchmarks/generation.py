@@ -152,7 +152,7 @@ class KeptAnswers:
             sampling = replace(sampling, max_new_tokens=min(self.new_tokens, sampling.max_new_tokens))
         settings = [asdict(sampling), list(stop)]
         keys = [hashlib.sha256(json.dumps([list(ids), settings]).encode()).hexdigest() for ids in prompts]
-        missing = [number for number, key in enumerate(keys) if key not in self.known]
+        missing = list({key: number for number, key in enumerate(keys) if key not in self.known}.values())
         missing.sort(key=lambda number: len(prompts[number]), reverse=True)
         for start in range(0, len(missing), self.batch_size):
             batch = missing[start : start + self.batch_size]

@@ -26,7 +26,9 @@ def folders(tmp_path_factory, tokenizer):
     (root / "rows/ifeval").mkdir(parents=True)
     sentences = {**IFEVAL[0], "instruction_id_list": ["length_constraints:number_sentences"]}
     sentences["kwargs"] = [{"relation": "at least", "num_sentences": 2}]
-    lines = [json.dumps(row) + "\n" for row in (sentences, *IFEVAL)]
+    prompts = ("The river runs past the old mill", "She counted the heads", "the sea is small and old")
+    others = [{**row, "prompt": prompt} for row, prompt in zip(IFEVAL, prompts)]
+    lines = [json.dumps(row) + "\n" for row in (sentences, *others)]
     (root / "rows/ifeval/input_data.jsonl").write_text("".join(lines), encoding="utf-8")
     return root
 

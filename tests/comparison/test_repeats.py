@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import slimgpt
+from slimgpt.checkpoint.updating import update_card
 from slimgpt.comparison import CompareConfig, Comparison, ModelResult
 from slimgpt.comparison.columns import columns
 from slimgpt.comparison.differences import pairs_of, tasks_difference_over
@@ -227,3 +228,6 @@ def test_figures_of_a_comparison_go_to_the_cards(folders, text_file, data_dir, t
     assert "model-index" in card
     assert str(tmp_path) not in card
     assert not (folders / "dense" / "slimgpt.json").exists()
+    endings = {"answers": 8, "loops": 0.5, "unstopped": 0.25, "either": 0.625}
+    update_card(slim, [{**task, "task": "gsm8k", "metric": "exact_match", "endings": endings}])
+    assert "62.5% of the answers loop or never stop" in (slim / "README.md").read_text()
