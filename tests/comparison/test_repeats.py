@@ -192,7 +192,7 @@ def test_what_no_seed_changes_is_measured_once(folders, text_file, data_dir, tmp
     done = run(*words, "--out", tmp_path / "out", "--seeds", 3)
     assert done.exit_code == 0, done.output
     assert (tasks.calls, texts.calls) == (2, 6)
-    assert "nothing of these tasks, which were asked once" in (tmp_path / "out/report.html").read_text()
+    assert "of these tasks nothing, so that they were asked once" in (tmp_path / "out/report.html").read_text()
     for options, message in ((["--seeds", 0], "seeds is 0"), (["--seeds", 2, "--update-card"], "leave out one of")):
         refused = run(*words, "--out", tmp_path / "x", *options)
         assert refused.exit_code == 2

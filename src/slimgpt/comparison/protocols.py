@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from slimgpt.comparison.result import Comparison
 
 
+KINDS = {"rows": "the rows that are asked", "examples": "the examples before a question", "tokens": "sampled tokens"}
+"""What a seed changes of tasks, in words."""
+
+
 def protocols(comparison: Comparison) -> dict[str, Any]:
     """The protocols of the base's measurements; those of the slim models are the same."""
     base = comparison.sides[0]
@@ -82,14 +86,16 @@ def _of_repeats(comparison: Comparison) -> Iterator[str]:
     """What seeds and several models of a column change."""
     seeds, base = comparison.wanted.seeds, comparison.sides[0]
     if seeds > 1:
-        what = [f"the token at which the first window of a text begins ({_begins(base)})"]
+        changed = [f"the token at which the first window of a text begins ({_begins(base)})"]
         if base.tasks is not None:
             kinds = [KINDS[kind] for kind in base.tasks.protocol["seeded"]]
-            what += [f"of these tasks {', '.join(kinds)}" if kinds else "nothing of these tasks, which were asked once"]
-        what += ["the numbers of the pass key"] if base.passkey is not None else []
+            of_tasks = ", ".join(kinds) if kinds else "nothing, so that they were asked once"
+            changed.append(f"of these tasks {of_tasks}")
+        changed += ["the numbers of the pass key"] if base.passkey is not None else []
         yield (
             f"Seeds: texts, tasks and pass keys were measured {seeds} times, with seeds 0 to {seeds - 1}. A seed "
-            f"changes {'; '.join(what)}. All models get the same draws; texts that they write and speed are of one run."
+            f"changes {'; '.join(changed)}. All models get the same draws; texts that they write and speed are of one "
+            "run."
         )
     for side in comparison.sides:
         folders = list(dict.fromkeys(run.folder for run in side.runs))
@@ -98,10 +104,6 @@ def _of_repeats(comparison: Comparison) -> Iterator[str]:
                 f"{side.name} is {len(folders)} models, {', '.join(folders)}; speed, bytes and texts are the first "
                 "one's. Errors of its differences have the standard error of the mean over these models in them."
             )
-
-
-KINDS = {"rows": "the rows that are asked", "examples": "the examples before a question", "tokens": "sampled tokens"}
-"""What a seed changes of tasks, in words."""
 
 
 def _begins(base: ModelResult) -> str:

@@ -51,8 +51,10 @@ class ComparisonRow:
         return f"SD of {spread.runs} {self._error(spread.deviation)}{of_one}"
 
     def _error(self, value: float) -> str:
-        """An error in the style of the values: of shares in points, of numbers with three digits that count."""
-        return f"{100 * value:.1f}" if self.style.endswith("%") else f"{value:.2g}"
+        """An error in the style of the values: of shares in points, of numbers with two digits that count."""
+        if self.style.endswith("%"):
+            return f"{100 * value:.1f}"
+        return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
     def change(self, index: int) -> float | None:
         """Ratio of a model's value to the base's; ``None`` for the base and for values that are missing or not
