@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from slimgpt.checkpoint import Inspection, inspect, save
     from slimgpt.comparison import compare
-    from slimgpt.comparison.measure import CompareConfig
+    from slimgpt.comparison.model_result import CompareConfig
     from slimgpt.comparison.result import Comparison
     from slimgpt.comparison.timing import Timings, speed
     from slimgpt.config import PruneConfig

@@ -140,8 +140,8 @@ def test_what_every_process_would_do_anew_is_refused_under_torchrun(command, den
         monkeypatch.setenv("RANK", rank)
         result = CliRunner().invoke(app, [command, *map(str, words)])
         assert result.exit_code == 2
-        said = f"{command} runs in one process, and WORLD_SIZE is 2; start it without torchrun"
-        assert (said in " ".join(result.stderr.split())) == (rank == "0")  # one line from all of them
+        message = f"{command} runs in one process, and WORLD_SIZE is 2; start it without torchrun"
+        assert (message in " ".join(result.stderr.split())) == (rank == "0")  # one line from all of them
     assert list(tmp_path.iterdir()) == []
 
 

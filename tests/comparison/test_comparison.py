@@ -19,7 +19,7 @@ from slimgpt.comparison import CompareConfig, Comparison, ModelResult, Timing, T
 from slimgpt.comparison.differences import Difference, task_difference
 from slimgpt.comparison.html_report import write_page
 from slimgpt.comparison.plots import figures
-from slimgpt.comparison.result import ComparisonRow
+from slimgpt.comparison.row import ComparisonRow
 from slimgpt.evaluation.samples import write_samples
 from slimgpt.evaluation.speed import peak_memory
 from slimgpt.evaluation.tasks import TaskScores, answers, difference, flips

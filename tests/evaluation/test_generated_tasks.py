@@ -14,8 +14,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from slimgpt.errors import UsageError
-from slimgpt.evaluation import harness
+from slimgpt.evaluation import harness, harness_tasks
 from slimgpt.evaluation.answer_endings import endings_of
+from slimgpt.evaluation.card_figures import task_figures
 from slimgpt.evaluation.tasks import TaskScores, answers, check_tasks, difference, evaluate_tasks
 from slimgpt.models.text_generation import Answer
 from tests.cli.test_command_line import run
@@ -158,7 +159,7 @@ def test_no_code_runs_unasked(task, model, tokenizer, rows, monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     with (
         mock.patch("evaluate.load", side_effect=AssertionError("built")),
-        mock.patch.object(harness, "_build") as build,
+        mock.patch.object(harness_tasks, "_build") as build,
     ):
         with pytest.raises(UsageError, match=f"'{task}' runs the code .* --confirm-run-unsafe-code"):
             evaluate_tasks(model, tokenizer, task, data_dir=rows)
@@ -172,7 +173,7 @@ def test_code_is_allowed_while_it_is_confirmed_alone(monkeypatch):
 
     monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
     for allowed in (True, False):
-        with harness.code_allowed(allowed):
+        with harness_tasks.code_allowed(allowed):
             assert os.environ["HF_ALLOW_CODE_EVAL"] == str(int(allowed))
         assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
@@ -207,6 +208,17 @@ def test_the_commands_show_loops_beside_the_score(dense_folder, rows, tmp_path):
         json.loads((tmp_path / "compared/compare.json").read_text())
     )
     assert "loop or never stop" in (tmp_path / "compared/report.html").read_text()
+
+
+def test_how_answers_end_goes_to_the_card(model, tokenizer, rows):
+    with mock.patch("slimgpt.evaluation.harness.Scorer.max_gen_toks", 8):
+        scores = evaluate_tasks(model, tokenizer, "gsm8k", limit=2, num_fewshot=0, data_dir=rows)
+    (figures,) = task_figures(scores)
+    assert figures["metric"] == "exact_match"
+    assert figures["endings"] == scores.to_json()["endings"]["gsm8k"]
+    multiple_choice = TaskScores({"boolq": {"acc": 0.5}}, 0.5, 0.5, None, {**scores.protocol, "tasks": ["boolq"]}, {})
+    (figures,) = task_figures(multiple_choice)
+    assert "endings" not in figures
 
 
 def test_options_of_tasks_are_refused_before_anything_is_measured(dense_folder, text_file, rows):

@@ -104,3 +104,45 @@ def test_positions_are_means_over_the_windows(tokenizer, text_file):
     assert measured.by_position[1] == pytest.approx(math.exp(losses[0]), rel=1e-5)
     assert measured.by_position[4] == pytest.approx(math.exp(losses[3:7].mean()), rel=1e-5)
     assert measured.by_position[16] == pytest.approx(math.exp(losses[15:].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("max_tokens", "most"), [(100, None), (None, 20)])
+def test_a_seed_draws_where_windows_begin(max_tokens, most, tokenizer, text_file):
+    model, text = tiny_model("llama").eval(), text_file.read_text()
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    starts = set()
+    for seed in range(12):
+        measured = perplexity(model, tokenizer, text, 20, max_tokens, seed=seed)
+        start = measured.protocol["skipped_tokens"]
+        end = len(ids) if max_tokens is None else start + max_tokens
+        assert 0 <= start < (len(ids) - 100 + 1 if most is None else most)
+        expected, predicted = plain(model, ids[start:end], 20)
+        assert (measured.perplexity, measured.predicted) == (pytest.approx(expected, rel=1e-6), predicted)
+        assert measured.protocol["seed"] == seed
+        starts.add(start)
+    assert len(starts) > 5
+    first = perplexity(model, tokenizer, text, 20, max_tokens)
+    assert (first.protocol["seed"], first.protocol["skipped_tokens"]) == (None, 0)
+
+
+def test_windows_that_a_seed_moves_keep_the_text_s_bos(starting, text_file):
+    model, text = tiny_model("llama").eval(), text_file.read_text()
+    ids = starting(text)["input_ids"]
+    measured = perplexity(model, starting, text, 20, 100, seed=3)
+    start = measured.protocol["skipped_tokens"]
+    assert start > 0
+    expected, _ = plain(model, torch.tensor([ids[0], *ids[1 + start : 100 + start]]), 20)
+    assert measured.perplexity == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_error_of_the_logarithm_is_that_of_the_tokens(tokenizer, text_file):
+    model, text = tiny_model("llama").eval(), text_file.read_text()
+    ids = torch.tensor(tokenizer(text)["input_ids"][:200])
+    losses = []
+    for start in range(0, 200, 20):
+        with torch.no_grad():
+            values = model(ids[None, start : start + 20]).logits[0, :-1].double().log_softmax(-1)
+        losses.append(-values.gather(1, ids[start + 1 : start + 20, None])[:, 0])
+    every = torch.cat(losses)
+    measured = perplexity(model, tokenizer, text, 20, 200)
+    assert measured.log_stderr == pytest.approx(float(every.std() / len(every) ** 0.5), rel=1e-6)

@@ -32,8 +32,14 @@ def test_samples_are_the_most_likely_tokens(templated, model, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = TEMPLATE if templated else None
     prompts = QUESTIONS if templated else OPENINGS
-    samples = write_samples(model.train(), tokenizer, 2, 12)
+    forwards, done = [], []
+    hook = model.register_forward_hook(lambda _module, _inputs, output: forwards.append(len(output.logits)))
+    samples = write_samples(model.train(), tokenizer, 2, 12, done.append)
+    hook.remove()
     assert model.training
+    assert set(forwards) == {2}  # both in one batch
+    assert len(forwards) <= 12
+    assert sum(done) == 2
     assert [sample.prompt for sample in samples] == list(prompts[:2])
     model.eval()
     for sample in samples:
@@ -65,6 +71,25 @@ def test_answers_end_where_the_context_does(tokenizer):
             assert sample.text == tokenizer.decode(written, skip_special_tokens=True)
         else:
             assert sample.text is None
+
+
+def test_a_prompt_without_room_stands_between_others(model, tokenizer):
+    lengths = [len(tokenizer(opening)["input_ids"]) for opening in OPENINGS[:3]]
+    short = copy.deepcopy(model)
+    short.config.max_position_embeddings = max(lengths)
+    whole, done = write_samples(model, tokenizer, 3, 12), []
+    samples = write_samples(short, tokenizer, 3, 12, done.append)
+    assert sum(done) == 3
+    for sample, expected, length in zip(samples, whole, lengths):
+        room = min(12, max(lengths) - length)
+        assert (sample.text is None) == (room == 0)
+        if room:
+            written = greedy(model.eval(), tokenizer(sample.prompt)["input_ids"], room, {tokenizer.eos_token_id})
+            assert sample.text == tokenizer.decode(written, skip_special_tokens=True)
+            assert expected.text is not None
+            assert expected.text.startswith(sample.text)
+    assert any(sample.text is None for sample in samples)
+    assert any(sample.text is not None for sample in samples)
 
 
 def test_a_template_for_something_else_is_left_out(model, tokenizer):

@@ -19,8 +19,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from slimgpt.errors import UsageError
-from slimgpt.evaluation import harness
-from slimgpt.evaluation.harness import FOLDERS, run_harness, task_manager
+from slimgpt.evaluation import harness_tasks
+from slimgpt.evaluation.harness import run_harness
+from slimgpt.evaluation.harness_tasks import FOLDERS, task_manager
 from slimgpt.evaluation.tasks import (
     COMMONSENSE,
     MIN_QUESTIONS,
@@ -256,7 +257,7 @@ def test_what_cannot_be_run(message, arguments, tokenizer, data_dir):
 
 def test_an_unknown_task_names_its_neighbours(monkeypatch):
     monkeypatch.setattr(
-        harness, "TaskManager", lambda **_: TaskManager(include_defaults=False, include_path=ROOT / "arc")
+        harness_tasks, "TaskManager", lambda **_: TaskManager(include_defaults=False, include_path=ROOT / "arc")
     )  # all tasks take half a minute
     with pytest.raises(UsageError, match="did you mean arc_easy"):
         task_manager(["arc_eazy"])
@@ -271,3 +272,45 @@ def test_missing_and_broken_rows(tokenizer, tmp_path):
         (tmp_path / "piqa" / "validation.jsonl").write_text(text)
         with pytest.raises(UsageError, match=message):
             run_harness(model, tokenizer, ["piqa"], data_dir=tmp_path)
+
+
+def test_a_seed_draws_rows_and_examples(tokenizer, tmp_path):
+    """The drawn rows score what they score among all rows, and the harness's own examples stand before them with 0."""
+    model = tiny_model("llama", max_position_embeddings=512)
+    rows = [
+        {"goal": f"count {n}", "sol1": "past the old mill", "sol2": "she counted the heads", "label": n % 2}
+        for n in range(12)
+    ]
+    (tmp_path / "piqa").mkdir()
+    for split in ("train", "validation"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "piqa" / f"{split}.jsonl").write_text(text, encoding="utf-8")
+
+    def scores(**options):
+        return evaluate_tasks(model, tokenizer, "piqa", data_dir=tmp_path, **options)
+
+    everything = scores()
+    assert everything.protocol["seeded"] == []
+    by_number = {row["doc_id"]: row["acc_norm"] for row in everything.samples["piqa"]}
+    numbers = []
+    for seed in (0, 1, 2):
+        drawn = scores(limit=4, seed=seed, draw_rows=True)
+        assert drawn.protocol["seeded"] == ["rows"]
+        assert drawn.scores["piqa"]["rows"] == 4
+        assert [row["acc_norm"] for row in drawn.samples["piqa"]] == [
+            by_number[row["doc_id"]] for row in drawn.samples["piqa"]
+        ]
+        assert [row["doc"]["goal"] for row in drawn.samples["piqa"]] == [
+            rows[row["doc_id"]]["goal"] for row in drawn.samples["piqa"]
+        ]
+        numbers.append([row["doc_id"] for row in drawn.samples["piqa"]])
+    assert len({tuple(each) for each in numbers}) == 3
+    assert all(each == sorted(set(each)) for each in numbers)
+    assert scores(limit=4, seed=1, draw_rows=True).samples["piqa"][0]["doc_id"] == numbers[1][0]
+    assert scores(limit=50, seed=1, draw_rows=True).protocol["seeded"] == []
+    prompts = [
+        [row["arguments"][0][0] for row in scores(limit=2, num_fewshot=2, **options).samples["piqa"]]
+        for options in ({}, {"seed": 0}, {"seed": 1})
+    ]
+    assert prompts[0] == prompts[1] != prompts[2]
+    assert scores(limit=2, num_fewshot=2).protocol["seeded"] == ["examples"]

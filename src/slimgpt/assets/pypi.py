@@ -22,17 +22,19 @@ class Wheel:
 
     Args:
         only: a pattern of the names of its files that are kept; all of them if not given.
+        part: a name for what is kept, where other parts of the same wheel are kept, too.
     """
 
     package: str
     version: str
     sha256: str
     only: str = ""
+    part: str = ""
 
     @property
     def folder(self) -> str:
         """Name of its folder in the cache."""
-        return f"{self.package}-{self.version}"
+        return f"{self.package}-{self.version}" + (f"-{self.part}" if self.part else "")
 
 
 def cache_folder() -> Path:

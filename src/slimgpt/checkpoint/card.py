@@ -163,8 +163,10 @@ def _measured(report: PruneReport) -> list[str]:
     for result in results:
         if "task" in result:
             error = f" ± {result['stderr']:.3f}" if result.get("stderr") is not None else ""
+            endings = result.get("endings")
+            ended = f"; {endings['either']:.1%} of the answers loop or never stop" if endings else ""
             lines.append(
-                f"| {result['task']} | {result['rows']} rows | {result['metric']} {result['value']:.3f}{error} |"
+                f"| {result['task']} | {result['rows']} rows | {result['metric']} {result['value']:.3f}{error}{ended} |"
             )
             continue
         figures = [f"perplexity {result['perplexity']:.2f}"]

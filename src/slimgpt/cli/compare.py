@@ -35,18 +35,25 @@ STYLES = {"good": "green", "bad": "red", "": "dim"}
 @handle_errors
 @help_panels(
     {
-        "Texts": "text window max_tokens long passkey samples",
+        "Texts": "text window max_tokens long passkey samples seeds",
         "Tasks": "tasks limit num_fewshot data_dir chat_template confirm_run_unsafe_code",
         "Speed": "speed batch prompt new_tokens rounds",
         "Resources": "device dtype trust_remote_code",
-        "Output": "output overwrite",
+        "Output": "output overwrite update_card",
     }
 )
 def compare(
     base: Annotated[
         str, typer.Argument(metavar="BASE", help="The dense model: a hub id, a local folder, a .gguf file, or 'demo'.")
     ],
-    slim: Annotated[list[str], typer.Argument(metavar="SLIM...", help="One or more models to compare with it.")],
+    slim: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SLIM...",
+            help="One or more models to compare with it; NAME=FOLDER,FOLDER,... is one column, such as prunings with "
+            "different seeds.",
+        ),
+    ],
     output: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.")] = Path(
         "slimgpt-compare"
     ),
@@ -64,6 +71,14 @@ def compare(
     ] = None,
     passkey: PasskeyOption = None,
     samples: Annotated[int, typer.Option(help="Number of generated samples on the page, 0 to 4.")] = 3,
+    seeds: Annotated[
+        int,
+        typer.Option(help="Number of measurements, each with other rows of --limit, examples, samples and windows."),
+    ] = 1,
+    update_card: Annotated[
+        bool,
+        typer.Option("--update-card", help="Add the results to the model card and the report of every SLIM folder."),
+    ] = False,
     speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time all models in turn.")] = True,
     batch: BatchOption = "1",
     prompt: PromptOption = 512,
@@ -76,7 +91,7 @@ def compare(
 ) -> None:
     """Compare BASE with its slim versions: a table, a plot and an HTML page."""
     from slimgpt.comparison.compare import compare as run
-    from slimgpt.comparison.measure import CompareConfig
+    from slimgpt.comparison.model_result import CompareConfig
     from slimgpt.evaluation.tasks import task_names
 
     silence_libraries()
@@ -96,6 +111,7 @@ def compare(
         new_tokens=new_tokens,
         rounds=rounds,
         samples=samples,
+        seeds=seeds,
     )
     comparison = run(
         base,
@@ -107,6 +123,7 @@ def compare(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
+        update_cards=update_card,
         say=lambda words: out.print(f"[dim]{escape(words)}[/]"),
         counter=count_bar,
     )
@@ -121,7 +138,8 @@ def print_comparison(comparison: Comparison) -> None:
     for row in comparison.table():
         cells = []
         for index in range(len(comparison.sides)):
-            change = row.change_text(index)
-            cells.append(row.text(index) + (f"\n[{STYLES[row.verdict(index)]}]{change}[/]" if change else ""))
+            change, spread = row.change_text(index), row.spread_text(index)
+            value = row.text(index) + (f"\n[dim]{spread}[/]" if spread else "")
+            cells.append(value + (f"\n[{STYLES[row.verdict(index)]}]{change}[/]" if change else ""))
         table.add_row(row.name + (f"\n[yellow]{escape(row.note)}[/]" if row.note else ""), *cells)
     out.print(table)

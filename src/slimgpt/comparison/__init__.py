@@ -1,7 +1,7 @@
 """Comparison of models: quality, size and speed as a table, a plot and an HTML report."""
 
 from slimgpt.comparison.compare import compare
-from slimgpt.comparison.measure import CompareConfig, ModelResult
+from slimgpt.comparison.model_result import CompareConfig, ModelResult
 from slimgpt.comparison.result import Comparison
 from slimgpt.comparison.timing import Timing, Timings, time_models
 

@@ -7,14 +7,20 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from slimgpt.checkpoint.inspecting import read_report
+from slimgpt.checkpoint.updating import update_card
 from slimgpt.comparison.cache import cache_folder
+from slimgpt.comparison.columns import columns
 from slimgpt.comparison.html_report import write_page
-from slimgpt.comparison.measure import CompareConfig, Measurer, ProgressFactory
+from slimgpt.comparison.measure import Measurer, ProgressFactory
+from slimgpt.comparison.model_result import CompareConfig, ModelResult
 from slimgpt.comparison.plots import plot_quality
 from slimgpt.comparison.result import Comparison
 from slimgpt.comparison.timing import time_models
 from slimgpt.errors import UsageError
+from slimgpt.evaluation.card_figures import task_figures, text_figures
 from slimgpt.evaluation.corpora import read_text
 from slimgpt.evaluation.perplexity import check_protocol
 from slimgpt.evaluation.samples import QUESTIONS
@@ -37,6 +43,7 @@ def compare(
     dtype: str = "auto",
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    update_cards: bool = False,
     say: Callable[[str], object] = str,
     counter: ProgressFactory | None = None,
 ) -> Comparison:
@@ -47,10 +54,12 @@ def compare(
 
     Args:
         base: the dense model, as :func:`slimgpt.load` takes it.
-        slim: one or more slim models.
+        slim: one or more slim models. ``NAME=MODEL,MODEL,...`` is one column called NAME with several prunings, such as
+            those of several seeds: means over them, with their standard deviation.
         output: the folder to write.
         wanted: settings of the measurements; by default those of :class:`CompareConfig`.
         data_dir: where named texts and rows of tasks are files; from the hub if not given.
+        update_cards: add the figures of every slim folder to its report and card.
         say: called with a message before each stage.
         counter: opens a progress bar; see :data:`ProgressFactory`.
 
@@ -58,9 +67,13 @@ def compare(
         SlimGPTError: a model, a text or a task cannot be had; the folder exists.
     """
     config = wanted or CompareConfig()
-    names = [base, *slim]
     check_output(output, overwrite, kind=COMPARISON_FOLDER)
-    _check(names, config, data_dir, trust_remote_code)
+    every = columns(base, slim)
+    base = every[0].models[0]
+    names = [column.models[0] for column in every]
+    models = list(dict.fromkeys(model for column in every for model in column.models))
+    _check(models, config, data_dir, trust_remote_code)
+    folders = _folders_with_cards(models[1:], config) if update_cards else {}
     texts = [read_text(text, data_dir) for text in config.texts]
     cache = cache_folder(Path(output).expanduser().absolute())
     measurer = Measurer(
@@ -68,9 +81,9 @@ def compare(
     )
     with _kept(cache), new_folder(output, overwrite, COMPARISON_FOLDER) as folder:
         results = []
-        for name, label in zip(names, _labels(names)):
-            say(f"measuring {label}")
-            results.append(measurer.measure(name, label))
+        for column in every:
+            say(f"measuring {column.label}")
+            results.append(measurer.measure(column))
         timings = None
         if config.batches:
             say("timing all models in turn")
@@ -94,6 +107,10 @@ def compare(
             plot_quality(comparison, folder / f"quality.{suffix}")
         write_page(comparison, folder / "report.html")
     shutil.rmtree(cache, ignore_errors=True)
+    for column, result in zip(every, results):
+        for name, run in zip(column.models, result.runs):
+            if name in folders:
+                update_card(folders[name], _card_figures(run))
     return comparison
 
 
@@ -116,6 +133,8 @@ def _check(names: Sequence[str], config: CompareConfig, data_dir: str | Path | N
     """
     if not 0 <= config.samples <= len(QUESTIONS):
         raise UsageError(f"samples is {config.samples}; it must be from 0 to {len(QUESTIONS)}")
+    if config.seeds < 1:
+        raise UsageError(f"seeds is {config.seeds}; it must be 1 or more")
     windows = [*config.windows, *([] if config.long_window is None else [config.long_window])]
     for window in windows:
         check_protocol(window)
@@ -142,7 +161,24 @@ def _check(names: Sequence[str], config: CompareConfig, data_dir: str | Path | N
         )
 
 
-def _labels(names: Sequence[str]) -> list[str]:
-    """The folder names of the models; the full name where two folders share one."""
-    short = [locate(name).name for name in names]
-    return [label if short.count(label) == 1 else name for label, name in zip(short, names)]
+def _folders_with_cards(names: Sequence[str], config: CompareConfig) -> dict[str, Path]:
+    """The slim folders of ours among some models.
+
+    Raises:
+        UsageError: several seeds: a card names single measurements.
+    """
+    if config.seeds > 1:
+        raise UsageError(
+            f"cards have the figures of one measurement, and there are {config.seeds} seeds; leave out one of the two"
+        )
+    sources = {name: locate(name) for name in names}
+    return {
+        name: source.folder
+        for name, source in sources.items()
+        if source.folder is not None and source.gguf_file is None and read_report(source.folder) is not None
+    }
+
+
+def _card_figures(run: ModelResult) -> list[dict[str, Any]]:
+    figures = [text_figures(text, result) for text, result in run.perplexities]
+    return [*figures, *(task_figures(run.tasks) if run.tasks is not None else ())]

@@ -14,8 +14,9 @@ from slimgpt.comparison.protocols import in_words, protocols
 from slimgpt.io.plotting import COLORS, DARK_COLORS
 
 if TYPE_CHECKING:
-    from slimgpt.comparison.measure import ModelResult
-    from slimgpt.comparison.result import Comparison, ComparisonRow
+    from slimgpt.comparison.model_result import ModelResult
+    from slimgpt.comparison.result import Comparison
+    from slimgpt.comparison.row import ComparisonRow
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --line: #d8dee4; --page: #ffffff; --card: #f6f8fa;
@@ -80,6 +81,7 @@ def write_page(comparison: Comparison, file: Path) -> None:
         "</div>",
         "<h2>All figures</h2>",
         f'<div class="scroll">{_table(comparison, names)}</div>',
+        *_repeated(comparison),
         "<p>Under a value of a slim model: its ratio to the first column, of scores what is left of them, and the "
         "difference with its standard error on the same questions or tokens. Grey where the difference is within 1.96 "
         "standard errors or there were fewer than 20 questions: it may be chance.</p>",
@@ -101,6 +103,17 @@ def write_page(comparison: Comparison, file: Path) -> None:
     file.write_text(page, encoding="utf-8")
 
 
+def _repeated(comparison: Comparison) -> list[str]:
+    """What stands under values that are means."""
+    if not any(side.repeats for side in comparison.sides):
+        return []
+    return [
+        "<p>Values are means over runs (seeds, or several models in one column). SD: standard deviation over the runs; "
+        "SE of one: the standard error that a single run has by its questions or tokens. Of scores and shares both are "
+        "in points.</p>"
+    ]
+
+
 def _summary(comparison: Comparison) -> str:
     """One clause per slim model: its size, its first perplexity and its decoding speed, relative to the base."""
     base, parts = comparison.sides[0], []
@@ -109,10 +122,14 @@ def _summary(comparison: Comparison) -> str:
         comparison.sides[1:], dict.fromkeys(r.model for r in comparison.timings.rows[1:]) if comparison.timings else ()
     ):
         values = ratios.get((name, comparison.wanted.batches[0]), {})
-        (text, before), (_, after) = base.perplexities[0], result.perplexities[0]
+        text = base.perplexities[0][0]
+
+        def first(run: ModelResult) -> float:
+            return run.perplexities[0][1].perplexity
+
         parts.append(
-            f"{result.name}: {result.parameters / base.parameters:.0%} of the parameters, perplexity "
-            f"{before.perplexity:.2f} → {after.perplexity:.2f} on {Path(text).name}"
+            f"{result.name}: {result.mean(lambda run: run.parameters) / base.parameters:.0%} of the parameters, "
+            f"perplexity {base.mean(first):.2f} → {result.mean(first):.2f} on {Path(text).name}"
             + (f", decodes {values['decode']:.2f} times as fast" if "decode" in values else "")
         )
     return "; ".join(parts) + "." if parts else ""
@@ -132,7 +149,8 @@ def _table(comparison: Comparison, names: list[str]) -> str:
         note = f'<small class="note">{_escape(row.note)}</small>' if row.note else ""
         # The first column is the base's; a phone shows it last.
         cells = "".join(
-            f"<td{_BASE if i == 0 else ''}>{_escape(row.text(i))}{_change(row, i)}</td>" for i in range(len(names))
+            f"<td{_BASE if i == 0 else ''}>{_escape(row.text(i))}{_spread(row, i)}{_change(row, i)}</td>"
+            for i in range(len(names))
         )
         lines.append(f"<tr><td>{_escape(row.name)}{note}</td>{cells}</tr>")
     return "\n".join([*lines, "</tbody>", "</table>"])
@@ -141,11 +159,16 @@ def _table(comparison: Comparison, names: list[str]) -> str:
 def _heading(index: int, side: ModelResult) -> str:
     """A model's name, and how it was made as far as its report says; a GGUF file has none."""
     made = [side.method] if side.method else []
-    made += [f"{side.removed:.1%} removed"] if side.removed is not None else []
+    made += [f"{side.mean(lambda run: run.removed or 0.0):.1%} removed"] if side.removed is not None else []
     made += [f"on {side.calibration}"] if side.calibration else []
     made += ["dense"] if not made and index == 0 else []
     line = f"<small>{_escape(', '.join(made))}</small>" if made else ""
     return f"<th{_BASE if index == 0 else ''}>{_escape(side.name)}{line}</th>"
+
+
+def _spread(row: ComparisonRow, index: int) -> str:
+    text = row.spread_text(index)
+    return f"<small>{_escape(text)}</small>" if text else ""
 
 
 def _change(row: ComparisonRow, index: int) -> str:

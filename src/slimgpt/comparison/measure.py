@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from slimgpt.checkpoint.commands import commands, public_calibration
 from slimgpt.checkpoint.inspecting import read_report
 from slimgpt.comparison.cache import MeasurementCache
+from slimgpt.comparison.columns import Column
+from slimgpt.comparison.model_result import CompareConfig, ModelResult
 from slimgpt.errors import UsageError
 from slimgpt.evaluation.contamination import contamination_note
 from slimgpt.evaluation.corpora import Text
@@ -33,88 +35,6 @@ from slimgpt.runtime.versions import resume_versions
 
 ProgressFactory = Callable[[str], AbstractContextManager[Callable[[int], Callable[[int], None]]]]
 """Opens a progress bar for a unit; called with the total, the bar returns a function that adds finished work."""
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Settings of a comparison.
-
-    Args:
-        texts: as :func:`slimgpt.evaluation.read_text` takes them.
-        windows: window lengths in tokens, for every text.
-        max_tokens: tokens read of every text; all if ``None``.
-        tasks: of lm-evaluation-harness; none if empty.
-        limit: rows of every task.
-        chat_template: put the questions of tasks through the chat template.
-        confirm_run_unsafe_code: let tasks run the code that the models write.
-        long_window: also perplexity by position up to here, on the first text; left out if ``None``.
-        passkey: lengths of texts that hide a number.
-        samples: how many texts every model writes; see :func:`slimgpt.evaluation.write_samples`.
-        batches, prompt, new_tokens, rounds: of the timing; no timing if there are no batches.
-    """
-
-    texts: tuple[str, ...] = ("demo",)
-    windows: tuple[int, ...] = (128,)
-    max_tokens: int | None = None
-    tasks: tuple[str, ...] = ()
-    limit: int | None = None
-    num_fewshot: int | None = None
-    chat_template: bool = False
-    confirm_run_unsafe_code: bool = False
-    long_window: int | None = None
-    passkey: tuple[int, ...] = ()
-    batches: tuple[int, ...] = (1,)
-    prompt: int = 512
-    new_tokens: int = 128
-    rounds: int = 5
-    samples: int = 3
-
-
-@dataclass
-class ModelResult:
-    """Measurements of one model, without its speed.
-
-    Args:
-        name: label in the table.
-        removed: pruning ratio that was reached; ``None`` for a model that is not slim.
-        perplexities: pairs of text name and perplexity; a slim model's with its divergence from the base, unless their
-            tokenizers differ.
-        leaks: contamination note by text name.
-        samples: what it writes.
-        commands: those that made it, from its report; none for a model without.
-        method: how it was pruned; empty for a model without a report, as the next two.
-        calibration: the text that it was calibrated on.
-        kept: share of every layer's parameters that stayed.
-    """
-
-    name: str
-    parameters: int
-    removed: float | None
-    perplexities: list[tuple[str, Perplexity]] = field(default_factory=list)
-    leaks: dict[str, str] = field(default_factory=dict)
-    tasks: TaskScores | None = None
-    by_position: Perplexity | None = None
-    passkey: Passkey | None = None
-    samples: list[Sample] = field(default_factory=list)
-    commands: list[str] = field(default_factory=list)
-    method: str = ""
-    calibration: str = ""
-    kept: list[float] = field(default_factory=list)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain dicts and lists."""
-        return {
-            **{name: getattr(self, name) for name in ("name", "parameters", "removed", "leaks")},
-            "perplexities": [{"text": text, **value.to_json()} for text, value in self.perplexities],
-            "tasks": self.tasks and self.tasks.to_json(),
-            "by_position": self.by_position and self.by_position.to_json(),
-            "passkey": self.passkey and self.passkey.to_json(),
-            "samples": [sample.to_json() for sample in self.samples],
-            "commands": self.commands,
-            "method": self.method,
-            "calibration": self.calibration,
-            "kept": self.kept,
-        }
 
 
 @dataclass
@@ -141,14 +61,16 @@ class Measurer:
     trust_remote_code: bool = False
     new_progress: ProgressFactory | None = None
 
-    def measure(self, name: str, label: str) -> ModelResult:
-        """All measurements of a model; cached ones are read.
-
-        Args:
-            name: a model as :func:`slimgpt.load` takes it.
-            label: name in the table.
-        """
-        return _ModelMeasurer(self, name).measure(label)
+    def measure(self, column: Column) -> ModelResult:
+        """All measurements of a column; cached ones are read."""
+        runs = [
+            run
+            for name, label in zip(column.models, column.labels)
+            for run in _ModelMeasurer(self, name).measure(column.label, label, samples=name == column.models[0])
+        ]
+        first, *repeats = runs
+        every = dict.fromkeys(command for run in runs for command in run.commands)
+        return replace(first, repeats=repeats, commands=list(every))
 
     @cached_property
     def loaded_base(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -183,35 +105,51 @@ class _ModelMeasurer:
     def loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return self.common.loaded_base if self.name == self.common.base else self.common.load(self.name)
 
-    def measure(self, label: str) -> ModelResult:
-        config, texts = self.common.config, self.common.texts
+    def measure(self, name: str, label: str, *, samples: bool) -> list[ModelResult]:
+        """The results with all seeds."""
+        config = self.common.config
         report = read_report(self.source.folder) if self.source.folder is not None else None
         plan = (report or {}).get("plan") or {}
         parameters = self.cache.get_or_measure(
             "parameters", lambda: sum(p.numel() for p in self.loaded[0].parameters())
         )
-        result = ModelResult(label, parameters, plan.get("achieved"))
+        result = ModelResult(name, parameters, plan.get("achieved"), folder=label)
         if report is not None and self.source.gguf_file is None:
             made = PruneReport.from_json(report)
             result.commands = commands(made)
             result.method, result.calibration = made.settings.method, public_calibration(made.calibration)
             result.kept = [layer.parameters / layer.parameters_before for layer in made.layers]
-        for text in texts:
-            note = contamination_note(report, text)
-            if note:
-                result.leaks[text.name] = note
-            result.perplexities += [(text.name, self._perplexity(text, window)) for window in config.windows]
-        if config.tasks:
-            result.tasks = self._tasks()
-        if config.long_window:
-            result.by_position = self._perplexity(texts[0], config.long_window, by_position=True)
-        if config.passkey:
-            result.passkey = self._passkey()
-        if config.samples:
-            result.samples = self._samples()
-        return result
+        notes = {text.name: contamination_note(report, text) for text in self.common.texts}
+        result.leaks = {text: note for text, note in notes.items() if note}
+        runs: list[ModelResult] = []
+        for seed in [None] if config.seeds == 1 else range(config.seeds):
+            runs.append(self._measured(result, seed, runs[0] if runs else None))
+        if config.samples and samples:
+            runs[0].samples = self._samples()
+        return runs
 
-    def _perplexity(self, text: Text, window: int, by_position: bool = False) -> Perplexity:
+    def _measured(self, result: ModelResult, seed: int | None, first: ModelResult | None) -> ModelResult:
+        """What is measured with a seed.
+
+        Args:
+            result: what needs no seed.
+            first: the result with the first seed; ``None`` for that one.
+        """
+        config, texts = self.common.config, self.common.texts
+        run = replace(result, seed=seed)
+        run.perplexities = [
+            (text.name, self._perplexity(text, window, seed)) for text in texts for window in config.windows
+        ]
+        if config.tasks:
+            alike = first is not None and first.tasks is not None and not first.tasks.protocol["seeded"]
+            run.tasks = first.tasks if first is not None and alike else self._tasks(seed)
+        if config.long_window:
+            run.by_position = self._perplexity(texts[0], config.long_window, seed, by_position=True)
+        if config.passkey:
+            run.passkey = self._passkey(seed)
+        return run
+
+    def _perplexity(self, text: Text, window: int, seed: int | None, *, by_position: bool = False) -> Perplexity:
         max_tokens = self.common.config.max_tokens
 
         def measure() -> dict[str, Any]:
@@ -233,12 +171,14 @@ class _ModelMeasurer:
                     by_position=by_position,
                     progress=progress,
                     against=self._base_for(text) if against else None,
+                    seed=seed,
                 ).to_json()
 
         against = self.name != self.common.base and not by_position
         content = hashlib.sha256(text.content.encode()).hexdigest()
         settings = ["perplexity", content, text.joining, text.max_windows, window, max_tokens, by_position]
         settings += [_identity(self.common.base)] if against else []
+        settings += _drawn(seed)
         return Perplexity.from_json(self.cache.get_or_measure(settings, measure))
 
     def _base_for(self, text: Text) -> PreTrainedModel | None:
@@ -251,7 +191,7 @@ class _ModelMeasurer:
             return None
         return base if vocabularies[0] == vocabularies[1] else None
 
-    def _tasks(self) -> TaskScores:
+    def _tasks(self, seed: int | None) -> TaskScores:
         config, data_dir = self.common.config, self.common.data_dir
 
         def measure() -> dict[str, Any]:
@@ -265,21 +205,24 @@ class _ModelMeasurer:
                     on_start,
                     chat_template=config.chat_template,
                     confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+                    seed=seed or 0,
+                    draw_rows=seed is not None,
                 )
             return scores.with_answers()
 
         rows = None if data_dir is None else stamp_rows(Path(data_dir).expanduser())
         settings = ["tasks", config.tasks, config.limit, config.num_fewshot, rows, config.chat_template]
+        settings += _drawn(seed)
         return TaskScores.from_json(self.cache.get_or_measure(settings, measure))
 
-    def _passkey(self) -> Passkey:
+    def _passkey(self, seed: int | None) -> Passkey:
         lengths = self.common.config.passkey
 
         def measure() -> dict[str, Any]:
             with self.common.progress_bar("pass key") as on_start:
-                return passkey(*self.loaded, lengths, on_start=on_start).to_json()
+                return passkey(*self.loaded, lengths, seed=seed or 0, on_start=on_start).to_json()
 
-        return Passkey.from_json(self.cache.get_or_measure(["passkey", lengths], measure))
+        return Passkey.from_json(self.cache.get_or_measure(["passkey", lengths, *_drawn(seed)], measure))
 
     def _samples(self) -> list[Sample]:
         count = self.common.config.samples
@@ -291,6 +234,11 @@ class _ModelMeasurer:
 
         settings = ["samples", QUESTIONS[:count], OPENINGS[:count], NEW_TOKENS]
         return [Sample.from_json(values) for values in self.cache.get_or_measure(settings, measure)]
+
+
+def _drawn(seed: int | None) -> list[Any]:
+    """What a seed adds to the settings of a measurement."""
+    return [] if seed is None else ["seed", seed]
 
 
 def _identity(name: str) -> list[Any]:

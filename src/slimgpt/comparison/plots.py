@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from slimgpt.comparison.spread import spread_of
 from slimgpt.evaluation.tasks import metric_of
 from slimgpt.io.plotting import COLORS, new_figure, series_style
 
@@ -50,14 +52,14 @@ Panel = Callable[[Any], None]
 def _quality_panels(comparison: Comparison) -> list[Panel]:
     panels: list[Panel] = []
     for index, (text, base) in enumerate(comparison.sides[0].perplexities):
-        values = [side.perplexities[index][1].perplexity for side in comparison.sides]
+        values = [side.mean(lambda run, i=index: run.perplexities[i][1].perplexity) for side in comparison.sides]
         label = f"perplexity of {Path(text).name},\nwindow {base.window} (lower is better)"
         panels.append(lambda axis, values=values, label=label: _by_size(axis, comparison, values, label, log=True))
-    means = [side.tasks.mean if side.tasks else None for side in comparison.sides]
+    means = [[run.tasks.mean if run.tasks else None for run in side.runs] for side in comparison.sides]
     tasks = comparison.sides[0].tasks
-    if tasks is not None and all(mean is not None for mean in means):
+    if tasks is not None and all(mean is not None for of_side in means for mean in of_side):
         label = f"mean of {len(tasks.protocol['tasks'])} tasks, %\n(higher is better)"
-        percent = [100 * mean for mean in means if mean is not None]
+        percent = [100 * fmean(mean for mean in of_side if mean is not None) for of_side in means]
         panels.append(lambda axis: _by_size(axis, comparison, percent, label, log=False))
     return panels
 
@@ -81,7 +83,8 @@ def _by_size(axis: Any, comparison: Comparison, values: Sequence[float], label: 
 
     base = comparison.sides[0].parameters
     for index, (side, value) in enumerate(zip(comparison.sides, values)):
-        axis.plot([100 * side.parameters / base], [value], label=side.name, linestyle="none", **series_style(index))
+        share = 100 * side.mean(lambda run: run.parameters) / base
+        axis.plot([share], [value], label=side.name, linestyle="none", **series_style(index))
     axis.set_xlabel(f"parameters, % of {comparison.sides[0].name}")
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
@@ -105,16 +108,23 @@ def _scored(comparison: Comparison) -> dict[str, str]:
 
 
 def _tasks(axis: Any, comparison: Comparison) -> None:
-    """Bars per task, one per model, with the standard error of the score."""
+    """Bars per task, one per model, with the standard error of the score, or the standard deviation over its runs."""
     metrics = _scored(comparison)
+    several = any(side.repeats for side in comparison.sides)
     groups = []
     for side in comparison.sides:
-        scores = side.tasks.scores if side.tasks else {}
-        values = [100 * scores[task][metric] for task, metric in metrics.items()]
-        errors = [100 * scores[task].get(f"{metric}_stderr", 0.0) for task, metric in metrics.items()]
+        spreads = [
+            spread_of(
+                [run.tasks and run.tasks.scores[task].get(metric) for run in side.runs],
+                [run.tasks and run.tasks.scores[task].get(f"{metric}_stderr", 0.0) for run in side.runs],
+            )
+            for task, metric in metrics.items()
+        ]
+        values = [100 * spread.mean if spread else 0.0 for spread in spreads]
+        errors = [100 * ((one.deviation if several else one.stderr) or 0.0) if one else 0.0 for one in spreads]
         groups.append((side.name, values, errors))
     _bars(axis, list(metrics), groups)
-    axis.set_ylabel("score, % (with its standard error)")
+    axis.set_ylabel(f"score, % (with its {'standard deviation over runs' if several else 'standard error'})")
 
 
 def _speed(axis: Any, comparison: Comparison) -> None:

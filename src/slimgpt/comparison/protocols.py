@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 from slimgpt.evaluation.samples import NEW_TOKENS
 
 if TYPE_CHECKING:
+    from slimgpt.comparison.model_result import ModelResult
     from slimgpt.comparison.result import Comparison
+
+
+KINDS = {"rows": "the rows that are asked", "examples": "the examples before a question", "tokens": "sampled tokens"}
+"""What a seed changes of tasks, in words."""
 
 
 def protocols(comparison: Comparison) -> dict[str, Any]:
@@ -32,8 +37,9 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
     base = comparison.sides[0]
     for text, result in base.perplexities:
         how = result.protocol
+        begin = "the first" if how.get("seed") is None else "from where a seed says on,"
         yield (
-            f"Perplexity on {Path(text).name}: the first {result.tokens:,} of {how['text_tokens']:,} tokens in windows "
+            f"Perplexity on {Path(text).name}: {begin} {result.tokens:,} of {how['text_tokens']:,} tokens in windows "
             f"of {result.window} that do not overlap; {result.predicted:,} tokens are predicted, the first of a window "
             f"is not. Rows joined: {how['joining']}. {how['dtype']} on {how['device']}, {how['engine']}."
         )
@@ -44,7 +50,8 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
         )
     if base.tasks is not None:
         how = base.tasks.protocol
-        rows = f"the first {comparison.wanted.limit} rows of each" if comparison.wanted.limit else "all rows"
+        which = "first" if base.seed is None else "drawn"
+        rows = f"the {which} {comparison.wanted.limit} rows of each" if comparison.wanted.limit else "all rows"
         shots = ", ".join(f"{task} {count}" for task, count in how["num_fewshot"].items())
         template = "Through the" if how.get("chat_template") else "No"
         yield (
@@ -65,6 +72,7 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
             f"Texts: at most {NEW_TOKENS} tokens, always the most likely one; through the chat template where there is "
             "one."
         )
+    yield from _of_repeats(comparison)
     if comparison.timings is not None:
         how = comparison.timings.protocol
         yield (
@@ -72,3 +80,36 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
             f"{how['order']}; {how['dtype']} on {how['device']}, {how['threads']} threads, "
             f"{how['processors']} processors."
         )
+
+
+def _of_repeats(comparison: Comparison) -> Iterator[str]:
+    """What seeds and several models of a column change."""
+    seeds, base = comparison.wanted.seeds, comparison.sides[0]
+    if seeds > 1:
+        changed = [f"the token at which the first window of a text begins ({_begins(base)})"]
+        if base.tasks is not None:
+            kinds = [KINDS[kind] for kind in base.tasks.protocol["seeded"]]
+            of_tasks = ", ".join(kinds) if kinds else "nothing, so that they were asked once"
+            changed.append(f"of these tasks {of_tasks}")
+        changed += ["the numbers of the pass key"] if base.passkey is not None else []
+        yield (
+            f"Seeds: texts, tasks and pass keys were measured {seeds} times, with seeds 0 to {seeds - 1}. A seed "
+            f"changes {'; '.join(changed)}. All models get the same draws; texts that they write and speed are of one "
+            "run."
+        )
+    for side in comparison.sides:
+        folders = list(dict.fromkeys(run.folder for run in side.runs))
+        if len(folders) > 1:
+            yield (
+                f"{side.name} is {len(folders)} models, {', '.join(folders)}; speed, bytes and texts are the first "
+                "one's. Errors of its differences have the standard error of the mean over these models in them."
+            )
+
+
+def _begins(base: ModelResult) -> str:
+    """Where the first window of every text began, by seed."""
+    places = []
+    for index, (text, result) in enumerate(base.perplexities):
+        starts = [str(run.perplexities[index][1].protocol["skipped_tokens"]) for run in base.runs]
+        places.append(f"{Path(text).name} at window {result.window}: {', '.join(starts)}")
+    return "; ".join(places)

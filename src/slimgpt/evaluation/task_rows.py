@@ -26,13 +26,18 @@ FILES = {"ifeval": ("input_data", "ifeval_input_data"), "humaneval": ("HumanEval
 """Names of files that tasks of a single split are published under."""
 
 
+FOLDERS = {"openai/openai_humaneval": "humaneval"}
+"""Folders of datasets whose tasks have other names, such as ``humaneval_instruct``."""
+
+
 def read_rows(
     data_dir: Path, task: str, dataset: str | None, config: str | None, splits: Mapping[str, str]
 ) -> dict[str, Any]:
     """The splits of a task as ``datasets``; those that are not there and not needed are empty.
 
-    They are looked for in ``data_dir/task`` and in ``data_dir/dataset/config`` (``mmlu/anatomy``), as
-    ``split.jsonl``, ``split.json`` (a list of rows) or ``split.parquet``, or under a name of :data:`FILES`.
+    They are looked for in ``data_dir/task``, in ``data_dir/dataset/config`` (``mmlu/anatomy``) and in a folder of
+    :data:`FOLDERS`, as ``split.jsonl``, ``split.json`` (a list of rows) or ``split.parquet``, or under a name of
+    :data:`FILES`.
 
     Args:
         splits: by name, what the task needs them for; nothing if it can do without.
@@ -45,6 +50,7 @@ def read_rows(
     places = [data_dir / task]
     if dataset:
         places += [data_dir / dataset.rsplit("/", 1)[-1] / (config or ""), data_dir / dataset.rsplit("/", 1)[-1]]
+        places += [data_dir / FOLDERS[dataset]] if dataset in FOLDERS else []
     rows: dict[str, list[TaskRow]] = {}
     for split, purpose in splits.items():
         names = (split, *FILES.get(task, ()))
@@ -56,7 +62,8 @@ def read_rows(
             raise UsageError(
                 f"{data_dir} has no {split} rows of task '{task}' for its {purpose}: "
                 f"no {places[0] / split}{{{','.join(_READERS)}}}; "
-                "`slimgpt data fetch commonsense` makes a folder with the seven commonsense tasks"
+                "`slimgpt data fetch` makes folders of the seven commonsense tasks, of mmlu, and of the questions of "
+                "gsm8k (--num-fewshot 0, or gsm8k_cot) and humaneval"
             )
     columns = next(iter(rows.values()))[0] if rows else {}
     empty = {name: [] for name in columns}

@@ -110,6 +110,7 @@ def evaluate_tasks(
     chat_template: bool = False,
     confirm_run_unsafe_code: bool = False,
     seed: int = 0,
+    draw_rows: bool = False,
 ) -> TaskScores:
     """Scores of a model in memory on tasks of lm-evaluation-harness.
 
@@ -121,7 +122,8 @@ def evaluate_tasks(
         on_start: told how many requests there are; gives what is called with the number answered since.
         chat_template: put questions through the tokenizer's chat template.
         confirm_run_unsafe_code: let tasks such as HumanEval run the code that the model writes, as this user.
-        seed: of tasks that sample.
+        seed: of sampled tokens and of the examples before a question; 0 gives the harness's own examples.
+        draw_rows: let the seed draw the rows that ``limit`` leaves, instead of the first.
 
     Raises:
         UsageError: the harness is not installed, a task is unknown, its rows cannot be had, it runs code and may not,
@@ -141,6 +143,7 @@ def evaluate_tasks(
         chat_template=chat_template,
         run_code=confirm_run_unsafe_code,
         seed=seed,
+        draw_rows=draw_rows,
     )
     scores = {name: _metrics(output, name) for name in {**output["results"], **(output.get("groups") or {})}}
     asked = [scores[name] for name in names if name in scores]
@@ -160,6 +163,9 @@ def evaluate_tasks(
             "versions": output["versions"],
             "num_fewshot": output["n-shot"],
             "limit": limit,
+            "rows_drawn": draw_rows,
+            "seed": seed,
+            "seeded": output["seeded"],
             "rows_from": "the hub" if folder is None else "local files",
             "chat_template": chat_template,
             "bos": bool(getattr(tokenizer, "add_bos_token", False)),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 
 from transformers import PreTrainedConfig
 
@@ -21,9 +22,6 @@ from slimgpt.sensitivity.allocate import allocated
 
 SMALLEST_KL = 1e-9
 """Nats per token below which a divergence counts as this: it has a logarithm."""
-
-SMALLEST_SHARE = 1e-6
-"""The same of the share that is removed."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +66,12 @@ class LossPredictor:
 
     The cost of a size is the sum of its structures' extrapolated contributions
     (:func:`slimgpt.planning.allocation.predicted_cost`), by those measured at the next smaller and the next larger
-    size, the logarithms of both weighed by how near they are; where none were measured it is the share that is removed.
-    Where the costs of the measured sizes do not ascend with what they remove (noise can do that), it is the share
-    that is removed, too.
-    The logarithm of the KL divergence is interpolated monotonically in the logarithm of the cost, and so is the logit
-    of the share of equal most likely tokens. At a size that was pruned to the result is what was measured.
+    size, the logarithms of both weighed by how near they are. The logarithm of the KL divergence is interpolated
+    monotonically in the logarithm of the cost and in the logit of the share that is removed, and the mean of the two is
+    taken; so is the logit of the share of equal most likely tokens. The two err to different sides: docs/lab-notes.md
+    holds them against each other. Where no costs were measured, or those of the measured sizes do not ascend with what
+    they remove (noise can do that), the share alone counts. At a size that was pruned to the result is what was
+    measured.
 
     Args:
         sizes: by what they remove, ascending; of those that remove the same the first counts.
@@ -84,17 +83,17 @@ class LossPredictor:
     ):
         self.shape, self.config, self.model_config = shape, config, model_config
         self.sizes = [size for i, size in enumerate(sizes) if all(_more(size, other) for other in sizes[:i])]
-        self.by_share = False
-        x = self._places()
-        if any(right <= left for left, right in pairwise(x)):
-            self.by_share = True
-            x = self._places()
-        self.curves = {}
+        self.scales: list[Callable[[Plan], float]] = [lambda plan: logit(plan.achieved)]
+        if all(size.costs is not None for size in self.sizes):
+            costs = [self.log_cost(size.plan) for size in self.sizes]
+            if all(left < right for left, right in pairwise(costs)):
+                self.scales.append(self.log_cost)
+        self.curves: dict[str, tuple[list[MonotoneCurve], list[MonotoneCurve], float]] = {}
         for text in sizes[0].losses:
             losses = [size.losses[text] for size in self.sizes]
             self.curves[text] = (
-                MonotoneCurve(x, tuple(math.log(max(loss.kl, SMALLEST_KL)) for loss in losses)),
-                MonotoneCurve(x, tuple(logit(loss.same_top) for loss in losses)),
+                self._curves([math.log(max(loss.kl, SMALLEST_KL)) for loss in losses]),
+                self._curves([logit(loss.same_top) for loss in losses]),
                 losses[-1].bits_per_byte / max(losses[-1].kl, SMALLEST_KL),
             )
 
@@ -111,14 +110,14 @@ class LossPredictor:
 
     def losses(self, plan: Plan) -> dict[str, Loss]:
         """The predicted losses of widths by text."""
-        x, losses = self.log_cost(plan), {}
+        losses = {}
         for text, (kl, same_top, bits) in self.curves.items():
-            predicted = math.exp(kl(x))
-            losses[text] = Loss(predicted, bits * predicted, expit(same_top(x)))
+            predicted = math.exp(self._mean(kl, plan))
+            losses[text] = Loss(predicted, bits * predicted, expit(self._mean(same_top, plan)))
         return losses
 
     def log_cost(self, plan: Plan) -> float:
-        """The logarithm of what widths cost by the measured contributions."""
+        """The logarithm of what widths cost by the contributions, which all sizes have."""
         below = [size for size in self.sizes if size.plan.achieved <= plan.achieved] or [self.sizes[0]]
         above = [size for size in self.sizes if size.plan.achieved > plan.achieved] or [self.sizes[-1]]
         left, right = below[-1], above[0]
@@ -127,12 +126,15 @@ class LossPredictor:
         return (1 - share) * self._log_cost(plan, left) + share * self._log_cost(plan, right)
 
     def _log_cost(self, plan: Plan, size: MeasuredSize) -> float:
-        if size.costs is None or self.by_share:
-            return math.log(max(plan.achieved, SMALLEST_SHARE))
+        assert size.costs is not None
         return math.log(predicted_cost(plan, self.shape, size.costs))
 
-    def _places(self) -> tuple[float, ...]:
-        return tuple(self.log_cost(size.plan) for size in self.sizes)
+    def _curves(self, values: Sequence[float]) -> list[MonotoneCurve]:
+        """Curves through values of the measured sizes, one for each scale."""
+        return [MonotoneCurve(tuple(scale(size.plan) for size in self.sizes), tuple(values)) for scale in self.scales]
+
+    def _mean(self, curves: Sequence[MonotoneCurve], plan: Plan) -> float:
+        return fmean(curve(scale(plan)) for curve, scale in zip(curves, self.scales))
 
 
 def _more(size: MeasuredSize, other: MeasuredSize) -> bool:
