@@ -35,7 +35,8 @@ from slimgpt.pruning.report import LayerReport, PrunedLayer, PruneReport, descri
 from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.memory import choose_placement
 from slimgpt.runtime.versions import versions
-from slimgpt.sensitivity.allocate import allocate, uses_sensitivity
+from slimgpt.sensitivity.allocate import uses_sensitivity
+from slimgpt.sensitivity.whole_experts import choose_widths, measures_experts
 
 MeasuredPlan = tuple[Plan, dict[str, Any]]
 """A plan by measured costs, and what a report says of the measuring."""
@@ -194,9 +195,9 @@ def run_stages(
     dense_sizes = tuple(layer_sizes(model.config))
     context = ExecutionContext(job.device, placement, job.dtype, ranks, sink.scratch)
     allocation: dict[str, Any] = {}
-    if uses_sensitivity(config, job.shape, job.windows):
+    if any(measures(config, job.shape, job.windows) for measures in (uses_sensitivity, measures_experts)):
         plan, allocation = sink.measured_plan(
-            lambda: allocate(
+            lambda: choose_widths(
                 job.plan, job.shape, model, source, job.windows, config, context, on_measured=callbacks.measured
             )
         )
