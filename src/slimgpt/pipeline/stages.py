@@ -211,6 +211,7 @@ def run_stages(
         comparison = DenseComparison(model, job.evaluation, config.batch_size * windows.shape[1], shared)
     load_layer = source if comparison is None else comparison.along(source)
     reports: list[LayerReport] = []
+    processor = time.process_time()
     try:
         for layer in prune_layers(model, load_layer, windows, plan, config, context, sink.finished_layer):
             if ranks.main:
@@ -221,6 +222,7 @@ def run_stages(
             del layer
     finally:
         sink.close_layers()
+    processor = time.process_time() - processor
     distillation = distil(plan) if distil is not None else {}
     readers.agree(0)  # the others wait until the first process has written all layers
     divergence = comparison(sink.final_layers(plan), plan, callbacks.compared) if comparison is not None else {}
@@ -235,7 +237,7 @@ def run_stages(
         calibration={**described(job.windows, job.calibration), **job.calibration_info},
         versions=versions(job.device),
         seconds=earlier + time.perf_counter() - start,
-        execution=execution(job.dtype or job.stored, placement, ranks.world),
+        execution=execution(job.dtype or job.stored, placement, ranks.world, processor),
         request=job.request,
         allocation=allocation,
         distillation=distillation,
