@@ -155,7 +155,7 @@ class PruneConfig:
         "Mixtures: share of the loss taken as whole experts: auto, or 0 to 1.",
         detail="The share of what experts lose. The rest is channels inside the experts that stay. auto: where widths "
         "are measured, plans with 0, half and all of it are pruned on trial, with the heads and the shared expert or "
-        "without, and the one of lowest divergence is taken; else 0. With the method reap: 1.",
+        "without, and the one that predicts text best is taken; else 0. With the method reap: 1.",
         metavar="SHARE",
         check=check_whole_experts,
         commands=ALL,

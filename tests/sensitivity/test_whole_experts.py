@@ -6,6 +6,7 @@ import copy
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import slimgpt
@@ -19,7 +20,7 @@ from slimgpt.planning.expert_plans import with_whole_experts
 from slimgpt.planning.planner import plan_for
 from slimgpt.pruning.in_place import prune_model
 from slimgpt.sensitivity.measure import ENDPOINT, measure
-from slimgpt.sensitivity.trial_pruning import TrialPruning
+from slimgpt.sensitivity.trial_pruning import TrialLoss, TrialPruning
 from slimgpt.sensitivity.whole_experts import choose_experts, measures_experts
 from slimgpt.sensitivity.windows import split_windows
 from tests.models.families import tiny_model, windows
@@ -43,24 +44,27 @@ def test_the_divergence_of_a_trial_is_that_of_the_whole_model_pruned(family):
     whole = with_whole_experts(plan, shape, CONFIG, model.config, 1.0, routed_only=True)
     assert whole is not None
     layers = []
-    trials = TrialPruning(
-        model, model.model.layers.__getitem__, IDS, CONFIG, run(), lambda: layers.append(1)
-    )
+    trials = TrialPruning(model, model.model.layers.__getitem__, IDS, CONFIG, run(), lambda: layers.append(1))
     fit, probe = split_windows(IDS, max(max(sizes.values()) for sizes in layer_sizes(model.config)))
     for tried in (whole, plan):
         slim = copy.deepcopy(model)
         for _ in prune_model(slim, fit, tried, CONFIG, run()):
             pass
-        assert trials.divergence(tried) == pytest.approx(divergence(slim, model, probe), rel=1e-6)
+        loss = trials(tried)
+        assert loss.divergence == pytest.approx(divergence(slim, model, probe), rel=1e-6)
+        with torch.no_grad():
+            logits = slim(probe).logits[:, 1:-1].flatten(0, 1)
+        text = torch.nn.functional.cross_entropy(logits, probe[:, 2:].flatten())
+        assert loss.cross_entropy == pytest.approx(float(text), rel=1e-6)
     assert len(layers) == 2 * len(shape.layers)
     # Of channels alone there is a path to the narrow matrices; its end is measured otherwise.
     end = measure(model, model.model.layers.__getitem__, IDS, plan, CONFIG, run(), points=ENDPOINT)
-    assert trials.divergence(plan) == pytest.approx(end.divergence, rel=1e-3)
+    assert trials(plan).divergence == pytest.approx(end.divergence, rel=1e-3)
 
 
 @pytest.mark.parametrize("alone", [False, True])
 @pytest.mark.parametrize("best", [0.0, 0.5, 1.0])
-def test_the_plan_of_lowest_divergence_is_taken_and_half_is_tried_the_better_way(best, alone):
+def test_the_plan_that_predicts_text_best_is_taken_and_half_is_tried_the_better_way(best, alone):
     model = tiny_mixture("qwen2_moe")
     shape = describe(model.config, model)
     plan = plan_for(model.config, CONFIG, shape)
@@ -71,12 +75,12 @@ def test_the_plan_of_lowest_divergence_is_taken_and_half_is_tried_the_better_way
             shares[json.dumps(made.layers)] = (share, only)
     asked = []
 
-    def kl(tried):
+    def trial(tried):
         share, only = shares.get(json.dumps(tried.layers), (0.0, False))
         asked.append((share, only))
-        return abs(share - best) + (0.1 if only != alone else 0.0) * bool(share)
+        return TrialLoss(1.0 - share, abs(share - best) + (0.1 if only != alone else 0.0) * bool(share))
 
-    chosen, entry = choose_experts(plan, shape, CONFIG, model.config, kl)
+    chosen, entry = choose_experts(plan, shape, CONFIG, model.config, trial)
     assert asked == [(0.0, False), (1.0, False), (1.0, True), (0.5, alone)]
     assert [(each["share"], each["routed_only"]) for each in entry["tried"]] == asked
     share, only = shares.get(json.dumps(chosen.layers), (0.0, False))
@@ -91,22 +95,22 @@ def test_the_default_takes_the_best_trial_and_says_all_of_them(family):
     model = tiny_mixture(family)
     report = slimgpt.prune(model, None, calibration=windows(40, 24), **OPTIONS)
     entry = report.allocation["experts"]
-    kls = [each["divergence"] for each in entry["tried"]]
+    kls, texts = ([each[name] for each in entry["tried"]] for name in ("divergence", "cross_entropy"))
     assert len(kls) >= 3
-    assert entry["chosen"] == min(range(len(kls)), key=kls.__getitem__)
+    assert entry["chosen"] == min(range(len(texts)), key=texts.__getitem__)
     assert report.plan.parameters == entry["tried"][entry["chosen"]]["parameters"]
     assert {layer[EXPERTS] for layer in report.plan.layers if EXPERTS in layer} == set(
         entry["tried"][entry["chosen"]]["experts"]
     )
     assert report.settings.whole_experts == "auto"
     text = report.summary()
-    assert all(f"{kl:.3f}" in text for kl in kls)
+    assert all(f"{text_loss:.3f} (KL {kl:.3f})" in text for kl, text_loss in zip(kls, texts))
     assert report.execution["processor_seconds"] > 0
 
 
 def test_equal_layers_are_tried_too():
     model = tiny_mixture("mixtral", intermediate_size=160)
-    options = {**OPTIONS, "ratio": 0.4, "allocation": "auto", "uniform": True}
+    options = {**OPTIONS, "allocation": "auto", "uniform": True}
     report = slimgpt.prune(model, None, calibration=windows(400, 24), **options)
     tried = report.allocation["experts"]["tried"]
     assert report.allocation["by"] == "schedule"

@@ -275,9 +275,7 @@ def _print_report(report: PruneReport, size: int, folder: Path, *, verbose: bool
         from slimgpt.pruning.report import trials_text
 
         pruning = report.execution.get("processor_seconds", 0.0)
-        out.print(
-            f"experts: {trials_text(tried)} (the pruning itself: {pruning:.0f})", soft_wrap=True, highlight=False
-        )
+        out.print(f"experts: {trials_text(tried)} (the pruning itself: {pruning:.0f})", soft_wrap=True, highlight=False)
     if info := report.distillation:
         far, text = (
             f"{info[name]['before']:.3f} -> {info[name]['after']:.3f}" for name in ("divergence", "cross_entropy")

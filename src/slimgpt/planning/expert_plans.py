@@ -1,4 +1,4 @@
-"""Plans of a mixture that take a share of what its routed experts lose as whole experts, equally many in every layer."""
+"""Plans of a mixture in which part of what routed experts lose goes as whole experts, equally many in every layer."""
 
 from __future__ import annotations
 

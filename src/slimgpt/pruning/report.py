@@ -231,15 +231,15 @@ def trials_text(experts: dict[str, Any]) -> str:
         experts: the entry ``experts`` of :attr:`PruneReport.allocation`.
     """
     names = {0.0: "channels", 0.5: "half whole", 1.0: "whole"}
-    tried = [
-        f"{names[each['share']]}{' (nothing else)' if each['routed_only'] else ''} {each['divergence']:.3f}"
-        for each in experts["tried"]
+    tried = [f"{names[each['share']]}{' and nothing else' if each['routed_only'] else ''}" for each in experts["tried"]]
+    losses = [
+        f"{name} {each['cross_entropy']:.3f} (KL {each['divergence']:.3f})"
+        for name, each in zip(tried, experts["tried"], strict=True)
     ]
-    chosen = tried[experts["chosen"]].rpartition(" ")[0]
     kept = " to ".join(map(str, experts["tried"][experts["chosen"]]["experts"]))
     return (
-        f"{chosen}, {kept} a layer stay; divergence of trials: {', '.join(tried)} nats per token; "
-        f"{experts['processor_seconds']:.0f} processor seconds"
+        f"{tried[experts['chosen']]}, {kept} a layer stay; cross-entropy of trials: {', '.join(losses)} nats per "
+        f"token; {experts['processor_seconds']:.0f} processor seconds"
     )
 
 

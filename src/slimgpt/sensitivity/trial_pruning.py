@@ -1,4 +1,4 @@
-"""Trials of plans: each is pruned on few windows, and its predictions on others are compared with the dense model's.
+"""Trials of plans: each is pruned on few windows, and its predictions are judged on others.
 
 A plan whose whole experts go has no path from the dense matrices to the narrow ones, since the router sends tokens
 elsewhere; its layers are run as they are. They are compared as they come, so that memory holds one of them.
@@ -7,6 +7,7 @@ elsewhere; its layers are run as they are. They are compared as they come, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,20 @@ from slimgpt.runtime.memory import DEVICE, malloc_trim
 from slimgpt.sensitivity.windows import split_windows
 
 
+class TrialLoss(NamedTuple):
+    """What a pruned model has lost, on windows that no repair has seen, in nats per token.
+
+    Args:
+        divergence: ``KL(dense || pruned)``.
+        cross_entropy: of its predictions with the text.
+    """
+
+    divergence: float
+    cross_entropy: float
+
+
 class TrialPruning:
-    """Divergences of plans from the dense model, on windows that no repair has seen.
+    """The losses of plans, each pruned on a small part of the windows.
 
     Args:
         model: gives embeddings, final norm and LM head; unchanged.
@@ -49,12 +62,12 @@ class TrialPruning:
         self.model, self.layers, self.load_layer = model, decoder_layers(model), load_layer
         self.config, self.run, self.on_layer = config, run, on_layer
         fit, probe = split_windows(windows, max(max(sizes.values()) for sizes in layer_sizes(model.config)))
-        self.tokens = max(probe.shape[0] * (probe.shape[1] - 1), 1)
+        self.tokens, self.predicted = (max(len(probe) * (probe.shape[1] - n), 1) for n in (1, 2))
         self.fit, self.probe = run.ranks.share(fit), run.ranks.share(probe)
         self.dense: ActivationStore | None = None  # hidden states behind the last dense layer, once they are there
 
-    def divergence(self, plan: Plan) -> float:
-        """``KL(dense || pruned)`` in nats per token, the same in every process.
+    def __call__(self, plan: Plan) -> TrialLoss:
+        """The losses of a plan, the same in every process; those of a window's first token are left out.
 
         Raises:
             NumericalError: NaN or infinity on the way, or a Hessian that is not positive definite.
@@ -89,13 +102,13 @@ class TrialPruning:
             malloc_trim()
             self.on_layer()
         pruned.close()
-        self.dense, total = dense, 0.0
+        self.dense, sums = dense, [0.0, 0.0]
         with on_device(self.model, self.run.device):
             for number, ids in enumerate(self.probe.split(self.config.batch_size)):
                 states = [slim.get(number)]
-                kls, _, _ = kl_and_cross_entropy(
+                (kl,), (text,), _ = kl_and_cross_entropy(
                     self.model, dense.get(number), states, ids, passes.tuple_length, [False]
                 )
-                total += kls[0]
-        (total,) = self.run.ranks.sums([total])
-        return total / self.tokens
+                sums = [sums[0] + kl, sums[1] + text]
+        kl, text = self.run.ranks.sums(sums)
+        return TrialLoss(kl / self.tokens, text / self.predicted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from slimgpt.planning.plan import Plan
 from slimgpt.runtime.setting_checks import AUTO
 from slimgpt.sensitivity.allocate import allocate, enough_text, uses_sensitivity
 from slimgpt.sensitivity.measure import OnMeasured
-from slimgpt.sensitivity.trial_pruning import TrialPruning
+from slimgpt.sensitivity.trial_pruning import TrialLoss, TrialPruning
 from slimgpt.sensitivity.windows import most_ranks
 
 MOST_TRIALS = 4
@@ -92,7 +93,7 @@ def choose_widths(
         count, last = count + 1, now
 
     trials = TrialPruning(model, load_layer, windows, config, run, on_layer)
-    chosen, entry = choose_experts(plan, shape, config, model.config, trials.divergence)
+    chosen, entry = choose_experts(plan, shape, config, model.config, trials)
     return chosen, {**info, "experts": entry, "seconds": time.perf_counter() - start}
 
 
@@ -101,36 +102,38 @@ def choose_experts(
     shape: ModelShape,
     config: PruneConfig,
     model_config: PreTrainedConfig,
-    divergence: Callable[[Plan], float],
+    trial: Callable[[Plan], TrialLoss],
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan of lowest divergence among the given one and those with whole experts of equal size.
+    """The plan of lowest cross-entropy with the text among the given one and those with whole experts of equal size.
 
     All that routed experts lose is tried as whole experts, beside what heads and shared experts lose in the given plan
-    and without that; then half of it, the way that was better.
+    and without that; then half of it, the way that was better. Judged by the text and not by the divergence from the
+    dense model: where the two differ, the training that follows goes on where the text says so (docs/lab-notes.md).
 
     Args:
         plan: what is removed, as channels.
         model_config: of the dense model.
-        divergence: of a pruned plan from the dense model.
+        trial: prunes to a plan and gives what it lost.
 
     Returns:
         It, and what a report says: the trials, the number of the one chosen, and the processor seconds of all.
     """
     start = time.process_time()
-    tried: list[tuple[ExpertsCandidate, float]] = []
+    tried: list[tuple[ExpertsCandidate, TrialLoss]] = []
 
     def candidate(share: float, routed_only: bool) -> float:
-        """The divergence of a candidate; infinity where there is none, and none that is another already."""
+        """The cross-entropy of a candidate; infinity where there is none, or none but one that was tried already."""
         made = with_whole_experts(plan, shape, config, model_config, share, routed_only=routed_only) if share else plan
         if made is None or any(made.layers == other.plan.layers for other, _ in tried):
-            return float("inf")
-        tried.append((ExpertsCandidate(share, routed_only, made), divergence(made)))
-        return tried[-1][1]
+            return math.inf
+        tried.append((ExpertsCandidate(share, routed_only, made), trial(made)))
+        return tried[-1][1].cross_entropy
 
     candidate(0.0, False)
     whole, alone = candidate(1.0, False), candidate(1.0, True)
-    candidate(0.5, alone < whole)
-    best = min(range(len(tried)), key=lambda number: tried[number][1])
+    if math.isinf(candidate(0.5, alone < whole)):
+        candidate(0.5, alone >= whole)
+    best = min(range(len(tried)), key=lambda number: tried[number][1].cross_entropy)
     entry = {
         "tried": [
             {
@@ -138,9 +141,9 @@ def choose_experts(
                 "routed_only": each.routed_only,
                 "experts": sorted({sizes[EXPERTS] for sizes in each.plan.layers if EXPERTS in sizes}),
                 "parameters": each.plan.parameters,
-                "divergence": kl,
+                **loss._asdict(),
             }
-            for each, kl in tried
+            for each, loss in tried
         ],
         "chosen": best,
         "processor_seconds": time.process_time() - start,
