@@ -101,7 +101,7 @@ class TrialPruning:
         for _ in passes.forward([slim], checked=batches):
             malloc_trim()
             self.on_layer()
-        pruned.close()
+        next(pruned, None)  # it lets go of the last layer
         self.dense, sums = dense, [0.0, 0.0]
         with on_device(self.model, self.run.device):
             for number, ids in enumerate(self.probe.split(self.config.batch_size)):
