@@ -107,7 +107,8 @@ def test_two_processes_choose_between_whole_experts_and_channels_like_one(tokeni
     assert len(one["tried"]) == len(other["tried"]) == 4
     for left, right in zip(one["tried"], other["tried"]):
         assert left["cross_entropy"] == pytest.approx(right["cross_entropy"], rel=1e-5)
-        assert left["divergence"] == pytest.approx(right["divergence"], rel=1e-3)
+        # Sums in another order can send a token to another expert.
+        assert left["divergence"] == pytest.approx(right["divergence"], rel=5e-3)
     assert report_of(tmp_path / "one")["plan"] == report_of(tmp_path / "two")["plan"]
 
 
