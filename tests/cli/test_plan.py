@@ -123,6 +123,21 @@ def test_a_mixture_of_experts_is_planned_from_its_config(folder):
     assert "20.0" in result.output
 
 
+def test_an_engine_that_was_asked_for_and_does_not_run_it_is_an_error(folder):
+    given = (folder("mixtral"), "--ratio", "0.2")
+    refused = plan(*given, "--for", "llama.cpp")
+    assert refused.exit_code == 2
+    assert "engines" in refused.stdout  # the table all the same
+    assert (
+        "llama.cpp does not run it: model_type 'mixtral' is none that our GGUF writer knows; use prune --uniform"
+        in (" ".join(refused.stderr.split()))
+    )
+    listed = plan(*given, "--for", "llama.cpp", "--json")
+    assert listed.exit_code == 2
+    assert not json.loads(listed.stdout)["verdicts"][0]["runs"]
+    assert plan(*given).exit_code == 0  # nobody asked for it
+
+
 def test_no_weight_is_loaded_and_nothing_that_takes_long(folder):
     """A whole process. Its seconds are the imports of torch and transformers; what else is large stays out."""
     path = folder("llama-3.1-8b")

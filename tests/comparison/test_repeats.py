@@ -147,7 +147,9 @@ def test_a_column_is_the_mean_over_seeds_and_prunings(compared, folders, text_fi
         assert measured.divergence is not None
         kls.append(measured.divergence.kl.mean)
         assert one["perplexities"][0]["perplexity"] == pytest.approx(measured.perplexity, rel=1e-6)
-        assert one["perplexities"][0]["divergence"]["kl"]["mean"] == pytest.approx(measured.divergence.kl.mean, rel=1e-5)
+        assert one["perplexities"][0]["divergence"]["kl"]["mean"] == pytest.approx(
+            measured.divergence.kl.mean, rel=1e-5
+        )
         tasks = slimgpt.evaluate_tasks(
             model, tokenizer, "piqa,boolq", 2, data_dir=data_dir, seed=one["seed"], draw_rows=True
         )

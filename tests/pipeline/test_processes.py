@@ -21,6 +21,7 @@ from slimgpt.cli import app
 from slimgpt.errors import UsageError
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.runtime.distributed import Ranks
+from tests.models.mixtures import tiny_mixture
 from tests.pipeline.folders import files_of, report_of, weights_of
 
 
@@ -92,6 +93,24 @@ def test_two_processes_decide_like_one(wide, text_file, tmp_path):
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).norm() <= 1e-5 * tensor.norm(), name
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_two_processes_choose_between_whole_experts_and_channels_like_one(tokenizer, text_file, tmp_path):
+    tiny_mixture("qwen2_moe").save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    options = ("--ratio", "0.45", "--allocation", "sensitivity", "--distill", "off", "--no-evaluate")
+    run(command(tmp_path / "dense", tmp_path / "one", text_file, *options))
+    two = start(torchrun(2, command(tmp_path / "dense", tmp_path / "two", text_file, *options)), OMP_NUM_THREADS="1")
+    output, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, output
+    one, other = (report_of(tmp_path / name)["allocation"]["experts"] for name in ("one", "two"))
+    assert one["chosen"] == other["chosen"]
+    assert len(one["tried"]) == len(other["tried"]) == 4
+    for left, right in zip(one["tried"], other["tried"]):
+        assert left["cross_entropy"] == pytest.approx(right["cross_entropy"], rel=1e-5)
+        # Sums in another order can send a token to another expert.
+        assert left["divergence"] == pytest.approx(right["divergence"], rel=5e-3)
+    assert report_of(tmp_path / "one")["plan"] == report_of(tmp_path / "two")["plan"]
 
 
 def test_a_process_that_dies_ends_all_and_the_run_resumes_with_another_number(wide, text_file, tmp_path):

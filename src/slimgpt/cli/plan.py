@@ -14,6 +14,7 @@ from slimgpt.cli.options import ModelArgument, TrustOption, setting_options
 from slimgpt.cli.progress import duration
 from slimgpt.cli.prune import for_engines
 from slimgpt.config import PruneConfig
+from slimgpt.errors import PlanError
 
 if TYPE_CHECKING:
     from slimgpt.pipeline.estimate import Estimate
@@ -58,14 +59,17 @@ def plan(
         write_file(save, to_toml(estimate.plan, estimate.model_type))
     if as_json:
         typer.echo(json.dumps(estimate.to_json()))
-        return
-    _print(estimate)
-    if save is not None:
+    else:
+        _print(estimate)
+    if save is not None and not as_json:
         out.print(
             f"saved {show(save)}: `slimgpt prune {show(model)} OUT --plan {show(save)}` follows it",
             soft_wrap=True,
             highlight=False,
         )
+    refused = [verdict for verdict in estimate.verdicts if names is not None and not verdict.runs]
+    for verdict in refused[:1]:  # asked for by name
+        raise PlanError(f"{verdict.engine} does not run it: {verdict.how}; {verdict.change or 'leave it out of --for'}")
 
 
 def _print(estimate: Estimate) -> None:
@@ -89,6 +93,8 @@ def _print(estimate: Estimate) -> None:
     )
     if estimate.note is not None:
         out.print(f"[yellow]note:[/]          {estimate.note}", soft_wrap=True)
+    if estimate.experts is not None:
+        out.print(f"[yellow]note:[/]          {estimate.experts}", soft_wrap=True)
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in estimate.bytes.items())
     out.print(f"GB on disk     {sizes}", soft_wrap=True)
     if estimate.quantization is not None:

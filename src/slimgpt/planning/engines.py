@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes, is_uniform
+from slimgpt.models.families.moe import EXPERTS
 from slimgpt.models.lookup import head_dim, text_config
 from slimgpt.models.stock_config import stock_config
 from slimgpt.runtime.setting_checks import AUTO
@@ -73,9 +74,8 @@ def gguf_architecture(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str:
         PlanError: there is none; the text says why, and which form can be used instead.
     """
     family, uniform = config.model_type, is_uniform(layers)
-    instead = (
-        "--to hf-uniform and llama.cpp's own converter" if uniform else "--to padded and llama.cpp's own converter"
-    )
+    form = "--to hf-uniform" if uniform else "prune --uniform" if has_experts(layers) else "--to padded"
+    instead = f"{form} and llama.cpp's own converter"
     if family not in ("llama", "mistral", "qwen2", "qwen3"):
         raise PlanError(f"model_type '{family}' is none that our GGUF writer knows; use {instead}")
     window = getattr(config, "sliding_window", None)
@@ -139,10 +139,19 @@ def graph_problem(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def has_experts(layers: Sequence[Sizes]) -> bool:
+    """Whether it is a mixture, whose experts `export --to padded` refuses."""
+    return any(EXPERTS in layer for layer in layers)
+
+
+def _or_padded(layers: Sequence[Sizes]) -> str:
+    return "" if has_experts(layers) else ", or export --to padded"
+
+
 def _hf(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
     if not is_uniform(layers):
         how = "from_pretrained with trust_remote_code=True: a small modeling file travels in the folder"
-        return EngineSupport("hf", True, how, "a stock class: --uniform, or export --to padded")
+        return EngineSupport("hf", True, how, f"a stock class: --uniform{_or_padded(layers)}")
     stock = stock_config(config, layers[0])
     if stock is None:
         how = "from_pretrained with trust_remote_code=True: no stock class takes this head count"
@@ -166,7 +175,7 @@ def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
         how = "its Transformers backend wants attention in every layer"
         return EngineSupport("vllm", False, how, "export --to padded, or prune without --drop-attention")
     how = "Transformers backend: --model-impl transformers --trust-remote-code"
-    return EngineSupport("vllm", True, how, "its own class: --uniform --round-to 64, or export --to padded")
+    return EngineSupport("vllm", True, how, f"its own class: --uniform --round-to 64{_or_padded(layers)}")
 
 
 def _llama_cpp(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
@@ -185,7 +194,7 @@ def _stock_or_nemotron(engine: str) -> Callable[[PreTrainedConfig, Sequence[Size
             return EngineSupport(engine, True, "the folder as it is (stock class)")
         if nemotron_problem(config, layers) is None:
             return EngineSupport(engine, True, "export --to nemotron-nas")
-        return EngineSupport(engine, False, "its layers must have equal widths", "--uniform, or export --to padded")
+        return EngineSupport(engine, False, "its layers must have equal widths", f"--uniform{_or_padded(layers)}")
 
     return verdict
 

@@ -55,7 +55,8 @@ def measured_size(report: PruneReport, texts: Sequence[str]) -> MeasuredSize:
             )
         losses[text] = Loss(values["kl"]["mean"], values["bits_per_byte"], values["same_top"])
     costs = None
-    if contributions := report.allocation.get("contributions"):
+    tried = report.allocation.get("experts", {"chosen": 0})
+    if (contributions := report.allocation.get("contributions")) and not tried["chosen"]:  # of channels
         each = [one if isinstance(one, Mapping) else vars(one) for one in contributions]
         costs = Sensitivity(report.allocation["divergence"], tuple(StructureCost(**one) for one in each))
     return MeasuredSize(report.plan, costs, losses)
