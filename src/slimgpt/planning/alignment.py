@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from slimgpt.config import PruneConfig, cache_alone
+from slimgpt.config import PruneConfig
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.plan import TOLERANCE, Plan
 from slimgpt.runtime.setting_checks import AUTO
+from slimgpt.runtime.setting_relations import cache_alone
 
 ALIGNED = ((4096, 64), (1024, 32))
 """The narrowest FFN of a model from which on, and the step of its widths by layer; below, widths are not rounded. So a
