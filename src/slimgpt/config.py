@@ -14,10 +14,12 @@ from slimgpt.runtime.setting_checks import (
     check_at_least_one,
     check_damping,
     check_distill,
+    check_engine,
     check_ratio,
     check_round_to,
     check_seed,
     check_share,
+    check_speedup,
 )
 from slimgpt.runtime.setting_relations import (
     allocation_of,
@@ -25,6 +27,7 @@ from slimgpt.runtime.setting_relations import (
     check_measured_allocation,
     check_one_size,
     check_plan_file,
+    check_speed,
     distill_of,
     whole_experts_of,
 )
@@ -146,6 +149,30 @@ class PruneConfig:
         detail="Whole KV heads go until it fits.",
         commands=BOTH,
     )
+    speedup: float | None = setting(
+        None,
+        "In place of a ratio: how many times as fast, such as 1.5.",
+        detail="The time of one request: a prompt and the tokens after it. Layers are timed at several widths on this "
+        "machine, the widths are chosen by loss per millisecond, and the result is timed in turn with the dense model.",
+        check=check_speedup,
+        commands=BOTH,
+    )
+    on: str = setting(
+        "transformers",
+        "With a speedup: the engine, transformers, vllm or llama.cpp.",
+        detail="transformers is timed here; for the others give a speed_table.",
+        check=check_engine,
+        commands=BOTH,
+    )
+    batch: int = setting(1, "With a speedup: prompts at once.", check=check_at_least_one, commands=BOTH)
+    prompt: int = setting(512, "With a speedup: tokens per prompt.", check=check_at_least_one, commands=BOTH)
+    new_tokens: int = setting(128, "With a speedup: tokens after it.", check=check_at_least_one, commands=BOTH)
+    speed_table: str | None = setting(
+        None,
+        "With a speedup: a JSON file of times, measured and written if it is not there.",
+        metavar="FILE",
+        commands=BOTH,
+    )
     allocation: str = setting(
         "auto",
         "Which layers lose how much: auto, schedule, sensitivity, search.",
@@ -193,6 +220,7 @@ class PruneConfig:
         _ = self.param_limit, self.byte_limit, self.cache_target  # parsed here, once
         check_one_size(self)
         check_plan_file(self)
+        check_speed(self)
         if self.round_to != AUTO:
             object.__setattr__(self, "round_to", int(self.round_to))
         object.__setattr__(self, "skip_layers", parse_layers(self.skip_layers))

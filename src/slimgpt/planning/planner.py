@@ -104,7 +104,7 @@ def make_plan(
         ratios = _over_ffns(shape, [r * wanted / target for r in ratios], wanted)
         target = wanted
     if head_unit == "auto":
-        head_unit = _natural_unit(shape)
+        head_unit = natural_unit(shape)
     if not heads and kv_heads is None:
         kv_heads = [_removable(layer, head_unit) for layer in shape.layers]
     if uniform:
@@ -198,7 +198,7 @@ def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cac
     )
 
 
-def _natural_unit(shape: ModelShape) -> str:
+def natural_unit(shape: ModelShape) -> str:
     """Query heads where several share a KV head in every layer that has heads, else whole heads."""
     with_heads = [layer for layer in shape.layers if set(UNITS_OF_HEADS) & set(layer.unit_parameters)]
     grouped = all(

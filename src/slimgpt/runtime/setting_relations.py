@@ -10,14 +10,14 @@ from slimgpt.runtime.setting_checks import AUTO
 
 def sizes_given(config: Any) -> list[str]:
     """The settings that say how small the model shall be."""
-    return [name for name in ("ratio", "params", "bytes", "plan") if getattr(config, name) is not None]
+    return [name for name in ("ratio", "params", "bytes", "speedup", "plan") if getattr(config, name) is not None]
 
 
 def check_one_size(config: Any) -> None:
     """Refuse two sizes."""
     sizes = sizes_given(config)
     if len(sizes) > 1:
-        raise UsageError(f"{' and '.join(sizes)} were given; each says how small the model shall be: give one")
+        raise UsageError(f"{' and '.join(sizes)} were given; each says how small or fast the model shall be: give one")
 
 
 def check_plan_file(config: Any) -> None:
@@ -29,6 +29,22 @@ def check_plan_file(config: Any) -> None:
             "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "
             "round_to, which engines named with --for may set"
         )
+
+
+def check_speed(config: Any) -> None:
+    """Refuse what else decides how much is removed beside a speed, and how a speed is timed where none is asked for."""
+    if config.speedup is None:
+        timed = {"on": "transformers", "batch": 1, "prompt": 512, "new_tokens": 128, "speed_table": None}
+        given = [name for name, default in timed.items() if getattr(config, name) != default]
+        if given:
+            raise UsageError(f"{given[0]} says how a speedup is timed, and none is asked for; add speedup")
+        return
+    if config.kv_cache is not None:
+        raise UsageError("speedup and kv_cache both decide how many heads go; leave one of them out")
+    if config.schedule is not None and not isinstance(config.schedule, str):
+        raise UsageError("a list of ratios says how much goes, and speedup says so too; leave one of them out")
+    if config.whole_experts or config.method == "reap":
+        raise UsageError("speedup times heads and channels, and whole experts have no times; leave one of them out")
 
 
 def check_kept(config: Any) -> None:
