@@ -24,6 +24,9 @@ from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.ffn import FIELDS
 from slimgpt.planning.plan import with_heads
 
+SPEED_TABLE_FILE = "speed-table.json"
+"""The table in the folder of a model that was pruned by it."""
+
 NANOSECONDS = 1e9
 """Budgets of time are whole numbers of them, as large as those of parameters."""
 
