@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ class RandomModel:
     """
 
     def __init__(self, config: PreTrainedConfig, count: int, device: torch.device, dtype: torch.dtype):
-        self.model, self.device, self.dtype = empty_model(config), device, dtype
+        self.model: Any = empty_model(config)
+        self.device, self.dtype = device, dtype
         self.path = architecture_of(config, self.model).layers
         self.empty = list(self.model.get_submodule(self.path).children())[:count]
         self.tensors: dict[tuple[int, str, torch.Size], Tensor] = {}

@@ -55,8 +55,9 @@ def planned(
         return plan_for(model_config, config, shape, stored), None
     check_timeable(shape)
     check_heads(model_config, shape, config.head_unit)
-    if table is None or _unfit(table, model_config, config, shape) is not None:
-        table = _table(model_config, config, shape, stored, device, on_timed)
+    whole = describe(model_config)  # with what these settings keep, so that a table serves for others, too
+    if table is None or _unfit(table, model_config, config, whole) is not None:
+        table = _table(model_config, config, whole, stored, device, on_timed)
     target = SpeedTarget(table, config.speedup)
     return plan_for_speed(model_config, config, shape, target), target
 
@@ -95,7 +96,7 @@ def _table(
         raise UsageError(f"{file.absolute().parent} is no folder; make it first, or give another place for speed_table")
     table = measure_table(
         model_config,
-        describe(model_config),  # with what these settings keep, so that the table serves for others
+        shape,
         chosen_head_unit(config, shape),
         preferred_step(config, shape),
         batch=config.batch,

@@ -16,10 +16,10 @@ from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import check_heads, make_plan, natural_unit
 from slimgpt.planning.speed_table import NANOSECONDS, SpeedTarget
 
-RATIOS = tuple(number / 200 for number in range(1, 200))
+RATIOS = tuple(number / 50 for number in range(1, 50))
 """The ratios that are tried; the smallest that is fast enough is then made smaller."""
 
-HALVINGS = 8
+HALVINGS = 10
 """So often the step between two of them is halved."""
 
 
@@ -54,7 +54,7 @@ def plan_for_speed(model_config: Any, config: PruneConfig, shape: ModelShape, ta
     check_timeable(shape)
     check_heads(model_config, shape, config.head_unit)
     budget = target.budget(shape)
-    head_unit = chosen_head_unit(config, shape)
+    head_unit = "kv" if config.head_unit == "auto" and config.method.startswith("paper") else config.head_unit
     schedules = [config.schedule] if config.schedule is not None or config.uniform else [None, "uniform"]
     fastest, refused = 1.0, PlanError("")
 
