@@ -210,8 +210,8 @@ def _timed_in_turn(
     new_tokens: int,
     on_timed: OnTimed | None,
 ) -> tuple[Seconds, dict[tuple[Any, ...], Seconds]]:
-    """The time of the dense model, and that of every variant: its median share of the dense model's right before and
-    after it."""
+    """The time of the dense model, and that of every variant: its median share of the dense model's, between those
+    before and after it."""
     names = list(variants)
     groups = [names[start : start + BETWEEN_DENSE] for start in range(0, len(names), BETWEEN_DENSE)]
     total, number = (ROUNDS + 1) * (len(names) + len(groups) + 1), 0
@@ -235,8 +235,10 @@ def _timed_in_turn(
             after = timed(dense)
             if turn:
                 whole.append(after)
-                for name, seconds in taken.items():
-                    shares[name].append(Seconds(*(2 * s / (one + two) for s, one, two in zip(seconds, before, after))))
+                for place, (name, seconds) in enumerate(taken.items(), start=1):
+                    part = place / (len(taken) + 1)  # a machine that becomes slower does so little by little
+                    drifted = [one + part * (two - one) for one, two in zip(before, after)]
+                    shares[name].append(Seconds(*(mine / dense for mine, dense in zip(seconds, drifted))))
             before = after
     median = Seconds(*(statistics.median(part) for part in zip(*whole)))
     return median, {
