@@ -9,6 +9,7 @@ import torch
 
 import slimgpt.evaluation.layer_times as layer_times
 import slimgpt.evaluation.reached_speed as reached
+from slimgpt.errors import PlanError
 from slimgpt.evaluation.layer_times import Seconds, measure_table, request_seconds
 from slimgpt.evaluation.speed import Speed
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
@@ -149,6 +150,15 @@ def test_a_random_model_may_lack_attentions():
     assert count_tied(model) == shape.parameters - shape.layers[2].attention_parameters
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert min(request_seconds(model, torch.arange(6)[None], 3)) > 0
+
+
+def test_a_model_that_gives_no_cache_back_is_refused():
+    model = tiny_model("recurrent_gemma")
+    with pytest.raises(PlanError, match="'recurrent_gemma' gives no cache back"):
+        measure_table(
+            model.config, describe(model.config, model), "query", 1, batch=1, prompt=4, new_tokens=2, device=CPU,
+            dtype=torch.float32,
+        )  # fmt: skip
 
 
 def test_what_was_reached_is_the_time_of_the_whole_request(monkeypatch):

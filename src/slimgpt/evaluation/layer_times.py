@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from slimgpt.errors import PlanError
 from slimgpt.evaluation.speed import check_generation
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes
 from slimgpt.models.lookup import text_config
@@ -106,6 +107,7 @@ def measure_table(
 
     Raises:
         UsageError: more tokens than the model's context.
+        PlanError: the model gives no cache back that new tokens could be timed with.
     """
     check_generation(model_config, prompt, new_tokens, ROUNDS, batch)
     kinds = layer_kinds(model_config, shape)
@@ -252,6 +254,9 @@ def request_seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Sec
 
     Args:
         ids: the prompts, ``(batch, prompt)``.
+
+    Raises:
+        PlanError: the model gives no cache back.
     """
 
     def now() -> float:
@@ -264,7 +269,11 @@ def request_seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Sec
     start = now()
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     prompt = now() - start
-    cache = output.past_key_values
+    cache = getattr(output, "past_key_values", None)
+    if cache is None:
+        raise PlanError(
+            f"speedup: '{model.config.model_type}' gives no cache back, so that its new tokens are not timed; give a ratio"
+        )
     if skipped:
         fill = ids[:, :1].expand(-1, skipped)
         cache = model(input_ids=fill, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
