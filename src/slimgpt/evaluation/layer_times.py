@@ -272,7 +272,8 @@ def request_seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Sec
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         raise PlanError(
-            f"speedup: '{model.config.model_type}' gives no cache back, so that its new tokens are not timed; give a ratio"
+            f"speedup: '{model.config.model_type}' gives no cache back, so that its new tokens cannot be timed; give a "
+            "ratio"
         )
     if skipped:
         fill = ids[:, :1].expand(-1, skipped)
