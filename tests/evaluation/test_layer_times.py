@@ -107,7 +107,6 @@ def test_the_least_aligned_widths_of_a_step_are_timed(monkeypatch, step):
 
 def test_all_rows_of_times_are_taken_between_two_of_the_dense_model(monkeypatch):
     order = []
-    monkeypatch.setattr(layer_times, "ROUNDS", 2)
 
     def seconds(timed, *_):
         order.append(tuple(id(layer) for layer in timed.model.layers))
@@ -118,7 +117,7 @@ def test_all_rows_of_times_are_taken_between_two_of_the_dense_model(monkeypatch)
     steps = []
     measure_table(
         model.config, describe(model.config, model), "query", 1, batch=1, prompt=8, new_tokens=2, device=CPU,
-        dtype=torch.float32, on_timed=lambda *step: steps.append(step),
+        dtype=torch.float32, rounds=2, on_timed=lambda *step: steps.append(step),
     )  # fmt: skip
     dense = max(set(order), key=order.count)
     places = [number for number, layers in enumerate(order) if layers == dense]

@@ -223,20 +223,18 @@ def test_the_command_says_what_was_promised_and_reached(dense_folder, text_file,
     assert not (tmp_path / "slim" / "speed-table.json").exists()
 
 
-def test_the_real_clocks_time_a_model(monkeypatch):
-    monkeypatch.setattr(layer_times, "ROUNDS", 1)
-    monkeypatch.setattr(reached_speed, "ROUNDS", 1)
+def test_the_real_clocks_time_a_model():
     model = tiny_model("llama")
     shape = describe(model.config, model)
     table = layer_times.measure_table(
         model.config, shape, "query", 1, batch=2, prompt=8, new_tokens=3, device=torch.device("cpu"),
-        dtype=torch.float32,
+        dtype=torch.float32, rounds=1,
     )  # fmt: skip
     assert table.model_seconds([layer.sizes for layer in shape.layers]) > 0
     sizes = [layer.sizes for layer in shape.layers]
     report = reached_speed.reached_speed(
         model.config, sizes, sizes, batch=2, prompt=8, new_tokens=3, device=torch.device("cpu"),
-        dtype=torch.float32, parameters=2 * shape.parameters,
+        dtype=torch.float32, parameters=2 * shape.parameters, rounds=1,
     )  # fmt: skip
     assert report["reached"] > 0
     assert min(*report["dense"].values(), *report["slim"].values()) > 0

@@ -93,6 +93,7 @@ def measure_table(
     new_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
+    rounds: int = ROUNDS,
     on_timed: OnTimed | None = None,
 ) -> SpeedTable:
     """Time a model's layers on this machine, in transformers.
@@ -104,12 +105,13 @@ def measure_table(
         step: that FFN widths will be multiples of; the widths that are timed are odd multiples, the least aligned of
             those that may be chosen.
         dtype: of the weights.
+        rounds: timed rounds over all widths, after one that is not counted.
 
     Raises:
         UsageError: more tokens than the model's context.
         PlanError: the model gives no cache back that new tokens could be timed with.
     """
-    check_generation(model_config, prompt, new_tokens, ROUNDS, batch)
+    check_generation(model_config, prompt, new_tokens, rounds, batch)
     kinds = layer_kinds(model_config, shape)
     widest = {index: _widest(shape, layers) for layers in kinds for index in layers}
     count = _timed_layers(shape, kinds, dtype.itemsize)
@@ -132,7 +134,7 @@ def measure_table(
             if changed:
                 narrow = [made.layer(i, sizes) if i in changed else layer for i, layer in enumerate(dense)]
                 variants[part, number, tuple(sorted(sizes.items()))] = _Variant(narrow, len(changed))
-    whole, times = _timed_in_turn(made, dense, variants, ids.to(device), new_tokens, on_timed)
+    whole, times = _timed_in_turn(made, dense, variants, ids.to(device), new_tokens, rounds=rounds, on_timed=on_timed)
     each = _dense_layers(whole, times, variants, kinds, count)
     rows = [
         _rows(whole, times, variants, number, each[number], widest[kinds[number][0]]) for number in range(len(kinds))
@@ -153,7 +155,7 @@ def measure_table(
             "processors": os.cpu_count(),
             "machine": platform.machine(),
             "layers": count,
-            "rounds": ROUNDS,
+            "rounds": rounds,
             "versions": versions(device),
         },
     )
@@ -210,13 +212,15 @@ def _timed_in_turn(
     variants: Mapping[tuple[Any, ...], _Variant],
     ids: Tensor,
     new_tokens: int,
+    *,
+    rounds: int,
     on_timed: OnTimed | None,
 ) -> tuple[Seconds, dict[tuple[Any, ...], Seconds]]:
     """The time of the dense model, and that of every variant: its median share of the dense model's, between those
     before and after it."""
     names = list(variants)
     groups = [names[start : start + BETWEEN_DENSE] for start in range(0, len(names), BETWEEN_DENSE)]
-    total, number = (ROUNDS + 1) * (len(names) + len(groups) + 1), 0
+    total, number = (rounds + 1) * (len(names) + len(groups) + 1), 0
     shares: dict[tuple[Any, ...], list[Seconds]] = {name: [] for name in names}
     whole: list[Seconds] = []
 
@@ -230,7 +234,7 @@ def _timed_in_turn(
         number += 1
         return seconds
 
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         before = timed(dense)
         for group in groups if turn % 2 else groups[::-1]:
             taken = {name: timed(variants[name].layers) for name in group}

@@ -30,6 +30,7 @@ def reached_speed(
     device: torch.device,
     dtype: torch.dtype,
     parameters: int,
+    rounds: int = ROUNDS,
     on_timed: OnTimed | None = None,
 ) -> dict[str, Any]:
     """A whole dense and a whole slim model timed in turn, and how many times as fast the slim one is; or why not.
@@ -38,6 +39,7 @@ def reached_speed(
         dense: the widths of every layer before.
         slim: the widths after.
         parameters: of both models together.
+        rounds: timed rounds, after one that is not counted.
 
     Returns:
         ``reached``, and the seconds of ``prompt`` and ``new_tokens`` by ``dense`` and ``slim``; or ``not_timed``.
@@ -58,7 +60,7 @@ def reached_speed(
         start = time.perf_counter()
 
     models = [random_model(model_config, sizes, device, dtype) for sizes in (dense, slim)]
-    speeds = measure_speed(models, prompt, new_tokens, ROUNDS, step, batch)
+    speeds = measure_speed(models, prompt, new_tokens, rounds, step, batch)
     seconds = [
         {"prompt": batch * prompt / speed.prefill, "new_tokens": batch * new_tokens / speed.decode} for speed in speeds
     ]
