@@ -13,10 +13,22 @@ from slimgpt.runtime.setting_checks import (
     check_at_least_one,
     check_damping,
     check_distill,
+    check_engine,
     check_ratio,
     check_round_to,
     check_seed,
+    check_speedup,
     check_whole_experts,
+)
+from slimgpt.runtime.setting_relations import (
+    allocation_of,
+    check_kept,
+    check_measured_allocation,
+    check_one_size,
+    check_plan_file,
+    check_speed,
+    distill_of,
+    whole_experts_of,
 )
 from slimgpt.runtime.settings import documents_settings, run_checks, setting
 from slimgpt.runtime.units import CacheTarget, parse_cache, parse_count, parse_layers, parse_schedule, parse_size
@@ -138,6 +150,30 @@ class PruneConfig:
         detail="Whole KV heads go until it fits.",
         commands=BOTH,
     )
+    speedup: float | None = setting(
+        None,
+        "In place of a ratio: how many times as fast, such as 1.5.",
+        detail="The time of one request: a prompt and the tokens after it. Layers are timed at several widths on this "
+        "machine, the widths are chosen by loss per millisecond, and the result is timed in turn with the dense model.",
+        check=check_speedup,
+        commands=BOTH,
+    )
+    on: str = setting(
+        "transformers",
+        "With a speedup: the engine, transformers, vllm or llama.cpp.",
+        detail="transformers is timed here; for the others give a speed_table.",
+        check=check_engine,
+        commands=BOTH,
+    )
+    batch: int = setting(1, "With a speedup: prompts at once.", check=check_at_least_one, commands=BOTH)
+    prompt: int = setting(512, "With a speedup: tokens per prompt.", check=check_at_least_one, commands=BOTH)
+    new_tokens: int = setting(128, "With a speedup: tokens after it.", check=check_at_least_one, commands=BOTH)
+    speed_table: str | None = setting(
+        None,
+        "With a speedup: a JSON file of times, measured and written if it is not there.",
+        metavar="FILE",
+        commands=BOTH,
+    )
     allocation: str = setting(
         "auto",
         "How widths are chosen: auto, schedule, sensitivity, search.",
@@ -187,6 +223,7 @@ class PruneConfig:
         _ = self.param_limit, self.byte_limit, self.cache_target  # parsed here, once
         check_one_size(self)
         check_plan_file(self)
+        check_speed(self)
         if self.round_to != AUTO:
             object.__setattr__(self, "round_to", int(self.round_to))
         object.__setattr__(self, "skip_layers", parse_layers(self.skip_layers))
@@ -213,99 +250,6 @@ class PruneConfig:
 
 
 documents_settings(PruneConfig)
-
-
-def sizes_given(config: PruneConfig) -> list[str]:
-    """The settings that say how small the model shall be."""
-    return [name for name in ("ratio", "params", "bytes", "plan") if getattr(config, name) is not None]
-
-
-def check_one_size(config: PruneConfig) -> None:
-    """Refuse two sizes."""
-    sizes = sizes_given(config)
-    if len(sizes) > 1:
-        raise UsageError(f"{' and '.join(sizes)} were given; each says how small the model shall be: give one")
-
-
-def check_plan_file(config: PruneConfig) -> None:
-    """Refuse a choice of widths beside a file of widths."""
-    unit, step = config.head_unit != AUTO, config.round_to not in (AUTO, 1)
-    free = (config.schedule, unit, config.kv_cache, config.uniform, step, given_whole_experts(config))
-    if config.plan is not None and any(free):
-        raise UsageError(
-            "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "
-            "round_to, which engines named with --for may set"
-        )
-
-
-def check_kept(config: PruneConfig) -> None:
-    """Refuse settings that keep what others remove."""
-    if config.ffn_only and config.heads_only:
-        raise UsageError("ffn_only and heads_only exclude each other; leave one of them out")
-    if config.ffn_only and config.kv_cache is not None:
-        raise UsageError("kv_cache removes KV heads, and ffn_only keeps them; leave one of them out")
-    if config.heads_only and given_whole_experts(config):
-        raise UsageError("whole_experts removes experts, and heads_only keeps them; leave one of them out")
-    if config.uniform and config.skip_layers:
-        raise UsageError("skip_layers makes layers differ, and uniform keeps them equal; leave one of them out")
-    if config.plan is not None and (config.ffn_only or config.heads_only or config.skip_layers):
-        raise UsageError("a plan file says every width; leave out ffn_only, heads_only and skip_layers")
-
-
-def cache_alone(config: PruneConfig) -> bool:
-    """Whether a KV cache is limited and nothing else."""
-    return config.kv_cache is not None and not sizes_given(config)
-
-
-def allocation_of(config: PruneConfig) -> str:
-    """The allocation, with ``schedule`` for an ``auto`` that nothing can be measured for."""
-    measured = config.method == "slimgpt" and not (config.schedule or config.plan)
-    if config.allocation == "auto" and config.drop_attention:
-        return "sensitivity"
-    if config.allocation == "auto" and (not measured or cache_alone(config)):
-        return "schedule"
-    return config.allocation
-
-
-def check_measured_allocation(config: PruneConfig) -> None:
-    """Refuse to measure where the widths are given, or where no size is, and to drop attention where nothing is
-    measured."""
-    excluded = [name for name in ("uniform", "ffn_only", "schedule", "plan") if getattr(config, name)]
-    excluded += ["allocation schedule"] if config.allocation == "schedule" else []
-    excluded += [f"method {config.method}"] if config.method != "slimgpt" else []
-    if config.drop_attention and excluded:
-        engines = " (--for an engine of equal layers sets it)" if config.uniform else ""
-        raise UsageError(
-            "drop_attention chooses by measured costs which layers lose their attention, layer by layer; "
-            f"leave out {excluded[0]}{engines}, or drop_attention"
-        )
-    if config.allocation not in ("sensitivity", "search"):
-        return
-    if config.schedule or config.plan:
-        raise UsageError(f"allocation '{config.allocation}' chooses the widths itself; leave out schedule and plan")
-    if cache_alone(config):
-        raise UsageError(
-            f"allocation '{config.allocation}' spends a size, and kv_cache alone names none; add ratio, params or bytes"
-        )
-
-
-def given_whole_experts(config: PruneConfig) -> float:
-    """The share of whole experts as far as the settings say it: 0 where it is ``auto``."""
-    return 0.0 if config.whole_experts == AUTO else float(config.whole_experts)
-
-
-def whole_experts_of(config: PruneConfig) -> str | float:
-    """The share of whole experts, or ``auto``; REAP knows nothing else to remove."""
-    if config.method == "reap" and config.plan is None:
-        return 1.0
-    return AUTO if config.whole_experts == AUTO else given_whole_experts(config)
-
-
-def distill_of(config: PruneConfig) -> str | int:
-    """The tokens to train on, with 0 for ``off`` and for an ``auto`` that trains nothing; or ``auto``."""
-    if config.distill != "auto":
-        return 0 if config.distill == "off" else int(config.distill)
-    return 0 if config.method != "slimgpt" or config.repair is False else "auto"
 
 
 def make_config(**settings: Any) -> PruneConfig:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from slimgpt.models.parameter_counts import describe
 from slimgpt.planning import Sensitivity, StructureCost, allocate_budget, interpolate, make_plan, trial_plan
 from slimgpt.planning.allocation import FLOOR, _options, cheapest_options
+from slimgpt.planning.budget import ParameterBudget
 from tests.models.families import grouped_config
 
 LAYERS = 4
@@ -71,7 +72,9 @@ def test_the_ends_of_the_way_are_the_plans():
 @given(costs, costs, st.floats(0.1, 0.5))
 def test_no_other_choice_that_removes_as_much_costs_less(ffn, heads, ratio):
     costs = sensitivity(ffn, heads)
-    options = _options(SHAPE, costs.with_floor(), "query", 25, None)  # coarse: four widths, two numbers of heads
+    options = _options(
+        SHAPE, costs.with_floor(), "query", 25, None, ParameterBudget(SHAPE, 0)
+    )  # coarse: four widths, two numbers of heads
     target = int(ratio * SHAPE.layer_parameters)
     chosen = cheapest_options(options, target)
     assert chosen is not None

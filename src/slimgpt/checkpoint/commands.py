@@ -9,10 +9,11 @@ from typing import Any
 
 from slimgpt import assets
 from slimgpt.calibration.documents import IN_MEMORY
-from slimgpt.config import given_whole_experts
 from slimgpt.models.families.moe import EXPERTS
+from slimgpt.planning.speed_table import SPEED_TABLE_FILE
 from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.setting_checks import AUTO
+from slimgpt.runtime.setting_relations import given_whole_experts
 
 
 def commands(report: PruneReport) -> list[str]:
@@ -29,6 +30,9 @@ def _prune_command(report: PruneReport) -> str:
     size = {name.replace("_", "-"): value for name, value in targets.items() if value is not None}
     if settings.plan is not None:
         size["plan"] = Path(settings.plan).name
+    if settings.speedup is not None:
+        size = {"speedup": f"{settings.speedup:g}", "on": settings.on, "batch": settings.batch}
+        size |= {"prompt": settings.prompt, "new-tokens": settings.new_tokens, "speed-table": SPEED_TABLE_FILE}
     if not size or (set(size) == {"kv-cache"} and settings.ratio is not None):
         size["ratio"] = f"{report.plan.ratio:.6g}"
     options = {

@@ -27,6 +27,7 @@ from slimgpt.models.modeling_slim import SlimMixin
 from slimgpt.models.remote_code import code_files
 from slimgpt.models.stock_config import stock_config
 from slimgpt.models.ties import untie_as_held
+from slimgpt.planning.speed_table import SPEED_TABLE_FILE
 from slimgpt.pruning.plot import plot_widths
 from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.thresholds import thresholds
@@ -98,6 +99,8 @@ def write_sidecars(
         tokenizer.save_pretrained(work)
     if report is not None:
         (work / REPORT_FILE).write_text(report_text(report), encoding="utf-8")
+        if report.speed:
+            (work / SPEED_TABLE_FILE).write_text(json.dumps(report.speed["table"], indent=1) + "\n", encoding="utf-8")
         plot_widths(report.dense_sizes, report.plan.layers, work / "widths.png")
         card = model_card(report, weight_bytes(work), own_code=source is not None, origin=origin)
         (work / "README.md").write_text(card, encoding="utf-8")

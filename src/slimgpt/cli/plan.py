@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, handle_errors, out, show, silence_libraries, write_file
+from slimgpt.cli.console import app, check_json, err, handle_errors, out, show, silence_libraries, write_file
 from slimgpt.cli.options import ModelArgument, TrustOption, setting_options
 from slimgpt.cli.progress import duration
 from slimgpt.cli.prune import for_engines
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     PruneConfig,
     "plan",
     before={
-        "engines": "ratio params bytes kv_cache",
+        "engines": "ratio params bytes kv_cache speedup on batch prompt new_tokens speed_table",
         "dtype": "schedule method head_unit round_to uniform whole_experts",
         "save": "num_samples seq_len",
     },
@@ -54,7 +54,15 @@ def plan(
     check_json(save, overwrite, "--save")
     names = for_engines(engines, settings)
     config = make_config(**settings)
-    estimate = forecast(model, config, dtype, names, trust_remote_code)
+    with err.status("reading the config") as status:
+        estimate = forecast(
+            model,
+            config,
+            dtype,
+            names,
+            trust_remote_code,
+            on_timed=lambda number, total, _seconds: status.update(f"timing layers: {number + 1} of {total}"),
+        )
     if save is not None:
         write_file(save, to_toml(estimate.plan, estimate.model_type))
     if as_json:
@@ -91,6 +99,13 @@ def _print(estimate: Estimate) -> None:
         f"parameters     {plan.parameters_before:,} -> {plan.parameters:,} ({plan.achieved:.2%} of the layers go)",
         soft_wrap=True,
     )
+    if (speed := estimate.speed) is not None:
+        out.print(
+            f"speed          {speed['asked']:g} times as fast asked, {speed['promised']:.2f} promised "
+            f"({speed['engine']}, batch {speed['batch']}, {speed['prompt']} + {speed['new_tokens']} tokens)",
+            soft_wrap=True,
+            highlight=False,
+        )
     if estimate.note is not None:
         out.print(f"[yellow]note:[/]          {estimate.note}", soft_wrap=True)
     if estimate.experts is not None:

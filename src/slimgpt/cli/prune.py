@@ -27,9 +27,7 @@ from slimgpt.config import PruneConfig, make_config
 from slimgpt.runtime.setting_checks import AUTO
 
 if TYPE_CHECKING:
-    from slimgpt.models.parameter_counts import ModelShape
     from slimgpt.pipeline.prepare import PruneRequest
-    from slimgpt.planning.plan import Plan
     from slimgpt.pruning.report import PruneReport
     from slimgpt.runtime.memory import Placement
 
@@ -55,6 +53,7 @@ WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed t
 @help_panels(
     {
         "Target": "ratio params bytes kv_cache plan engines uniform round_to",
+        "Speed": "speedup on batch prompt new_tokens speed_table",
         "Calibration": "calibration num_samples seq_len seed",
         "Method": "method allocation schedule head_unit whole_experts drop_attention ffn_only heads_only skip_layers "
         "repair damping",
@@ -67,7 +66,7 @@ WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed t
     PruneConfig,
     "prune",
     before={
-        "engines": "ratio params bytes kv_cache plan",
+        "engines": "ratio params bytes kv_cache plan speedup on batch prompt new_tokens speed_table",
         "calibration": "schedule method allocation",
         "device": "num_samples seq_len damping seed",
         "memory": "round_to uniform head_unit whole_experts distill repair batch_size forward_dtype",
@@ -118,7 +117,7 @@ def prune(
 
     silence_libraries()
     main = rank_of_environment() == 0
-    with out.status("checking the request and reading the text"):
+    with out.status("checking the request and reading the text") as status:
         prepared = prepare(
             model,
             output,
@@ -130,13 +129,14 @@ def prune(
             overwrite=overwrite,
             resume=resume,
             memory=memory,
+            on_step=lambda phase, number, steps, _seconds: status.update(f"{phase}: {number + 1} of {steps}"),
         )
     if export_to is not None:
         from slimgpt.exporting.run import check_format, check_target
 
         check_format(export_to, prepared.model_config, prepared.plan.layers)
         check_target(export_to, export_path(output, export_to), overwrite, prepared.source.folders)
-    _print_plan(prepared.plan, config, prepared.shape)
+    _print_plan(prepared)
     widest = max(layer.sizes["intermediate_size"] for layer in prepared.shape.layers)
     if prepared.windows.numel() < 2 * widest:
         out.print(
@@ -224,9 +224,11 @@ def _print_estimate(request: PruneRequest, seconds: float) -> None:
     )
 
 
-def _print_plan(plan: Plan, config: PruneConfig, shape: ModelShape) -> None:
+def _print_plan(request: PruneRequest) -> None:
+    plan, config, shape = request.plan, request.config, request.shape
+    asked = f"{plan.ratio:.2%}" if config.speedup is None else f"{config.speedup:g} times as fast"
     out.print(
-        f"plan: remove {plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%}), "
+        f"plan: remove {plan.achieved:.2%} of the decoder layers (asked: {asked}), "
         f"{plan.parameters_before:,} -> {plan.parameters:,} parameters",
         soft_wrap=True,
     )
@@ -293,7 +295,7 @@ def _print_report(report: PruneReport, size: int, folder: Path, *, verbose: bool
             soft_wrap=True,
         )
     out.print(
-        f"removed {plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%}) in "
+        f"removed {plan.achieved:.2%} of the decoder layers (asked: {report.asked()}) in "
         f"{duration(report.seconds)} (estimated: {duration(estimated)})\n"
         f"{plan.parameters_before:,} -> {plan.parameters:,} parameters, {size:,} bytes of weights\n"
         f"saved {show(folder)} (report: slimgpt.json, plot: widths.png, card: README.md)",
@@ -301,3 +303,5 @@ def _print_report(report: PruneReport, size: int, folder: Path, *, verbose: bool
         highlight=False,
     )
     print_dense_comparison(report.divergence)
+    if report.speed:
+        out.print(f"speed: {report.speed_text()}", soft_wrap=True, highlight=False)

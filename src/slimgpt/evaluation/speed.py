@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from slimgpt.errors import ModelError, UsageError
-from slimgpt.models.lookup import check_context
+from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.source import Source
 
 
@@ -74,7 +74,7 @@ def measure_speed(
         check_generation(model.config, prompt, new_tokens, rounds, batch)
     times: list[list[tuple[float, float]]] = [[] for _ in models]
     generator = torch.Generator().manual_seed(0)
-    words = min(model.config.vocab_size for model in models)
+    words = min(text_config(model.config).vocab_size for model in models)
     for turn in range(rounds + 1):
         ids = torch.randint(words, (batch, prompt), generator=generator)
         for model, rounds_taken in zip(models, times):

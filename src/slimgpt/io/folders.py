@@ -50,7 +50,16 @@ MODEL_FOLDER = FolderKind(
         *("*processor_config.json", "adapter_config.json", "hf_quant_config.json", "quantize_config.json"),
         *("modeling_*.py", "configuration_*.py", "tokenization_*.py", "custom_generate/*", "__pycache__/*.pyc"),
         *("README.md", "LICENSE*", "NOTICE*", "USE_POLICY.md", ".gitattributes", ".cache/huggingface/*"),
-        *("slimgpt.json", "widths.png", "recovery.json", "recovery.png", "*.onnx", "*.onnx?data", "openvino_*"),
+        *(
+            "slimgpt.json",
+            "speed-table.json",
+            "widths.png",
+            "recovery.json",
+            "recovery.png",
+            "*.onnx",
+            "*.onnx?data",
+            "openvino_*",
+        ),
     ),
 )
 COMPARISON_FOLDER = FolderKind("comparison", "compare.json", ("compare.json", "quality.png", "quality.svg", "*.html"))

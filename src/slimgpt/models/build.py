@@ -201,12 +201,8 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def rebuild_layer(
-    layer: nn.Module, config: PreTrainedConfig, index: int, state: State, sizes: Sizes | None = None
-) -> nn.Module:
-    """A decoder layer like ``layer`` from its own constructor, a config of its own and a state dict.
-
-    No weight is copied. Buffers that the state dict does not carry come from ``layer``.
+def empty_layer(layer: nn.Module, config: PreTrainedConfig, index: int, sizes: Sizes | None = None) -> nn.Module:
+    """A decoder layer like ``layer`` on the meta device, from its own constructor and a config of its own.
 
     Args:
         config: the model's config.
@@ -220,7 +216,21 @@ def rebuild_layer(
     if sizes is not None:
         own = with_sizes(own, sizes)
     with torch.device("meta"):
-        new = build_layer(type(layer), config, own, index, how, architecture.attention)
+        return build_layer(type(layer), config, own, index, how, architecture.attention)
+
+
+def rebuild_layer(
+    layer: nn.Module, config: PreTrainedConfig, index: int, state: State, sizes: Sizes | None = None
+) -> nn.Module:
+    """A decoder layer like ``layer`` from its own constructor, a config of its own and a state dict.
+
+    No weight is copied. Buffers that the state dict does not carry come from ``layer``.
+
+    Args:
+        config: the model's config.
+        sizes: the widths of the new layer; by default what the config says.
+    """
+    new = empty_layer(layer, config, index, sizes)
     keep_buffers(layer, new)
     new.load_state_dict(state, strict=True, assign=True)
     for name, buffer in list(new.named_buffers()):

@@ -140,7 +140,7 @@ class StreamedModel:
         state = {name: self._read(name) for name in around if name in weights}
         self.model.load_state_dict(state, strict=False, assign=True)
         self.model.tie_weights()
-        _fill_buffers(self.model)
+        fill_buffers(self.model)
         self.model.generation_config = read_generation_config(weights.folder)
         self.model.eval()
         self.model.requires_grad_(False)
@@ -223,7 +223,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
                 )
 
 
-def _fill_buffers(model: PreTrainedModel) -> None:
+def fill_buffers(model: PreTrainedModel) -> None:
     """Give the buffers that no file holds (rotary frequencies, embedding scales) their values.
 
     They are built without storage; transformers fills them as it does in ``from_pretrained``, for which everything

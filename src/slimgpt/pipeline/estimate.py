@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from slimgpt.calibration.windows import evaluation_tokens
 from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.schedule import BACKWARD_COST, passes_to_distill, tokens_to_distill
+from slimgpt.evaluation.layer_times import OnTimed
 from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.build import empty_model
 from slimgpt.models.loading import load_config
@@ -20,11 +21,11 @@ from slimgpt.models.lookup import text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.models.source import check_files, has_weights, locate
 from slimgpt.models.streaming import stored_dtype
+from slimgpt.pipeline.speed_target import planned, speed_promise
 from slimgpt.planning.alignment import why_not_nearer
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
 from slimgpt.planning.engines import EngineSupport, engine_support, suit_engines
 from slimgpt.planning.plan import Plan
-from slimgpt.planning.planner import plan_for
 from slimgpt.planning.restriction import restricted
 from slimgpt.planning.targets import cache_bytes
 from slimgpt.pruning.memory_estimate import memory_need
@@ -56,6 +57,7 @@ class Estimate:
         quantization: how the model's files are quantised, and what they are read as; ``None`` if they are not.
         note: why another share is removed than was asked for, or in another step; ``None`` if neither is so.
         experts: what a run measures of the experts of a mixture, and may decide otherwise; ``None`` if nothing.
+        speed: where a speed was asked for: how many times as fast was asked and is promised, and the table of times.
     """
 
     model: str
@@ -75,6 +77,7 @@ class Estimate:
     quantization: dict[str, str] | None = None
     note: str | None = None
     experts: str | None = None
+    speed: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -154,6 +157,8 @@ def forecast(
     engines: Sequence[str] | None = None,
     trust_remote_code: bool = False,
     device: str = "auto",
+    *,
+    on_timed: OnTimed | None = None,
 ) -> Estimate:
     """Plan without loading a weight.
 
@@ -161,6 +166,7 @@ def forecast(
         model: a hub id, a local folder, a ``.gguf`` file, or ``demo``.
         dtype: of the weights on disk.
         engines: to be judged; all of them if not given.
+        on_timed: called after every timing of layers, where a speed is asked for.
 
     Raises:
         SlimGPTError: the model cannot be planned for, or no widths can do what was asked for.
@@ -174,7 +180,7 @@ def forecast(
     empty = empty_model(model_config)
     shape = restricted(describe(model_config, empty), config)
     stored = stored_dtype(source, model_config, dtype)
-    plan = plan_for(model_config, config, shape, stored)
+    plan, target_speed = planned(model_config, config, shape, stored, target, on_timed=on_timed)
     quantization = source.quantization
     dense = [layer.sizes for layer in shape.layers]
     tokens = torch.empty(config.num_samples, config.seq_len, device="meta")
@@ -199,6 +205,9 @@ def forecast(
         quantization=None if quantization is None else quantization.to_json(stored),
         note=why_not_nearer(config, shape, plan),
         experts=MEASURED_IN_RUN if measures_experts(config, shape, tokens) else None,
+        speed=None
+        if target_speed is None
+        else {**speed_promise(target_speed, shape, plan), "table": target_speed.table.to_json()},
     )
 
 

@@ -23,8 +23,8 @@ from slimgpt.models.parameter_counts import describe
 from slimgpt.models.ties import untie_as_held
 from slimgpt.pipeline.callbacks import WRITING, Callbacks, OnLayer, with_bars
 from slimgpt.pipeline.memory_sink import LayersInMemory, ModelInMemory
+from slimgpt.pipeline.speed_target import TIMING, planned
 from slimgpt.pipeline.stages import PruneJob, run_stages
-from slimgpt.planning.planner import plan_for
 from slimgpt.planning.restriction import restricted
 from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.devices import as_device, as_dtype
@@ -123,7 +123,8 @@ def job_in_memory(
     untie_as_held(model)
     shape = restricted(describe(model.config, model), config)
     kept_dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else next(model.parameters()).dtype
-    widths = plan_for(model.config, config, shape, kept_dtype)
+    on_timed = partial(on_rehearsed, TIMING) if on_rehearsed else None
+    widths, speed = planned(model.config, config, shape, kept_dtype, target, on_timed=on_timed)
     vocab_size = text_config(model.config).vocab_size
     mixture = read_calibration(calibration, tokenizer, config, vocab_size)
     if isinstance(weight_dtype, torch.dtype):
@@ -165,6 +166,7 @@ def job_in_memory(
         quantization=getattr(model, "dequantized_from", {}),  # as `load` left it
         evaluation=evaluation_texts(text, tokenizer, vocab_size) if config.evaluate else {},
         calibration_info=info,
+        speed=speed,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from slimgpt.calibration.mixture import AUTO, CalibrationMixture, parse_mixture,
 from slimgpt.calibration.windows import Calibration
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
+from slimgpt.distillation.data import OnRehearsed
 from slimgpt.distillation.schedule import tokens_to_distill
 from slimgpt.io.folders import check_output
 from slimgpt.models.loading import load_config, load_tokenizer
@@ -24,10 +26,11 @@ from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.models.source import Source, check_files, fetched, locate
 from slimgpt.models.streaming import stored_dtype
+from slimgpt.pipeline.speed_target import TIMING, kept_table, planned
 from slimgpt.pipeline.stages import PruneJob
 from slimgpt.planning.plan import Plan
-from slimgpt.planning.planner import plan_for
 from slimgpt.planning.restriction import restricted
+from slimgpt.planning.speed_table import SpeedTable, SpeedTarget
 from slimgpt.runtime.devices import DTYPES, as_device, as_dtype, forward_dtype
 from slimgpt.runtime.distributed import Ranks, local_device, rank_of_environment
 from slimgpt.runtime.units import parse_bytes
@@ -45,6 +48,7 @@ class PruneRequest:
         text: the calibration text as far as it is there.
         evaluation: the texts that the result is compared with the dense model on; empty too where the model has yet to
             write some of the calibration text.
+        speed: the target in speed, if there is one.
     """
 
     source: Source
@@ -64,6 +68,7 @@ class PruneRequest:
     budget: int | None
     text: CalibrationMixture | None = None
     evaluation: dict[str, EvaluationText] = field(default_factory=dict)
+    speed: SpeedTarget | None = None
 
     @property
     def stored(self) -> torch.dtype:
@@ -83,8 +88,12 @@ def prepare(
     overwrite: bool = False,
     resume: bool = False,
     memory: str | None = None,
+    on_step: OnRehearsed | None = None,
 ) -> PruneRequest:
     """Check a run from folder to folder before anything long begins: model, plan, output, disk, text.
+
+    Args:
+        on_step: called after every timing of layers, where a speed is asked for.
 
     Raises:
         SlimGPTError: whatever is wrong with the request.
@@ -102,10 +111,26 @@ def prepare(
         texts = [part.source for part in parse_mixture(calibration)] if isinstance(calibration, str) else []
         inputs = [*source.folders, *local_files([*texts, config.plan])]
         check_output(path, overwrite or finished, inputs=inputs)
-    model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
+    table = kept_table(path) if resume and config.speedup is not None else None
+    on_timed = partial(on_step, TIMING) if on_step is not None else None
+
+    def plan_source(table: SpeedTable | None) -> tuple[Any, ModelShape, Plan, SpeedTarget | None]:
+        """The model's config, its shape, the widths it is to get, and the target in speed."""
+        model_config = load_config(source, trust_remote_code)
+        if (quantization := source.quantization) is not None:
+            quantization.check_library(source.name)
+        shape = restricted(describe(model_config), config)
+        stored = stored_dtype(source, model_config, dtype)
+        return (
+            model_config,
+            shape,
+            *planned(model_config, config, shape, stored, target, table=table, on_timed=on_timed),
+        )
+
+    model_config, shape, plan, speed = plan_source(table)
     if source.folder is None:  # from the hub: what its files hold is known once they are here
         source = fetched(source)
-        model_config, shape, plan = _planned(source, config, dtype, trust_remote_code)
+        model_config, shape, plan, speed = plan_source(speed.table if speed is not None else None)
     prepared = PruneRequest(
         source=source,
         output=path,
@@ -122,6 +147,7 @@ def prepare(
         overwrite=overwrite,
         resume=resume,
         budget=budget,
+        speed=speed,
     )
     if writes and not finished:
         check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDECAR_BYTES)
@@ -137,15 +163,6 @@ def prepare(
         check_fits(plan.parameters_before, prepared.stored.itemsize, target, budget, source.name)
     tokens_to_distill(config, plan, prepared.windows)
     return prepared
-
-
-def _planned(source: Source, config: PruneConfig, dtype: str, trust_remote_code: bool) -> tuple[Any, ModelShape, Plan]:
-    """The model's config, its shape, and the widths it is to get."""
-    model_config = load_config(source, trust_remote_code)
-    if (quantization := source.quantization) is not None:
-        quantization.check_library(source.name)
-    shape = restricted(describe(model_config), config)
-    return model_config, shape, plan_for(model_config, config, shape, stored_dtype(source, model_config, dtype))
 
 
 def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
@@ -169,4 +186,5 @@ def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
         distill_tokens=tokens,
         evaluation=request.evaluation,
         quantization={} if quantization is None else quantization.to_json(stored),
+        speed=request.speed,
     )

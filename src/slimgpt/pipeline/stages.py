@@ -6,6 +6,7 @@ or the journal of a run to a folder.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,9 @@ from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.models.slicing import State
 from slimgpt.pipeline.callbacks import Callbacks
 from slimgpt.pipeline.dense_comparison import DenseComparison
+from slimgpt.pipeline.speed_target import speed_report
 from slimgpt.planning.plan import Plan
+from slimgpt.planning.speed_table import SpeedTarget
 from slimgpt.pruning.loop import prune_layers
 from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.pruning.report import LayerReport, PrunedLayer, PruneReport, described, execution
@@ -143,6 +146,7 @@ class PruneJob:
         request: a digest of everything that decides the result, for a run that can be resumed.
         quantization: how the dense model's files were quantised, for the report; empty if they were not.
         calibration_info: what a report says of calibration text that the model wrote.
+        speed: the target in speed, if there is one.
     """
 
     name: str
@@ -160,6 +164,7 @@ class PruneJob:
     request: str = ""
     quantization: dict[str, str] = field(default_factory=dict)
     calibration_info: dict[str, Any] = field(default_factory=dict)
+    speed: SpeedTarget | None = None
 
 
 def run_stages(
@@ -193,12 +198,22 @@ def run_stages(
     if callbacks.start is not None and ranks.main:
         callbacks.start(placement, finished)
     dense_sizes = tuple(layer_sizes(model.config))
+    dense_config = copy.deepcopy(model.config)  # that of a model in memory becomes the slim one's
+    budget_of_time = job.speed.budget(job.shape) if job.speed is not None else None
     context = ExecutionContext(job.device, placement, job.dtype, ranks, sink.scratch)
     allocation: dict[str, Any] = {}
     if any(measures(config, job.shape, job.windows) for measures in (uses_sensitivity, measures_experts)):
         plan, allocation = sink.measured_plan(
             lambda: choose_widths(
-                job.plan, job.shape, model, source, job.windows, config, context, on_measured=callbacks.measured
+                job.plan,
+                job.shape,
+                model,
+                source,
+                job.windows,
+                config,
+                context,
+                on_measured=callbacks.measured,
+                budget=budget_of_time,
             )
         )
     readers = sink.readers
@@ -226,6 +241,9 @@ def run_stages(
     distillation = distil(plan) if distil is not None else {}
     readers.agree(0)  # the others wait until the first process has written all layers
     divergence = comparison(sink.final_layers(plan), plan, callbacks.compared) if comparison is not None else {}
+    speed: dict[str, Any] = {}
+    if job.speed is not None and ranks.main:
+        speed = speed_report(job.speed, dense_config, job.shape, plan, job.stored, job.device, callbacks.prepare_step)
     earlier = sum(sum(report.seconds.values()) for report in reports[:finished])
     report = PruneReport(
         base_model=job.name,
@@ -243,6 +261,7 @@ def run_stages(
         distillation=distillation,
         divergence=divergence,
         quantization=job.quantization,
+        speed=speed,
     )
     if ranks.main:
         sink.finish(report)

@@ -153,6 +153,7 @@ def _request(request: PruneRequest, job: PruneJob) -> dict[str, Any]:
         "dtype": dtype_name(request.stored),
         "forward_dtype": dtype_name(job.dtype or job.stored),
         "versions": {name: installed[name] for name in ("slimgpt", "torch", "transformers", "device")},
+        **({} if request.speed is None else {"speed_table": request.speed.table.to_json()}),
     }
 
 
@@ -196,6 +197,9 @@ def prune_folder(
         SlimGPTError: as :func:`prune`, and for a model or an output folder that is refused.
     """
     config = make_config(ratio=ratio, **settings)
+    main = rank_of_environment() == 0
+    callbacks = Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
+    callbacks = with_bars(callbacks) if progress and main else callbacks
     request = prepare(
         model,
         output,
@@ -207,11 +211,10 @@ def prune_folder(
         overwrite=overwrite,
         resume=resume,
         memory=memory,
+        on_step=callbacks.prepare_step,
     )
-    main = rank_of_environment() == 0
     repository = check_repository(push_to_hub, private=private, overwrite=overwrite) if main else None
-    callbacks = Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
-    report = run_to_folder(request, with_bars(callbacks) if progress and main else callbacks)
+    report = run_to_folder(request, callbacks)
     if repository is not None:
         repository.upload(request.output)
     return report

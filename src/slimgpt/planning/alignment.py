@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from slimgpt.config import PruneConfig, cache_alone
+from slimgpt.config import PruneConfig
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.plan import TOLERANCE, Plan
 from slimgpt.runtime.setting_checks import AUTO
+from slimgpt.runtime.setting_relations import cache_alone
 
 ALIGNED = ((4096, 64), (1024, 32))
 """The narrowest FFN of a model from which on, and the step of its widths by layer; below, widths are not rounded. So a
@@ -41,11 +42,19 @@ def preferred_step(config: PruneConfig, shape: ModelShape) -> int:
     return EQUAL_STEP if config.uniform and step > 1 else step
 
 
-def aligned_plan(make: Callable[[int], Plan], config: PruneConfig, shape: ModelShape) -> Plan:
+def missed_share(plan: Plan) -> float:
+    """By how much a plan misses the share of parameters that was asked for."""
+    return abs(plan.achieved - plan.ratio)
+
+
+def aligned_plan(
+    make: Callable[[int], Plan], config: PruneConfig, shape: ModelShape, missed: Callable[[Plan], float] = missed_share
+) -> Plan:
     """The plan of the largest step at which the target is met; a step that was given is kept.
 
     Args:
         make: gives the plan of a step.
+        missed: gives the share of all layers by which a plan misses the target.
 
     Raises:
         PlanError: see :func:`slimgpt.planning.planner.make_plan`.
@@ -61,10 +70,10 @@ def aligned_plan(make: Callable[[int], Plan], config: PruneConfig, shape: ModelS
             if step == 1 and not plans:
                 raise
         else:
-            if abs(plans[-1].achieved - plans[-1].ratio) <= tolerance:
+            if missed(plans[-1]) <= tolerance:
                 return plans[-1]
         if step == 1:
-            return min(plans, key=lambda plan: abs(plan.achieved - plan.ratio))  # the first, of the largest step
+            return min(plans, key=missed)  # the first, of the largest step
         step //= 2
 
 
@@ -72,7 +81,8 @@ def why_not_nearer(config: PruneConfig, shape: ModelShape, plan: Plan) -> str | 
     """Why a plan removes another share than was asked for, or has a smaller step than is preferred; ``None`` if
     neither is so."""
     preferred = preferred_step(config, shape)
-    if abs(plan.achieved - plan.ratio) > (EQUAL_TOLERANCE if plan.round_to < preferred else TOLERANCE):
+    tolerance = EQUAL_TOLERANCE if plan.round_to < preferred else TOLERANCE
+    if config.speedup is None and missed_share(plan) > tolerance:
         if config.kv_cache is not None and plan.achieved > plan.ratio:
             return "the KV cache asked for takes more"
         if plan.round_to > 1:
@@ -82,7 +92,7 @@ def why_not_nearer(config: PruneConfig, shape: ModelShape, plan: Plan) -> str | 
         return "the units that can be removed allow no nearer share"
     if plan.round_to < preferred:
         return (
-            f"FFN widths are multiples of {plan.round_to}: in multiples of {preferred} they would miss the share asked "
+            f"FFN widths are multiples of {plan.round_to}: in multiples of {preferred} they would miss what is asked "
             "for by more than the tolerance"
         )
     return None

@@ -1,4 +1,4 @@
-"""Allocation of a parameter budget: the cheapest widths that remove it, from measured costs of structures.
+"""Allocation of a budget: the cheapest widths that remove it, from measured costs of structures.
 
 The costs of structures narrowed alone do not add up: heads compensate for each other, and errors of neighbouring
 layers compound. So one trial plan narrows *every* structure, and its loss is attributed to the structures; from there
@@ -9,16 +9,18 @@ are one structure and stay; a shared expert is one of its own, or follows their 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from slimgpt.config import PruneConfig, given_whole_experts
+from slimgpt.config import PruneConfig
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import LayerShape, ModelShape, measurable
-from slimgpt.planning.ffn import FIELDS, free_units, nearest, step_of_unit, step_parameters, tied_to, widths_of
+from slimgpt.planning.budget import Budget, adjust_to_target, parameters_of, removed_by
+from slimgpt.planning.ffn import FIELDS, free_units, nearest, step_of_unit, tied_to, widths_of
 from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
+from slimgpt.runtime.setting_relations import given_whole_experts
 
 MAX_FFN_REMOVED, MIN_FFN_REMOVED = 0.75, 0.02
 """Largest share of a layer's FFN channels that a plan removes, and the smallest that a trial plan does."""
@@ -133,22 +135,32 @@ def trial_plan(plan: Plan, shape: ModelShape, heads: bool = True) -> Plan:
     return plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio)
 
 
-def allocate_budget(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to: int = 1, heads: bool = True) -> Plan:
-    """The plan of least cost that removes as many parameters as ``plan``.
+def allocate_budget(
+    plan: Plan,
+    shape: ModelShape,
+    costs: Sensitivity,
+    round_to: int = 1,
+    heads: bool = True,
+    *,
+    budget: Budget | None = None,
+) -> Plan:
+    """The plan of least cost that removes as much as ``plan``.
 
-    Every structure takes the step whose cost minus price times removed parameters is the lowest, at the one price for
+    Every structure takes the step whose cost minus price times what it removes is the lowest, at the one price for
     which the target is met (a Lagrange multiplier). What is removed beyond the target is given back as channels.
 
     Args:
-        plan: the budget (its removed parameters) and the unit of heads.
+        plan: what is returned where nothing cheaper removes as much, and the unit of heads.
         shape: the dense model.
         costs: structures without a contribution stay as they are in the model, fixed heads as they are in ``plan``.
         round_to: every FFN width becomes a multiple of it.
         heads: whether heads may be chosen; else their numbers are those of ``plan``.
+        budget: what is to be removed; as many parameters as ``plan`` removes if not given.
     """
-    target = plan.parameters_before - plan.parameters
+    budget = budget or parameters_of(plan, shape)
     fixed_heads = None if heads else [head_units(sizes, plan.head_unit) for sizes in plan.layers]
-    chosen = cheapest_options(_options(shape, costs.with_floor(), plan.head_unit, round_to, fixed_heads), target)
+    options = _options(shape, costs.with_floor(), plan.head_unit, round_to, fixed_heads, budget)
+    chosen = cheapest_options(options, budget.target)
     if chosen is None:
         return plan  # the measured structures cannot remove as much
     layers = []
@@ -158,25 +170,40 @@ def allocate_budget(plan: Plan, shape: ModelShape, costs: Sensitivity, round_to:
         unchanged = head_units(layer.sizes, plan.head_unit) if fixed_heads is None else fixed_heads[index]
         count = kept.get(plan.head_unit, unchanged)
         layers.append(tied_to(layer, with_heads(layer, plan.head_unit, count, ffn)))
-    adjust_to_target(shape, layers, target, round_to)
+    adjust_to_target(shape, layers, round_to, budget)
     cheapest = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=round_to)
     # Heads can be too coarse for a small budget.
-    return cheapest if cheapest.achieved - plan.achieved <= TOLERANCE else plan
+    return cheapest if _within(cheapest, plan, budget) else plan
 
 
-def interpolate(plan: Plan, cheapest: Plan, shape: ModelShape, share: float, round_to: int = 1) -> Plan:
-    """Linear interpolation between the widths of two plans; removes as many parameters as the first.
+def _within(plan: Plan, given: Plan, budget: Budget) -> bool:
+    """Whether a plan removes what the budget says, and hardly more than the given one."""
+    removed = removed_by(budget, plan.layers)
+    return removed >= budget.target and removed - removed_by(budget, given.layers) <= TOLERANCE * budget.total
+
+
+def interpolate(
+    plan: Plan,
+    cheapest: Plan,
+    shape: ModelShape,
+    share: float,
+    round_to: int = 1,
+    *,
+    budget: Budget | None = None,
+) -> Plan:
+    """Linear interpolation between the widths of two plans; removes as much as the first.
 
     Measured costs are noisy, and the cheapest widths overfit them; a schedule ignores the model but has no outliers.
     Costs are convex in the removed share, so the mean of two plans costs less than their mean cost.
 
     Args:
-        plan: the budget (its removed parameters) and the unit of heads.
+        plan: one end, with the unit of heads.
         cheapest: the result of :func:`allocate_budget` for it.
         share: 0 is ``plan``, 1 is ``cheapest``.
         round_to: every FFN width becomes a multiple of it.
+        budget: what is to be removed; as many parameters as ``plan`` removes if not given.
     """
-    target = plan.parameters_before - plan.parameters
+    budget = budget or parameters_of(plan, shape)
 
     def mean(one: int, two: int) -> float:
         return (1 - share) * one + share * two
@@ -192,9 +219,9 @@ def interpolate(plan: Plan, cheapest: Plan, shape: ModelShape, share: float, rou
             widths = widths_of(layer.sizes[field], step_of_unit(layer, unit, round_to))
             ffn[field] = nearest(widths, mean(one[field], two[field]))
         layers.append(tied_to(layer, with_heads(layer, plan.head_unit, heads, ffn)))
-    adjust_to_target(shape, layers, target, round_to)
+    adjust_to_target(shape, layers, round_to, budget)
     mixed = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=round_to)
-    return mixed if abs(mixed.achieved - plan.achieved) <= TOLERANCE else cheapest
+    return mixed if _within(mixed, plan, budget) else cheapest
 
 
 def predicted_cost(plan: Plan, shape: ModelShape, costs: Sensitivity) -> float:
@@ -215,9 +242,9 @@ def predicted_cost(plan: Plan, shape: ModelShape, costs: Sensitivity) -> float:
 
 
 def cheapest_options(
-    options: dict[tuple[int, str], list[WidthOption]], target: int
+    options: dict[tuple[int, str], list[WidthOption]], target: float
 ) -> dict[tuple[int, str], WidthOption] | None:
-    """One option per structure that together remove ``target`` parameters or little more; ``None`` if none do."""
+    """One option per structure that together remove ``target`` or little more; ``None`` if none do."""
 
     def choice(price: float) -> dict[tuple[int, str], WidthOption]:
         return {
@@ -240,7 +267,7 @@ def cheapest_options(
 
 @dataclass(frozen=True)
 class WidthOption:
-    """One width that a structure may get: what stays, the parameters that go, and what that costs."""
+    """One width that a structure may get: what stays, how much of the budget goes, and what that costs."""
 
     keep: int
     removed: int
@@ -248,7 +275,12 @@ class WidthOption:
 
 
 def _options(
-    shape: ModelShape, costs: Sequence[StructureCost], head_unit: str, round_to: int, kv_heads: Sequence[int] | None
+    shape: ModelShape,
+    costs: Sequence[StructureCost],
+    head_unit: str,
+    round_to: int,
+    kv_heads: Sequence[int] | None,
+    budget: Budget,
 ) -> dict[tuple[int, str], list[WidthOption]]:
     """The candidate widths of every structure, by layer and unit; a shared expert that follows the others' width is
     paid for with them."""
@@ -258,59 +290,31 @@ def _options(
     for cost in costs:
         layer = shape.layers[cost.layer]
         if cost.unit == head_unit:
-            units, each = head_units(layer.sizes, head_unit), layer.unit_parameters[head_unit]
+            units = head_units(layer.sizes, head_unit)
             keeps = range(units, 0, -1) if kv_heads is None else [kv_heads[cost.layer]]
-            options[cost.layer, head_unit] = [WidthOption(k, (units - k) * each, cost.at(1 - k / units)) for k in keeps]
+            options[cost.layer, head_unit] = [
+                WidthOption(k, budget.of_structure(cost.layer, head_unit, k), cost.at(1 - k / units)) for k in keeps
+            ]
             narrowed[cost.layer] = cost.cost
         elif cost.unit in free_units(layer):
             paid = cost
             if cost.unit == "ffn" and "shared" not in free_units(layer):
                 paid = replace(cost, cost=cost.cost + shared.get(cost.layer, 0.0))
-            options[cost.layer, cost.unit] = _widths(layer, paid, round_to)
+            options[cost.layer, cost.unit] = _widths(layer, paid, round_to, budget)
     for cost in costs:
         if cost.unit == ATTENTION:
             layer = shape.layers[cost.layer]
             whole = WidthOption(head_units(layer.sizes, head_unit), 0, 0.0)
-            none = WidthOption(0, layer.attention_parameters, narrowed.get(cost.layer, 0.0) + cost.cost)
+            gone = budget.of_structure(cost.layer, head_unit, 0)
+            none = WidthOption(0, gone, narrowed.get(cost.layer, 0.0) + cost.cost)
             options.setdefault((cost.layer, head_unit), [whole]).append(none)
     return options
 
 
-def _widths(layer: LayerShape, cost: StructureCost, round_to: int) -> list[WidthOption]:
+def _widths(layer: LayerShape, cost: StructureCost, round_to: int, budget: Budget) -> list[WidthOption]:
     """The candidate widths of an FFN, of all experts or of a shared expert."""
-    size, each = layer.sizes[FIELDS[cost.unit]], layer.unit_parameters[cost.unit]
+    size = layer.sizes[FIELDS[cost.unit]]
     step = step_of_unit(layer, cost.unit, round_to)
     stride = max(size // STEPS // step, 1) * step
     widths = [w for w in range(size // step * step, 0, -stride) if w >= (1 - MAX_FFN_REMOVED) * size]
-    return [WidthOption(w, (size - w) * each, cost.at(1 - w / size)) for w in widths]
-
-
-def adjust_to_target(
-    shape: ModelShape,
-    layers: list[dict[str, int]],
-    target: int,
-    round_to: int,
-    units: Callable[[LayerShape], list[str]] = free_units,
-) -> None:
-    """Meet the target in place, round robin over FFNs: narrow by one step each, then widen while it stays met.
-
-    Args:
-        units: the units of a layer whose widths may change.
-    """
-    over = sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers)) - target
-    steps = [
-        (index, FIELDS[unit], step_of_unit(layer, unit, round_to), step_parameters(layer, unit, layers[index]))
-        for index, layer in enumerate(shape.layers)
-        for unit in units(layer)
-    ]
-    for direction in (-1, 1):
-        moved = True
-        while moved:
-            moved = False
-            for index, field, step, each in steps:
-                width = layers[index][field] + direction * step
-                wanted = over < 0 if direction < 0 else over >= step * each
-                if wanted and 0 < width <= shape.layers[index].sizes[field]:
-                    layers[index] = tied_to(shape.layers[index], {**layers[index], field: width})
-                    over -= direction * step * each
-                    moved = True
+    return [WidthOption(w, budget.of_structure(cost.layer, cost.unit, w), cost.at(1 - w / size)) for w in widths]

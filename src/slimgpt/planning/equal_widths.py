@@ -9,8 +9,9 @@ from slimgpt.models.architecture import CHANNELS
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.alignment import EQUAL_TOLERANCE
 from slimgpt.planning.allocation import MAX_FFN_REMOVED, Sensitivity, StructureCost
+from slimgpt.planning.budget import Budget, ParameterBudget
 from slimgpt.planning.ffn import nearest, widths_of
-from slimgpt.planning.plan import Plan, head_units, plan_of_widths, removed_parameters, with_heads
+from slimgpt.planning.plan import Plan, head_units, plan_of_widths, with_heads
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,13 @@ class EqualPair:
 
 
 def equal_pairs(
-    plan: Plan, shape: ModelShape, costs: Sensitivity, heads: Sequence[int], *, exceeding: bool = False
+    plan: Plan,
+    shape: ModelShape,
+    costs: Sensitivity,
+    heads: Sequence[int],
+    *,
+    exceeding: bool = False,
+    budget: Budget | None = None,
 ) -> list[EqualPair]:
     """The pairs of heads and channels that remove as much as was asked for, the best first.
 
@@ -44,23 +51,25 @@ def equal_pairs(
         costs: of heads and channels in all layers.
         heads: the numbers of units of heads to choose from.
         exceeding: whether at least as much must be removed as was asked for.
+        budget: what is to be removed; the share of parameters that ``plan`` was asked for if not given.
     """
     first = shape.layers[0]
-    size, each = first.sizes[CHANNELS], first.unit_parameters["ffn"]
-    units, per_head = head_units(first.sizes, plan.head_unit), first.unit_parameters.get(plan.head_unit, 0)
-    target = plan.ratio * shape.layer_parameters / len(shape.layers)
+    size, units = first.sizes[CHANNELS], head_units(first.sizes, plan.head_unit)
+    budget = budget or ParameterBudget(shape, plan.ratio * shape.layer_parameters)
+    target = budget.target / len(shape.layers)
     widths = widths_of(size, plan.round_to)
     floored = costs.with_floor()
     pairs = []
     for kept in heads:
-        exact = min(size - (target - (units - kept) * per_head) / each, float(size))
+        rest = target - budget.of_structure(0, plan.head_unit, kept)
+        exact = min(budget.channels_for(0, rest), float(size))
         if exact < widths[0] / 2:
             continue
         channels = nearest(widths, exact)
         if exceeding and channels > exact and channels > widths[0]:
             channels -= widths.step
-        removed = removed_parameters(first, with_heads(first, plan.head_unit, kept, {CHANNELS: channels}))
-        error = abs(removed - target) / first.parameters
+        removed = budget.of_layer(0, with_heads(first, plan.head_unit, kept, {CHANNELS: channels}))
+        error = abs(removed - target) * len(shape.layers) / budget.total
         too_narrow = channels < (1 - MAX_FFN_REMOVED) * size
         cost = pair_cost(floored, plan.head_unit, 1 - kept / units, 1 - exact / size)
         pairs.append(((too_narrow, 0.0 if error <= EQUAL_TOLERANCE else error, cost), kept, channels, cost, error))

@@ -12,7 +12,8 @@ from slimgpt.models.families.moe import EXPERTS
 from slimgpt.models.parameter_counts import LayerShape, ModelShape
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.alignment import EQUAL_TOLERANCE
-from slimgpt.planning.allocation import MAX_FFN_REMOVED, adjust_to_target
+from slimgpt.planning.allocation import MAX_FFN_REMOVED
+from slimgpt.planning.budget import ParameterBudget, adjust_to_target
 from slimgpt.planning.ffn import nearest, step_of, tied_to, widths_of
 from slimgpt.planning.plan import TOLERANCE, Plan, plan_of_widths, removed_parameters
 from slimgpt.runtime.setting_checks import AUTO
@@ -61,7 +62,7 @@ def with_whole_experts(
         layer = shape.layers[index]
         width = nearest(widths_of(layer.sizes[CHANNELS], step_of(layer, step)), layer.sizes[CHANNELS] - factor * count)
         layers[index] = tied_to(layer, {**layers[index], CHANNELS: width})
-    adjust_to_target(shape, layers, target, step, _routed_units)
+    adjust_to_target(shape, layers, step, ParameterBudget(shape, target), _routed_units)
     if any(layers[i][CHANNELS] < (1 - MAX_FFN_REMOVED) * shape.layers[i].sizes[CHANNELS] for i in sparse):
         return None
     made = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=step)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from slimgpt.config import PruneConfig, given_whole_experts
+from slimgpt.config import PruneConfig
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.build import empty_model
@@ -31,6 +31,7 @@ from slimgpt.planning.plan import (
 from slimgpt.planning.plan_file import read_plan
 from slimgpt.planning.schedules import DEFAULT_RATIO, layer_ratios
 from slimgpt.planning.targets import kv_heads_for, parameters_for
+from slimgpt.runtime.setting_relations import given_whole_experts
 from slimgpt.runtime.units import CacheTarget
 
 
@@ -104,7 +105,7 @@ def make_plan(
         ratios = _over_ffns(shape, [r * wanted / target for r in ratios], wanted)
         target = wanted
     if head_unit == "auto":
-        head_unit = _natural_unit(shape)
+        head_unit = natural_unit(shape)
     if not heads and kv_heads is None:
         kv_heads = [_removable(layer, head_unit) for layer in shape.layers]
     if uniform:
@@ -198,7 +199,7 @@ def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cac
     )
 
 
-def _natural_unit(shape: ModelShape) -> str:
+def natural_unit(shape: ModelShape) -> str:
     """Query heads where several share a KV head in every layer that has heads, else whole heads."""
     with_heads = [layer for layer in shape.layers if set(UNITS_OF_HEADS) & set(layer.unit_parameters)]
     grouped = all(

@@ -126,6 +126,8 @@ class PruneReport:
             it was not measured.
         recovery: every training run after pruning: settings, data, losses by step.
         quantization: how the base model was quantised and what it was read as; empty if it was not.
+        speed: where a speed was asked for: how many times as fast was asked, promised by the table of times, and
+            reached when the result was timed in turn with the dense model; the seconds of both; the table.
     """
 
     base_model: str
@@ -145,6 +147,7 @@ class PruneReport:
     divergence: dict[str, Any] = field(default_factory=dict)
     recovery: tuple[dict[str, Any], ...] = ()
     quantization: dict[str, str] = field(default_factory=dict)
+    speed: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         name = type(self).__name__
@@ -165,18 +168,34 @@ class PruneReport:
         """Heads and FFN channels of every layer before and after, as a matplotlib figure."""
         return widths_figure(self.dense_sizes, self.plan.layers)
 
+    def asked(self) -> str:
+        """The target as people read it: a share, or a speed."""
+        speedup = self.settings.speedup
+        return f"{self.plan.ratio:.2%}" if speedup is None else f"{speedup:g} times as fast"
+
+    def speed_text(self) -> str:
+        """What was asked, promised and reached of a target in speed."""
+        speed = self.speed
+        reached = "not timed: " + speed["not_timed"] if speed["reached"] is None else f"{speed['reached']:.2f} reached"
+        return (
+            f"{speed['asked']:g} times as fast asked, {speed['promised']:.2f} promised, {reached} ({speed['engine']}, "
+            f"batch {speed['batch']}, {speed['prompt']} + {speed['new_tokens']} tokens)"
+        )
+
     def _facts(self) -> list[tuple[str, str]]:
         plan, data = self.plan, self.calibration
         facts = [
             ("base model", f"{self.base_model} ({self.model_type})"),
             ("method", self.settings.method),
-            ("removed", f"{plan.achieved:.2%} of the decoder layers (asked: {plan.ratio:.2%})"),
+            ("removed", f"{plan.achieved:.2%} of the decoder layers (asked: {self.asked()})"),
             ("parameters", f"{plan.parameters_before:,} -> {plan.parameters:,}"),
             ("calibration", f"{data['num_samples']} x {data['seq_len']} tokens of {data['source']}"),
             ("seconds", f"{self.seconds:.1f}"),
         ]
         if tried := self.allocation.get("experts"):
             facts.append(("experts", trials_text(tried)))
+        if self.speed:
+            facts.append(("speed", self.speed_text()))
         if info := self.distillation:
             far = info["divergence"]
             facts.append(

@@ -10,6 +10,7 @@ AUTO = "auto"
 """The value of settings that are chosen by the model and the text."""
 
 ALLOCATIONS = (AUTO, "schedule", "sensitivity", "search")
+TIMED_ENGINES = ("transformers", "vllm", "llama.cpp")
 SEEDS = 2**63
 """Seeds are below it: a seed is a 64-bit number with a sign."""
 
@@ -91,6 +92,18 @@ def check_seed(name: str, value: int) -> None:
         raise UsageError(f"{name} is {value}; it must be 0 or more")
     if value >= SEEDS:
         raise UsageError(f"{name} is {value}; it must be below 2**63; give a smaller number")
+
+
+def check_speedup(name: str, value: float | None) -> None:
+    """Refuse what is no factor above 1."""
+    if value is not None and not (math.isfinite(value) and value > 1):
+        raise UsageError(f"{name} is {value:g}; it must be more than 1: how many times as fast, such as 1.5")
+
+
+def check_engine(name: str, value: str) -> None:
+    """Refuse an engine that no table of times is for."""
+    if value not in TIMED_ENGINES:
+        raise UsageError(f"{name} '{value}' is unknown; choose {', '.join(TIMED_ENGINES)}")
 
 
 def check_allocation(name: str, value: str) -> None:

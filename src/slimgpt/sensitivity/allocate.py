@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimgpt.config import PruneConfig, given_whole_experts
+from slimgpt.config import PruneConfig
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.allocation import Sensitivity, allocate_budget, interpolate, trial_plan
+from slimgpt.planning.budget import Budget
 from slimgpt.planning.plan import Plan
+from slimgpt.runtime.setting_relations import given_whole_experts
 from slimgpt.sensitivity.attention_plans import plans_without_attention
 from slimgpt.sensitivity.equal_layers import equal_candidates
 from slimgpt.sensitivity.measure import (
@@ -40,6 +42,7 @@ def allocate(
     run: ExecutionContext,
     *,
     on_measured: OnMeasured | None = None,
+    budget: Budget | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan of least measured cost that removes as much as ``plan``, and its entry in the report.
 
@@ -49,6 +52,9 @@ def allocate(
     measured, too, and the one of lowest divergence is taken.
 
     Processes beyond the number of windows do not take part; what they get is the given plan.
+
+    Args:
+        budget: what is to be removed, if it is not parameters.
 
     Raises:
         NumericalError: see :func:`measure`.
@@ -83,14 +89,14 @@ def allocate(
 
     costs = measure_plan(trial_plan(plan, shape, heads), first, may_go)
     info = {"by": "search" if config.allocation == "search" else "sensitivity", **costs.to_json()}
-    chosen, candidates, pairs = allocated(plan, shape, costs.without_attention(), config, model.config)
+    chosen, candidates, pairs = allocated(plan, shape, costs.without_attention(), config, model.config, budget=budget)
     info |= pairs
     if config.drop_attention and config.allocation != "search":
         candidates = [chosen]
     if may_go:
 
-        def cheapest(budget: Plan, measured: Sensitivity) -> Plan:
-            return allocated(budget, shape, measured, config, model.config)[0]
+        def cheapest(widths: Plan, measured: Sensitivity) -> Plan:
+            return allocated(widths, shape, measured, config, model.config, budget=budget)[0]
 
         fewer = plans_without_attention(plan, shape, costs, cheapest, model.config, config.cache_target)
         candidates += [widths for widths in fewer if widths != chosen]
@@ -104,20 +110,27 @@ def allocate(
 
 
 def allocated(
-    plan: Plan, shape: ModelShape, costs: Sensitivity, config: PruneConfig, model_config: PreTrainedConfig
+    plan: Plan,
+    shape: ModelShape,
+    costs: Sensitivity,
+    config: PruneConfig,
+    model_config: PreTrainedConfig,
+    *,
+    budget: Budget | None = None,
 ) -> tuple[Plan, list[Plan], dict[str, Any]]:
     """The plan of given costs that removes as much as ``plan``, those that a search or equal layers choose among, and
     what a report says of pairs of equal widths.
 
     Args:
         model_config: of the dense model.
+        budget: what is to be removed, if it is not parameters.
     """
     if config.uniform:
-        candidates, pairs = equal_candidates(plan, shape, costs, config, model_config)
+        candidates, pairs = equal_candidates(plan, shape, costs, config, model_config, budget=budget)
         return candidates[0], candidates, pairs
-    cheapest = allocate_budget(plan, shape, costs, plan.round_to, heads=config.kv_cache is None)
+    cheapest = allocate_budget(plan, shape, costs, plan.round_to, heads=config.kv_cache is None, budget=budget)
     # The more is removed, the more it costs to overfit the measured costs.
-    chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, plan.round_to)
+    chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, plan.round_to, budget=budget)
     return chosen, [plan, chosen], {}
 
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig
 
 from slimgpt.models.architecture import HEADS, KV_HEADS
 from slimgpt.models.parameter_counts import ModelShape
-from slimgpt.planning.allocation import ATTENTION, Sensitivity, adjust_to_target
+from slimgpt.planning.allocation import ATTENTION, Sensitivity
+from slimgpt.planning.budget import adjust_to_target, parameters_of
 from slimgpt.planning.plan import Plan, plan_of_widths, with_heads
 from slimgpt.planning.targets import CacheTarget, cache_bytes, kv_heads_for
 
@@ -66,5 +67,5 @@ def _within(plan: Plan, shape: ModelShape, gone: Collection[int], config: PreTra
         with_heads(layer, plan.head_unit, heads, {name: value for name, value in sizes.items() if "heads" not in name})
         for layer, sizes, heads in zip(shape.layers, plan.layers, kv_heads, strict=True)
     ]
-    adjust_to_target(shape, layers, plan.parameters_before - plan.parameters, plan.round_to)
+    adjust_to_target(shape, layers, plan.round_to, parameters_of(plan, shape))
     return plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=plan.round_to)

@@ -13,6 +13,7 @@ from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.alignment import EQUAL_TOLERANCE
 from slimgpt.planning.allocation import Sensitivity
+from slimgpt.planning.budget import Budget
 from slimgpt.planning.equal_widths import equal_pairs, plan_of_pair
 from slimgpt.planning.plan import Plan, head_units
 from slimgpt.runtime.thresholds import thresholds
@@ -22,7 +23,13 @@ TRIED = 2
 
 
 def equal_candidates(
-    plan: Plan, shape: ModelShape, costs: Sensitivity, config: PruneConfig, model_config: PreTrainedConfig
+    plan: Plan,
+    shape: ModelShape,
+    costs: Sensitivity,
+    config: PruneConfig,
+    model_config: PreTrainedConfig,
+    *,
+    budget: Budget | None = None,
 ) -> tuple[list[Plan], dict[str, Any]]:
     """The plans of equal layers that are worth a trial, the cheapest first, and the curve for the report.
 
@@ -32,13 +39,14 @@ def equal_candidates(
         plan: the plan without measuring: the target, the unit of heads, and the step of FFN widths.
         costs: of heads and channels in all layers.
         model_config: of the dense model.
+        budget: what is to be removed, if it is not parameters.
     """
     first = shape.layers[0]
     units = head_units(first.sizes, plan.head_unit)
     fixed = config.kv_cache is not None or plan.head_unit not in first.unit_parameters
     heads = [head_units(plan.layers[0], plan.head_unit)] if fixed else range(units, 0, -1)
-    limited = config.param_limit is not None or config.byte_limit is not None
-    pairs = equal_pairs(plan, shape, costs, heads, exceeding=limited)
+    limited = config.param_limit is not None or config.byte_limit is not None or budget is not None
+    pairs = equal_pairs(plan, shape, costs, heads, exceeding=limited, budget=budget)
     plans = ((pair, plan_of_pair(plan, shape, pair)) for pair in pairs)
     held = (each for each in plans if stock_config(model_config, each[1].layers[0]) is not None)
     best = list(islice(held, TRIED))

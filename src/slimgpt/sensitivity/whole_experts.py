@@ -15,6 +15,7 @@ from slimgpt.config import PruneConfig
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.families.moe import EXPERTS
 from slimgpt.models.parameter_counts import ModelShape
+from slimgpt.planning.budget import Budget
 from slimgpt.planning.expert_plans import with_whole_experts
 from slimgpt.planning.plan import Plan
 from slimgpt.runtime.setting_checks import AUTO
@@ -59,9 +60,13 @@ def choose_widths(
     run: ExecutionContext,
     *,
     on_measured: OnMeasured | None = None,
+    budget: Budget | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """The plan by measured costs (:func:`~slimgpt.sensitivity.allocate.allocate`) and, in a mixture, by trials of whole
     experts; with its entry in the report.
+
+    Args:
+        budget: what is to be removed, if it is not parameters.
 
     Raises:
         NumericalError: NaN or infinity on the way, or a Hessian that is not positive definite.
@@ -79,7 +84,7 @@ def choose_widths(
     info: dict[str, Any] = {"by": "schedule"}
     start = time.perf_counter()
     if uses_sensitivity(config, shape, windows):
-        plan, info = allocate(plan, shape, model, load_layer, windows, config, run, on_measured=on_step)
+        plan, info = allocate(plan, shape, model, load_layer, windows, config, run, on_measured=on_step, budget=budget)
     run = replace(run, ranks=run.ranks.first(most_ranks(windows, shape.widest)))
     if not experts or not run.ranks.member:
         return plan, info
