@@ -124,5 +124,6 @@ def _tensors_checksum(tensors: Mapping[str, Tensor]) -> int:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         head = f"{name} {tensor.dtype} {tuple(tensor.shape)} "
-        checksum = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), zlib.crc32(head.encode(), checksum))
+        content = tensor.flatten().view(torch.uint8).numpy().data
+        checksum = zlib.crc32(content, zlib.crc32(head.encode(), checksum))
     return checksum
