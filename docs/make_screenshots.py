@@ -2,8 +2,8 @@
 
     python docs/make_screenshots.py WORK
 
-WORK is a folder for the models, about 1 GB; what an earlier call left there is used again. Needs a checkout with its
-development packages, Chromium, and some minutes: SmolLM2-135M-Instruct is pruned twice and compared with itself, on so
+WORK is a folder for the models, about 0.5 GB; what an earlier call left there is used again. Needs a checkout with its
+development packages, Chromium, and some minutes: SmolLM2-135M-Instruct is pruned and compared with itself, on so
 little text that the figures say nothing.
 """
 
@@ -43,12 +43,10 @@ PAGES = (
 SMALL = ("--num-samples", "32", "--seq-len", "256")
 RUNS = {
     "slim-20": ("prune", "demo", "slim-20", "--ratio", "0.2", *SMALL),
-    "slim-40": ("prune", "demo", "slim-40", "--ratio", "0.4", *SMALL),
     "page": (
-        "compare", "demo", "slim-20", "slim-40", "--window", "128", "--max-tokens", "640", "--samples", "1",
-        "--prompt", "16", "--new-tokens", "4", "--rounds", "1", "--out", "page",
+        "compare", "demo", "slim-20", "--window", "128", "--max-tokens", "640", "--samples", "1", "--no-speed",
+        "--out", "page",
     ),
-    "plan": ("plan", "demo", "--ratio", "0.3", "--for", "vllm"),
 }  # fmt: skip
 
 
@@ -113,7 +111,6 @@ def main(work: Path) -> None:
     prune = RUNS["slim-20"]
     picture_of_terminal(PICTURES / "prune-running.svg", prune, until(output["slim-20"], r"layer 12/30"))
     picture_of_terminal(PICTURES / "prune-done.svg", prune, last(output["slim-20"]))
-    picture_of_terminal(PICTURES / "plan.svg", RUNS["plan"], last(output["plan"]))
     pictures_of_page(work / "page" / "report.html", work)
     subprocess.run(["ls", "-l", str(PICTURES)], check=True)
 
