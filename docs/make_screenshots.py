@@ -30,7 +30,7 @@ from tests.comparison.browser import CHROMIUM, browser  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 COLUMNS = 80
-COLOURS = 64
+COLOURS = 128
 """Of a picture of a page: enough for text and plots, in a quarter of the bytes."""
 
 PAGES = (
@@ -98,7 +98,11 @@ def pictures_of_page(page: Path, work: Path) -> None:
             offset = view.evaluate(f"document.querySelector('{top}').getBoundingClientRect().top") - 60 if top else 0
             shot = Path(folder) / "shot.png"
             view.picture(shot, height, round(offset))
-            Image.open(shot).convert("RGB").quantize(COLOURS).save(PICTURES / f"{name}.png", optimize=True)
+            picture = Image.open(shot).convert("RGB")
+            small = picture.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            small.save(PICTURES / f"{name}.png", optimize=True)
+                COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+            ).save(PICTURES / f"{name}.png", optimize=True)
 
 
 def main(work: Path) -> None:
