@@ -101,8 +101,6 @@ def pictures_of_page(page: Path, work: Path) -> None:
             picture = Image.open(shot).convert("RGB")
             small = picture.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
             small.save(PICTURES / f"{name}.png", optimize=True)
-                COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
-            ).save(PICTURES / f"{name}.png", optimize=True)
 
 
 def main(work: Path) -> None:
