@@ -2,8 +2,8 @@
 
     python docs/make_screenshots.py WORK
 
-WORK is a folder for the models, about 1 GB; what an earlier call left there is used again. Needs a checkout with its
-development packages, Chromium, and some minutes: SmolLM2-135M-Instruct is pruned twice and compared with itself, on so
+WORK is a folder for the models, about 0.5 GB; what an earlier call left there is used again. Needs a checkout with its
+development packages, Chromium, and some minutes: SmolLM2-135M-Instruct is pruned and compared with itself, on so
 little text that the figures say nothing.
 """
 
@@ -30,7 +30,7 @@ from tests.comparison.browser import CHROMIUM, browser  # noqa: E402
 
 PICTURES = ROOT / "docs" / "pictures"
 COLUMNS = 80
-COLOURS = 64
+COLOURS = 128
 """Of a picture of a page: enough for text and plots, in a quarter of the bytes."""
 
 PAGES = (
@@ -43,12 +43,10 @@ PAGES = (
 SMALL = ("--num-samples", "32", "--seq-len", "256")
 RUNS = {
     "slim-20": ("prune", "demo", "slim-20", "--ratio", "0.2", *SMALL),
-    "slim-40": ("prune", "demo", "slim-40", "--ratio", "0.4", *SMALL),
     "page": (
-        "compare", "demo", "slim-20", "slim-40", "--window", "128", "--max-tokens", "640", "--samples", "1",
-        "--prompt", "16", "--new-tokens", "4", "--rounds", "1", "--out", "page",
+        "compare", "demo", "slim-20", "--window", "128", "--max-tokens", "640", "--samples", "1", "--no-speed",
+        "--out", "page",
     ),
-    "plan": ("plan", "demo", "--ratio", "0.3", "--for", "vllm"),
 }  # fmt: skip
 
 
@@ -100,7 +98,9 @@ def pictures_of_page(page: Path, work: Path) -> None:
             offset = view.evaluate(f"document.querySelector('{top}').getBoundingClientRect().top") - 60 if top else 0
             shot = Path(folder) / "shot.png"
             view.picture(shot, height, round(offset))
-            Image.open(shot).convert("RGB").quantize(COLOURS).save(PICTURES / f"{name}.png", optimize=True)
+            picture = Image.open(shot).convert("RGB")
+            small = picture.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            small.save(PICTURES / f"{name}.png", optimize=True)
 
 
 def main(work: Path) -> None:
@@ -113,7 +113,6 @@ def main(work: Path) -> None:
     prune = RUNS["slim-20"]
     picture_of_terminal(PICTURES / "prune-running.svg", prune, until(output["slim-20"], r"layer 12/30"))
     picture_of_terminal(PICTURES / "prune-done.svg", prune, last(output["slim-20"]))
-    picture_of_terminal(PICTURES / "plan.svg", RUNS["plan"], last(output["plan"]))
     pictures_of_page(work / "page" / "report.html", work)
     subprocess.run(["ls", "-l", str(PICTURES)], check=True)
 

@@ -140,7 +140,7 @@ def _save(figure: Any, file: Path) -> None:
         )  # fmt: skip
     figure.savefig(file, dpi=110)
     with Image.open(file) as image:
-        small = image.convert("RGB").quantize(64)
+        small = image.convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     small.save(file, optimize=True)
 
 

@@ -47,7 +47,7 @@ thead th small { white-space: normal; font-weight: normal; }
 @media (max-width: 40rem) { tr { display: flex; }
   th, td { flex: 0 0 6.6rem; padding: .35rem .4rem; white-space: normal; overflow-wrap: anywhere; }
   th:first-child, td:first-child { flex: 0 0 8rem; min-width: 0; z-index: 1; }
-  tr.group th { flex: 1 0 100%%; } .base { order: 1; } }
+  tr.group th { flex: 1 0 100%%; } .base { order: 1; flex-grow: 1; } }
 small { display: block; color: var(--soft); font-size: .78rem; }
 small.good { color: var(--good); } small.bad { color: var(--bad); }
 small.note { color: var(--note); white-space: normal; }

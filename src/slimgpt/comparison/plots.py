@@ -86,7 +86,7 @@ def _by_size(axis: Any, comparison: Comparison, values: Sequence[float], label: 
         share = 100 * side.mean(lambda run: run.parameters) / base
         axis.plot([share], [value], label=side.name, linestyle="none", **series_style(index))
     axis.set_xlabel(f"parameters, % of {comparison.sides[0].name}")
-    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     axis.xaxis.set_major_formatter(PercentFormatter(decimals=0))
     axis.margins(0.12)
     axis.set_ylabel(label)
@@ -164,6 +164,7 @@ def _kept(axis: Any, comparison: Comparison) -> None:
             axis.plot([100 * share for share in side.kept], label=side.name, linewidth=1.4, **series_style(index, 4))
     axis.set_xlabel("layer")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))  # none at 92.5%, which would read 92%
     axis.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     axis.set_ylabel("parameters that stay, by layer")
 
