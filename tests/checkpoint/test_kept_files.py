@@ -44,7 +44,7 @@ def journal(tmp_path):
     return journal
 
 
-def everything(journal):
+def all_kept(journal):
     """All that a resumed run reads, as it uses it."""
     journal.open(True)
     layer = journal(0)
@@ -68,7 +68,7 @@ def same(one, other):
 
 
 def test_a_journal_reads_back_what_it_was_given(journal):
-    read = everything(journal)
+    read = all_kept(journal)
     assert same(read["layer"], state(1))
     assert same(read["trained"], state(2))
     assert same(read["training"], state(4))
@@ -85,7 +85,7 @@ KEPT = (
 
 @pytest.mark.parametrize("name", KEPT)
 def test_a_changed_byte_is_refused_or_changes_nothing(name, journal):
-    before = everything(journal)
+    before = all_kept(journal)
     file = journal.folder / name
     whole = file.read_bytes()
     draw = random.Random(name)
@@ -96,14 +96,14 @@ def test_a_changed_byte_is_refused_or_changes_nothing(name, journal):
         changed[place] ^= 1 << draw.randrange(8)
         file.write_bytes(changed)
         try:
-            read = everything(journal)
+            read = all_kept(journal)
         except ResumeError as error:
             refused += str(file) in str(error) or name == "journal.json"
         else:
             assert same(read, before), f"byte {place} of {name}"
     assert refused > 0.5 * len(places)
     file.write_bytes(whole)
-    assert same(everything(journal), before)
+    assert same(all_kept(journal), before)
 
 
 def test_layers_that_have_changed_places_are_refused(journal):

@@ -289,9 +289,9 @@ def test_a_seed_draws_rows_and_examples(tokenizer, tmp_path):
     def scores(**options):
         return evaluate_tasks(model, tokenizer, "piqa", data_dir=tmp_path, **options)
 
-    everything = scores()
-    assert everything.protocol["seeded"] == []
-    by_number = {row["doc_id"]: row["acc_norm"] for row in everything.samples["piqa"]}
+    all_scores = scores()
+    assert all_scores.protocol["seeded"] == []
+    by_number = {row["doc_id"]: row["acc_norm"] for row in all_scores.samples["piqa"]}
     numbers = []
     for seed in (0, 1, 2):
         drawn = scores(limit=4, seed=seed, draw_rows=True)

@@ -208,10 +208,10 @@ def test_the_command_says_what_was_promised_and_reached(dense_folder, text_file,
          "--calibration", str(text_file), "--device", "cpu", "--num-samples", "8", "--seq-len", "24", "--no-evaluate"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    said = " ".join(done.output.split())
-    assert "(asked: 1.2 times as fast)" in said
-    assert "speed: 1.2 times as fast asked, 1.2" in said
-    assert "reached (transformers, batch 1, 16 + 4 tokens)" in said
+    output = " ".join(done.output.split())
+    assert "(asked: 1.2 times as fast)" in output
+    assert "speed: 1.2 times as fast asked, 1.2" in output
+    assert "reached (transformers, batch 1, 16 + 4 tokens)" in output
     assert (tmp_path / "slim" / "speed-table.json").is_file()
     # It is a model folder of ours, so another run may replace it.
     done = CliRunner().invoke(

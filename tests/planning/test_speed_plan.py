@@ -111,7 +111,7 @@ PROTOCOL = {"on": "transformers", "batch": 1, "prompt": 16, "new_tokens": 4}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"rest": {"prompt": -1.0, "token": 0.0}}, "no number of 0 or more"),
         ({"rest": {"prompt": float("nan"), "token": 0.0}}, "no number of 0 or more"),
@@ -122,10 +122,10 @@ PROTOCOL = {"on": "transformers", "batch": 1, "prompt": 16, "new_tokens": 4}
         ({"speed": 3}, "speed"),
     ],
 )
-def test_a_file_that_is_no_table_is_refused(tmp_path, change, said):
+def test_a_file_that_is_no_table_is_refused(tmp_path, change, message):
     file = tmp_path / "table.json"
     file.write_text(json.dumps({**TABLE.to_json(), **change}))
-    with pytest.raises(PlanError, match=said):
+    with pytest.raises(PlanError, match=message):
         read_table(file)
     file.write_text("[1]")
     with pytest.raises(PlanError, match="no JSON object"):
@@ -133,7 +133,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, change, said):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"on": "vllm"}, "on transformers, and vllm"),
         ({"batch": 8}, "batch 1, and 8"),
@@ -141,8 +141,8 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, change, said):
         ({"new_tokens": 128}, "new_tokens 4, and 128"),
     ],
 )
-def test_a_table_for_something_else_is_refused(change, said):
-    assert said in str(mismatch(TABLE, table_model(CONFIG), "query", {**PROTOCOL, **change}))
+def test_a_table_for_something_else_is_refused(change, message):
+    assert message in str(mismatch(TABLE, table_model(CONFIG), "query", {**PROTOCOL, **change}))
     assert "removed by 'query'" in str(mismatch(TABLE, table_model(CONFIG), "kv", PROTOCOL))
     assert "hidden_size" in str(mismatch(TABLE, {**table_model(CONFIG), "hidden_size": 7}, "query", PROTOCOL))
 
@@ -302,7 +302,7 @@ def test_mixtures_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("given_settings", "said"),
+    ("given_settings", "message"),
     [
         ({"speedup": 1.0}, "more than 1"),
         ({"speedup": float("inf")}, "more than 1"),
@@ -320,6 +320,6 @@ def test_mixtures_are_refused():
         ({"speed_table": "table.json"}, "add speedup"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(given_settings, said):
-    with pytest.raises(UsageError, match=said):
+def test_settings_that_do_not_go_together_are_refused(given_settings, message):
+    with pytest.raises(UsageError, match=message):
         make_config(**given_settings)

@@ -104,7 +104,7 @@ def write_page(comparison: Comparison, file: Path) -> None:
 
 
 def _repeated(comparison: Comparison) -> list[str]:
-    """What stands under values that are means."""
+    """The line under values that are means."""
     if not any(side.repeats for side in comparison.sides):
         return []
     return [

@@ -129,7 +129,7 @@ class _ModelMeasurer:
         return runs
 
     def _measured(self, result: ModelResult, seed: int | None, first: ModelResult | None) -> ModelResult:
-        """What is measured with a seed.
+        """The measurements with a seed.
 
         Args:
             result: what needs no seed.
@@ -237,7 +237,7 @@ class _ModelMeasurer:
 
 
 def _drawn(seed: int | None) -> list[Any]:
-    """What a seed adds to the settings of a measurement."""
+    """The settings of a measurement that a seed adds."""
     return [] if seed is None else ["seed", seed]
 
 

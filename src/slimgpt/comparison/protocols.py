@@ -50,8 +50,8 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
         )
     if base.tasks is not None:
         how = base.tasks.protocol
-        which = "first" if base.seed is None else "drawn"
-        rows = f"the {which} {comparison.wanted.limit} rows of each" if comparison.wanted.limit else "all rows"
+        chosen = "first" if base.seed is None else "drawn"
+        rows = f"the {chosen} {comparison.wanted.limit} rows of each" if comparison.wanted.limit else "all rows"
         shots = ", ".join(f"{task} {count}" for task, count in how["num_fewshot"].items())
         template = "Through the" if how.get("chat_template") else "No"
         yield (
@@ -83,7 +83,7 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
 
 
 def _of_repeats(comparison: Comparison) -> Iterator[str]:
-    """What seeds and several models of a column change."""
+    """The part of the protocol about seeds and several models of a column."""
     seeds, base = comparison.wanted.seeds, comparison.sides[0]
     if seeds > 1:
         changed = [f"the token at which the first window of a text begins ({_begins(base)})"]
@@ -107,7 +107,7 @@ def _of_repeats(comparison: Comparison) -> Iterator[str]:
 
 
 def _begins(base: ModelResult) -> str:
-    """Where the first window of every text began, by seed."""
+    """The first token of the first window of every text, by seed."""
     places = []
     for index, (text, result) in enumerate(base.perplexities):
         starts = [str(run.perplexities[index][1].protocol["skipped_tokens"]) for run in base.runs]

@@ -223,7 +223,7 @@ def single_tasks(manager: TaskManager, built: list[Any]) -> dict[str, Any]:
 
 
 def seeded(manager: TaskManager, built: list[Any], drawn: dict[str, list[int]] | None) -> list[str]:
-    """What another seed changes: ``rows``, ``examples`` before a question, sampled ``tokens``; nothing if none does."""
+    """The parts of a task that another seed changes: ``rows``, ``examples`` before a question, sampled ``tokens``."""
     tasks = single_tasks(manager, built)
     rows = drawn is not None and any(len(numbers) < len(tasks[name].eval_docs) for name, numbers in drawn.items())
     examples = any(task.get_config("num_fewshot") and _draws_examples(task) for task in tasks.values())

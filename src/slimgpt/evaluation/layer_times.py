@@ -178,7 +178,7 @@ def _widest(shape: ModelShape, layers: Sequence[int]) -> dict[str, int]:
 
 
 def _timed_layers(shape: ModelShape, kinds: Sequence[Sequence[int]], itemsize: int) -> int:
-    """How many of the first layers are timed: of every kind two if there are, and enough bytes."""
+    """Number of the first layers that are timed: of every kind two if there are, and enough bytes."""
     count = max(layers[min(1, len(layers) - 1)] for layers in kinds) + 1
     while count < len(shape.layers) and itemsize * sum(x.parameters for x in shape.layers[:count]) < MODEL_BYTES:
         count += 1

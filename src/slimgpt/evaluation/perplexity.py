@@ -210,7 +210,7 @@ def perplexity(
 
 
 def _drawn_start(text_tokens: int, max_tokens: int | None, body: int, seed: int) -> int:
-    """How many tokens of a text a seed leaves out at its beginning.
+    """Number of tokens of a text that a seed leaves out at its beginning.
 
     Args:
         body: tokens of the text in a window.

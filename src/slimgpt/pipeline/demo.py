@@ -158,7 +158,7 @@ def run_demo(
 
 
 def _steps_of(on_phase: OnPhase, phase: str) -> Callable[[int, int], None]:
-    """What is called with the steps of a phase that are done, and with all."""
+    """The callback with the steps of a phase that are done, and with all."""
     last = time.perf_counter()
 
     def step(done: int, total: int) -> None:

@@ -125,7 +125,7 @@ def kept_table(output: Path) -> SpeedTable | None:
 
 
 def speed_promise(target: SpeedTarget, shape: ModelShape, plan: Plan) -> dict[str, Any]:
-    """How many times as fast was asked for and is promised by the table, and what was timed for it."""
+    """The speedup that was asked for, the one that the table promises, and what was timed for it."""
     table = target.table
     return {
         "asked": target.speedup,
@@ -146,7 +146,7 @@ def speed_report(
     device: torch.device,
     on_timed: Callable[[str, int, int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """What a report says of a target in speed: what was promised, what was reached, and the times it was planned with.
+    """The entry of a target in speed in a report: promised, reached, and the times it was planned with.
 
     Args:
         model_config: the dense model's.

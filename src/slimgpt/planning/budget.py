@@ -1,4 +1,4 @@
-"""What a plan is to remove, and what every structure counts towards it: the one place where a head, a channel or a
+"""Budget of a plan, and the share of every structure in it: the one place where a head, a channel or a
 whole attention has a size. Parameters here; time in :mod:`slimgpt.planning.speed_table`."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from slimgpt.planning.plan import Plan, head_units, removed_parameters
 
 
 class Budget(Protocol):
-    """What is to be removed, and what each structure counts.
+    """The amount to be removed, and the amount that each structure counts.
 
     Attributes:
         target: at least so much is to go.
@@ -28,7 +28,7 @@ class Budget(Protocol):
     def total(self) -> float: ...
 
     def of_structure(self, index: int, unit: str, keep: int) -> int:
-        """What goes when of a layer's structure so many units stay.
+        """The amount that goes when so many units of a layer's structure stay.
 
         Args:
             unit: ``ffn``, ``shared``, ``kv`` or ``query``.
@@ -37,7 +37,7 @@ class Budget(Protocol):
         ...
 
     def of_layer(self, index: int, sizes: Sizes) -> int:
-        """What goes when a layer gets these sizes."""
+        """The amount that goes when a layer gets these sizes."""
         ...
 
     def channels_for(self, index: int, amount: float) -> float:
@@ -46,7 +46,7 @@ class Budget(Protocol):
 
 
 def removed_by(budget: Budget, layers: Sequence[Sizes]) -> int:
-    """What goes when the layers get these sizes."""
+    """The amount that goes when the layers get these sizes."""
     return sum(budget.of_layer(index, sizes) for index, sizes in enumerate(layers))
 
 

@@ -83,7 +83,7 @@ def _base(layer: LayerShape, sizes: dict[str, int], config: PruneConfig, routed_
 
 
 def _experts_gone(shape: ModelShape, sparse: list[int], loss: float) -> int:
-    """How many experts every layer loses so that they do not take more than ``loss`` parameters together."""
+    """Number of experts that every layer loses, so that they do not take more than ``loss`` parameters together."""
     layers = [shape.layers[index] for index in sparse]
     bounds = [(layer.sizes[EXPERTS], layer.experts) for layer in layers if layer.experts is not None]
     step = math.lcm(*(bound.groups for _, bound in bounds))

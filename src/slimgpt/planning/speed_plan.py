@@ -24,7 +24,7 @@ HALVINGS = 10
 
 
 def chosen_head_unit(config: PruneConfig, shape: ModelShape) -> str:
-    """How heads are removed: as the settings say, as the method does, or the finest way the model has."""
+    """The unit by which heads are removed: as the settings say, as the method does, or the finest way the model has."""
     if config.head_unit != "auto":
         return config.head_unit
     return "kv" if config.method.startswith("paper") else natural_unit(shape)

@@ -54,7 +54,7 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """What a request takes by the widths of the layers.
+    """The time of a request by the widths of the layers.
 
     Args:
         engine: what was timed: ``transformers``, ``vllm`` or ``llama.cpp``.
@@ -221,7 +221,7 @@ class TimeBudget:
 
 @dataclass(frozen=True)
 class SpeedTarget:
-    """How many times as fast a request shall be as in the dense model, and the times that this is planned with."""
+    """The speedup of a request over the dense model that is asked for, and the times that it is planned with."""
 
     table: SpeedTable
     speedup: float
@@ -232,13 +232,13 @@ class SpeedTarget:
         return TimeBudget(self.table, shape, math.ceil(NANOSECONDS * dense * (1 - 1 / self.speedup)))
 
     def promised(self, shape: ModelShape, layers: Sequence[Sizes]) -> float:
-        """How many times as fast a model of these widths is by the table."""
+        """The speedup of a model of these widths by the table."""
         dense = self.table.model_seconds([layer.sizes for layer in shape.layers])
         return dense / self.table.model_seconds(layers)
 
 
 def table_model(config: PreTrainedConfig) -> dict[str, Any]:
-    """What a table says of the model that it is for."""
+    """The description of its model in a table."""
     text = text_config(config)
     return {
         "model_type": config.model_type,

@@ -174,7 +174,7 @@ class PruneReport:
         return f"{self.plan.ratio:.2%}" if speedup is None else f"{speedup:g} times as fast"
 
     def speed_text(self) -> str:
-        """What was asked, promised and reached of a target in speed."""
+        """The speedup that was asked for, promised and reached."""
         speed = self.speed
         reached = "not timed: " + speed["not_timed"] if speed["reached"] is None else f"{speed['reached']:.2f} reached"
         return (
@@ -245,7 +245,7 @@ class PruneReport:
 
 
 def trials_text(experts: dict[str, Any]) -> str:
-    """What a report says of the trials of whole experts, in one line.
+    """The trials of whole experts in one line.
 
     Args:
         experts: the entry ``experts`` of :attr:`PruneReport.allocation`.

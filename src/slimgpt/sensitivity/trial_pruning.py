@@ -28,7 +28,7 @@ from slimgpt.sensitivity.windows import split_windows
 
 
 class TrialLoss(NamedTuple):
-    """What a pruned model has lost, on windows that no repair has seen, in nats per token.
+    """The loss of a pruned model, on windows that no repair has seen, in nats per token.
 
     Args:
         divergence: ``KL(dense || pruned)``.
