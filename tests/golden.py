@@ -50,7 +50,7 @@ FEW = {**SHARED, "num_samples": 24}
 MANY = {**SHARED, "num_samples": 96}
 """Enough to measure on, to hold some windows out, and to train on the others."""
 
-VOLATILE = ("seconds", "request", "versions")
+VOLATILE = ("seconds", "processor_seconds", "request", "versions")
 """Keys of a report that hold times, a digest of versions, and versions."""
 
 KILLED_AFTER = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,10 +16,10 @@ from slimgpt.runtime.setting_checks import (
     check_ratio,
     check_round_to,
     check_seed,
-    check_share,
+    check_whole_experts,
 )
 from slimgpt.runtime.settings import documents_settings, run_checks, setting
-from slimgpt.runtime.units import CacheTarget, parse_cache, parse_count, parse_size
+from slimgpt.runtime.units import CacheTarget, parse_cache, parse_count, parse_layers, parse_schedule, parse_size
 
 METHODS = ("slimgpt", "paper", "paper-no-gcd", "paper-no-dgs", "magnitude", "wanda", "reap", "random")
 """The keys of :data:`slimgpt.solver.CRITERIA`, which imports torch."""
@@ -151,12 +150,14 @@ class PruneConfig:
     plan: str | None = setting(
         None, "A file that `slimgpt plan --save` wrote.", detail="In place of every other choice of widths."
     )
-    whole_experts: float = setting(
-        0.0,
-        "Mixtures: share of the loss taken as whole experts, 0 to 1.",
-        detail="The share of what experts lose. The rest is channels inside the experts that stay. With the method "
-        "reap: 1.",
-        check=check_share,
+    whole_experts: str | float = setting(
+        AUTO,
+        "Mixtures: share of the loss taken as whole experts: auto, or 0 to 1.",
+        detail="The share of what experts lose. The rest is channels inside the experts that stay. auto: where widths "
+        "are measured, plans with 0, half and all of it are pruned on trial, with the heads and the shared expert or "
+        "without, and the one that predicts text best is taken; else 0. With the method reap: 1.",
+        metavar="SHARE",
+        check=check_whole_experts,
         commands=ALL,
     )
     distill: str | int = setting(
@@ -227,7 +228,7 @@ def check_one_size(config: PruneConfig) -> None:
 def check_plan_file(config: PruneConfig) -> None:
     """Refuse a choice of widths beside a file of widths."""
     unit, step = config.head_unit != AUTO, config.round_to not in (AUTO, 1)
-    free = (config.schedule, unit, config.kv_cache, config.uniform, step, config.whole_experts)
+    free = (config.schedule, unit, config.kv_cache, config.uniform, step, given_whole_experts(config))
     if config.plan is not None and any(free):
         raise UsageError(
             "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "
@@ -241,27 +242,12 @@ def check_kept(config: PruneConfig) -> None:
         raise UsageError("ffn_only and heads_only exclude each other; leave one of them out")
     if config.ffn_only and config.kv_cache is not None:
         raise UsageError("kv_cache removes KV heads, and ffn_only keeps them; leave one of them out")
-    if config.heads_only and config.whole_experts:
+    if config.heads_only and given_whole_experts(config):
         raise UsageError("whole_experts removes experts, and heads_only keeps them; leave one of them out")
     if config.uniform and config.skip_layers:
         raise UsageError("skip_layers makes layers differ, and uniform keeps them equal; leave one of them out")
     if config.plan is not None and (config.ffn_only or config.heads_only or config.skip_layers):
         raise UsageError("a plan file says every width; leave out ffn_only, heads_only and skip_layers")
-
-
-def parse_layers(layers: str | Iterable[int] | None) -> tuple[int, ...] | None:
-    """Layers from the command line, such as ``0,1,-1``, or from Python.
-
-    Raises:
-        UsageError: something in it is no whole number.
-    """
-    if layers is None:
-        return None
-    try:
-        parts = layers.split(",") if isinstance(layers, str) else layers
-        return tuple(int(part) for part in parts) or None
-    except (TypeError, ValueError):
-        raise UsageError(f"skip_layers '{layers}' is no list of layers such as 0,1,-1") from None
 
 
 def cache_alone(config: PruneConfig) -> bool:
@@ -301,9 +287,16 @@ def check_measured_allocation(config: PruneConfig) -> None:
         )
 
 
-def whole_experts_of(config: PruneConfig) -> float:
-    """The share of whole experts; REAP knows nothing else to remove."""
-    return 1.0 if config.method == "reap" and config.plan is None else config.whole_experts
+def given_whole_experts(config: PruneConfig) -> float:
+    """The share of whole experts as far as the settings say it: 0 where it is ``auto``."""
+    return 0.0 if config.whole_experts == AUTO else float(config.whole_experts)
+
+
+def whole_experts_of(config: PruneConfig) -> str | float:
+    """The share of whole experts, or ``auto``; REAP knows nothing else to remove."""
+    if config.method == "reap" and config.plan is None:
+        return 1.0
+    return AUTO if config.whole_experts == AUTO else given_whole_experts(config)
 
 
 def distill_of(config: PruneConfig) -> str | int:
@@ -311,23 +304,6 @@ def distill_of(config: PruneConfig) -> str | int:
     if config.distill != "auto":
         return 0 if config.distill == "off" else int(config.distill)
     return 0 if config.method != "slimgpt" or config.repair is False else "auto"
-
-
-def parse_schedule(text: str | None) -> str | tuple[float, ...] | None:
-    """A schedule from the command line: a name, or numbers with commas between them.
-
-    Raises:
-        UsageError: a list with something in it that is no number, or with nothing in it.
-    """
-    if text is None or "," not in text:
-        return text
-    try:
-        ratios = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        ratios = ()
-    if not ratios:
-        raise UsageError(f"schedule '{text}' is neither a name nor a list of numbers such as 0.1,0.2,0.3")
-    return ratios
 
 
 def make_config(**settings: Any) -> PruneConfig:

@@ -29,4 +29,6 @@ def report_of(folder: Path) -> dict:
     report = json.loads((folder / "slimgpt.json").read_text())
     for part in (report, *report["layers"], report["allocation"], report["distillation"], report["divergence"]):
         part.pop("seconds", None)
+    for part in (report["execution"], report["allocation"].get("experts", {})):
+        part.pop("processor_seconds", None)
     return report

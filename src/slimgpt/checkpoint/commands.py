@@ -9,6 +9,8 @@ from typing import Any
 
 from slimgpt import assets
 from slimgpt.calibration.documents import IN_MEMORY
+from slimgpt.config import given_whole_experts
+from slimgpt.models.families.moe import EXPERTS
 from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.setting_checks import AUTO
 
@@ -42,8 +44,8 @@ def _prune_command(report: PruneReport) -> str:
         "seed": settings.seed,
         "round-to": report.plan.round_to if settings.round_to == AUTO else settings.round_to,
     }
-    if settings.whole_experts:
-        options["whole-experts"] = f"{settings.whole_experts:g}"
+    if settings.whole_experts != AUTO and any(EXPERTS in sizes for sizes in report.plan.layers):
+        options["whole-experts"] = f"{given_whole_experts(settings):g}"
     if settings.schedule is not None:
         names = settings.schedule if isinstance(settings.schedule, str) else map(str, settings.schedule)
         options["schedule"] = names if isinstance(names, str) else ",".join(names)

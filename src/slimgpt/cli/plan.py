@@ -89,6 +89,8 @@ def _print(estimate: Estimate) -> None:
     )
     if estimate.note is not None:
         out.print(f"[yellow]note:[/]          {estimate.note}", soft_wrap=True)
+    if estimate.experts is not None:
+        out.print(f"[yellow]note:[/]          {estimate.experts}", soft_wrap=True)
     sizes = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in estimate.bytes.items())
     out.print(f"GB on disk     {sizes}", soft_wrap=True)
     if estimate.quantization is not None:

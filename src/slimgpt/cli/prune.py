@@ -271,6 +271,11 @@ def _print_report(report: PruneReport, size: int, folder: Path, *, verbose: bool
             f"{written['left_out']['repeated']} repeating others",
             soft_wrap=True,
         )
+    if tried := report.allocation.get("experts"):
+        from slimgpt.pruning.report import trials_text
+
+        pruning = report.execution.get("processor_seconds", 0.0)
+        out.print(f"experts: {trials_text(tried)} (the pruning itself: {pruning:.0f})", soft_wrap=True, highlight=False)
     if info := report.distillation:
         far, text = (
             f"{info[name]['before']:.3f} -> {info[name]['after']:.3f}" for name in ("divergence", "cross_entropy")

@@ -32,10 +32,14 @@ from slimgpt.runtime.devices import as_device, as_dtype
 from slimgpt.runtime.settings import has_settings
 from slimgpt.sensitivity.allocate import quadrature, uses_sensitivity
 from slimgpt.sensitivity.measure import num_gradient_nodes
+from slimgpt.sensitivity.whole_experts import MOST_TRIALS, measures_experts
 from slimgpt.sensitivity.windows import split_windows
 
 if TYPE_CHECKING:
     from slimgpt.pipeline.prepare import PruneRequest
+
+
+MEASURED_IN_RUN = "the run measures whether whole experts, channels of them or both go, at this size (--whole-experts)"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Estimate:
         seconds: that pruning takes on this machine, about.
         quantization: how the model's files are quantised, and what they are read as; ``None`` if they are not.
         note: why another share is removed than was asked for, or in another step; ``None`` if neither is so.
+        experts: what a run measures of the experts of a mixture, and may decide otherwise; ``None`` if nothing.
     """
 
     model: str
@@ -69,6 +74,7 @@ class Estimate:
     verdicts: tuple[EngineSupport, ...]
     quantization: dict[str, str] | None = None
     note: str | None = None
+    experts: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -114,6 +120,13 @@ def all_flops(
         if config.drop_attention:
             # On half of the text each attention is taken out in turn: the layers behind run once more for every one.
             flops["gradients"] += probe.numel() / 2 * (each * (1 + gone / 2) + (1 + gone) * head)
+    if measures_experts(config, shape, windows):
+        fit, probe = split_windows(windows, shape.widest)
+        trial = loop(fit.numel())
+        for part in ("forward", "hessian", "solver"):
+            flops[part] += MOST_TRIALS * trial[part]
+        # The dense model once, every pruned one, and the predictions of both.
+        flops["forward"] += probe.numel() * (each * (1 + MOST_TRIALS) + 2 * MOST_TRIALS * head)
     if tokens := tokens_to_distill(config, plan, windows):
         # The dense model once; predictions of the dense model, of the pruned one, and back.
         flops["gradients"] += each * passes_to_distill(config, plan, windows, tokens) + tokens * 3 * head
@@ -185,6 +198,7 @@ def forecast(
         verdicts=tuple(engine_support(model_config, plan.layers, engines)),
         quantization=None if quantization is None else quantization.to_json(stored),
         note=why_not_nearer(config, shape, plan),
+        experts=MEASURED_IN_RUN if measures_experts(config, shape, tokens) else None,
     )
 
 

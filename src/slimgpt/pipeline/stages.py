@@ -35,7 +35,8 @@ from slimgpt.pruning.report import LayerReport, PrunedLayer, PruneReport, descri
 from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.memory import choose_placement
 from slimgpt.runtime.versions import versions
-from slimgpt.sensitivity.allocate import allocate, uses_sensitivity
+from slimgpt.sensitivity.allocate import uses_sensitivity
+from slimgpt.sensitivity.whole_experts import choose_widths, measures_experts
 
 MeasuredPlan = tuple[Plan, dict[str, Any]]
 """A plan by measured costs, and what a report says of the measuring."""
@@ -194,9 +195,9 @@ def run_stages(
     dense_sizes = tuple(layer_sizes(model.config))
     context = ExecutionContext(job.device, placement, job.dtype, ranks, sink.scratch)
     allocation: dict[str, Any] = {}
-    if uses_sensitivity(config, job.shape, job.windows):
+    if any(measures(config, job.shape, job.windows) for measures in (uses_sensitivity, measures_experts)):
         plan, allocation = sink.measured_plan(
-            lambda: allocate(
+            lambda: choose_widths(
                 job.plan, job.shape, model, source, job.windows, config, context, on_measured=callbacks.measured
             )
         )
@@ -210,6 +211,7 @@ def run_stages(
         comparison = DenseComparison(model, job.evaluation, config.batch_size * windows.shape[1], shared)
     load_layer = source if comparison is None else comparison.along(source)
     reports: list[LayerReport] = []
+    processor = time.process_time()
     try:
         for layer in prune_layers(model, load_layer, windows, plan, config, context, sink.finished_layer):
             if ranks.main:
@@ -220,6 +222,7 @@ def run_stages(
             del layer
     finally:
         sink.close_layers()
+    processor = time.process_time() - processor
     distillation = distil(plan) if distil is not None else {}
     readers.agree(0)  # the others wait until the first process has written all layers
     divergence = comparison(sink.final_layers(plan), plan, callbacks.compared) if comparison is not None else {}
@@ -234,7 +237,7 @@ def run_stages(
         calibration={**described(job.windows, job.calibration), **job.calibration_info},
         versions=versions(job.device),
         seconds=earlier + time.perf_counter() - start,
-        execution=execution(job.dtype or job.stored, placement, ranks.world),
+        execution=execution(job.dtype or job.stored, placement, ranks.world, processor),
         request=job.request,
         allocation=allocation,
         distillation=distillation,

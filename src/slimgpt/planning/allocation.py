@@ -9,15 +9,15 @@ are one structure and stay; a shared expert is one of its own, or follows their 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from slimgpt.config import PruneConfig
+from slimgpt.config import PruneConfig, given_whole_experts
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import LayerShape, ModelShape, measurable
-from slimgpt.planning.ffn import FIELDS, free_units, nearest, step_of_unit, tied_to, widths_of
+from slimgpt.planning.ffn import FIELDS, free_units, nearest, step_of_unit, step_parameters, tied_to, widths_of
 from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
 
 MAX_FFN_REMOVED, MIN_FFN_REMOVED = 0.75, 0.02
@@ -46,7 +46,7 @@ def check_measurable(config: PruneConfig, shape: ModelShape) -> None:
     """
     if config.allocation not in ("sensitivity", "search") or measurable(shape):
         return
-    if config.uniform or config.whole_experts:
+    if config.uniform or given_whole_experts(config):
         option, what = ("uniform", "equal layers") if config.uniform else ("whole_experts", "whole experts")
         raise PlanError(
             f"allocation '{config.allocation}' measures no {what} of a mixture of experts, which follow the schedule; "
@@ -285,13 +285,23 @@ def _widths(layer: LayerShape, cost: StructureCost, round_to: int) -> list[Width
     return [WidthOption(w, (size - w) * each, cost.at(1 - w / size)) for w in widths]
 
 
-def adjust_to_target(shape: ModelShape, layers: list[dict[str, int]], target: int, round_to: int) -> None:
-    """Meet the target in place, round robin over FFNs: narrow by one step each, then widen while it stays met."""
+def adjust_to_target(
+    shape: ModelShape,
+    layers: list[dict[str, int]],
+    target: int,
+    round_to: int,
+    units: Callable[[LayerShape], list[str]] = free_units,
+) -> None:
+    """Meet the target in place, round robin over FFNs: narrow by one step each, then widen while it stays met.
+
+    Args:
+        units: the units of a layer whose widths may change.
+    """
     over = sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers)) - target
     steps = [
-        (index, FIELDS[unit], step_of_unit(layer, unit, round_to), layer.unit_parameters[unit])
+        (index, FIELDS[unit], step_of_unit(layer, unit, round_to), step_parameters(layer, unit, layers[index]))
         for index, layer in enumerate(shape.layers)
-        for unit in free_units(layer)
+        for unit in units(layer)
     ]
     for direction in (-1, 1):
         moved = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from slimgpt.errors import PlanError
-from slimgpt.models.architecture import CHANNELS
+from slimgpt.models.architecture import CHANNELS, Sizes
 from slimgpt.models.families.moe import EXPERTS, SHARED
 from slimgpt.models.parameter_counts import LayerShape
 
@@ -37,6 +37,11 @@ def free_units(layer: LayerShape) -> list[str]:
 def step_of_unit(layer: LayerShape, unit: str, round_to: int) -> int:
     """The number that a width is a multiple of."""
     return step_of(layer, round_to) if unit == "ffn" else min(round_to, layer.sizes[SHARED])
+
+
+def step_parameters(layer: LayerShape, unit: str, sizes: Sizes) -> int:
+    """The parameters that go with one channel of a unit once the layer has so many experts."""
+    return layer.channel_parameters(sizes) if unit == "ffn" else layer.unit_parameters[unit]
 
 
 def widths_of(size: int, round_to: int) -> range:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from slimgpt.config import PruneConfig
+from slimgpt.config import PruneConfig, given_whole_experts
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.build import empty_model
@@ -342,7 +342,7 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
             shape=shape,
             limit=limit,
             cache=config.cache_target,
-            whole_experts=config.whole_experts,
+            whole_experts=given_whole_experts(config),
             heads=config.method != "reap",
         )
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from slimgpt.config import PruneConfig, parse_layers
+from slimgpt.config import PruneConfig
 from slimgpt.errors import PlanError
 from slimgpt.models.parameter_counts import LayerShape, ModelShape
 from slimgpt.planning.plan import UNITS_OF_HEADS
+from slimgpt.runtime.units import parse_layers
 
 
 def restricted(shape: ModelShape, config: PruneConfig) -> ModelShape:

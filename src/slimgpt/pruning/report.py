@@ -174,6 +174,8 @@ class PruneReport:
             ("calibration", f"{data['num_samples']} x {data['seq_len']} tokens of {data['source']}"),
             ("seconds", f"{self.seconds:.1f}"),
         ]
+        if tried := self.allocation.get("experts"):
+            facts.append(("experts", trials_text(tried)))
         if info := self.distillation:
             far = info["divergence"]
             facts.append(
@@ -222,6 +224,25 @@ class PruneReport:
         )
 
 
+def trials_text(experts: dict[str, Any]) -> str:
+    """What a report says of the trials of whole experts, in one line.
+
+    Args:
+        experts: the entry ``experts`` of :attr:`PruneReport.allocation`.
+    """
+    names = {0.0: "channels", 0.5: "half whole", 1.0: "whole"}
+    tried = [f"{names[each['share']]}{' and nothing else' if each['routed_only'] else ''}" for each in experts["tried"]]
+    losses = [
+        f"{name} {each['cross_entropy']:.3f} (KL {each['divergence']:.3f})"
+        for name, each in zip(tried, experts["tried"], strict=True)
+    ]
+    kept = " to ".join(map(str, experts["tried"][experts["chosen"]]["experts"]))
+    return (
+        f"{tried[experts['chosen']]}, {kept} a layer stay; cross-entropy of trials: {', '.join(losses)} nats per "
+        f"token; {experts['processor_seconds']:.0f} processor seconds"
+    )
+
+
 def total_seconds(layers: Sequence[LayerReport]) -> dict[str, float]:
     """The seconds of all layers by part."""
     parts = {part: 0.0 for layer in layers for part in layer.seconds}
@@ -255,12 +276,19 @@ def described(windows: Tensor, source: str) -> dict[str, Any]:
     }
 
 
-def execution(dtype: torch.dtype, placement: Placement, processes: int = 1) -> dict[str, Any]:
-    """What a report says of how a run went about its work."""
+def execution(
+    dtype: torch.dtype, placement: Placement, processes: int = 1, processor_seconds: float = 0.0
+) -> dict[str, Any]:
+    """What a report says of how a run went about its work.
+
+    Args:
+        processor_seconds: of the loop over the layers, in the first process; of a resumed run its last part.
+    """
     return {
         "forward_dtype": str(dtype).removeprefix("torch."),
         "placement": {"stream": placement.stream, "kept": placement.kept, "gram": placement.gram},
         "processes": processes,
+        "processor_seconds": processor_seconds,
     }
 
 

@@ -64,6 +64,17 @@ def check_share(name: str, value: float) -> None:
         raise UsageError(f"{name} is {value}; it is a share between 0 and 1")
 
 
+def check_whole_experts(name: str, value: float | str) -> None:
+    """Refuse what is neither ``auto`` nor a share."""
+    if value == AUTO:
+        return
+    try:
+        share = float(value)
+    except ValueError:
+        raise UsageError(f"{name} is {value}; it must be {AUTO} or a share between 0 and 1") from None
+    check_share(name, share)
+
+
 def check_share_below_one(name: str, value: float) -> None:
     """Refuse what is no share, or all."""
     if not 0 <= value < 1:

@@ -1,8 +1,9 @@
-"""Sizes as people write them: 1.0B parameters, 8GB, 1GB@32k."""
+"""Sizes and lists as people write them: 1.0B parameters, 8GB, 1GB@32k, layers 0,1,-1."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from slimgpt.errors import UsageError
@@ -62,6 +63,38 @@ def parse_cache(text: str) -> CacheTarget:
     if not at or not match or float(match[1]) <= 0:
         raise UsageError(f"'{text}' is no limit of a KV cache; give bytes and context, for example 1GB@32k")
     return CacheTarget(parse_size(size), int(float(match[1]) * (1024 if match[2] else 1)))
+
+
+def parse_layers(layers: str | Iterable[int] | None) -> tuple[int, ...] | None:
+    """Layers from the command line, such as ``0,1,-1``, or from Python.
+
+    Raises:
+        UsageError: something in it is no whole number.
+    """
+    if layers is None:
+        return None
+    try:
+        parts = layers.split(",") if isinstance(layers, str) else layers
+        return tuple(int(part) for part in parts) or None
+    except (TypeError, ValueError):
+        raise UsageError(f"skip_layers '{layers}' is no list of layers such as 0,1,-1") from None
+
+
+def parse_schedule(text: str | None) -> str | tuple[float, ...] | None:
+    """A schedule from the command line: a name, or numbers with commas between them.
+
+    Raises:
+        UsageError: a list with something in it that is no number, or with nothing in it.
+    """
+    if text is None or "," not in text:
+        return text
+    try:
+        ratios = tuple(float(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        ratios = ()
+    if not ratios:
+        raise UsageError(f"schedule '{text}' is neither a name nor a list of numbers such as 0.1,0.2,0.3")
+    return ratios
 
 
 def _parse(text: str | int, suffix: str, subject: str, examples: str) -> int:

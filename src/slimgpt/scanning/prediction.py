@@ -57,7 +57,8 @@ def measured_size(report: PruneReport, texts: Sequence[str]) -> MeasuredSize:
             )
         losses[text] = Loss(values["kl"]["mean"], values["bits_per_byte"], values["same_top"])
     costs = None
-    if contributions := report.allocation.get("contributions"):
+    tried = report.allocation.get("experts", {"chosen": 0})
+    if (contributions := report.allocation.get("contributions")) and not tried["chosen"]:  # of channels
         each = [one if isinstance(one, Mapping) else vars(one) for one in contributions]
         costs = Sensitivity(report.allocation["divergence"], tuple(StructureCost(**one) for one in each))
     return MeasuredSize(report.plan, costs, losses)
@@ -84,7 +85,7 @@ class LossPredictor:
     ):
         self.shape, self.config, self.model_config = shape, config, model_config
         self.sizes = [size for i, size in enumerate(sizes) if all(_more(size, other) for other in sizes[:i])]
-        self.by_share = False
+        self.by_share = any(size.costs is None for size in sizes)
         x = self._places()
         if any(right <= left for left, right in pairwise(x)):
             self.by_share = True

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimgpt.config import PruneConfig
+from slimgpt.config import PruneConfig, given_whole_experts
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import ModelShape, measurable
@@ -139,8 +139,13 @@ def uses_sensitivity(config: PruneConfig, shape: ModelShape, windows: Tensor) ->
     ``auto`` measures if enough tokens are left for the trial run beside those of the comparison: with fewer, the trial
     overfits its windows.
     """
-    if config.allocation == "schedule" or ((config.whole_experts or config.uniform) and not measurable(shape)):
+    if config.allocation == "schedule" or ((given_whole_experts(config) or config.uniform) and not measurable(shape)):
         return False  # the split between whole experts and channels is given; equal mixtures follow the schedule
+    return enough_text(config, shape, windows)
+
+
+def enough_text(config: PruneConfig, shape: ModelShape, windows: Tensor) -> bool:
+    """Whether there are enough tokens for a trial run, or it is asked for all the same."""
     return (
         config.allocation != "auto" or split_windows(windows, shape.widest)[0].numel() >= FIT_PER_COLUMN * shape.widest
     )
