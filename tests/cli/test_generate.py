@@ -61,6 +61,19 @@ def test_sampling_is_seeded(dense_folder):
     assert first == again != other
 
 
+@pytest.mark.parametrize("seed", [2**63, 2**64])
+def test_a_seed_that_generators_do_not_take_is_refused(seed, dense_folder, chat_folder):
+    for words in (["generate", dense_folder, "The mill"], ["chat", chat_folder]):
+        result = run(*words, "--temperature", 1, "--seed", seed)
+        assert result.exit_code == 2
+        assert f"seed is {seed}; it must be below 2**63" in " ".join(result.output.split())
+
+
+def test_the_largest_seed_is_enough_for_all_turns(chat_folder):
+    words = ["chat", chat_folder, "--temperature", 1, "--max-new-tokens", 2, "--seed", 2**63 - 1]
+    assert run(*words, input="a\nb\nc\n").exit_code == 0
+
+
 def test_the_template_is_used_unless_the_prompt_is_raw(chat_folder):
     asked = run("generate", chat_folder, "The mill", "--max-new-tokens", 6).stdout
     assert asked.strip() == expected(chat_folder, "user: The mill\n", 6).strip()

@@ -79,6 +79,15 @@ def test_a_config_that_no_model_has_is_refused(values, message, folder):
     refuse(folder, message)
 
 
+def test_heads_that_do_not_divide_among_kv_heads_are_refused(folder):
+    heads = slimgpt.load(str(folder))[0].config.num_attention_heads
+    change(folder / "config.json", num_key_value_heads=heads - 1)
+    for command in (["inspect", folder], ["plan", folder, "--ratio", 0.3]):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert f"num_key_value_heads {heads - 1}" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
 @pytest.mark.parametrize(
     ("content", "message"),
@@ -191,6 +200,7 @@ def test_token_ids_without_a_row_in_the_embedding_are_refused(folder, tmp_path):
         ("prune", folder, tmp_path / "out", "--ratio", 0.3, "--calibration", text, *small),
         ("evaluate", folder, "--text", text, "--window", 16, *device),
         ("recover", folder, tmp_path / "out", "--data", text, "--max-length", 16, "--max-steps", 1, *device),
+        ("generate", folder, last, "--max-new-tokens", 2, *device),
     ]
     for command in commands:
         result = run(*command)

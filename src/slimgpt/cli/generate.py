@@ -10,6 +10,7 @@ import typer
 from slimgpt.cli.console import app, err, handle_errors, out, show, silence_libraries
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption
 from slimgpt.errors import UsageError
+from slimgpt.runtime.setting_checks import SEEDS, check_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ def generate(
     from slimgpt.models.text_generation import Sampling
 
     silence_libraries()
+    check_seed("seed", seed)
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty; give some text")
@@ -68,6 +70,7 @@ def chat(
     from slimgpt.models.text_generation import Sampling
 
     silence_libraries()
+    check_seed("seed", seed)
     with out.status(f"loading {show(model)}"):
         loaded, tokenizer = load(model, dtype, device, trust_remote_code)
     if not tokenizer.chat_template:
@@ -76,7 +79,7 @@ def chat(
     err.print("[dim]an empty line or Ctrl-D ends it[/]")
     while line := _read_line():
         messages.append({"role": "user", "content": line})
-        sampling = Sampling(max_new_tokens, temperature, top_p, seed + len(messages) // 2)
+        sampling = Sampling(max_new_tokens, temperature, top_p, (seed + len(messages) // 2) % SEEDS)
         messages.append({"role": "assistant", "content": _answer(loaded, tokenizer, messages, sampling)})
 
 

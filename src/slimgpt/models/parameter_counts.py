@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from slimgpt.models.architecture import CHANNELS, HEADS, Sizes, Structure
+from slimgpt.errors import ModelError
+from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes, Structure
 from slimgpt.models.build import architecture_of, empty_model
 from slimgpt.models.families.moe import EXPERTS, SHARED, Experts, Mixture
 from slimgpt.models.lookup import layer_sizes, text_config
@@ -104,6 +105,7 @@ def describe(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> 
 
     Raises:
         UnsupportedFamilyError: the family is not in the table.
+        ModelError: heads that do not divide among the KV heads.
     """
     model = model or empty_model(config)
     architecture = architecture_of(config, model)
@@ -112,6 +114,12 @@ def describe(config: PreTrainedConfig, model: PreTrainedModel | None = None) -> 
     kept = attention_kept(config)
     for index, (layer, sizes) in enumerate(zip(layers.children(), layer_sizes(config), strict=True)):
         state = {name: tensor.to("meta") for name, tensor in layer.state_dict().items()}
+        heads, kv_heads = sizes[HEADS], sizes[KV_HEADS]
+        if kv_heads and heads % kv_heads:
+            raise ModelError(
+                f"the config of layer {index} has num_attention_heads {heads} and num_key_value_heads {kv_heads}, and "
+                "the first must be a multiple of the second; correct config.json, or fetch it again"
+            )
         units = {
             structure.unit: _unit_parameters(state, structure, sizes)
             for structure in architecture.structures

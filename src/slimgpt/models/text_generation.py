@@ -22,7 +22,7 @@ from transformers.generation.logits_process import (
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from slimgpt.models.eval_mode import in_eval_mode
-from slimgpt.models.lookup import check_context, context_length
+from slimgpt.models.lookup import check_context, check_ids, context_length, text_config
 from slimgpt.models.sampling import draw
 
 BATCH = 8
@@ -116,11 +116,12 @@ def generate_answers(
         on_answers: called with the number of answers since the last call.
 
     Raises:
-        UsageError: a prompt leaves no room in the model's context.
+        UsageError: a prompt leaves no room in the model's context, or has tokens that the model has not.
         NumericalError: predictions that are NaN or infinite, where tokens are drawn.
     """
     for ids in prompts:
         check_context(model.config, "the prompt and its answer", len(ids) + 1)
+        check_ids(torch.tensor(ids), text_config(model.config).vocab_size, "the prompt")
     uniforms = torch.rand(len(prompts), sampling.max_new_tokens, generator=torch.Generator().manual_seed(sampling.seed))
     size = 1 if getattr(model, "_is_stateful", False) else batch_size
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
