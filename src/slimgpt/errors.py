@@ -66,6 +66,10 @@ class CalibrationError(UsageError):
     """Text that is missing, unreadable or too short."""
 
 
+class ChatTemplateError(UsageError):
+    """Messages that a chat template refuses."""
+
+
 class ModelError(SlimGPTError):
     """A model that is unknown, corrupt or refused."""
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import slimgpt
 from slimgpt.cli import app
+from slimgpt.runtime.thresholds import other_thresholds
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -90,6 +91,22 @@ def test_a_chat_remembers_what_was_said(chat_folder):
     history = f"system: Be short.\nuser: The river\nassistant: {first.strip()}\nuser: The sea\n"
     second = expected(chat_folder, history, 5)
     assert result.stdout.split() == f"{first}\n{second}".split()
+
+
+def test_a_template_that_refuses_or_does_not_end_is_one_line(chat_folder):
+    template = chat_folder / "chat_template.jinja"
+    template.write_text("{{ raise_exception('no system prompt') }}")
+    result = run("generate", chat_folder, "The mill")
+    assert result.exit_code == 2
+    assert "chat template refuses the conversation: no system prompt" in " ".join(result.output.split())
+    loop = "{% for _ in range(100000) %}"
+    template.write_text(f"{loop * 3}{'{% endfor %}' * 3}")
+    with other_thresholds(template_seconds=0.2):
+        result = run("generate", chat_folder, "The mill")
+    assert result.exit_code == 2
+    assert "the prompt: the tokenizer's chat template has not ended after 0.2 seconds" in " ".join(
+        result.output.split()
+    )
 
 
 def test_a_chat_needs_a_template(dense_folder):

@@ -122,6 +122,14 @@ def test_an_index_that_names_no_files_is_refused(content, folder):
     refuse(folder, INDEX)
 
 
+@pytest.mark.parametrize("value", ["long", {"a": 1}])
+def test_a_length_of_a_tokenizer_that_is_no_number_is_refused(value, folder, text_file):
+    change(folder / "tokenizer_config.json", model_max_length=value)
+    result = run("evaluate", folder, "--text", text_file, "--window", 16, "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    assert "model_max_length is" in " ".join(result.output.split())
+
+
 def test_missing_shards_are_refused(folder):
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="40KB")
     (folder / "model.safetensors").unlink(missing_ok=True)

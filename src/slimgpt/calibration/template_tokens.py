@@ -5,6 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.calibration.batch_generation import TurnTokens
+from slimgpt.errors import ChatTemplateError
+from slimgpt.models.chat_template import render_chat
 from slimgpt.models.lookup import text_config
 
 
@@ -16,9 +18,9 @@ def turn_tokens(tokenizer: PreTrainedTokenizerBase) -> TurnTokens | None:
     question, answer = "questionquestion", "answeranswer"
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:
-        opened = str(tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True))
-        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # a template is a program, and may refuse anything
+        opened = render_chat(tokenizer, turns[:1], "a question", to_be_answered=True)
+        whole = render_chat(tokenizer, turns, "a question and its answer")
+    except ChatTemplateError:
         return None
     if opened.count(question) != 1 or whole.count(answer) != 1:
         return None

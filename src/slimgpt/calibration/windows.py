@@ -13,10 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt.calibration.documents import Conversation, Document, Instruction, read_documents, read_rows, shuffled
 from slimgpt.config import PruneConfig
-from slimgpt.errors import CalibrationError, UsageError, one_line
+from slimgpt.errors import CalibrationError, ChatTemplateError
+from slimgpt.models.chat_template import render_chat
 from slimgpt.models.lookup import check_ids
-from slimgpt.runtime.thresholds import thresholds
-from slimgpt.runtime.time_limit import time_limit
 
 Read = TypeVar("Read")
 Calibration = str | Tensor | Iterable[object]
@@ -217,9 +216,6 @@ def _where(conversation: list[dict[str, Any]]) -> str:
 def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answered: bool = False) -> str:
     """A document as text: chat messages through the tokenizer's template, an instruction followed by its answer.
 
-    A template is a program of the model's authors. It runs in a sandbox, which forbids it files and code, and is
-    stopped after ``template_seconds`` (:class:`slimgpt.runtime.thresholds.Thresholds`).
-
     Args:
         to_be_answered: end chat messages where the template lets the assistant begin.
 
@@ -232,19 +228,10 @@ def render(tokenizer: PreTrainedTokenizerBase, document: Document, to_be_answere
     if isinstance(document, Instruction):
         return document.prompt + document.response
     check_template(tokenizer, document)
-    seconds = thresholds().template_seconds
     try:
-        with time_limit(seconds):
-            return str(tokenizer.apply_chat_template(document, tokenize=False, add_generation_prompt=to_be_answered))
-    except TimeoutError:
-        raise UsageError(
-            f"{_where(document)}: the tokenizer's chat template has not ended after {seconds:g} seconds; mend "
-            "the template, or give plain `text`"
-        ) from None
-    except Exception as error:
-        raise CalibrationError(
-            f"{_where(document)}: the tokenizer's chat template refuses the conversation: {one_line(error)}"
-        ) from error
+        return render_chat(tokenizer, document, _where(document), to_be_answered)
+    except ChatTemplateError as error:
+        raise CalibrationError(str(error)) from error
 
 
 def calibration_windows(

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from gguf import LlamaFileType
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -155,6 +154,8 @@ class _LlamaCppTokenizer:
 
 def _stored_type(metadata: dict[str, str]) -> str:
     """The type that most tensors of a file have, in llama.cpp's words, such as ``F16`` or ``Q4_K_M``."""
+    from gguf import LlamaFileType  # plans need none of it
+
     with suppress(KeyError, ValueError):
         return LlamaFileType(int(metadata["general.file_type"])).name.removeprefix("MOSTLY_").removeprefix("ALL_")
     return "as in the GGUF file"

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimgpt.errors import ChatTemplateError
 from slimgpt.models.text_generation import Sampling, generate_answers, prompt_ids, room_for
 
 QUESTIONS = (
@@ -93,5 +93,5 @@ def _through_template(tokenizer: PreTrainedTokenizerBase, question: str) -> list
         return None
     try:
         return prompt_ids(tokenizer, [{"role": "user", "content": question}])
-    except (TemplateError, TypeError, ValueError):  # a template for something else
+    except ChatTemplateError:  # a template for something else
         return None

@@ -166,7 +166,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     if source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file():
         location = str(source.adapter)
     try:
-        return AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **source.arguments)
+        tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:
         reason = one_line(error)
         if Path(location).is_dir() and not any(file.name in TOKENIZER_FILES for file in Path(location).iterdir()):
@@ -174,6 +174,12 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         elif (lacking := _lacking_modules(Path(location))) is not None:
             reason = lacking
         raise ModelError(f"cannot read the tokenizer of '{source.name}': {reason}") from error
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise ModelError(
+            f"cannot read the tokenizer of '{source.name}': model_max_length is {tokenizer.model_max_length!r:.60}; it "
+            "must be a number. Correct tokenizer_config.json, or fetch it again"
+        )
+    return tokenizer
 
 
 def _lacking_modules(folder: Path) -> str | None:

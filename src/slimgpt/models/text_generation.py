@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from slimgpt.models.chat_template import render_chat
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, check_ids, context_length, text_config
 from slimgpt.models.sampling import draw
@@ -76,13 +77,16 @@ def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The tokens of a text with those that the tokenizer begins texts with, or of messages through the chat template
-    up to where the answer begins."""
+    up to where the answer begins.
+
+    Raises:
+        ChatTemplateError: the template refuses the messages.
+        UsageError: it does not end.
+    """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
-    encoded: Any = tokenizer.apply_chat_template(
-        [dict(message) for message in prompt], add_generation_prompt=True, return_dict=True
-    )
-    return list(encoded["input_ids"])
+    text = render_chat(tokenizer, prompt, "the prompt", to_be_answered=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
 
 
 def room_for(model: PreTrainedModel, ids: Sequence[int], max_new_tokens: int) -> int:
