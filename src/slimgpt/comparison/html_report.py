@@ -115,24 +115,23 @@ def _repeated(comparison: Comparison) -> list[str]:
 
 
 def _summary(comparison: Comparison) -> str:
-    """One clause per slim model: its size, its first perplexity and its decoding speed, relative to the base."""
+    """One clause per slim model: its size, its first perplexity and, if it was timed, its decoding speed, relative to
+    the base."""
     base, parts = comparison.sides[0], []
-    ratios = comparison.timings.ratios() if comparison.timings else {}
-    for result, name in zip(
-        comparison.sides[1:], dict.fromkeys(r.model for r in comparison.timings.rows[1:]) if comparison.timings else ()
-    ):
-        values = ratios.get((name, comparison.wanted.batches[0]), {})
-        text = base.perplexities[0][0]
+    timings, batches = comparison.timings, comparison.wanted.batches
+    decode = [row.decode for row in timings.rows if row.batch == batches[0]] if timings else []
+    text = Path(base.perplexities[0][0]).name
 
-        def first(run: ModelResult) -> float:
-            return run.perplexities[0][1].perplexity
+    def first(run: ModelResult) -> float:
+        return run.perplexities[0][1].perplexity
 
+    for index, result in enumerate(comparison.sides[1:], 1):
         parts.append(
             f"{result.name}: {result.mean(lambda run: run.parameters) / base.parameters:.0%} of the parameters, "
-            f"perplexity {base.mean(first):.2f} → {result.mean(first):.2f} on {Path(text).name}"
-            + (f", decodes {values['decode']:.2f} times as fast" if "decode" in values else "")
+            f"perplexity {base.mean(first):.2f} → {result.mean(first):.2f} on {text}"
+            + (f", decodes {decode[index] / decode[0]:.2f} times as fast" if decode else "")
         )
-    return "; ".join(parts) + "." if parts else ""
+    return "; ".join(parts) + "."
 
 
 def _table(comparison: Comparison, names: list[str]) -> str:
