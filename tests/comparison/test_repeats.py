@@ -220,10 +220,9 @@ def test_figures_of_a_comparison_go_to_the_cards(folders, text_file, data_dir, t
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "updated the card and the report in" in done.output
-    measured = json.loads((tmp_path / "out/compare.json").read_text())["models"][1]
-    before, after = (
-        one["perplexities"][0]["perplexity"] for one in json.loads((tmp_path / "out/compare.json").read_text())["models"]
-    )
+    models = json.loads((tmp_path / "out/compare.json").read_text())["models"]
+    measured = models[1]
+    before, after = (model["perplexities"][0]["perplexity"] for model in models)
     page = (tmp_path / "out/report.html").read_text()
     assert f"of the parameters, perplexity {before:.2f} → {after:.2f} on {text_file.name}." in page  # without a speed
     text, task = json.loads((slim / "slimgpt.json").read_text())["evaluation"]["results"]

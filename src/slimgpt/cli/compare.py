@@ -73,7 +73,7 @@ def compare(
     samples: Annotated[int, typer.Option(help="Number of generated samples on the page, 0 to 4.")] = 3,
     seeds: Annotated[
         int,
-        typer.Option(help="Measure texts, tasks and pass keys so often, each time with other rows, examples and windows."),
+        typer.Option(help="Number of measurements, each with other task rows (--limit), examples and windows."),
     ] = 1,
     update_card: Annotated[
         bool,

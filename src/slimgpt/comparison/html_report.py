@@ -82,14 +82,14 @@ def write_page(comparison: Comparison, file: Path) -> None:
         "<h2>All figures</h2>",
         f'<div class="scroll">{_table(comparison, names)}</div>',
         *_repeated(comparison),
-        "<p>Under a value of a slim model: its ratio to the first column, of scores what is left of them, and the "
-        "difference with its standard error on the same questions or tokens. Grey where the difference is within 1.96 "
-        "standard errors or there were fewer than 20 questions: it may be chance.</p>",
+        "<p>Below a slim model's value: its ratio to the first column (of scores in per cent), and the difference with "
+        "its standard error on the same questions or tokens. Grey: the difference is within 1.96 standard errors, or "
+        "there were fewer than 20 questions, so it may be chance.</p>",
         "<details><summary>the table as Markdown (a click selects all of it)</summary>"
         f'<pre class="copy">{_escape(comparison.markdown())}</pre></details>',
         *_samples(comparison),
         *_commands(comparison),
-        "<h2>How the figures were taken</h2>",
+        "<h2>How the figures were measured</h2>",
         *(f"<p>{_escape(sentence)}</p>" for sentence in in_words(comparison)),
         f"<details><summary>protocols</summary><pre>{_escape(details)}</pre></details>",
     ]
@@ -110,7 +110,7 @@ def _repeated(comparison: Comparison) -> list[str]:
     return [
         "<p>Values are means over runs (seeds, or several models in one column). SD: standard deviation over the runs; "
         "SE of one: the standard error that a single run has by its questions or tokens. Of scores and shares both are "
-        "in points.</p>"
+        "in percentage points.</p>"
     ]
 
 

@@ -41,8 +41,8 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
         drawn = "" if how.get("seed") is None else ", from one on that the seed draws,"
         yield (
             f"Perplexity on {Path(text).name}: {start}{result.tokens:,} of {how['text_tokens']:,} tokens{drawn} in "
-            f"windows of {result.window} that do not overlap; {result.predicted:,} tokens are predicted, the first of a window "
-            f"is not. Rows joined: {how['joining']}. {how['dtype']} on {how['device']}, {how['engine']}."
+            f"windows of {result.window} that do not overlap; {result.predicted:,} tokens are predicted, the first of "
+            f"a window is not. Rows joined: {how['joining']}. {how['dtype']} on {how['device']}, {how['engine']}."
         )
     if any(result.divergence for side in comparison.sides for _, result in side.perplexities):
         yield (
