@@ -120,17 +120,16 @@ def _summary(comparison: Comparison) -> str:
     base, parts = comparison.sides[0], []
     timings, batches = comparison.timings, comparison.wanted.batches
     decode = [row.decode for row in timings.rows if row.batch == batches[0]] if timings else []
-    text = Path(base.perplexities[0][0]).name
 
     def first(run: ModelResult) -> float:
         return run.perplexities[0][1].perplexity
 
     for index, result in enumerate(comparison.sides[1:], 1):
-        parts.append(
-            f"{result.name}: {result.mean(lambda run: run.parameters) / base.parameters:.0%} of the parameters, "
-            f"perplexity {base.mean(first):.2f} → {result.mean(first):.2f} on {text}"
-            + (f", decodes {decode[index] / decode[0]:.2f} times as fast" if decode else "")
-        )
+        part = f"{result.name}: {result.mean(lambda run: run.parameters) / base.parameters:.0%} of the parameters"
+        if base.perplexities:
+            text = Path(base.perplexities[0][0]).name
+            part += f", perplexity {base.mean(first):.2f} → {result.mean(first):.2f} on {text}"
+        parts.append(part + (f", decodes {decode[index] / decode[0]:.2f} times as fast" if decode else ""))
     return "; ".join(parts) + "."
 
 
