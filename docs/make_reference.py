@@ -38,7 +38,7 @@ def default_of(parameter: Any) -> str:
     shown = parameter.show_default if isinstance(getattr(parameter, "show_default", None), str) else ""
     if shown:
         return shown
-    if parameter.is_flag:
+    if getattr(parameter, "is_flag", False):
         return "off" if not parameter.default else "on"
     return "" if parameter.default is None else f"`{parameter.default}`"
 
@@ -50,7 +50,8 @@ def rows(command: Any, details: dict[str, str]) -> Iterator[str]:
     if arguments:
         yield "| argument | |\n|---|---|"
         for parameter in arguments:
-            optional = "" if parameter.required else f" Default: `{parameter.default}`."
+            shown = default_of(parameter)
+            optional = "" if parameter.required or not shown else f" Default: {shown}."
             yield f"| `{parameter.metavar or parameter.name.upper()}` | {cell(parameter.help or '')}{optional} |"
         yield ""
     panels: dict[str, list[Any]] = {}

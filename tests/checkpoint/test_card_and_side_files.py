@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 import slimgpt
@@ -157,6 +158,22 @@ def test_evaluate_adds_its_figures_and_keeps_what_exports_left(slim, base, text_
     assert text_file.name in names
     done = CliRunner().invoke(app, ["evaluate", str(base), "--text", str(text_file), "--update-card"])
     assert (done.exit_code, "has no slimgpt.json" in " ".join(done.output.split())) == (2, True)
+
+
+def test_figures_of_an_adapter_are_not_put_on_the_card_of_its_base(slim, base, text_file, tmp_path):
+    model = get_peft_model(slimgpt.load(str(slim))[0], LoraConfig(r=2, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = str(slim)
+    model.save_pretrained(tmp_path / "adapter")
+    before = (slim / "slimgpt.json").read_bytes(), (slim / "README.md").read_bytes()
+    text = ["--text", text_file, "--window", 32, "--update-card"]
+    for words in (
+        ["evaluate", tmp_path / "adapter", *text],
+        ["compare", base, tmp_path / "adapter", *text, "--no-speed", "--out", tmp_path / "out"],
+    ):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 2, done.output
+        assert "has no slimgpt.json" in done.output or "none of the models to compare" in done.output
+    assert before == ((slim / "slimgpt.json").read_bytes(), (slim / "README.md").read_bytes())
 
 
 def test_after_recovery_the_figures_are_those_of_the_recovered_model(slim, base, text_file, tmp_path):

@@ -219,7 +219,12 @@ def test_figures_of_a_comparison_go_to_the_cards(folders, text_file, data_dir, t
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    measured = json.loads((tmp_path / "out/compare.json").read_text())["models"][1]
+    assert "updated the card and the report in" in done.output
+    models = json.loads((tmp_path / "out/compare.json").read_text())["models"]
+    measured = models[1]
+    before, after = (model["perplexities"][0]["perplexity"] for model in models)
+    page = (tmp_path / "out/report.html").read_text()
+    assert f"of the parameters, perplexity {before:.2f} → {after:.2f} on {text_file.name}." in page  # without a speed
     text, task = json.loads((slim / "slimgpt.json").read_text())["evaluation"]["results"]
     assert text["perplexity"] == measured["perplexities"][0]["perplexity"]
     assert text["kl_divergence"] == measured["perplexities"][0]["divergence"]["kl"]["mean"]
@@ -233,3 +238,14 @@ def test_figures_of_a_comparison_go_to_the_cards(folders, text_file, data_dir, t
     endings = {"answers": 8, "loops": 0.5, "unstopped": 0.25, "either": 0.625}
     update_card(slim, [{**task, "task": "gsm8k", "metric": "exact_match", "endings": endings}])
     assert "62.5% of the answers loop or never stop" in (slim / "README.md").read_text()
+
+
+def test_a_comparison_without_a_slim_folder_has_no_card_to_update(folders, text_file, tmp_path):  # noqa: F811
+    dense = folders / "dense"
+    done = run(
+        "compare", dense, dense, "--text", text_file, "--window", 32, "--no-speed", "--update-card", "--out",
+        tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert "none of the models to compare is a folder that slimgpt wrote" in " ".join(done.output.split())
+    assert not (tmp_path / "out").exists()

@@ -73,7 +73,7 @@ def compare(
     samples: Annotated[int, typer.Option(help="Number of generated samples on the page, 0 to 4.")] = 3,
     seeds: Annotated[
         int,
-        typer.Option(help="Number of measurements, each with other rows of --limit, examples, samples and windows."),
+        typer.Option(help="Number of measurements, each with other task rows (--limit), examples and windows."),
     ] = 1,
     update_card: Annotated[
         bool,
@@ -134,12 +134,12 @@ def compare(
 
 def print_comparison(comparison: Comparison) -> None:
     """The table, with ratios to the base; in colour only what is more than chance."""
-    table = Table("", *(side.name for side in comparison.sides))
+    table = Table("", *(escape(side.name) for side in comparison.sides))
     for row in comparison.table():
         cells = []
         for index in range(len(comparison.sides)):
             change, spread = row.change_text(index), row.spread_text(index)
             value = row.text(index) + (f"\n[dim]{spread}[/]" if spread else "")
             cells.append(value + (f"\n[{STYLES[row.verdict(index)]}]{change}[/]" if change else ""))
-        table.add_row(row.name + (f"\n[yellow]{escape(row.note)}[/]" if row.note else ""), *cells)
+        table.add_row(escape(row.name) + (f"\n[yellow]{escape(row.note)}[/]" if row.note else ""), *cells)
     out.print(table)

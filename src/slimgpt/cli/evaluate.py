@@ -122,7 +122,7 @@ def evaluate(
     folder = source.folder
     report = read_report(folder) if folder is not None else None
     if update_card:
-        read_own_report(None if source.gguf_file else folder, model)
+        read_own_report(None if source.gguf_file or source.adapter else folder, model)
     figures: list[dict[str, Any]] = []
     engines = engines_of(
         model, against, engine, {"--tasks": tasks, "--passkey": passkey}, {"--dtype": dtype, "--device": device}

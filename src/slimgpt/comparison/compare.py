@@ -111,6 +111,8 @@ def compare(
         for name, run in zip(column.models, result.runs):
             if name in folders:
                 update_card(folders[name], _card_figures(run))
+    for folder in folders.values():
+        say(f"updated the card and the report in {folder}")
     return comparison
 
 
@@ -165,18 +167,24 @@ def _folders_with_cards(names: Sequence[str], config: CompareConfig) -> dict[str
     """The slim folders of ours among some models.
 
     Raises:
-        UsageError: several seeds: a card names single measurements.
+        UsageError: several seeds: a card names single measurements; or there is no such folder.
     """
     if config.seeds > 1:
         raise UsageError(
             f"cards have the figures of one measurement, and there are {config.seeds} seeds; leave out one of the two"
         )
     sources = {name: locate(name) for name in names}
-    return {
+    folders = {
         name: source.folder
         for name, source in sources.items()
-        if source.folder is not None and source.gguf_file is None and read_report(source.folder) is not None
+        if source.folder is not None
+        and source.gguf_file is None
+        and source.adapter is None  # the figures are not those of the folder without it
+        and read_report(source.folder) is not None
     }
+    if not folders:
+        raise UsageError("update_card: none of the models to compare is a folder that slimgpt wrote; leave it out")
+    return folders
 
 
 def _card_figures(run: ModelResult) -> list[dict[str, Any]]:

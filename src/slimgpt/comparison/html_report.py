@@ -82,14 +82,14 @@ def write_page(comparison: Comparison, file: Path) -> None:
         "<h2>All figures</h2>",
         f'<div class="scroll">{_table(comparison, names)}</div>',
         *_repeated(comparison),
-        "<p>Under a value of a slim model: its ratio to the first column, of scores what is left of them, and the "
-        "difference with its standard error on the same questions or tokens. Grey where the difference is within 1.96 "
-        "standard errors or there were fewer than 20 questions: it may be chance.</p>",
+        "<p>Below a slim model's value: its ratio to the first column (of scores in per cent), and the difference with "
+        "its standard error on the same questions or tokens. Grey: the difference is within 1.96 standard errors, or "
+        "there were fewer than 20 questions, so it may be chance.</p>",
         "<details><summary>the table as Markdown (a click selects all of it)</summary>"
         f'<pre class="copy">{_escape(comparison.markdown())}</pre></details>',
         *_samples(comparison),
         *_commands(comparison),
-        "<h2>How the figures were taken</h2>",
+        "<h2>How the figures were measured</h2>",
         *(f"<p>{_escape(sentence)}</p>" for sentence in in_words(comparison)),
         f"<details><summary>protocols</summary><pre>{_escape(details)}</pre></details>",
     ]
@@ -110,29 +110,27 @@ def _repeated(comparison: Comparison) -> list[str]:
     return [
         "<p>Values are means over runs (seeds, or several models in one column). SD: standard deviation over the runs; "
         "SE of one: the standard error that a single run has by its questions or tokens. Of scores and shares both are "
-        "in points.</p>"
+        "in percentage points.</p>"
     ]
 
 
 def _summary(comparison: Comparison) -> str:
-    """One clause per slim model: its size, its first perplexity and its decoding speed, relative to the base."""
+    """One clause per slim model: its size, its first perplexity and, if it was timed, its decoding speed, relative to
+    the base."""
     base, parts = comparison.sides[0], []
-    ratios = comparison.timings.ratios() if comparison.timings else {}
-    for result, name in zip(
-        comparison.sides[1:], dict.fromkeys(r.model for r in comparison.timings.rows[1:]) if comparison.timings else ()
-    ):
-        values = ratios.get((name, comparison.wanted.batches[0]), {})
-        text = base.perplexities[0][0]
+    timings, batches = comparison.timings, comparison.wanted.batches
+    decode = [row.decode for row in timings.rows if row.batch == batches[0]] if timings else []
 
-        def first(run: ModelResult) -> float:
-            return run.perplexities[0][1].perplexity
+    def first(run: ModelResult) -> float:
+        return run.perplexities[0][1].perplexity
 
-        parts.append(
-            f"{result.name}: {result.mean(lambda run: run.parameters) / base.parameters:.0%} of the parameters, "
-            f"perplexity {base.mean(first):.2f} → {result.mean(first):.2f} on {Path(text).name}"
-            + (f", decodes {values['decode']:.2f} times as fast" if "decode" in values else "")
-        )
-    return "; ".join(parts) + "." if parts else ""
+    for index, result in enumerate(comparison.sides[1:], 1):
+        part = f"{result.name}: {result.mean(lambda run: run.parameters) / base.parameters:.0%} of the parameters"
+        if base.perplexities:
+            text = Path(base.perplexities[0][0]).name
+            part += f", perplexity {base.mean(first):.2f} → {result.mean(first):.2f} on {text}"
+        parts.append(part + (f", decodes {decode[index] / decode[0]:.2f} times as fast" if decode else ""))
+    return "; ".join(parts) + "."
 
 
 def _table(comparison: Comparison, names: list[str]) -> str:

@@ -37,11 +37,12 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
     base = comparison.sides[0]
     for text, result in base.perplexities:
         how = result.protocol
-        begin = "the first" if how.get("seed") is None else "from where a seed says on,"
+        start = "the first " if how.get("seed") is None else ""
+        drawn = "" if how.get("seed") is None else ", from one on that the seed draws,"
         yield (
-            f"Perplexity on {Path(text).name}: {begin} {result.tokens:,} of {how['text_tokens']:,} tokens in windows "
-            f"of {result.window} that do not overlap; {result.predicted:,} tokens are predicted, the first of a window "
-            f"is not. Rows joined: {how['joining']}. {how['dtype']} on {how['device']}, {how['engine']}."
+            f"Perplexity on {Path(text).name}: {start}{result.tokens:,} of {how['text_tokens']:,} tokens{drawn} in "
+            f"windows of {result.window} that do not overlap; {result.predicted:,} tokens are predicted, the first of "
+            f"a window is not. Rows joined: {how['joining']}. {how['dtype']} on {how['device']}, {how['engine']}."
         )
     if any(result.divergence for side in comparison.sides for _, result in side.perplexities):
         yield (

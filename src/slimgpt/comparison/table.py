@@ -80,7 +80,7 @@ def _sizes(timings: Timings) -> Iterator[ComparisonRow]:
     # One model may be quantised: its ratio in bytes is then no effect of pruning.
     alike = same_type(rows)
     stored = ", ".join(f"{row.bytes / row.parameters:.2g}" for row in rows)
-    note = "" if alike else f"stored with {stored} bytes per parameter, so these are not set against each other"
+    note = "" if alike else f"stored with {stored} bytes per parameter, so no ratio is shown"
     sizes = tuple(row.bytes / 1e6 for row in rows)
     yield ComparisonRow("size", "MB on disk", sizes, ",.1f", "less", note, comparable=alike)
     if not alike:
@@ -130,7 +130,7 @@ def _text_rows(sides: Sides, index: int) -> Iterator[ComparisonRow]:
     )
     yield _row(
         sides,
-        ("quality", f"the same in bits per byte, {place}"),
+        ("quality", f"KL from {sides[0].name} in bits per byte, {place}"),
         lambda run: (one := result(run).divergence) and one.bits_per_byte,
         ".4f",
         "less",

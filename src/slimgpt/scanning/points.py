@@ -11,7 +11,7 @@ class Loss:
 
     Args:
         kl: ``KL(dense || pruned)`` in nats per token.
-        bits_per_byte: the same in bits per byte of the text.
+        bits_per_byte: the KL divergence in bits per byte of the text.
         same_top: the share of tokens for which both find the same next token the most likely.
     """
 
