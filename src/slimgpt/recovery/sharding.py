@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from slimgpt.models.lookup import lookup
+from slimgpt.models.build import architecture_of
 from slimgpt.runtime.distributed import Ranks, collective_errors
 
 
@@ -28,13 +28,12 @@ def shard(model: nn.Module, base: PreTrainedModel, device: torch.device, ranks: 
         base: the model whose layers are looked up.
         device: where this process computes.
     """
-    architecture = lookup(base.config)
-    assert architecture is not None  # it has been loaded
+    layers = base.get_submodule(architecture_of(base.config, base).layers)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with collective_errors():
         mesh = init_device_mesh(device.type, (ranks.world,))
-        for layer in base.get_submodule(architecture.layers).children():
+        for layer in layers.children():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     for buffer in model.buffers():  # those are not divided
