@@ -214,7 +214,7 @@ class PruneConfig:
         True,
         "Measure the divergence from the dense model at the end.",
         detail="KL divergence of the predictions, same most likely token and perplexity before and after, "
-        " on text held out of the calibration and on a bundled one: two passes over some "
+        "on text held out of the calibration and on a bundled one: two passes over some "
         "thousand tokens.",
     )
 

@@ -352,7 +352,9 @@ def test_processes_agree_on_their_batches_before_the_first_one_through_a_divided
     training = collect(tokenizer, [str(text_file)], 24, 0, 7).training
     events = []
     monkeypatch.setattr("slimgpt.recovery.teacher_cache.is_sharded", lambda _: True)
-    monkeypatch.setattr("slimgpt.recovery.teacher_cache.most", lambda _, count: events.append(f"agree {count}") or 2)
+    monkeypatch.setattr(
+        "slimgpt.recovery.teacher_cache.max_over_ranks", lambda _, count: events.append(f"agree {count}") or 2
+    )
     dense.register_forward_pre_hook(lambda *_: events.append("forward"))
     cache = TeacherCache(tmp_path / "teacher", training, 8)
     cache.create()

@@ -165,6 +165,11 @@ def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cac
     )
 
 
+def head_unit_of(config: PruneConfig) -> str:
+    """The unit of heads that the settings name; whole KV heads for the paper's methods, which publish it so."""
+    return "kv" if config.head_unit == "auto" and config.method.startswith("paper") else config.head_unit
+
+
 def natural_unit(shape: ModelShape) -> str:
     """Query heads where several share a KV head in every layer that has heads, else whole heads."""
     with_heads = [layer for layer in shape.layers if set(UNITS_OF_HEADS) & set(layer.unit_parameters)]
@@ -291,7 +296,7 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
     check_measurable(config, shape)
     if config.plan is not None:
         return read_plan(config.plan, model_config, shape)
-    head_unit = "kv" if config.head_unit == "auto" and config.method.startswith("paper") else config.head_unit
+    head_unit = head_unit_of(config)
     limit = config.param_limit
     if config.byte_limit is not None:
         itemsize = (dtype or model_config.dtype or torch.float32).itemsize

@@ -45,7 +45,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with the rows of all processes; where it is divided, every process has to call it."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -53,7 +53,7 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.full_tensor()
 
 
-def divided_like(reference: Tensor, tensor: Tensor) -> Tensor:
+def sharded_like(reference: Tensor, tensor: Tensor) -> Tensor:
     """This process's rows of ``tensor`` if ``reference`` is divided, without a message; else ``tensor``."""
     if not isinstance(reference, DTensor) or tensor.dim() == 0:
         return tensor
@@ -61,7 +61,7 @@ def divided_like(reference: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(mesh.device_type), mesh, reference.placements, src_data_rank=None)
 
 
-def most(ranks: Ranks, count: int) -> int:
+def max_over_ranks(ranks: Ranks, count: int) -> int:
     """The largest of the numbers that the processes give."""
     counts = [0.0] * ranks.world
     counts[ranks.rank] = float(count)

@@ -20,7 +20,7 @@ from slimgpt.errors import NumericalError, OutputError
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
 from slimgpt.recovery.dataset import Example, collate
-from slimgpt.recovery.sharding import is_sharded, most
+from slimgpt.recovery.sharding import is_sharded, max_over_ranks
 from slimgpt.runtime.activation_store import reserve
 from slimgpt.runtime.distributed import ALONE, Ranks
 
@@ -146,7 +146,7 @@ class TeacherCache:
         starts = range(done, len(share), batch_size)
         # Through a divided model all processes go equally often. Its layers are gathered on the way, so the processes
         # have to agree before the first forward pass: messages of two kinds must not meet.
-        idle = most(ranks, len(starts)) - len(starts) if is_sharded(teacher) else 0
+        idle = max_over_ranks(ranks, len(starts)) - len(starts) if is_sharded(teacher) else 0
         for count, start in enumerate(starts, start=1):
             chosen = list(share[start : start + batch_size])
             self._fill_batch(teacher, chosen, numbers)
