@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from gguf import GGUFReader, TokenType, dequantize
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import slimgpt
 from slimgpt.cli import app
-from slimgpt.errors import ExportError, OutputError
+from slimgpt.errors import ExportError, NumericalError, OutputError
 from slimgpt.exporting import FORMATS, check_format
 from slimgpt.exporting.gguf import interleave, rope_factors
 from slimgpt.exporting.gguf_tokenizer import pre_tokenizer
@@ -427,3 +427,16 @@ def test_prune_and_export_in_one_command(dense_folder, text_file, tmp_path):
 def test_formats_are_those_of_the_help():
     text = CliRunner().invoke(app, ["export", "--help"]).output
     assert all(name in " ".join(text.split()) for name in FORMATS)
+
+
+@pytest.mark.parametrize("to", ["padded", "gguf"])
+def test_weights_that_are_no_numbers_are_refused_unverified_too(to, tmp_path, tokenizer):
+    folder, target = tmp_path / "damaged", tmp_path / ("x.gguf" if to == "gguf" else "x")
+    tiny_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NumericalError, match=r"NaN or infinity in model\.norm\.weight"):
+        slimgpt.export(folder, target, to, check=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["damaged"]

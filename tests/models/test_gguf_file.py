@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
@@ -110,8 +111,8 @@ def rope_size(config):
     return config.hidden_size // config.num_attention_heads // 2 if not config.head_dim else config.head_dim // 2
 
 
-def rewritten(file, target, changes, architecture=None):
-    """A GGUF file with other keys; a value of ``None`` takes one away."""
+def rewritten(file, target, changes, architecture=None, more=None):
+    """A GGUF file with other keys, a value of ``None`` takes one away, and more tensors."""
     reader = GGUFReader(file)
     old = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(target, architecture or old)
@@ -125,6 +126,8 @@ def rewritten(file, target, changes, architecture=None):
             add[type(value)](key, value)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data)
+    for name, values in (more or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -189,3 +192,25 @@ def test_a_file_that_is_cut_is_refused(size, exported, tmp_path):
     for read in (inspect, slimgpt.load):
         with pytest.raises(ModelError, match=r"cut\.gguf cannot be read as GGUF: .*is the file whole\?"):
             read(str(file))
+
+
+@pytest.mark.parametrize(
+    "biases", [{"attention_bias": True}, {"mlp_bias": True}, {"attention_bias": True, "mlp_bias": True}]
+)
+def test_biases_are_read_though_no_key_names_them(biases, tokenizer, tmp_path):
+    model = tiny_model("llama", **biases)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    slimgpt.export(tmp_path / "model", tmp_path / "model.gguf", "gguf", quantize="F32", check=False)
+    torch.testing.assert_close(logits(tmp_path / "model.gguf"), logits(tmp_path / "model"), rtol=0, atol=1e-5)
+
+
+def test_tensors_that_the_model_has_not_are_refused(exported, tmp_path):
+    """As the experts of Mixtral's files, whose architecture is called llama, too."""
+    more = {"blk.0.ffn_gate_inp.weight": np.zeros((4, 64), np.float32)}
+    target = rewritten(exported("default")[1], tmp_path / "more.gguf", {}, more=more)
+    with pytest.raises(ModelError, match=r"a tensor that the model .* the first is blk.0.ffn_gate_inp.weight"):
+        slimgpt.load(str(target))

@@ -15,7 +15,7 @@ from slimgpt.models.build import architecture_of, empty_model
 from slimgpt.models.loading import load_config, load_tokenizer
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import Source, check_files, locate
-from slimgpt.models.streaming import WeightFiles, weights_mismatch
+from slimgpt.models.streaming import WeightFiles, check_finite, weights_mismatch
 from slimgpt.models.unknown_tensors import unknown_text
 from slimgpt.models.weight_conversion import ConvertedFiles
 
@@ -45,7 +45,14 @@ class ExportSource:
             self.on_written(done, total)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.weights[name]
+        """A weight.
+
+        Raises:
+            NumericalError: NaN or infinity in it.
+        """
+        tensor = self.weights[name]
+        check_finite([(name, tensor)])
+        return tensor
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the folder."""
@@ -54,7 +61,7 @@ class ExportSource:
     def layer(self, index: int) -> dict[str, Tensor]:
         """The state dict of a layer."""
         start = f"{self.architecture.layers}.{index}."
-        return {name[len(start) :]: self.weights[name] for name in self.names if name.startswith(start)}
+        return {name[len(start) :]: self[name] for name in self.names if name.startswith(start)}
 
 
 def open_folder(name: str | Path, on_written: Callable[[int, int], None] | None = None) -> ExportSource:

@@ -1,4 +1,4 @@
-"""Settings of positions and parts in a GGUF file that transformers' reader leaves out."""
+"""Parts of a GGUF file that transformers' reader leaves out: settings of positions, biases, other files, tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import modeling_gguf_pytorch_utils as gguf_utils
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slimgpt.errors import ModelError, one_line
@@ -30,6 +31,14 @@ NEUTRAL = {"attn_factor": 1.0, "yarn_attn_factor": 1.0, "yarn_ext_factor": 1.0}
 """Keys of ``rope.scaling`` that change nothing at these values, and that no config of transformers has."""
 
 KNOWN = {"type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow", *NEUTRAL}
+
+READ_ONE_BY_ONE = (
+    gguf_utils.TensorProcessor,
+    gguf_utils.LlamaTensorProcessor,
+    gguf_utils.Gemma2TensorProcessor,
+    gguf_utils.NemotronTensorProcessor,
+)
+"""Classes of transformers that keep the names of the tensors they change."""
 
 TOLERANCE = 1e-5
 """Relative, of a rotary frequency: what float32 leaves of two ways to the same number."""
@@ -102,6 +111,26 @@ def restore_positions(file: Path, config: PreTrainedConfig) -> None:
         text.rope_parameters = rope
     else:
         _refuse(file, header, "scaling.type", f"does not say which kinds of layers of '{text.model_type}' it holds for")
+
+
+def restore_biases(file: Path, config: PreTrainedConfig) -> None:
+    """Give a config the biases of the GGUF file it was read from, which no key of the file names."""
+    tensors, text = _header(file).tensors, text_config(config)
+    for setting, stem in (("attention_bias", "blk.0.attn_q"), ("mlp_bias", "blk.0.ffn_up")):
+        if getattr(text, setting, None) is False and f"{stem}.bias" in tensors:
+            setattr(text, setting, True)
+
+
+def unread_tensors(file: Path, model: PreTrainedModel) -> list[str]:
+    """Names of tensors in a GGUF file that transformers' reader drops, because the config's model has none for them.
+
+    Only for architectures whose tensors are read one by one: others are joined and renamed on the way (experts, GPT-2).
+    """
+    processor = gguf_utils.TENSOR_PROCESSORS.get(_header(file).architecture, gguf_utils.TensorProcessor)
+    if processor not in READ_ONE_BY_ONE:
+        return []
+    names = gguf_utils.get_gguf_hf_weights_map(model, processor(config={}))
+    return sorted(name for name in _header(file).tensors - set(names) if not name.startswith("rope_f"))  # see above
 
 
 def _header(file: Path) -> Header:

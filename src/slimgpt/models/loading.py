@@ -25,7 +25,7 @@ from slimgpt.models.adapters import merge, trained_ties
 from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
 from slimgpt.models.config_files import GENERATION_FILE, check_config_files, read_generation_config
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
-from slimgpt.models.gguf_file import check_file, restore_positions
+from slimgpt.models.gguf_file import check_file, restore_biases, restore_positions, unread_tensors
 from slimgpt.models.lookup import is_slim
 from slimgpt.models.quantization import strip_quantization
 from slimgpt.models.remote_code import register_model_class
@@ -72,6 +72,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
     _check_language_model(config, source)
     if gguf is not None:
         restore_positions(gguf, config)
+        restore_biases(gguf, config)
     if not source.gguf_file:
         _refuse_unreadable(source)
         strip_quantization(config)
@@ -262,6 +263,8 @@ def load_model(
             "transformers would fill them with random numbers"
         )
     refuse_unknown(source.name, unknown_tensors(model, info.get("unexpected_keys") or ()))
+    if source.gguf_file:
+        refuse_unknown(source.name, unread_tensors(Path(source.location) / source.gguf_file, model))
     untie_as_held(model)  # a hub id, whose files could not be looked at before
     model.config.name_or_path = source.name  # what reports and cards say, rather than a path of this machine
     if source.adapter is not None:
