@@ -91,7 +91,8 @@ def test_times_are_recovered_by_kind_and_width_whatever_the_machine_drifts(monke
         assert [row["heads"] for row in kind.attention][-1] == 0  # without attention
         assert kind.attention[0]["heads"] == sizes[HEADS]
         assert kind.ffn[0]["channels"] == sizes[CHANNELS]
-    assert mismatch(table, table_model(model.config), "query", dict(zip(PROTOCOL, ("transformers", 1, 16, 4)))) is None
+    protocol = dict(zip(PROTOCOL, ("transformers", 1, 16, 4)))
+    assert mismatch(table, table_model(model.config), "query", protocol, layers=layer_sizes(model.config)) is None
 
 
 PROTOCOL = ("on", "batch", "prompt", "new_tokens")

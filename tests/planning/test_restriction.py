@@ -49,6 +49,32 @@ def test_heads_only_keeps_every_channel():
     assert plan.parameters < plan.parameters_before
 
 
+@pytest.mark.parametrize("share", [0.85, 0.93, 0.99])
+@pytest.mark.parametrize("head_unit", ["kv", "query"])
+def test_heads_alone_meet_a_limit_and_not_one_more_goes(head_unit, share):
+    model = tiny_model("llama")
+    shape = describe(model.config, model)
+    limit = int(share * shape.parameters)
+    plan = plan_with(model, params=limit, heads_only=True, head_unit=head_unit)
+    assert {layer["intermediate_size"] for layer in plan.layers} == {52}
+    unit = shape.layers[0].unit_parameters[head_unit]
+    assert plan.parameters <= limit < plan.parameters + unit
+
+
+def test_a_limit_that_heads_alone_cannot_meet_is_refused():
+    with pytest.raises(PlanError, match="removing heads alone; ask for more, or leave out heads_only"):
+        plan_with(tiny_model("llama"), params="20k", heads_only=True)
+
+
+def test_equal_layers_lose_heads_alone():
+    options = {**OPTIONS, "ratio": 0.15, "allocation": "sensitivity", "distill": "off", "evaluate": False}
+    ids = torch.randint(60, (40, 32), generator=torch.Generator().manual_seed(0))
+    report = slimgpt.prune(tiny_model("llama"), None, calibration=ids, uniform=True, heads_only=True, **options)
+    assert report.allocation["by"] == "sensitivity"
+    assert {layer["intermediate_size"] for layer in report.plan.layers} == {52}
+    assert {layer["num_attention_heads"] for layer in report.plan.layers} == {3}
+
+
 @pytest.mark.parametrize("allocation", ["schedule", "sensitivity"])
 @pytest.mark.parametrize("settings", [{"ffn_only": True}, {"heads_only": True}, {"skip_layers": "0,-1"}])
 def test_runs_keep_what_they_shall(settings, allocation, tokenizer, text_file, tmp_path):
@@ -87,6 +113,7 @@ def test_negative_layers_count_from_the_end():
         ({"ffn_only": True, "heads_only": True}, "exclude each other"),
         ({"ffn_only": True, "kv_cache": "1GB@32k"}, "kv_cache removes KV heads, and ffn_only keeps them"),
         ({"heads_only": True, "whole_experts": 0.5}, "whole_experts removes experts"),
+        ({"heads_only": True, "method": "reap"}, "method reap removes experts"),
         ({"skip_layers": "0", "uniform": True}, "skip_layers makes layers differ"),
         ({"skip_layers": "first"}, "skip_layers 'first' is no list of layers such as 0,1,-1"),
         ({"skip_layers": "0", "plan": "plan.toml"}, "a plan file says every width"),
@@ -95,6 +122,13 @@ def test_negative_layers_count_from_the_end():
 def test_settings_that_exclude_each_other(settings, message):
     with pytest.raises(UsageError, match=message):
         make_config(**settings)
+
+
+@pytest.mark.parametrize("step", ["auto", 1, "1"])
+def test_a_step_that_asks_for_nothing_goes_with_a_plan_file(step):
+    assert make_config(plan="plan.toml", round_to=step).round_to in ("auto", 1)
+    with pytest.raises(UsageError, match="a plan file says every width"):
+        make_config(plan="plan.toml", round_to="2")
 
 
 def test_nothing_left_to_remove():

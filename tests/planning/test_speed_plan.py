@@ -7,6 +7,7 @@ import re
 from itertools import product
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from slimgpt.config import make_config
 from slimgpt.errors import PlanError, UsageError
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.parameter_counts import describe
+from slimgpt.pipeline.speed_target import planned
 from slimgpt.planning import Sensitivity, StructureCost, allocate_budget, interpolate, make_plan
 from slimgpt.planning.allocation import _options, cheapest_options, predicted_cost
 from slimgpt.planning.budget import ParameterBudget, removed_by
@@ -104,7 +106,12 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     file = tmp_path / "table.json"
     file.write_text(json.dumps(TABLE.to_json()))
     assert read_table(file).to_json() == TABLE.to_json()
-    assert mismatch(read_table(file), table_model(CONFIG), "query", PROTOCOL) is None
+    assert problem(PROTOCOL, table=read_table(file)) is None
+
+
+def problem(protocol, *, table=TABLE, model=None, head_unit="query", layers=None):
+    layers = layers or [layer.sizes for layer in SHAPE.layers]
+    return mismatch(table, model or table_model(CONFIG), head_unit, protocol, layers=layers)
 
 
 PROTOCOL = {"on": "transformers", "batch": 1, "prompt": 16, "new_tokens": 4}
@@ -142,9 +149,18 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, change, message):
     ],
 )
 def test_a_table_for_something_else_is_refused(change, message):
-    assert message in str(mismatch(TABLE, table_model(CONFIG), "query", {**PROTOCOL, **change}))
-    assert "removed by 'query'" in str(mismatch(TABLE, table_model(CONFIG), "kv", PROTOCOL))
-    assert "hidden_size" in str(mismatch(TABLE, {**table_model(CONFIG), "hidden_size": 7}, "query", PROTOCOL))
+    assert message in str(problem({**PROTOCOL, **change}))
+    assert "removed by 'query'" in str(problem(PROTOCOL, head_unit="kv"))
+    assert "hidden_size" in str(problem(PROTOCOL, model={**table_model(CONFIG), "hidden_size": 7}))
+
+
+@pytest.mark.parametrize(("field", "name"), [(HEADS, "heads"), (KV_HEADS, "kv_heads"), (CHANNELS, "channels")])
+def test_a_table_for_other_widths_is_refused(field, name):
+    """Llama 2 and 3 of 7 and 8 billion have the same hidden size and depth, and other FFNs and KV heads."""
+    wider = [{**layer.sizes, field: 2 * layer.sizes[field]} for layer in SHAPE.layers]
+    assert f"has {name} {DENSE[field]} at most, and this model's has {2 * DENSE[field]}" in str(
+        problem(PROTOCOL, layers=wider)
+    )
 
 
 # Widths
@@ -299,6 +315,9 @@ def test_mixtures_are_refused():
     shape = describe(model.config, model)
     with pytest.raises(PlanError, match="mixture of experts"):
         plan_for_speed(model.config, make_config(speedup=1.2), shape, SpeedTarget(TABLE, 1.2))
+    config = make_config(speedup=1.2, heads_only=True)  # its layers would be timed at widths of experts, too
+    with pytest.raises(PlanError, match="mixture of experts"):
+        planned(model.config, config, restricted(shape, config), torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

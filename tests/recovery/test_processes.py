@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 import slimgpt
 from slimgpt.errors import UsageError
 from slimgpt.recovery import train_state
-from slimgpt.recovery.sharding import divided_like, is_sharded, shard, whole
+from slimgpt.recovery.sharding import full_tensor, is_sharded, shard, sharded_like
 from slimgpt.runtime.distributed import Ranks
 from tests.killing import kill
 from tests.recovery.conftest import SMALL
@@ -77,17 +77,17 @@ def test_a_state_fits_divided_and_plain_models_alike(first, slim_folder, tmp_pat
         optimizer.zero_grad()
     trained(at_once, steps=4)
     for (name, parameter), expected in zip(after.named_parameters(), at_once.parameters(), strict=True):
-        torch.testing.assert_close(whole(parameter), expected, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(full_tensor(parameter), expected, rtol=0, atol=1e-6, msg=name)
 
 
 @pytest.mark.usefixtures("one_process")
 def test_plain_tensors_stay_as_they_are():
     plain = torch.ones(3)
-    assert whole(plain) is plain
-    assert divided_like(torch.zeros(3), plain) is plain
+    assert full_tensor(plain) is plain
+    assert sharded_like(torch.zeros(3), plain) is plain
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     divided = torch.distributed.tensor.distribute_tensor(torch.zeros(3), mesh)
-    assert isinstance(divided_like(divided, plain), DTensor)
+    assert isinstance(sharded_like(divided, plain), DTensor)
 
 
 def test_a_process_alone_has_nobody_to_divide_the_model_with(recover):

@@ -344,6 +344,41 @@ def test_two_shares_of_the_teacher_are_the_whole(dense_folder, text_file, tmp_pa
     torch.testing.assert_close(one.rows(range(9))["teacher_log_p"], two.rows(range(9))["teacher_log_p"])
 
 
+def test_processes_agree_on_their_batches_before_the_first_one_through_a_divided_teacher(
+    dense_folder, text_file, tmp_path, monkeypatch
+):
+    """Seven examples of two processes in batches of 3: one has two batches, and the other one and an idle one."""
+    dense, tokenizer = slimgpt.load(str(dense_folder))
+    training = collect(tokenizer, [str(text_file)], 24, 0, 7).training
+    events = []
+    monkeypatch.setattr("slimgpt.recovery.teacher_cache.is_sharded", lambda _: True)
+    monkeypatch.setattr(
+        "slimgpt.recovery.teacher_cache.max_over_ranks", lambda _, count: events.append(f"agree {count}") or 2
+    )
+    dense.register_forward_pre_hook(lambda *_: events.append("forward"))
+    cache = TeacherCache(tmp_path / "teacher", training, 8)
+    cache.create()
+    for rank in range(2):
+        cache.fill(dense, 3, Ranks(rank, 2))
+    assert events == ["agree 2", "forward", "forward", "agree 1", "forward", "forward"]
+
+
+def test_marks_of_files_that_are_gone_are_not_believed(dense_folder, text_file, tmp_path):
+    dense, tokenizer = slimgpt.load(str(dense_folder))
+    training = collect(tokenizer, [str(text_file)], 24, 0, 4).training
+    cache = TeacherCache(tmp_path / "teacher", training, 8)
+    cache.create()
+    cache.fill(dense, 2)
+    cache.mark_complete()
+    before = cache.rows(range(4))["teacher_log_p"].clone()
+    (tmp_path / "teacher" / "log_p.npy").unlink()
+    anew = TeacherCache(tmp_path / "teacher", training, 8)
+    anew.create()
+    assert not anew.complete
+    anew.fill(dense, 2)
+    assert torch.equal(anew.rows(range(4))["teacher_log_p"], before)
+
+
 @pytest.mark.parametrize(
     ("message", "settings"),
     [

@@ -198,7 +198,8 @@ def test_no_plan_without_attention_exceeds_the_cache(share):
     [({"uniform": True}, "uniform"), ({"ffn_only": True}, "ffn_only"), ({"method": "paper"}, "method paper"),
      ({"allocation": "schedule"}, "allocation schedule"),
      ({"schedule": "uniform"}, "leave out schedule, or drop_attention"),
-     ({"plan": "plan.toml", "ratio": None}, "leave out plan, or drop_attention")],
+     ({"plan": "plan.toml", "ratio": None}, "leave out plan, or drop_attention"),
+     ({"kv_cache": "1MB@1k", "ratio": None}, "drop_attention spends a size")],
 )  # fmt: skip
 def test_what_excludes_it(other, leave_out):
     with pytest.raises(UsageError, match=leave_out):

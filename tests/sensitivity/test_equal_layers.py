@@ -94,6 +94,24 @@ def test_a_smaller_cache_keeps_its_heads_in_equal_layers():
     assert report.plan.parameters <= 50_000
 
 
+def test_a_folder_has_the_step_of_its_measured_widths(tokenizer, text_file, tmp_path):
+    dense = tmp_path / "dense"
+    tiny_model("llama", intermediate_size=1024).save_pretrained(dense)
+    tokenizer.save_pretrained(dense)
+    options = {"num_samples": 24, "seq_len": 24, "device": "cpu", "distill": "off", "evaluate": False}
+    options |= {"allocation": "sensitivity", "calibration": str(text_file)}
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        slimgpt.prune_folder(str(dense), tmp_path / "slim", 0.3, on_layer=killed, **options)
+    report = slimgpt.prune_folder(str(dense), tmp_path / "slim", 0.3, resume=True, **options)
+    assert report.plan.round_to == 32
+    assert all(sizes["intermediate_size"] % 32 == 0 for sizes in report.plan.layers)
+    assert "--round-to 32" in (tmp_path / "slim/README.md").read_text()
+
+
 @pytest.mark.parametrize("uniform", [False, True])
 def test_measured_widths_of_a_wide_model_are_aligned(uniform):
     model = tiny_model("llama", intermediate_size=1024)

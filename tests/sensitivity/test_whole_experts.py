@@ -189,3 +189,12 @@ def test_the_command_says_what_was_tried_and_a_plan_that_it_will_be(tokenizer, t
     assert "the run measures whether whole experts" in " ".join(planned.output.split())
     fixed = CliRunner().invoke(app, ["plan", dense, "--ratio", "0.45", "--whole-experts", "0.5"])
     assert "the run measures" not in fixed.output
+
+
+def test_experts_of_odd_widths_keep_the_alignment_they_have():
+    """52 channels in fp32 are rows of 13 times 16 bytes: the kernel of transformers takes multiples of 4 of them."""
+    model = tiny_model("mixtral", intermediate_size=52)
+    assert {sizes["intermediate_size"] for sizes in layer_sizes(model.config)} == {52}
+    report = slimgpt.prune(model, None, calibration=windows(20, 24), **OPTIONS)
+    assert all(sizes["intermediate_size"] % 4 == 0 for sizes in report.plan.layers)
+    assert model(windows(1, 24)).logits.isfinite().all()

@@ -167,7 +167,7 @@ def layer_kinds(model_config: PreTrainedConfig, shape: ModelShape) -> list[list[
     types = getattr(text, "layer_types", None) or ["full_attention"] * len(shape.layers)
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for index, layer in enumerate(shape.layers):
-        kinds.setdefault((types[index], bool(layer.sizes[HEADS])), []).append(index)
+        kinds.setdefault((types[index], bool(layer.sizes[HEADS]), layer.has_ffn), []).append(index)
     return list(kinds.values())
 
 

@@ -14,7 +14,7 @@ from slimgpt.runtime.memory import Placement
 from slimgpt.sensitivity.measure import OnMeasured
 
 WRITING = "writing text"
-"""What is done, as the callback of steps before the training is told of it."""
+"""Name of the phase, as the callback of the steps beside measuring, pruning and training is told of it."""
 
 OnLayer = Callable[[LayerReport, Plan], None]
 """Called after every layer, with what was done to it and the whole plan."""
@@ -38,7 +38,8 @@ class Callbacks:
         start: before the first layer.
         layer: after every layer.
         measured: after every step of measuring.
-        prepare_step: after every step of writing calibration text or other text, and of the dense model's pass over it.
+        prepare_step: after every step of timing, where a speed is asked for, of writing calibration text or other text,
+            and of the dense model's pass over it.
         distilled: after every step of the training.
         compared: after every step of the comparison with the dense model, with its number, the number of all steps and
             the seconds it took.

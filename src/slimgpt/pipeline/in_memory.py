@@ -76,9 +76,9 @@ def prune(
             the seconds it took.
         on_distilled: called after every step of that training with its number, the number of all steps, the divergence
             per token and the seconds it took.
-        on_rehearsed: called after every step while the model writes calibration text, and of what comes before that
-            training (the dense model writes text and reads it), with what is done, the step's number, the number of
-            all such steps and the seconds it took.
+        on_rehearsed: called after every step while layers and the result are timed (``speedup``), while the model
+            writes calibration text, and of what comes before that training (the dense model writes text and reads it),
+            with the name of the phase, the step's number, the number of all such steps and the seconds it took.
         progress: show a bar for every phase.
 
     Returns:

@@ -58,21 +58,29 @@ class JournalSink:
         names = [list(layer) for layer in schedule.layers]  # layers of experts have more than dense ones among them
         longest = max(map(len, names))
         widths = torch.empty(len(schedule.layers), longest, dtype=torch.long)
-        allocation: dict[str, Any] = {}
+        allocation, round_to = {}, schedule.round_to
         file = self.journal.folder / PLAN_FILE
         if not self.ranks.agree(int(file.is_file())):
             plan, allocation = measure()
             if self.ranks.main:
-                write_values(file, {"layers": plan.layers, "allocation": allocation})
+                values = {"layers": plan.layers, "round_to": plan.round_to, "allocation": allocation}
+                write_values(file, values)
         if self.ranks.main:
             values = read_values(file)
             with reading(file):
-                allocation = values["allocation"]
+                allocation, round_to = values["allocation"], int(values["round_to"])
                 rows = [[layer[name] for name in own] for own, layer in zip(names, values["layers"], strict=True)]
                 widths = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
         rows = self.ranks.broadcast(widths.to(self.request.device)).tolist()
         layers = [dict(zip(own, row)) for own, row in zip(names, rows)]
-        return plan_of_widths(self.request.shape, layers, schedule.head_unit, ratio=schedule.ratio), allocation
+        plan = plan_of_widths(
+            self.request.shape,
+            layers,
+            schedule.head_unit,
+            ratio=schedule.ratio,
+            round_to=self.ranks.agree(round_to),
+        )
+        return plan, allocation
 
     def generated_text(self, generate: Callable[[], GeneratedText]) -> GeneratedText:
         if not self.readers.agree(int(self.journal.generated() is not None)):

@@ -53,9 +53,9 @@ def planned(
     """
     if config.speedup is None:
         return plan_for(model_config, config, shape, stored), None
-    check_timeable(shape)
     check_heads(model_config, shape, config.head_unit)
     whole = describe(model_config)  # with what these settings keep, so that a table serves for others, too
+    check_timeable(whole)
     if table is None or _unfit(table, model_config, config, whole) is not None:
         table = _table(model_config, config, whole, stored, device, on_timed)
     target = SpeedTarget(table, config.speedup)
@@ -64,7 +64,8 @@ def planned(
 
 def _unfit(table: SpeedTable, model_config: Any, config: PruneConfig, shape: ModelShape) -> str | None:
     protocol = {name: getattr(config, name) for name in PROTOCOL}
-    return mismatch(table, table_model(model_config), chosen_head_unit(config, shape), protocol)
+    layers = [layer.sizes for layer in shape.layers]
+    return mismatch(table, table_model(model_config), chosen_head_unit(config, shape), protocol, layers=layers)
 
 
 def _table(

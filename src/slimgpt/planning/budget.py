@@ -79,7 +79,8 @@ class ParameterBudget:
 
     def channels_for(self, index: int, amount: float) -> float:
         layer = self.shape.layers[index]
-        return layer.sizes[FIELDS["ffn"]] - amount / layer.unit_parameters["ffn"]
+        size = layer.sizes[FIELDS["ffn"]]
+        return size - amount / layer.unit_parameters["ffn"] if layer.has_ffn else float(size)
 
 
 def parameters_of(plan: Plan, shape: ModelShape) -> ParameterBudget:

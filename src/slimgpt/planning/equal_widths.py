@@ -13,6 +13,9 @@ from slimgpt.planning.budget import Budget, ParameterBudget
 from slimgpt.planning.ffn import nearest, widths_of
 from slimgpt.planning.plan import Plan, head_units, plan_of_widths, with_heads
 
+ROUNDING = 1e-9
+"""Rounding of a target that is a product of fractions, as a share of it."""
+
 
 @dataclass(frozen=True)
 class EqualPair:
@@ -50,14 +53,14 @@ def equal_pairs(
         shape: the dense model, whose layers are equal.
         costs: of heads and channels in all layers.
         heads: the numbers of units of heads to choose from.
-        exceeding: whether at least as much must be removed as was asked for.
+        exceeding: whether at least as much must be removed as was asked for; pairs that remove less are left out.
         budget: what is to be removed; the share of parameters that ``plan`` was asked for if not given.
     """
     first = shape.layers[0]
     size, units = first.sizes[CHANNELS], head_units(first.sizes, plan.head_unit)
     budget = budget or ParameterBudget(shape, plan.ratio * shape.layer_parameters)
     target = budget.target / len(shape.layers)
-    widths = widths_of(size, plan.round_to)
+    widths = widths_of(size, plan.round_to if first.has_ffn else size)
     floored = costs.with_floor()
     pairs = []
     for kept in heads:
@@ -69,6 +72,8 @@ def equal_pairs(
         if exceeding and channels > exact and channels > widths[0]:
             channels -= widths.step
         removed = budget.of_layer(0, with_heads(first, plan.head_unit, kept, {CHANNELS: channels}))
+        if exceeding and removed < target * (1 - ROUNDING):
+            continue
         error = abs(removed - target) * len(shape.layers) / budget.total
         too_narrow = channels < (1 - MAX_FFN_REMOVED) * size
         cost = pair_cost(floored, plan.head_unit, 1 - kept / units, 1 - exact / size)

@@ -66,7 +66,12 @@ def with_whole_experts(
     if any(layers[i][CHANNELS] < (1 - MAX_FFN_REMOVED) * shape.layers[i].sizes[CHANNELS] for i in sparse):
         return None
     made = plan_of_widths(shape, layers, plan.head_unit, ratio=plan.ratio, round_to=step)
-    return made if made.achieved >= plan.achieved - (TOLERANCE if config.param_limit is None else 0) else None
+    return made if made.achieved >= plan.achieved - (0 if _limited(config) else TOLERANCE) else None
+
+
+def _limited(config: PruneConfig) -> bool:
+    """Whether the size asked for must not be exceeded."""
+    return config.param_limit is not None or config.byte_limit is not None
 
 
 def _routed_units(layer: LayerShape) -> list[str]:
@@ -107,8 +112,7 @@ def _equal(
     while step:
         widths = widths_of(size, step_of(first, step))
         width = nearest(widths, size - rest / each)
-        limited = config.param_limit is not None or config.byte_limit is not None
-        if limited and width > size - rest / each:
+        if _limited(config) and width > size - rest / each:
             width -= widths.step
         if width >= max((1 - MAX_FFN_REMOVED) * size, 1):
             layer = tied_to(first, {**sizes, CHANNELS: width})

@@ -10,7 +10,8 @@ from slimgpt.models.families.moe import EXPERTS, SHARED
 from slimgpt.models.parameter_counts import LayerShape
 
 EXPERT_STEP = 8
-"""transformers multiplies all experts at once by a kernel that wants rows of a multiple of 16 bytes."""
+"""transformers multiplies all experts at once by a kernel that wants rows of a multiple of 16 bytes. Where the dense
+model's are not, it does not run in 16 bits; its widths keep what alignment they have, which may do in 32."""
 
 FIELDS = {"ffn": CHANNELS, "shared": SHARED}
 """The size that a unit of an FFN counts."""
@@ -22,9 +23,9 @@ def step_of(layer: LayerShape, round_to: int) -> int:
     Args:
         round_to: what the user asks for.
     """
-    if layer.experts is None or layer.sizes[CHANNELS] % EXPERT_STEP:
+    if layer.experts is None:
         return round_to
-    return math.lcm(round_to, EXPERT_STEP)
+    return math.lcm(round_to, math.gcd(layer.sizes[CHANNELS], EXPERT_STEP))
 
 
 def free_units(layer: LayerShape) -> list[str]:

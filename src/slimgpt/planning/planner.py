@@ -18,6 +18,7 @@ from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.alignment import aligned_plan
 from slimgpt.planning.allocation import check_measurable
 from slimgpt.planning.ffn import ffn_sizes, least_ffn, step_of, tied_to
+from slimgpt.planning.limits import within_limit
 from slimgpt.planning.plan import (
     HEAD_UNITS,
     TOLERANCE,
@@ -113,7 +114,7 @@ def make_plan(
     else:
         layers = _per_layer(shape, ratios, head_unit, round_to, kv_heads, whole_experts)
     if limit is not None:
-        layers = _trim(shape, layers, limit, round_to, uniform)
+        layers = within_limit(shape, layers, limit, round_to, head_unit, uniform=uniform)
     return plan_of_widths(shape, layers, head_unit, ratios, target / total, round_to=round_to)
 
 
@@ -129,41 +130,6 @@ def _ratio_for(shape: ModelShape, limit: int, ratio: float | None) -> float:
             f"{limit:,} cannot be reached"
         )
     return (shape.parameters - limit) / shape.layer_parameters
-
-
-def _trim(
-    shape: ModelShape, layers: list[dict[str, int]], limit: int, round_to: int, uniform: bool
-) -> list[dict[str, int]]:
-    """Take single steps off the widest FFNs until the limit holds, then give back what it has room for."""
-    layers = [dict(layer) for layer in layers]
-
-    def parameters() -> int:
-        return shape.parameters - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
-
-    with_ffn = [index for index, layer in enumerate(shape.layers) if layer.has_ffn]
-    steps_of = [step_of(layer, round_to) for layer in shape.layers]
-    while (over := parameters() - limit) > 0:
-        widest = max(with_ffn, key=lambda i: (layers[i][CHANNELS], i))
-        chosen = list(with_ffn) if uniform else [widest]
-        step = sum(steps_of[i] * shape.layers[i].channel_parameters(layers[i]) for i in chosen)
-        steps = -(-over // step) if uniform else 1
-        for i in chosen:
-            layers[i] = tied_to(shape.layers[i], {**layers[i], CHANNELS: layers[i][CHANNELS] - steps * steps_of[i]})
-            if layers[i][CHANNELS] < steps_of[i]:
-                raise PlanError(f"{limit:,} parameters cannot be reached with heads and FFN widths of these units")
-    room = True
-    while room:
-        room = False
-        groups = [list(with_ffn)] if uniform else [[i] for i in reversed(with_ffn)]
-        for chosen in groups:
-            cost = sum(steps_of[i] * shape.layers[i].channel_parameters(layers[i]) for i in chosen)
-            fits = all(layers[i][CHANNELS] + steps_of[i] <= shape.layers[i].sizes[CHANNELS] for i in chosen)
-            if fits and parameters() + cost <= limit:
-                for i in chosen:
-                    layers[i] = tied_to(shape.layers[i], {**layers[i], CHANNELS: layers[i][CHANNELS] + steps_of[i]})
-                room = True
-                break
-    return layers
 
 
 def _finish(config: PreTrainedConfig, shape: ModelShape, kv_heads: list[int], round_to: int, uniform: bool) -> Plan:
@@ -197,6 +163,11 @@ def check_heads(config: PreTrainedConfig, shape: ModelShape, head_unit: str, cac
     raise PlanError(
         f"heads of '{config.model_type}' cannot be removed by '{unit}'; choose {', '.join(units) or 'no head unit'}"
     )
+
+
+def head_unit_of(config: PruneConfig) -> str:
+    """The unit of heads that the settings name; whole KV heads for the paper's methods, which publish it so."""
+    return "kv" if config.head_unit == "auto" and config.method.startswith("paper") else config.head_unit
 
 
 def natural_unit(shape: ModelShape) -> str:
@@ -325,7 +296,7 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
     check_measurable(config, shape)
     if config.plan is not None:
         return read_plan(config.plan, model_config, shape)
-    head_unit = "kv" if config.head_unit == "auto" and config.method.startswith("paper") else config.head_unit
+    head_unit = head_unit_of(config)
     limit = config.param_limit
     if config.byte_limit is not None:
         itemsize = (dtype or model_config.dtype or torch.float32).itemsize

@@ -13,7 +13,7 @@ from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.alignment import aligned_plan
 from slimgpt.planning.budget import removed_by
 from slimgpt.planning.plan import Plan
-from slimgpt.planning.planner import check_heads, make_plan, natural_unit
+from slimgpt.planning.planner import check_heads, head_unit_of, make_plan, natural_unit
 from slimgpt.planning.speed_table import NANOSECONDS, SpeedTarget
 
 RATIOS = tuple(number / 50 for number in range(1, 50))
@@ -25,9 +25,8 @@ HALVINGS = 10
 
 def chosen_head_unit(config: PruneConfig, shape: ModelShape) -> str:
     """The unit by which heads are removed: as the settings say, as the method does, or the finest way the model has."""
-    if config.head_unit != "auto":
-        return config.head_unit
-    return "kv" if config.method.startswith("paper") else natural_unit(shape)
+    head_unit = head_unit_of(config)
+    return natural_unit(shape) if head_unit == "auto" else head_unit
 
 
 def check_timeable(shape: ModelShape) -> None:
@@ -54,7 +53,7 @@ def plan_for_speed(model_config: Any, config: PruneConfig, shape: ModelShape, ta
     check_timeable(shape)
     check_heads(model_config, shape, config.head_unit)
     budget = target.budget(shape)
-    head_unit = "kv" if config.head_unit == "auto" and config.method.startswith("paper") else config.head_unit
+    head_unit = head_unit_of(config)
     schedules = [config.schedule] if config.schedule is not None or config.uniform else [None, "uniform"]
     fastest, refused = 1.0, PlanError("")
 

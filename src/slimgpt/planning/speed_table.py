@@ -18,7 +18,7 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
-from slimgpt.models.architecture import CHANNELS, HEADS, Sizes
+from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes
 from slimgpt.models.lookup import text_config
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.ffn import FIELDS
@@ -32,6 +32,9 @@ NANOSECONDS = 1e9
 
 PROTOCOL = {"on": "engine", "batch": "batch", "prompt": "prompt", "new_tokens": "new_tokens"}
 """The settings that say what is timed, and the keys of a table that say the same."""
+
+WIDTHS = {"heads": HEADS, "kv_heads": KV_HEADS, "channels": CHANNELS}
+"""The widths in rows of times, and what a layer calls them."""
 
 Row = Mapping[str, float]
 
@@ -262,12 +265,20 @@ def read_table(file: str | Path) -> SpeedTable:
         raise PlanError(f"cannot read the speed table {file}: {error}; remove it to measure anew") from error
 
 
-def mismatch(table: SpeedTable, model: Mapping[str, Any], head_unit: str, protocol: Mapping[str, Any]) -> str | None:
+def mismatch(
+    table: SpeedTable,
+    model: Mapping[str, Any],
+    head_unit: str,
+    protocol: Mapping[str, Any],
+    *,
+    layers: Sequence[Sizes],
+) -> str | None:
     """Why a table does not serve for a model and a request; ``None`` if it does.
 
     Args:
         model: of :func:`table_model`.
         protocol: the settings ``on``, ``batch``, ``prompt`` and ``new_tokens``.
+        layers: the widths of the dense model's layers.
     """
     for key, value in model.items():
         if table.model.get(key) != value:
@@ -280,4 +291,14 @@ def mismatch(table: SpeedTable, model: Mapping[str, Any], head_unit: str, protoc
     known = sorted(index for kind in table.kinds for index in kind.layers)
     if known != list(range(model["num_hidden_layers"])):
         return "it does not have every layer once"
+    for kind in table.kinds:
+        timed = {
+            "heads": max(row["heads"] for row in kind.attention),
+            "kv_heads": max(row.get("kv_heads", 0) for row in kind.attention),
+            "channels": max(row["channels"] for row in kind.ffn),
+        }
+        for key, field in WIDTHS.items():
+            widest = max(layers[index][field] for index in kind.layers)
+            if timed[key] != widest:
+                return f"its layer {kind.layers[0]} has {key} {timed[key]} at most, and this model's has {widest}"
     return None

@@ -264,8 +264,7 @@ def _cache_teacher(
     cache = TeacherCache(folder, request.data.training, config.top_k, hidden if config.layer_weight else None)
     if ranks.main:
         cache.create()
-    ranks.agree(0)
-    if not cache.complete:
+    if not ranks.agree(int(cache.complete)):
         dtype = forward_dtype("auto", torch.bfloat16, request.device)  # None: bfloat16 is the faster one
         name = "auto" if request.device.type == "cuda" else "bfloat16" if dtype is None else "float32"
         device = "cpu" if config.shard else request.device

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from slimgpt.models.lookup import lookup
+from slimgpt.models.build import architecture_of
 from slimgpt.runtime.distributed import Ranks, collective_errors
 
 
@@ -28,13 +28,12 @@ def shard(model: nn.Module, base: PreTrainedModel, device: torch.device, ranks: 
         base: the model whose layers are looked up.
         device: where this process computes.
     """
-    architecture = lookup(base.config)
-    assert architecture is not None  # it has been loaded
+    layers = base.get_submodule(architecture_of(base.config, base).layers)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with collective_errors():
         mesh = init_device_mesh(device.type, (ranks.world,))
-        for layer in base.get_submodule(architecture.layers).children():
+        for layer in layers.children():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     for buffer in model.buffers():  # those are not divided
@@ -46,7 +45,7 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor with the rows of all processes; where it is divided, every process has to call it."""
     if not isinstance(tensor, DTensor):
         return tensor
@@ -54,7 +53,7 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.full_tensor()
 
 
-def divided_like(reference: Tensor, tensor: Tensor) -> Tensor:
+def sharded_like(reference: Tensor, tensor: Tensor) -> Tensor:
     """This process's rows of ``tensor`` if ``reference`` is divided, without a message; else ``tensor``."""
     if not isinstance(reference, DTensor) or tensor.dim() == 0:
         return tensor
@@ -62,7 +61,7 @@ def divided_like(reference: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(mesh.device_type), mesh, reference.placements, src_data_rank=None)
 
 
-def most(ranks: Ranks, count: int) -> int:
+def max_over_ranks(ranks: Ranks, count: int) -> int:
     """The largest of the numbers that the processes give."""
     counts = [0.0] * ranks.world
     counts[ranks.rank] = float(count)

@@ -20,7 +20,7 @@ from slimgpt.errors import NumericalError, OutputError
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
 from slimgpt.recovery.dataset import Example, collate
-from slimgpt.recovery.sharding import is_sharded, most
+from slimgpt.recovery.sharding import is_sharded, max_over_ranks
 from slimgpt.runtime.activation_store import reserve
 from slimgpt.runtime.distributed import ALONE, Ranks
 
@@ -82,6 +82,8 @@ class TeacherCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         if all((self.folder / f"{name}.npy").is_file() for name in self.layout):
             return
+        for mark in (self.folder / COMPLETE, *self.folder.glob("done-*.json")):
+            mark.unlink(missing_ok=True)  # of files that are gone
         free = shutil.disk_usage(self.folder).free
         if self.bytes > free:
             raise OutputError(
@@ -142,6 +144,9 @@ class TeacherCache:
         share = range(ranks.rank, len(self.examples), ranks.world)
         numbers = layer_numbers(self.hidden[0], teacher.config.num_hidden_layers) if self.hidden else []
         starts = range(done, len(share), batch_size)
+        # Through a divided model all processes go equally often. Its layers are gathered on the way, so the processes
+        # have to agree before the first forward pass: messages of two kinds must not meet.
+        idle = max_over_ranks(ranks, len(starts)) - len(starts) if is_sharded(teacher) else 0
         for count, start in enumerate(starts, start=1):
             chosen = list(share[start : start + batch_size])
             self._fill_batch(teacher, chosen, numbers)
@@ -152,9 +157,8 @@ class TeacherCache:
                 write_text(mark, json.dumps(stop))
             if progress:
                 progress(stop, len(share))
-        if is_sharded(teacher):  # through a divided model all processes go equally often
-            for _ in range(most(ranks, len(starts)) - len(starts)):
-                self._predict(teacher, [0], numbers)
+        for _ in range(idle):
+            self._predict(teacher, [0], numbers)
 
     def _predict(self, teacher: PreTrainedModel, chosen: list[int], numbers: list[int]) -> tuple[Any, Tensor]:
         """The dense model's outputs for some examples, and their labels."""

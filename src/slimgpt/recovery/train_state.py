@@ -17,7 +17,7 @@ from transformers.trainer_callback import TrainerState
 
 from slimgpt.checkpoint.kept_files import check_file, file_checksums, read_values, reading, write_values
 from slimgpt.errors import OutputError, ResumeError
-from slimgpt.recovery.sharding import divided_like, whole
+from slimgpt.recovery.sharding import full_tensor, sharded_like
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "trainer_state.json"
 SCALARS = "scalars.json"
@@ -42,7 +42,7 @@ def gathered_state(
     """
 
     def kept(tensor: Tensor) -> Tensor:
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         return tensor.cpu().contiguous() if main else torch.empty(0)
 
     weights = {name: kept(parameter) for name, parameter in trainable(model).items()}
@@ -117,7 +117,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
         raise ResumeError(f"{path} holds other weights than this run trains; start anew with --overwrite")
     with torch.no_grad(), reading(path / WEIGHTS):
         for name, parameter in own.items():
-            parameter.copy_(divided_like(parameter, weights[name]))
+            parameter.copy_(sharded_like(parameter, weights[name]))
 
 
 def load_optimizer(path: Path, optimizer: torch.optim.Optimizer, scheduler: Any, learning_rate: float) -> None:
@@ -214,7 +214,7 @@ def _divided(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[st
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         number: {
-            name: divided_like(parameters[number], value) if isinstance(value, Tensor) else value
+            name: sharded_like(parameters[number], value) if isinstance(value, Tensor) else value
             for name, value in values.items()
         }
         for number, values in state["state"].items()

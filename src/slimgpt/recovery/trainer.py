@@ -19,7 +19,7 @@ from slimgpt.losses.distillation import layer_distance, predicted, text_loss, te
 from slimgpt.recovery import train_state as states
 from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.dataset import Example, collate
-from slimgpt.recovery.sharding import is_sharded, most, whole
+from slimgpt.recovery.sharding import full_tensor, is_sharded, max_over_ranks
 from slimgpt.recovery.teacher_cache import TeacherCache, layer_numbers
 from slimgpt.runtime.distributed import ALONE, Ranks
 
@@ -214,7 +214,7 @@ class RecoveryTrainer(Trainer):
         examples = self.held_out[self.args.process_index :: self.args.world_size]
         size = self.config.micro_batch
         batches = [examples[start : start + size] for start in range(0, len(examples), size)]
-        count = most(self.ranks, len(batches)) if self.sharded else len(batches)
+        count = max_over_ranks(self.ranks, len(batches)) if self.sharded else len(batches)
         with self.compute_loss_context_manager():
             for number in range(count):  # through a divided model all processes go equally often
                 counted = number < len(batches)
@@ -247,7 +247,7 @@ class RecoveryTrainer(Trainer):
         Gradients are summed over all processes before this, so all of them see it.
         """
         norm: Any = super()._clip_grad_norm(model)
-        norm = whole(norm)
+        norm = full_tensor(norm)
         if not math.isfinite(float(norm)):
             self._save_checkpoint(model, None)
             done = self.state.global_step

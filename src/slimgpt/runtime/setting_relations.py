@@ -22,7 +22,7 @@ def check_one_size(config: Any) -> None:
 
 def check_plan_file(config: Any) -> None:
     """Refuse a choice of widths beside a file of widths."""
-    unit, step = config.head_unit != AUTO, config.round_to not in (AUTO, 1)
+    unit, step = config.head_unit != AUTO, str(config.round_to) not in (AUTO, "1")
     free = (config.schedule, unit, config.kv_cache, config.uniform, step, given_whole_experts(config))
     if config.plan is not None and any(free):
         raise UsageError(
@@ -53,8 +53,9 @@ def check_kept(config: Any) -> None:
         raise UsageError("ffn_only and heads_only exclude each other; leave one of them out")
     if config.ffn_only and config.kv_cache is not None:
         raise UsageError("kv_cache removes KV heads, and ffn_only keeps them; leave one of them out")
-    if config.heads_only and given_whole_experts(config):
-        raise UsageError("whole_experts removes experts, and heads_only keeps them; leave one of them out")
+    if config.heads_only and (given_whole_experts(config) or config.method == "reap"):
+        subject = "method reap" if config.method == "reap" else "whole_experts"
+        raise UsageError(f"{subject} removes experts, and heads_only keeps them; leave one of them out")
     if config.uniform and config.skip_layers:
         raise UsageError("skip_layers makes layers differ, and uniform keeps them equal; leave one of them out")
     if config.plan is not None and (config.ffn_only or config.heads_only or config.skip_layers):
@@ -93,9 +94,8 @@ def check_measured_allocation(config: Any) -> None:
     if config.schedule or config.plan:
         raise UsageError(f"allocation '{config.allocation}' chooses the widths itself; leave out schedule and plan")
     if cache_alone(config):
-        raise UsageError(
-            f"allocation '{config.allocation}' spends a size, and kv_cache alone names none; add ratio, params or bytes"
-        )
+        subject = "drop_attention" if config.drop_attention else f"allocation '{config.allocation}'"
+        raise UsageError(f"{subject} spends a size, and kv_cache alone names none; add ratio, params or bytes")
 
 
 def given_whole_experts(config: Any) -> float:
