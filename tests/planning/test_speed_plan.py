@@ -200,9 +200,13 @@ def test_the_time_is_saved_and_hardly_more_in_aligned_widths(ffn, heads, speedup
         assert saved >= budget.target
         assert SpeedTarget(TABLE, speedup).promised(SHAPE, each.layers) >= speedup * (1 - 1e-6)
         assert all(sizes[CHANNELS] % round_to == 0 for sizes in each.layers)
-    assert removed_by(budget, mixed.layers) - budget.target < max(step, 0.003 * budget.total) + 0.002 * budget.total
-    if cheapest is not given_plan:
-        assert removed_by(budget, cheapest.layers) - budget.target <= step + 0.002 * budget.total + LAYERS
+        # Whole heads alone may save more than was asked for: no channel can come back that has not gone.
+        narrowed = any(sizes[CHANNELS] < WIDE for sizes in each.layers)
+        excess = removed_by(budget, each.layers) - budget.target
+        if each is mixed and narrowed:
+            assert excess < max(step, 0.003 * budget.total) + 0.002 * budget.total
+        if each is cheapest is not given_plan and narrowed:
+            assert excess <= step + 0.002 * budget.total + LAYERS
 
 
 @settings(max_examples=20, deadline=None)
