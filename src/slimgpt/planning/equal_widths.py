@@ -61,7 +61,14 @@ def equal_pairs(
     budget = budget or ParameterBudget(shape, plan.ratio * shape.layer_parameters)
     target = budget.target / len(shape.layers)
     widths = widths_of(size, plan.round_to if first.has_ffn else size)
+    least = (1 - MAX_FFN_REMOVED) * size
     floored = costs.with_floor()
+
+    def achieved(kept: int, channels: int) -> tuple[float, float]:
+        """The amount that a layer of these widths loses, and the error of the share."""
+        removed = budget.of_layer(0, with_heads(first, plan.head_unit, kept, {CHANNELS: channels}))
+        return removed, abs(removed - target) * len(shape.layers) / budget.total
+
     pairs = []
     for kept in heads:
         rest = target - budget.of_structure(0, plan.head_unit, kept)
@@ -71,11 +78,14 @@ def equal_pairs(
         channels = nearest(widths, exact)
         if exceeding and channels > exact and channels > widths[0]:
             channels -= widths.step
-        removed = budget.of_layer(0, with_heads(first, plan.head_unit, kept, {CHANNELS: channels}))
+        removed, error = achieved(kept, channels)
+        if not exceeding and channels < least <= channels + widths.step:  # the next width may be near enough, too
+            wider = achieved(kept, channels + widths.step)
+            if wider[1] <= EQUAL_TOLERANCE:
+                channels, (removed, error) = channels + widths.step, wider
         if exceeding and removed < target * (1 - ROUNDING):
             continue
-        error = abs(removed - target) * len(shape.layers) / budget.total
-        too_narrow = channels < (1 - MAX_FFN_REMOVED) * size
+        too_narrow = channels < least
         cost = pair_cost(floored, plan.head_unit, 1 - kept / units, 1 - exact / size)
         pairs.append(((too_narrow, 0.0 if error <= EQUAL_TOLERANCE else error, cost), kept, channels, cost, error))
     return [EqualPair(*rest) for _, *rest in sorted(pairs)]
