@@ -156,3 +156,22 @@ def test_patched_constants_are_seen(line, names):
     assert (
         list(patched_constants(f"import slimgpt, torch\nfrom slimgpt.losses import chunked as module\n{line}")) == names
     )
+
+
+def test_no_function_takes_more_than_seven_positions():
+    """The rest is given by name, in commands too."""
+    long = [
+        f"{file.relative_to(ROOT)}:{node.lineno}: {node.name}"
+        for file in sorted((ROOT / "src").rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef) and len(node.args.posonlyargs) + len(node.args.args) > 7
+    ]
+    assert long == []
+
+
+def test_no_file_is_longer_than_a_reader_keeps_in_mind():
+    lines = {
+        str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines())
+        for file in (ROOT / "src").rglob("*.py")
+    }
+    assert {name: count for name, count in lines.items() if count > 350} == {}

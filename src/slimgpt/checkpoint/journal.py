@@ -32,16 +32,15 @@ from slimgpt.checkpoint.kept_files import (
     check_file,
     file_checksum,
     file_checksums,
-    publish,
     read_checked_tensors,
     read_values,
     reading,
     write_checked_tensors,
-    write_text,
     write_values,
 )
 from slimgpt.distillation.generate import GeneratedText
 from slimgpt.errors import OutputError, ResumeError
+from slimgpt.io.atomic import publish, write_text
 from slimgpt.io.tensors import write_tensors
 from slimgpt.models.slicing import State
 from slimgpt.pruning.report import LayerReport, PrunedLayer

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import mmap
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slimgpt.errors import ResumeError
+from slimgpt.io.atomic import publish, write_text
 from slimgpt.io.tensors import write_tensors
 
 CHECKSUM = "crc32"
@@ -34,20 +34,6 @@ def reading(file: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ResumeError(f"{file} is damaged ({error}); start anew with --overwrite") from error
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a text file that appears whole or not at all."""
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(text, encoding="utf-8")
-    publish(draft, file)
-
-
-def publish(draft: Path, file: Path) -> None:
-    """Give a file its name once its bytes are on the disk."""
-    with draft.open("rb") as handle:
-        os.fsync(handle.fileno())
-    draft.rename(file)
 
 
 def write_values(file: Path, values: Mapping[str, Any]) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from slimgpt.checkpoint.card import EXPORTS, model_card
 from slimgpt.checkpoint.card_metadata import CARD_FILE
 from slimgpt.checkpoint.inspecting import read_report
-from slimgpt.checkpoint.kept_files import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE, report_text
 from slimgpt.errors import ModelError, OutputError
+from slimgpt.io.atomic import write_text
 from slimgpt.io.weight_files import weight_bytes
 from slimgpt.models.build import MODELING_FILE
 from slimgpt.pruning.report import PruneReport, with_evaluation

@@ -54,6 +54,7 @@ def compare(
             "different seeds.",
         ),
     ],
+    *,
     output: Annotated[Path, typer.Option("--out", metavar="OUT", help="The folder to write.")] = Path(
         "slimgpt-compare"
     ),

@@ -32,6 +32,7 @@ from slimgpt.errors import (
     UsageError,
     VerificationError,
 )
+from slimgpt.io.atomic import write_bytes
 
 LONGEST_PATH = 200
 """Characters of a path in a message, where the path itself is what is wrong."""
@@ -269,18 +270,12 @@ def write_file(file: Path, content: str | bytes) -> None:
     Raises:
         OutputError: the disk is full, or the folder may not be written to.
     """
-    regular = file.is_file() or not file.exists()
-    draft = file.with_name(f".{file.name}.partial") if regular else file  # a device has no other name
+    data = content.encode() if isinstance(content, str) else content
+    device = file.exists() and not file.is_file()  # such as /dev/stdout, which nothing can replace
     try:
-        draft.write_bytes(content.encode() if isinstance(content, str) else content)
-        if regular:
-            draft.replace(file)
+        (Path.write_bytes if device else write_bytes)(file, data)
     except OSError as error:
         raise OutputError(f"writing {file} failed: {error}; free some space, or give another file") from error
-    finally:
-        if regular:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
 
 
 def print_uploaded(repository: str | None) -> None:

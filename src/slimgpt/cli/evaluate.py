@@ -46,6 +46,7 @@ TasksHelp = (
 @handle_errors
 def evaluate(
     model: ModelArgument,
+    *,
     text: Annotated[str | None, typer.Option(help="A text file, wikitext2, ptb, c4, or 'demo'.")] = None,
     window: Annotated[int, typer.Option(help="Tokens per window; papers use 128 or 2048.")] = 128,
     against: Annotated[

@@ -37,6 +37,7 @@ JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help=
 def export(
     slim: SlimArgument,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write, or the .gguf file.")],
+    *,
     to: Annotated[str, typer.Option(help="gguf, hf-uniform, padded, nemotron-nas, onnx or openvino.")],
     quantize: Annotated[
         str | None,
@@ -76,6 +77,7 @@ def export(
 @handle_errors
 def verify(
     exported: Annotated[Path, typer.Argument(metavar="EXPORT", help="An exported folder or .gguf file.")],
+    *,
     against: Annotated[
         Path | None,
         typer.Option(

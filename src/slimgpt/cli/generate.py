@@ -28,6 +28,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")]
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt; - reads standard input.")],
+    *,
     max_new_tokens: NewTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -56,6 +57,7 @@ def generate(
 @handle_errors
 def chat(
     model: ModelArgument,
+    *,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.")] = None,
     max_new_tokens: NewTokens = 512,
     temperature: Temperature = 0.0,

@@ -75,6 +75,7 @@ WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed t
 def prune(
     model: ModelArgument,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    *,
     engines: Annotated[
         str | None, typer.Option("--for", help="Engines to serve it in: hf, vllm, llama.cpp, sglang, mlx, onnx.")
     ] = None,

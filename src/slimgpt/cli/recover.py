@@ -51,6 +51,7 @@ Several GPUs: torchrun --nproc-per-node 8 -m slimgpt recover slim OUT --data my.
 def recover(
     slim: Annotated[Path, typer.Argument(metavar="SLIM", help="The folder that `slimgpt prune` wrote.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    *,
     data: Annotated[
         list[str],
         typer.Option(

@@ -19,6 +19,7 @@ DEFAULT_OUT = Path("slimgpt-reproduced")
 @handle_errors
 def reproduce(
     recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of one in recipes/, such as llama-7b.")],
+    *,
     output: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder of tables and finished rows.")
     ] = DEFAULT_OUT,

@@ -52,6 +52,7 @@ slimgpt scan MODEL --calibration my.jsonl --max-kl 0.15 --num-samples 64 --seq-l
 @setting_options(PruneConfig, "scan", before={"device": "num_samples seq_len seed", "memory": ""})
 def scan(
     model: ModelArgument,
+    *,
     points: Annotated[
         str | None,
         typer.Option(

@@ -26,6 +26,7 @@ RoundsOption = Annotated[int, typer.Option(help="Timed rounds; the median is rep
 @handle_errors
 def speed(
     model: ModelArgument,
+    *,
     against: Annotated[str | None, typer.Option(metavar="BASE", help="Time BASE as well, in turn with MODEL.")] = None,
     batch: BatchOption = "1",
     prompt: PromptOption = 512,

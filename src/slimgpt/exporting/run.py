@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig
 
 from slimgpt.checkpoint.card import EXPORTS
 from slimgpt.checkpoint.hub import check_repository
-from slimgpt.checkpoint.kept_files import write_text
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ExportError, OutputError, PlanError
 from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, openvino, padded
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
+from slimgpt.io.atomic import write_text
 from slimgpt.io.folders import check_name, check_output, check_writable, new_folder, output_lock
 from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from slimgpt.checkpoint.journal import JOURNAL_FILE, unfinished_folder, write_text
+from slimgpt.checkpoint.journal import JOURNAL_FILE, unfinished_folder
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
 from slimgpt.errors import OutputError, PlanError, UsageError
 from slimgpt.evaluation.layer_times import OnTimed, measure_table
 from slimgpt.evaluation.reached_speed import reached_speed
+from slimgpt.io.atomic import write_text
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.planning.alignment import preferred_step
 from slimgpt.planning.plan import Plan

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt.checkpoint.kept_files import reading, write_text
+from slimgpt.checkpoint.kept_files import reading
 from slimgpt.errors import NumericalError, OutputError
+from slimgpt.io.atomic import write_text
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
 from slimgpt.recovery.dataset import Example, collate

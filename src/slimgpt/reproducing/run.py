@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from slimgpt.checkpoint.kept_files import write_text
 from slimgpt.config import make_config
 from slimgpt.errors import OutputError, UsageError
+from slimgpt.io.atomic import write_text
 from slimgpt.models.loading import load_config
 from slimgpt.models.source import locate
 from slimgpt.pipeline.to_folder import prune_folder

@@ -1,0 +1,34 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def publish(draft: Path, file: Path) -> None:
+    """Give a file its name once its bytes are on the disk."""
+    with draft.open("rb") as handle:
+        os.fsync(handle.fileno())
+    draft.replace(file)
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file; one that is there stays until the new one is whole.
+
+    Raises:
+        OSError: the disk is full, or the folder may not be written to.
+    """
+    draft = file.with_name(file.name + ".tmp")
+    try:
+        draft.write_bytes(content)
+        publish(draft, file)
+    finally:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """:func:`write_bytes` of a text, as UTF-8."""
+    write_bytes(file, text.encode())
