@@ -114,6 +114,8 @@ def test_damaged_json_is_refused(name, content, message, folder):
         '{"weight_map": []}',
         '{"weight_map": {"a": 1}}',
         '{"weight_map": {"a": "b"}}',
+        json.dumps({"metadata": {}, "weight_map": {"a": "x" * 300}}),
+        json.dumps({"metadata": {}, "weight_map": {"a": "x/" * 3000}}),
     ],
 )
 def test_an_index_that_names_no_files_is_refused(content, folder):

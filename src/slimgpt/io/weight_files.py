@@ -53,7 +53,13 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise ModelError(f"{index} names {name}, which lies outside the folder; only files inside it are read")
-        if not (folder / name).is_file():
+        try:
+            is_file = (folder / name).is_file()
+        except (OSError, ValueError) as error:  # a name that is too long, or that no file can have
+            raise ModelError(
+                f"{index} names {name:.60}..., and no file can be called so: {error.__class__.__name__}; fetch it again"
+            ) from error
+        if not is_file:
             raise ModelError(f"{folder} lacks {name}, which its index names; fetch it, or delete the index")
     return [folder / name for name in names]
 
