@@ -5,7 +5,8 @@
     SlimGPTError
     ├── UsageError (also a ValueError)    an argument outside what is allowed
     │   ├── PlanError                     no widths can meet the ratio asked for
-    │   └── CalibrationError              text that is missing, unreadable or too short
+    │   ├── CalibrationError              text that is missing, unreadable or too short
+    │   └── ChatTemplateError             messages that a chat template refuses
     ├── ModelError                        a model that is unknown, corrupt or refused
     │   └── UnsupportedFamilyError        a model whose layers are not described in the table
     ├── OutputError                       a folder that exists, a disk that is full

@@ -32,7 +32,7 @@ from slimgpt.errors import (
     UsageError,
     VerificationError,
 )
-from slimgpt.io.atomic import write_bytes
+from slimgpt.io.atomic import write_file
 
 LONGEST_PATH = 200
 """Characters of a path in a message, where the path itself is what is wrong."""
@@ -242,7 +242,7 @@ def check_json(file: Path | None, overwrite: bool, option: str = "--json") -> No
 
 
 def write_json(file: Path | None, values: Any) -> None:
-    """Write results, if a file was asked for; see :func:`write_file`."""
+    """Write results, if a file was asked for; see :func:`slimgpt.io.atomic.write_file`."""
     if file is not None:
         write_file(file, json.dumps(values, indent=1) + "\n")
 
@@ -259,23 +259,6 @@ def check_folder(folder: Path) -> None:
     from slimgpt.io.folders import check_writable  # imports safetensors
 
     check_writable(place)
-
-
-def write_file(file: Path, content: str | bytes) -> None:
-    """Write a file that appears whole or not at all.
-
-    Args:
-        content: bytes, or text that is written as UTF-8.
-
-    Raises:
-        OutputError: the disk is full, or the folder may not be written to.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    device = file.exists() and not file.is_file()  # such as /dev/stdout, which nothing can replace
-    try:
-        (Path.write_bytes if device else write_bytes)(file, data)
-    except OSError as error:
-        raise OutputError(f"writing {file} failed: {error}; free some space, or give another file") from error
 
 
 def print_uploaded(repository: str | None) -> None:

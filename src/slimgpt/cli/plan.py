@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slimgpt.cli.console import app, check_json, err, handle_errors, out, show, silence_libraries, write_file
+from slimgpt.cli.console import app, check_json, err, handle_errors, out, show, silence_libraries
 from slimgpt.cli.options import ModelArgument, TrustOption, setting_options
 from slimgpt.cli.progress import duration
 from slimgpt.cli.prune import for_engines
 from slimgpt.config import PruneConfig
 from slimgpt.errors import PlanError
+from slimgpt.io.atomic import write_file
 
 if TYPE_CHECKING:
     from slimgpt.pipeline.estimate import Estimate

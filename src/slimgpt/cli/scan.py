@@ -17,7 +17,6 @@ from slimgpt.cli.console import (
     out,
     show,
     silence_libraries,
-    write_file,
     write_json,
 )
 from slimgpt.cli.options import DeviceOption, DtypeOption, ModelArgument, TrustOption, help_panels, setting_options
@@ -25,6 +24,7 @@ from slimgpt.cli.progress import phase_progress
 from slimgpt.cli.prune import for_engines
 from slimgpt.config import PruneConfig
 from slimgpt.errors import OutputError, UsageError
+from slimgpt.io.atomic import write_file
 
 if TYPE_CHECKING:
     from slimgpt.scanning.report import ScanReport

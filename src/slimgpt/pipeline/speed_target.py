@@ -13,10 +13,10 @@ import torch
 from slimgpt.checkpoint.journal import JOURNAL_FILE, unfinished_folder
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.config import PruneConfig
-from slimgpt.errors import OutputError, PlanError, UsageError
+from slimgpt.errors import PlanError, UsageError
 from slimgpt.evaluation.layer_times import OnTimed, measure_table
 from slimgpt.evaluation.reached_speed import reached_speed
-from slimgpt.io.atomic import write_text
+from slimgpt.io.atomic import write_file
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.planning.alignment import preferred_step
 from slimgpt.planning.plan import Plan
@@ -109,10 +109,7 @@ def _table(
         on_timed=on_timed,
     )
     if file is not None:
-        try:
-            write_text(file, json.dumps(table.to_json(), indent=1) + "\n")
-        except OSError as error:
-            raise OutputError(f"writing {file} failed: {error}; free some space, or give another file") from error
+        write_file(file, json.dumps(table.to_json(), indent=1) + "\n")
     return table
 
 

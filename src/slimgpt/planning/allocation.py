@@ -19,7 +19,7 @@ from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import LayerShape, ModelShape, measurable
 from slimgpt.planning.budget import Budget, adjust_to_target, parameters_of, removed_by
 from slimgpt.planning.ffn import FIELDS, free_units, nearest, step_of_unit, tied_to, widths_of
-from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_parameters, with_heads
+from slimgpt.planning.plan import TOLERANCE, Plan, head_units, plan_of_widths, removed_from_all, with_heads
 from slimgpt.runtime.setting_relations import given_whole_experts
 
 MAX_FFN_REMOVED, MIN_FFN_REMOVED = 0.75, 0.02
@@ -123,7 +123,7 @@ def trial_plan(plan: Plan, shape: ModelShape, heads: bool = True) -> Plan:
         units = head_units(layer.sizes, plan.head_unit)
         keep = max(units - max(int(share * units), 1), min(units, 1)) if heads else head_units(sizes, plan.head_unit)
         layers.append(with_heads(layer, plan.head_unit, keep, {}))
-    left = target - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
+    left = target - removed_from_all(shape, layers)
     wide = sum(layer.unit_parameters[u] * layer.sizes[FIELDS[u]] for layer in shape.layers for u in free_units(layer))
     narrowed = min(max(left / max(wide, 1), MIN_FFN_REMOVED), MAX_FFN_REMOVED)
     for index, layer in enumerate(shape.layers):

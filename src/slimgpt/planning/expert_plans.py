@@ -15,7 +15,7 @@ from slimgpt.planning.alignment import EQUAL_TOLERANCE
 from slimgpt.planning.allocation import MAX_FFN_REMOVED
 from slimgpt.planning.budget import ParameterBudget, adjust_to_target
 from slimgpt.planning.ffn import nearest, step_of, tied_to, widths_of
-from slimgpt.planning.plan import TOLERANCE, Plan, plan_of_widths, removed_parameters
+from slimgpt.planning.plan import TOLERANCE, Plan, plan_of_widths, removed_from_all, removed_parameters
 from slimgpt.runtime.setting_checks import AUTO
 
 
@@ -44,7 +44,7 @@ def with_whole_experts(
     layers = [_base(layer, sizes, config, routed_only) for layer, sizes in zip(shape.layers, plan.layers, strict=True)]
     sparse = [index for index, layer in enumerate(shape.layers) if _routed_units(layer)]
     target = plan.parameters_before - plan.parameters
-    gone = _experts_gone(shape, sparse, share * (target - _removed(shape, layers))) if sparse else 0
+    gone = _experts_gone(shape, sparse, share * (target - removed_from_all(shape, layers))) if sparse else 0
     if gone <= 0:
         return None
     for index in sparse:
@@ -57,7 +57,7 @@ def with_whole_experts(
     # So that widths that stay as they are count as multiples of the step, too.
     step = math.gcd(plan.round_to, *(shape.layers[index].sizes[CHANNELS] for index in sparse))
     each = sum(count * shape.layers[index].channel_parameters(layers[index]) for index, count in lost.items())
-    factor = (target - _removed(shape, layers)) / each
+    factor = (target - removed_from_all(shape, layers)) / each
     for index, count in lost.items():
         layer = shape.layers[index]
         width = nearest(widths_of(layer.sizes[CHANNELS], step_of(layer, step)), layer.sizes[CHANNELS] - factor * count)
@@ -94,10 +94,6 @@ def _experts_gone(shape: ModelShape, sparse: list[int], loss: float) -> int:
     step = math.lcm(*(bound.groups for _, bound in bounds))
     most = min(experts - bound.least for experts, bound in bounds)
     return min(int(loss / sum(layer.unit_parameters["expert"] for layer in layers)), most) // step * step
-
-
-def _removed(shape: ModelShape, layers: list[dict[str, int]]) -> int:
-    return sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
 
 
 def _equal(

@@ -6,7 +6,7 @@ from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.ffn import step_of, tied_to
-from slimgpt.planning.plan import head_units, removed_parameters, with_heads
+from slimgpt.planning.plan import head_units, removed_from_all, with_heads
 
 
 def within_limit(
@@ -27,7 +27,7 @@ def within_limit(
     layers = [dict(layer) for layer in layers]
 
     def parameters() -> int:
-        return shape.parameters - sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
+        return shape.parameters - removed_from_all(shape, layers)
 
     with_ffn = [index for index, layer in enumerate(shape.layers) if layer.has_ffn]
     if not with_ffn:

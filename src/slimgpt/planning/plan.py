@@ -124,6 +124,11 @@ def head_units(sizes: dict[str, int], head_unit: str) -> int:
     return sizes[HEADS] // sizes[KV_HEADS]
 
 
+def removed_from_all(shape: ModelShape, layers: Sequence[dict[str, int]]) -> int:
+    """The parameters that all layers lose when they get these widths."""
+    return sum(removed_parameters(layer, sizes) for layer, sizes in zip(shape.layers, layers))
+
+
 def removed_parameters(layer: LayerShape, sizes: dict[str, int]) -> int:
     """The parameters that a layer loses when it gets these widths."""
     lost = {field: layer.sizes[field] - sizes[field] for field in sizes}

@@ -22,6 +22,7 @@ from slimgpt.models.modeling_slim import skip_attention
 from slimgpt.models.slicing import State, output_matrix, slice_state, unit_rows
 from slimgpt.pruning.report import ExpertsReport, PrunedLayer
 from slimgpt.runtime.activation_store import ActivationStore, mapped
+from slimgpt.runtime.devices import synchronized_time
 from slimgpt.runtime.memory import FILE, RECOMPUTE, malloc_trim
 from slimgpt.solver import CRITERIA, Gram, damp, reconstruct, relative_error
 
@@ -156,9 +157,7 @@ class LayerPruner:
         """Add the seconds of a block to a part, with the device synchronised."""
         start = time.perf_counter()
         yield
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
-        self.seconds[part] += time.perf_counter() - start
+        self.seconds[part] += synchronized_time(self.run.device) - start
 
     def to_compute(self, tensor: Tensor) -> Tensor:
         """A tensor on the device and in the dtype of the forward passes."""

@@ -69,6 +69,13 @@ def _cpu_seconds(dtype: torch.dtype) -> float:
     return matmul_seconds(512, 1024, torch.device("cpu"), dtype, repeats=4)
 
 
+def synchronized_time(device: torch.device) -> float:
+    """``time.perf_counter`` once a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def matmul_seconds(rows: int, size: int, device: torch.device, dtype: torch.dtype, repeats: int = 3) -> float:
     """Seconds of the fastest of a few products ``(rows, size) x (size, size)``."""
     a = torch.ones(rows, size, device=device, dtype=dtype)
@@ -77,7 +84,5 @@ def matmul_seconds(rows: int, size: int, device: torch.device, dtype: torch.dtyp
     for _ in range(repeats):
         start = time.perf_counter()
         torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(synchronized_time(device) - start)
     return min(seconds)
