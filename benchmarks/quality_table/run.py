@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,19 @@ import torch
 from baselines import METHODS
 from baselines.units import Job, decoder_parameters, quiet
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import slimgpt
 from quality_table.models import bring, run_in
 from quality_table.rows import DENSE, Result, Row, Store
-from quality_table.texts import SOURCES, Texts, self_written, sha256
+from quality_table.texts import CHAT, CHAT_ANSWERS, CHAT_TOKENS, SOURCES, Texts, self_written, sha256
 from slimgpt.calibration import digest
 from slimgpt.errors import CalibrationError
 from slimgpt.evaluation import perplexity
 from slimgpt.evaluation.tasks import answers, evaluate_tasks
 from slimgpt.models.lookup import layer_sizes
+from slimgpt.recovery.dataset import IGNORED, Example, collate
 from slimgpt.runtime.devices import as_device
 from slimgpt.runtime.versions import versions
 
@@ -52,6 +55,7 @@ class Settings:
         validation: measure on the validation texts.
         tasks: examples of each zero-shot task; 0 leaves them out.
         paths: where models are that have no place of their own.
+        texts: what perplexity is measured on, with windows; ``None``: :data:`TEXTS`.
     """
 
     source: str = "c4"
@@ -64,6 +68,7 @@ class Settings:
     validation: bool = False
     tasks: int = 0
     paths: dict[str, str] = field(default_factory=dict)
+    texts: tuple[tuple[str, int], ...] | None = None
 
 
 DTYPES = ("float32", "bfloat16")
@@ -108,7 +113,11 @@ class Bench:
         """What is measured, and the settings each depends on."""
         suffix = VALIDATION if self.settings.validation else ""
         wanted: dict[str, dict[str, Any]] = {}
-        for name, window in TEXTS:
+        for name, window in self.settings.texts or TEXTS:
+            if name == CHAT:
+                digest = _file_sha256(self.texts.file("alpaca"))
+                wanted[CHAT] = {"answers": CHAT_ANSWERS, "max_length": CHAT_TOKENS, "text_sha256": digest}
+                continue
             text = self.texts.held_out(name, self.settings.validation)
             wanted[f"{name}{suffix}@{window}"] = {
                 "window": window,
@@ -221,7 +230,15 @@ class Bench:
         key = (row.model, *wanted.values())
         if key not in self._windows:
             model, tokenizer = self._bring(row.model)
-            if wanted["source"] == "auto":
+            if wanted["source"] == "mix":
+                written = wanted["num_samples"] - wanted["num_samples"] // 3
+                parts = (("auto", written), ("speeches", wanted["num_samples"] - written))
+                changes = dict(row.changes)
+                rows = [
+                    replace(row, changes=tuple({**changes, "source": s, "num_samples": n}.items())) for s, n in parts
+                ]
+                self._windows[key] = torch.cat([self.windows(each) for each in rows])
+            elif wanted["source"] == "auto":
                 file = self.store.folder / f"windows-{'-'.join(map(str, key))}.safetensors"
                 del wanted["source"]
                 self._windows[key] = self_written(model, tokenizer, file, self.device, **wanted)
@@ -240,6 +257,8 @@ class Bench:
         if name == TASKS:
             detail = self._tasks(model, tokenizer, settings["limit"])
             value = detail.pop("mean")
+        elif name == CHAT:
+            value, detail = answer_perplexity(model, self.texts.answers(tokenizer)), {}
         else:
             text = self.texts.held_out(name.partition("@")[0].removesuffix(VALIDATION), self.settings.validation)
             measured = perplexity(
@@ -282,6 +301,19 @@ class Bench:
             self._model = None  # the one before leaves memory first
             self._model = (name, *bring(name, self.settings.paths.get(name)))
         return self._model[1], self._model[2]
+
+
+@torch.no_grad()
+def answer_perplexity(model: PreTrainedModel, answers: Sequence[Example], batch: int = 8) -> float:
+    """Perplexity of the tokens to be predicted; shorter conversations are padded behind their end."""
+    total, count = 0.0, 0
+    for first in range(0, len(answers), batch):
+        rows = collate(answers[first : first + batch], 0)
+        labels = rows.pop("labels")[:, 1:].to(model.device)
+        logits = model(**{name: ids.to(model.device) for name, ids in rows.items()}, use_cache=False).logits[:, :-1]
+        total += float(cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum"))
+        count += int((labels != IGNORED).sum())
+    return math.exp(total / count)
 
 
 @cache

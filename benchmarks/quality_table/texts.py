@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimgpt.assets import demo_documents
 from slimgpt.calibration import Document, cut_windows, read_documents, shuffled
 from slimgpt.calibration.self_calibration import write_calibration
 from slimgpt.errors import CalibrationError
 from slimgpt.models.eval_mode import in_eval_mode
+from slimgpt.recovery.dataset import Example, encode
 
 FILES = {
     "c4": "c4/c4_train_shard0_first1000.jsonl",
@@ -30,8 +32,14 @@ FILES = {
     "wikitext2-train": "wikitext2/wiki.train.raw.first1MB.txt",
     "wikitext2-test": "wikitext2/wiki.test.raw",
 }
-SOURCES = ("c4", "alpaca", "wikitext2", "auto")
-"""What can be calibrated on; ``auto`` is text that the dense model writes."""
+SOURCES = ("c4", "alpaca", "wikitext2", "speeches", "auto", "mix")
+"""What can be calibrated on; ``auto`` is text that the dense model writes, ``mix`` that and a third of speeches."""
+
+CHAT = "chat"
+"""Not a text but answers in the model's chat template: those of the last rows of Alpaca."""
+
+CHAT_ANSWERS, CHAT_TOKENS = 160, 512
+"""Answers that are measured on, and tokens of a conversation at most; longer ones are left out."""
 
 C4_CALIBRATION, C4_VALIDATION = 700, 100
 """Shares of the 1,000 documents; what is left is the test share."""
@@ -70,13 +78,15 @@ class Texts:
         if source == "wikitext2":
             text = self._wikitext_train()
             return _articles(text[: _line_end(text, WIKITEXT_CALIBRATION)])
+        if source == "speeches":
+            return list(demo_documents()[0])
         if source == "alpaca":
             rows = json.loads(self.file("alpaca").read_text(encoding="utf-8"))
             return ["\n\n".join(part for part in (r["instruction"], r["input"], r["output"]) if part) for r in rows]
         raise CalibrationError(f"calibration source '{source}' is no text; choose {', '.join(SOURCES)}")
 
     def held_out(self, name: str, validation: bool) -> str:
-        """The text that perplexity is measured on: ``wikitext2`` or ``c4``.
+        """The text that perplexity is measured on: ``wikitext2``, ``c4`` or ``speeches``.
 
         Args:
             validation: the text for choosing settings, rather than the one of the final table.
@@ -85,10 +95,29 @@ class Texts:
             first = C4_CALIBRATION + (0 if validation else C4_VALIDATION)
             chosen = self._c4()[first : C4_CALIBRATION + C4_VALIDATION if validation else None]
             return "\n\n".join(str(document) for document in chosen)
+        if name == "speeches":
+            return "\n\n".join(demo_documents()[1])
         if not validation:
             return _read(self.file("wikitext2-test"))
         text = self._wikitext_train()
         return text[_line_end(text, WIKITEXT_CALIBRATION) :]
+
+    def answers(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """Answers of Alpaca in the model's chat template, with the tokens to be predicted; see :data:`CHAT_ANSWERS`.
+
+        Raises:
+            CalibrationError: no such file, or a template that refuses them.
+        """
+        examples: list[Example] = []
+        for row in reversed(json.loads(self.file("alpaca").read_text(encoding="utf-8"))):
+            question = "\n\n".join(part for part in (row["instruction"], row["input"]) if part)
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+            example = Example(*map(torch.tensor, encode(tokenizer, turns)))
+            if example.predicted and len(example.ids) <= CHAT_TOKENS:
+                examples.append(example)
+            if len(examples) == CHAT_ANSWERS:
+                break
+        return examples
 
     def windows(
         self, tokenizer: PreTrainedTokenizerBase, source: str, num_samples: int, seq_len: int, seed: int

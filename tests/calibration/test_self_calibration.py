@@ -20,17 +20,19 @@ from slimgpt.calibration.batch_generation import (
     generate_documents,
     parameters_moved,
 )
-from slimgpt.calibration.generation_limits import check_fits, writing_dtype
+from slimgpt.calibration.generation_limits import fits_whole, writing_dtype
 from slimgpt.calibration.openings import OPENINGS, OTHER_LANGUAGES
 from slimgpt.calibration.repetition import SeenText, before_the_loop, repeated_share
 from slimgpt.calibration.self_calibration import Writer, pack, write_calibration
-from slimgpt.calibration.starts import Starts, passages, separator
+from slimgpt.calibration.starts import Starts, passages, requests, separator
 from slimgpt.calibration.template_tokens import turn_tokens
 from slimgpt.calibration.windows import digest
 from slimgpt.errors import CalibrationError, NumericalError, ResumeError
+from slimgpt.layerwise.on_demand import on_demand
+from slimgpt.models.build import decoder_layers
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.sampling import draw
-from slimgpt.pipeline import self_written
+from slimgpt.pipeline import prepare, self_written
 from slimgpt.runtime.distributed import ALONE
 from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import tiny_model
@@ -236,6 +238,8 @@ def test_half_is_chat_where_there_is_a_template(chatting, tokenizer):
 def test_openings_are_apart():
     texts = [text for group in (*OPENINGS.values(), *OTHER_LANGUAGES.values()) for text in group]
     assert len(texts) == len(set(texts)) > 100
+    assert len(requests()) == len(set(requests())) > 100
+    assert all(1 < len(request.split()) < 16 for request in requests())
     assert len(passages()) == len(set(passages())) > 100
     assert all(20 <= len(passage.split()) <= 60 or "\n" in passage for passage in passages())
 
@@ -249,6 +253,12 @@ def test_an_opening_comes_again_only_when_all_have_come(chatting):
     assert len(set(drawn)) == len(drawn) > len(passages()) // 2
     assert starts(0, 40)[20:] != starts(20, 20)  # another draw of languages, the same order of passages
     assert len({start.tokens for start in starts(0, 2000)}) > 200
+    turns = TurnTokens((1,), (2,), (3,))
+    chats = [
+        start.tokens for start in Starts(chatting, [], turns, 200, 0)(0, 2 * len(requests())) if start.kind == "chat"
+    ]
+    asked = [tokens for tokens in chats if tokens != (1,)]
+    assert len(set(asked)) == len(asked) > len(chats) // 2
 
 
 def test_texts_begin_where_pretraining_divides_documents(chatting, tokenizer):
@@ -344,10 +354,36 @@ def test_a_model_that_only_repeats_itself_is_refused(tokenizer):
         written(model, tokenizer)
 
 
-def test_a_model_that_does_not_fit_is_refused_with_the_fix():
-    with pytest.raises(CalibrationError, match=r"whole in memory, about 1[.\d]* GB.*--calibration FILE.*--memory"):
-        check_fits(10**9, 1, CPU, 10**8, "big")
-    check_fits(1000, 4, CPU, None, "small")
+def test_a_model_that_does_not_fit_is_told_of_with_the_fix():
+    with pytest.warns(
+        UserWarning, match=r"needs about 1[.\d]* GB on cpu .* layer by layer.*--calibration FILE.*--memory"
+    ):
+        assert not fits_whole(10**9, 1, CPU, 10**8, "big")
+    assert fits_whole(1000, 4, CPU, None, "small")
+
+
+@pytest.mark.parametrize("resident", [10**12, 0], ids=["layers stay", "no layer stays"])
+def test_layer_by_layer_the_same_is_written_as_in_one_piece(tokenizer, resident):
+    model = tiny_model("llama").eval()
+    layers, loaded = list(decoder_layers(model)), []
+
+    def load(index):
+        loaded.append(index)
+        return layers[index]
+
+    plain = written(model, tokenizer)
+    assert torch.equal(written(model, tokenizer, placed=on_demand(load, resident)).windows, plain.windows)
+    assert list(decoder_layers(model)) == layers
+    assert (len(loaded) > 5 * len(layers)) == (resident == 0)
+
+
+def test_a_model_that_does_not_fit_is_pruned_on_text_of_its_own(dense_folder, tmp_path, monkeypatch):
+    plain = slimgpt.prune_folder(str(dense_folder), tmp_path / "plain", **OPTIONS)
+    monkeypatch.setattr(prepare, "fits_whole", lambda *_: False)
+    monkeypatch.setattr(self_written, "load_model", None)  # calling it would fail
+    streamed = slimgpt.prune_folder(str(dense_folder), tmp_path / "streamed", **OPTIONS)
+    assert streamed.calibration["sha256"] == plain.calibration["sha256"]
+    assert [layer.kept for layer in streamed.layers] == [layer.kept for layer in plain.layers]
 
 
 def test_the_type_asked_for_is_taken():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from transformers import PreTrainedModel
 
-from slimgpt.errors import CalibrationError
 from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.lookup import head_dim, layer_sizes, text_config
 from slimgpt.runtime.devices import DTYPES, matmul_seconds
@@ -29,25 +30,26 @@ def writing_dtype(setting: str, stored: torch.dtype, device: torch.device) -> to
     return torch.bfloat16 if seconds[torch.bfloat16] < MUCH_FASTER * seconds[torch.float32] else torch.float32
 
 
-def check_fits(parameters: int, itemsize: int, device: torch.device, budget: int | None, name: str) -> None:
-    """Refuse a model that is too large to write text in one piece.
+def fits_whole(parameters: int, itemsize: int, device: torch.device, budget: int | None, name: str) -> bool:
+    """Whether a model can write text in one piece; if not, a warning says so: every layer is then loaded to the device
+    for every token.
 
     Args:
         parameters: of the whole model.
         itemsize: bytes of each.
         budget: bytes that may be used on the device; ``None``: what is free.
-
-    Raises:
-        CalibrationError: with what it takes and what there is.
     """
     needed = int(parameters * itemsize * ROOM_FOR_CACHE)
     room = free_bytes(device) * USABLE_FRACTION if budget is None else budget - used_bytes(device)
-    if needed > room:
-        raise CalibrationError(
-            f"calibration 'auto' needs {name} whole in memory, about {needed / 1e9:.1f} GB on {device}, and "
-            f"{max(room, 0) / 1e9:.1f} GB may be used: give text with --calibration FILE or demo, which "
-            "needs one layer at a time, or raise --memory"
-        )
+    if needed <= room:
+        return True
+    warnings.warn(
+        f"{name} needs about {needed / 1e9:.1f} GB on {device} to write its calibration text in one piece, and "
+        f"{max(room, 0) / 1e9:.1f} GB may be used: it writes layer by layer, which loads the model once for every "
+        "token of a document; give text with --calibration FILE or demo, or raise --memory, to be faster",
+        stacklevel=3,
+    )
+    return False
 
 
 def sequences_together(

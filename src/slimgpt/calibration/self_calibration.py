@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -50,6 +51,10 @@ MAX_TRIALS = 4
 
 OnWritten = Callable[[int, int, float], None]
 """Called after every step of writing with its number, the number of all and the seconds it took."""
+
+
+Placed = Callable[[PreTrainedModel, torch.device, torch.dtype], AbstractContextManager[None]]
+"""Context manager in which a model runs on a device, in a type."""
 
 
 class Rounds(Protocol):
@@ -220,17 +225,19 @@ def write_calibration(
     rounds: Rounds | None = None,
     on_written: OnWritten | None = None,
     ranks: Ranks = ALONE,
+    placed: Placed = parameters_moved,
 ) -> SelfCalibration:
     """Calibration windows of text that the model writes; the model is as it was afterwards.
 
     Args:
         held_out: tokens that are written beside those of the windows, to evaluate on.
-        device: where the model is run, whole.
+        device: where the model is run.
         dtype: of its parameters meanwhile.
         budget: bytes that may be used on the device; ``None``: what is free.
         rounds: where finished rounds are kept; rounds that are there are not written again. Only the first process's
             are read and written.
         ranks: the processes that divide the documents of every round; the text is the same in all of them.
+        placed: brings the model to the device; by default whole.
 
     Raises:
         CalibrationError: what it writes is too short or repeats itself.
@@ -264,7 +271,7 @@ def write_calibration(
             rounds_left = max(-(-(needed - tokens) // int(mean * size)), 1)
             progress = partial(_report, on_written, number, rounds_left) if on_written and ranks.main else None
             together = min(sequences_together(model, writer.length, dtype, device, budget), size)
-            with parameters_moved(model, device, dtype):
+            with placed(model, device, dtype):
                 texts = writer.round(number, count, together, progress, ranks)
             kept, kinds = kept_documents(writer, texts, seen)
             values = {

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from slimgpt.layerwise.capture import patched_layers
-from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
-from slimgpt.layerwise.divergence import on_device
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for
+from slimgpt.layerwise.on_demand import layers_on_demand
 from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.kv_cache import preallocated
@@ -88,35 +86,21 @@ def generate_text(
     own = run.ranks.rows(count)
     prompts, uniforms = prompts[own], uniforms[own]
     held, count = count if run.ranks.main else len(prompts), len(prompts)
-    layers, kept = decoder_layers(model), dict[int, nn.Module]()
     dtype = run.dtype or next(model.get_input_embeddings().parameters()).dtype
     shape = (held, length, text_config(model.config).hidden_size)
     hidden = activation_store_for(run, torch.Size(shape).numel() * dtype.itemsize)
     ids, behind, passed = windows.new_empty(shape[:2]), hidden.make(0, shape, dtype), Tensor()
-    originals = list(layers)
-    used = used_bytes(run.device)
-    free = max(run.placement.budget - used, 0)
+    last = len(decoder_layers(model)) - 1
+    free = max(run.placement.budget - used_bytes(run.device), 0)
 
-    def run_layer_of(index: int, *args: Any, **kwargs: Any) -> Any:
+    def keep(index: int, states: Tensor) -> None:
         nonlocal passed
-        layer = kept.get(index)
-        if layer is None:
-            stand_in, layers[index] = layers[index], originals[index]  # what is taken comes from there, or is made so
-            layer = running_layer(load_layer(index), model.config, index, run)
-            layers[index] = stand_in
-            if used_bytes(run.device) < used + free // 3:
-                kept[index] = layer
-        returned = layer(*args, **kwargs)
-        passed = returned[0] if isinstance(returned, tuple) else returned
-        return returned
+        if index == last:
+            passed = states
 
-    numbers = {id(layer): index for index, layer in enumerate(originals)}
     together = _batch_size(model, length, free // 3, dtype)
     steps, done, caches = -(-count // together) * (length - prompt), 0, True
-    with (
-        on_device(model, run.device, run.dtype),
-        patched_layers(layers, lambda layer: partial(run_layer_of, numbers[id(layer)])),
-    ):
+    with layers_on_demand(model, load_layer, run, keep):
         for rows in (slice(first, min(first + together, count)) for first in range(0, count, together)):
             known: dict[str, Any] = {}
             fresh = text = prompts[rows].to(run.device)

@@ -25,6 +25,7 @@ from slimgpt.pipeline.callbacks import Callbacks, OnPhase
 from slimgpt.pipeline.in_memory import run_in_memory
 from slimgpt.pipeline.prepare import make_job, prepare
 from slimgpt.pipeline.self_written import with_self_written
+from slimgpt.pipeline.weights_source import DenseLayers
 from slimgpt.pruning.report import PruneReport, with_evaluation
 from slimgpt.runtime.distributed import Ranks
 
@@ -117,7 +118,9 @@ def run_demo(
     say(f"pruning {ratio:.0%} of the decoder layers on {num_samples} windows of {seq_len} tokens")
     tokens = tokens_to_distill(config, prepared.plan, prepared.windows)
     callbacks, ranks = callbacks or Callbacks(), Ranks()
-    job = with_self_written(prepared, make_job(prepared, ranks, tokens), model, ranks, None, callbacks.prepare_step)
+    job = with_self_written(
+        prepared, make_job(prepared, ranks, tokens), DenseLayers(model, None), ranks, None, callbacks.prepare_step
+    )
     report = run_in_memory(model, job, callbacks, prepared.budget)
     slim = model
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from slimgpt.calibration.batch_generation import parameters_moved
 from slimgpt.calibration.evaluation_text import evaluation_texts
-from slimgpt.calibration.generation_limits import check_fits, writing_dtype
+from slimgpt.calibration.generation_limits import fits_whole, writing_dtype
 from slimgpt.calibration.mixture import AUTO, read_calibration
 from slimgpt.calibration.self_calibration import write_calibration
 from slimgpt.calibration.windows import Calibration
@@ -17,6 +18,8 @@ from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.data import OnRehearsed
 from slimgpt.distillation.schedule import tokens_to_distill
 from slimgpt.distillation.trainer import OnDistilled
+from slimgpt.layerwise.on_demand import on_demand
+from slimgpt.models.build import decoder_layers
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import describe
@@ -135,8 +138,10 @@ def job_in_memory(
     stored = next(model.parameters()).dtype
     forward = choose_forward_dtype(config.forward_dtype, stored, target)
     check_context(model.config, "calibration windows (--seq-len)", mixture.windows.shape[1])
-    if mixture.self_written and next(model.parameters()).device.type != target.type:
-        check_fits(widths.parameters_before, stored.itemsize, target, budget, name)
+    placed = parameters_moved
+    moved = mixture.self_written and next(model.parameters()).device.type != target.type
+    if moved and not fits_whole(widths.parameters_before, stored.itemsize, target, budget, name):
+        placed = on_demand(decoder_layers(model).__getitem__, budget)
     text, info = mixture.complete(
         lambda count, held_out: in_eval_mode(write_calibration)(
             model,
@@ -149,6 +154,7 @@ def job_in_memory(
             dtype=writing_dtype(config.forward_dtype, stored, target),
             budget=budget,
             on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
+            placed=placed,
         )
     )
     return PruneJob(

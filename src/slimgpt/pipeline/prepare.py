@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from slimgpt.calibration.documents import local_files
 from slimgpt.calibration.evaluation_text import EvaluationText, evaluation_texts
-from slimgpt.calibration.generation_limits import check_fits
+from slimgpt.calibration.generation_limits import fits_whole
 from slimgpt.calibration.mixture import AUTO, CalibrationMixture, parse_mixture, read_calibration
 from slimgpt.calibration.windows import Calibration
 from slimgpt.checkpoint.saving import REPORT_FILE
@@ -49,6 +49,7 @@ class PruneRequest:
         evaluation: the texts that the result is compared with the dense model on; empty too where the model has yet to
             write some of the calibration text.
         speed: the target in speed, if there is one.
+        whole: whether the model can write text in one piece on the device.
     """
 
     source: Source
@@ -69,6 +70,7 @@ class PruneRequest:
     text: CalibrationMixture | None = None
     evaluation: dict[str, EvaluationText] = field(default_factory=dict)
     speed: SpeedTarget | None = None
+    whole: bool = True
 
     @property
     def stored(self) -> torch.dtype:
@@ -160,7 +162,7 @@ def prepare(
         prepared.evaluation = evaluation_texts(text.complete()[0], prepared.tokenizer, vocab_size)
     check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
     if text.self_written:
-        check_fits(plan.parameters_before, prepared.stored.itemsize, target, budget, source.name)
+        prepared.whole = fits_whole(plan.parameters_before, prepared.stored.itemsize, target, budget, source.name)
     tokens_to_distill(config, plan, prepared.windows)
     return prepared
 

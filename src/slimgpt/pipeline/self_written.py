@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
+from slimgpt.calibration.batch_generation import parameters_moved
 from slimgpt.calibration.evaluation_text import evaluation_texts
 from slimgpt.calibration.generation_limits import writing_dtype
 from slimgpt.calibration.self_calibration import Rounds, SelfCalibration, write_calibration
@@ -16,12 +15,14 @@ from slimgpt.calibration.starts import starts_digest
 from slimgpt.calibration.windows import digest
 from slimgpt.checkpoint.kept_files import read_values, write_values
 from slimgpt.distillation.data import OnRehearsed
+from slimgpt.layerwise.on_demand import on_demand
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.loading import load_model
 from slimgpt.models.lookup import text_config
 from slimgpt.pipeline.callbacks import WRITING
 from slimgpt.pipeline.prepare import PruneRequest
 from slimgpt.pipeline.stages import PruneJob
+from slimgpt.pipeline.weights_source import DenseLayers
 from slimgpt.pruning.report import described
 from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.memory import malloc_trim
@@ -70,7 +71,7 @@ def described_before(request: PruneRequest) -> dict[str, Any]:
 def with_self_written(
     request: PruneRequest,
     job: PruneJob,
-    model: PreTrainedModel | None,
+    source: DenseLayers,
     ranks: Ranks,
     rounds: Rounds | None = None,
     on_rehearsed: OnRehearsed | None = None,
@@ -78,7 +79,7 @@ def with_self_written(
     """The job with calibration text that the model writes, and what is evaluated on, where such was asked for.
 
     Args:
-        model: writes, if it is whole; ``None``: the model is loaded for it.
+        source: of the dense model, which is loaded whole for it where that fits.
         ranks: the processes of the run, which divide the documents.
         rounds: where the first process keeps finished rounds.
     """
@@ -87,11 +88,13 @@ def with_self_written(
         return job
 
     def write(count: int, held_out: int) -> SelfCalibration:
-        whole = model
-        if whole is None:
-            whole = load_model(request.source, request.model_config, request.dtype, "cpu", request.trust_remote_code)
+        model, placed = source.model, parameters_moved
+        if not request.whole:
+            placed = on_demand(source, request.budget)
+        elif source.streamed is not None:
+            model = load_model(request.source, request.model_config, request.dtype, "cpu", request.trust_remote_code)
         return in_eval_mode(write_calibration)(
-            whole,
+            model,
             request.tokenizer,
             count,
             request.config.seq_len,
@@ -103,6 +106,7 @@ def with_self_written(
             rounds=rounds,
             on_written=partial(on_rehearsed, WRITING) if on_rehearsed else None,
             ranks=ranks,
+            placed=placed,
         )
 
     complete, info = text.complete(write)

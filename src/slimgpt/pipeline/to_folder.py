@@ -74,9 +74,8 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
             while True:
                 try:
                     source = open_model(request)
-                    whole = source.model if source.streamed is None else None
                     rounds = KeptRounds(journal.folder / SELF_WRITTEN)
-                    job = with_self_written(request, job, whole, ranks, rounds, callbacks.prepare_step)
+                    job = with_self_written(request, job, source, ranks, rounds, callbacks.prepare_step)
                     readers = ranks if ranks.see(journal.scratch) else ranks.first(1)
                     sink = JournalSink(request, journal, source.model, ranks, readers)
                     return run_stages(job, source, sink, callbacks, ranks, budget, finished)

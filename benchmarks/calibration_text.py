@@ -1,0 +1,135 @@
+"""What the calibration text does: the table in benchmarks/results/calibration-text.md.
+
+    python benchmarks/calibration_text.py --data data --keep runs/text --out benchmarks/results/calibration-text
+    python benchmarks/calibration_text.py ... --ratios 0.2 --models smollm2 --sources c4,auto --num-samples 64
+
+Every model is pruned by the default on the same number of tokens of every source, and the increase of log-perplexity
+over the dense model is measured on held-out text of several kinds and on answers in the chat template. Finished rows
+are kept as those of `benchmarks/quality.py` are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from quality import chosen, work
+from quality_table.models import MODELS
+from quality_table.rows import DENSE, Result, Row, Store
+from quality_table.run import Bench, Settings
+from quality_table.texts import CHAT, SOURCES, Texts
+from rich.console import Console
+from rich.markdown import Markdown
+from transformers.utils import logging
+
+from slimgpt.errors import SlimGPTError
+
+TEXTS = (("wikitext2", 512), ("c4", 512), ("speeches", 512))
+PROSE = tuple(f"{name}@{window}" for name, window in TEXTS)
+
+console = Console()
+
+
+def rows_of(models: Sequence[str], ratios: Sequence[float], sources: Sequence[str], seeds: Sequence[int]) -> list[Row]:
+    """Dense models, and every source at every ratio and seed."""
+    rows = [Row(model, DENSE, 0.0) for model in models]
+    for model in models:
+        for ratio in ratios:
+            for source in sources:
+                for seed in seeds:
+                    rows.append(Row(model, "slimgpt", ratio, changes=(("source", source), ("seed", seed))))
+    return rows
+
+
+def increases(result: Result, dense: Result) -> dict[str, float]:
+    """Increase of log-perplexity over the dense model by text, and the mean of the prose."""
+    values = {
+        name: math.log(value / base)
+        for name in (*PROSE, CHAT)
+        if (value := result.value(name)) and (base := dense.value(name))
+    }
+    if all(name in values for name in PROSE):
+        values["mean"] = statistics.fmean(values[name] for name in PROSE)
+    return values
+
+
+def table(rows: Sequence[tuple[Row, Result]], models: Sequence[str]) -> Iterator[str]:
+    """Markdown: for every model the increases by ratio, source and seed; in brackets the multiple of C4's."""
+    columns = (*PROSE, "mean", CHAT)
+    for model in models:
+        dense = next(result for row, result in rows if row.model == model and row.method == DENSE)
+        yield f"## {MODELS[model].title}\n"
+        yield "| removed | calibrated on | seed | " + " | ".join(name.partition("@")[0] for name in columns) + " |"
+        yield "|" + "---|" * (3 + len(columns))
+        known = {
+            (row.ratio, *(value for _, value in row.changes)): increases(result, dense)
+            for row, result in rows
+            if row.model == model and row.method != DENSE and result.measures
+        }
+        for (ratio, source, seed), values in known.items():
+            beside = known.get((ratio, "c4", seed), {}) if source != "c4" else {}
+            cells = []
+            for name in columns:
+                cell = f"{values[name]:+.3f}" if name in values else ""
+                cells.append(cell + (f" ({values[name] / beside[name]:.2f})" if cell and name in beside else ""))
+            yield f"| {ratio:.0%} | {source} | {seed} | " + " | ".join(cells) + " |"
+        yield ""
+
+
+def main(
+    data: Annotated[Path, typer.Option(help="Folder of texts, as benchmarks/quality.py has it.")] = Path("data"),
+    keep: Annotated[Path, typer.Option(help="Folder of finished rows.")] = Path("runs/calibration-text"),
+    out: Annotated[Path | None, typer.Option(help="Write page and JSON there; without a suffix.")] = None,
+    models: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}.")] = "smollm2,smollm2-mha",
+    sources: Annotated[str, typer.Option(help=f"Of {', '.join(SOURCES)}.")] = "c4,speeches,auto,mix",
+    ratios: str = "0.2,0.33,0.5",
+    seeds: str = "0",
+    num_samples: int = 128,
+    seq_len: int = 512,
+    max_tokens: Annotated[int, typer.Option(help="Of each held-out text.")] = 16_384,
+) -> None:
+    """Measure what is missing, then show and write all that is known."""
+    logging.disable_progress_bar()
+    try:
+        wanted = chosen(models, MODELS, "model")
+        settings = Settings(num_samples=num_samples, seq_len=seq_len, max_tokens=max_tokens, texts=(*TEXTS, (CHAT, 0)))
+        bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings)
+        shares, numbers = [float(ratio) for ratio in ratios.split(",")], [int(seed) for seed in seeds.split(",")]
+        rows = rows_of(wanted, shares, chosen(sources, SOURCES, "source"), numbers)
+        todo = [row for row in rows if bench.missing(row)]
+    except SlimGPTError as error:
+        console.print(f"[red]{error}[/red]")
+        raise typer.Exit(2) from None
+    failed = work(bench, todo, {})
+    results = [(row, bench.result(row)) for row in rows]
+    lines = list(table(results, wanted))
+    console.print(Markdown("\n".join(lines)))
+    if out is not None:
+        page = [
+            "# Calibration text",
+            "",
+            f"Pruned by the default on {num_samples} x {seq_len} tokens. Increase of log-perplexity over the dense "
+            f"model at window 512, {max_tokens:,} tokens a text; *mean* is that of the three texts, *chat* are 160 "
+            "answers of Alpaca in the chat template. In brackets: the multiple of C4's at the same size and seed.",
+            "",
+            "Written by `benchmarks/calibration_text.py`.",
+            "",
+            *lines,
+        ]
+        out.with_suffix(".md").write_text("\n".join(page), encoding="utf-8")
+        known = [{"row": asdict(row), **asdict(result)} for row, result in results if result.measures]
+        out.with_suffix(".json").write_text(json.dumps({"rows": known}, indent=1) + "\n", encoding="utf-8")
+    for name, reason in failed.items():
+        console.print(f"[red]{name}: {reason}[/red]")
+    if failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
