@@ -93,13 +93,14 @@ def main(
     num_samples: int = 128,
     seq_len: int = 512,
     max_tokens: Annotated[int, typer.Option(help="Of each held-out text.")] = 16_384,
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the slim models beside the rows.")] = False,
 ) -> None:
     """Measure what is missing, then show and write all that is known."""
     logging.disable_progress_bar()
     try:
         wanted = chosen(models, MODELS, "model")
         settings = Settings(num_samples=num_samples, seq_len=seq_len, max_tokens=max_tokens, texts=(*TEXTS, (CHAT, 0)))
-        bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings)
+        bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings, keep_models=keep_models)
         shares, numbers = [float(ratio) for ratio in ratios.split(",")], [int(seed) for seed in seeds.split(",")]
         rows = rows_of(wanted, shares, chosen(sources, SOURCES, "source"), numbers)
         todo = [row for row in rows if bench.missing(row)]
