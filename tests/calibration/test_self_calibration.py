@@ -24,7 +24,7 @@ from slimgpt.calibration.generation_limits import fits_whole, writing_dtype
 from slimgpt.calibration.openings import OPENINGS, OTHER_LANGUAGES
 from slimgpt.calibration.repetition import SeenText, before_the_loop, repeated_share
 from slimgpt.calibration.self_calibration import Writer, pack, write_calibration
-from slimgpt.calibration.starts import Starts, passages, requests, separator
+from slimgpt.calibration.starts import Starts, passages, separator
 from slimgpt.calibration.template_tokens import turn_tokens
 from slimgpt.calibration.windows import digest
 from slimgpt.errors import CalibrationError, NumericalError, ResumeError
@@ -238,8 +238,6 @@ def test_half_is_chat_where_there_is_a_template(chatting, tokenizer):
 def test_openings_are_apart():
     texts = [text for group in (*OPENINGS.values(), *OTHER_LANGUAGES.values()) for text in group]
     assert len(texts) == len(set(texts)) > 100
-    assert len(requests()) == len(set(requests())) > 100
-    assert all(1 < len(request.split()) < 16 for request in requests())
     assert len(passages()) == len(set(passages())) > 100
     assert all(20 <= len(passage.split()) <= 60 or "\n" in passage for passage in passages())
 
@@ -253,12 +251,6 @@ def test_an_opening_comes_again_only_when_all_have_come(chatting):
     assert len(set(drawn)) == len(drawn) > len(passages()) // 2
     assert starts(0, 40)[20:] != starts(20, 20)  # another draw of languages, the same order of passages
     assert len({start.tokens for start in starts(0, 2000)}) > 200
-    turns = TurnTokens((1,), (2,), (3,))
-    chats = [
-        start.tokens for start in Starts(chatting, [], turns, 200, 0)(0, 2 * len(requests())) if start.kind == "chat"
-    ]
-    asked = [tokens for tokens in chats if tokens != (1,)]
-    assert len(set(asked)) == len(asked) > len(chats) // 2
 
 
 def test_texts_begin_where_pretraining_divides_documents(chatting, tokenizer):

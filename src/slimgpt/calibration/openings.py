@@ -147,3 +147,6 @@ OTHER_LANGUAGES: dict[str, tuple[str, ...]] = {
     "ko": ("이 도시는", "최근 몇 년 동안"),
 }
 """The same for other languages, by ISO 639-1 code."""
+
+QUESTIONS = ("Write", "How", "What", "Explain", "Why", "Can you", "Give me", "Summarize", "Translate", "I")
+"""Openings of a user's question; as many questions again begin with none."""

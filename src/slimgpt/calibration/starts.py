@@ -12,7 +12,7 @@ from importlib import resources
 from transformers import PreTrainedTokenizerBase
 
 from slimgpt.calibration.batch_generation import Start, TurnTokens
-from slimgpt.calibration.openings import OPENINGS, OTHER_LANGUAGES
+from slimgpt.calibration.openings import OPENINGS, OTHER_LANGUAGES, QUESTIONS
 
 CHAT_TEMPERATURES = (0.7, 0.8, 0.9, 1.0)
 """Of the conversations in turn."""
@@ -27,8 +27,7 @@ PASSAGES_OF_THREE = 2
 """Of three texts so many begin with a passage; the others with a few words."""
 
 NO_OPENING_SHARE = 1 / 4
-"""Share of a base model's texts that begin with nothing but the first token, and of conversations that begin with
-nothing but the open user's turn."""
+"""Share of a base model's texts that begin with nothing but the first token."""
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>")
 """Special tokens that stand between documents in pretraining, by the names they have. Chat models often have another
@@ -44,15 +43,6 @@ def passages() -> tuple[str, ...]:
     """
     text = resources.files("slimgpt.assets").joinpath("passages.txt").read_text(encoding="utf-8")
     return tuple(text.removesuffix("\n").split("\n%%\n"))
-
-
-@lru_cache(maxsize=1)
-def requests() -> tuple[str, ...]:
-    """Beginnings of what users ask for, a few words each, that break off; all were written for this package.
-
-    A small model on its own asks about the same few things.
-    """
-    return tuple(resources.files("slimgpt.assets").joinpath("requests.txt").read_text(encoding="utf-8").splitlines())
 
 
 def separator(tokenizer: PreTrainedTokenizerBase, vocabulary: int | None = None) -> int | None:
@@ -96,7 +86,6 @@ class Starts:
         chooser = random.Random(f"{seed} openings")
         self.passages = chooser.sample(passages(), len(passages()))
         few_words = [opening for domain in OPENINGS.values() for opening in domain]
-        self.requests = chooser.sample(requests(), len(requests()))
         self.few_words = chooser.sample(few_words, len(few_words))
 
     def __call__(self, first: int, count: int) -> list[Start]:
@@ -118,9 +107,8 @@ class Starts:
         if number % 2:
             return self._text(number // 2, chooser)
         assert self.turns is not None
-        chat = number // 2
-        opening = self.requests[chat % len(self.requests)] if chooser.random() >= NO_OPENING_SHARE else ""
-        temperature = CHAT_TEMPERATURES[chat % len(CHAT_TEMPERATURES)]
+        opening = chooser.choice(QUESTIONS) if chooser.random() < 0.5 else ""
+        temperature = CHAT_TEMPERATURES[number // 2 % len(CHAT_TEMPERATURES)]
         return Start("chat", (*self.turns.before, *self.ids(opening)), temperature)
 
     def _text(self, number: int, chooser: random.Random) -> Start:
@@ -137,5 +125,5 @@ class Starts:
 
 def starts_digest() -> str:
     """SHA-256 of all that beginnings are chosen from."""
-    texts = [passages(), requests(), OPENINGS, OTHER_LANGUAGES]
+    texts = [passages(), OPENINGS, OTHER_LANGUAGES, QUESTIONS]
     return hashlib.sha256(json.dumps([*texts, CHAT_TEMPERATURES, TEXT_TEMPERATURE]).encode()).hexdigest()
