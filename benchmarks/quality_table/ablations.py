@@ -6,13 +6,15 @@ from collections.abc import Iterator
 
 from quality_table.rows import DENSE, Row
 from quality_table.run import Settings
-from quality_table.texts import SOURCES
 from slimgpt.planning.schedules import RATIOS
 
 PARTS = ("paper-no-gcd", "paper-no-dgs")
 """Criteria without grouped Cholesky, and without dynamic group size."""
 
 NUM_SAMPLES = (32, 64, 128, 256, 512)
+SOURCES = ("c4", "alpaca", "wikitext2", "auto")
+"""Calibration texts; `benchmarks/calibration_text.py` compares more of them."""
+
 SEQ_LENS = (64, 128, 256, 512, 1024, 2048)
 
 
