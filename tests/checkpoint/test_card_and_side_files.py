@@ -37,7 +37,10 @@ def test_side_files_go_along_to_saved_and_exported_folders(tmp_path, tokenizer):
     report = slimgpt.prune(model, None, ratio=0.3, device="cpu", calibration=windows())
     slim = slimgpt.save(model, tokenizer, report, tmp_path / "slim")
     slimgpt.export(slim, tmp_path / "padded", "padded", check=False)
-    for folder in (slim, tmp_path / "padded"):
+    slimgpt.prune_folder(
+        str(dense), tmp_path / "streamed", ratio=0.3, device="cpu", calibration=windows(), distill="off", evaluate=False
+    )
+    for folder in (slim, tmp_path / "padded", tmp_path / "streamed"):
         assert all((folder / name).is_file() for name in FILES), folder
 
 

@@ -111,7 +111,7 @@ def test_a_template_that_refuses_or_does_not_end_is_one_line(chat_folder):
     )
 
 
-def test_a_template_inside_a_gguf_file_that_does_not_end_is_one_line(chat_folder, text_file, tmp_path):
+def test_a_template_inside_a_gguf_file_that_does_not_end_is_one_line(chat_folder, tmp_path):
     (chat_folder / "chat_template.jinja").write_text(ENDLESS)
     tiny_model("llama", mlp_bias=False, attention_bias=False).save_pretrained(chat_folder)
     file, out = tmp_path / "model.gguf", tmp_path / "out"

@@ -202,7 +202,10 @@ def test_a_template_that_is_not_there_is_refused(model, tokenizer, rows):
 def test_a_template_that_refuses_or_does_not_end_is_one_line(template, message, model, tokenizer, rows):
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = template
-    with other_thresholds(template_seconds=0.3), pytest.raises(SlimGPTError, match=f"a question of a task: .*{message}"):
+    with (
+        other_thresholds(template_seconds=0.3),
+        pytest.raises(SlimGPTError, match=f"a question of a task: .*{message}"),
+    ):
         evaluate_tasks(model, chatty, "gsm8k", limit=1, num_fewshot=0, data_dir=rows, chat_template=True)
 
 

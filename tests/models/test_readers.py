@@ -265,6 +265,12 @@ def test_a_head_of_its_own_is_counted_pruned_and_saved(folder, text_file, tmp_pa
         assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight), name
         with torch.no_grad():
             torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+    slimgpt.export(path, tmp_path / "exported", "hf-uniform", check=False)
+    equal(
+        state(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")),
+        state(AutoModelForCausalLM.from_pretrained(path)),
+        "exported",
+    )
 
 
 def slimgpt_model(path):
@@ -422,6 +428,23 @@ def test_files_beside_the_shards_are_not_the_model(folder):
         equal(tensors, expected, reader)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_single_file_beside_older_shards_is_the_model(family, folder, text_file, tmp_path):
+    path = folder(family, shards="40KB")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    save_file({name: tensor.clone() for name, tensor in model.named_parameters()}, path / WEIGHTS, {"format": "pt"})
+    assert len(list(path.glob("*.safetensors*"))) > 2
+    expected = state(AutoModelForCausalLM.from_pretrained(path))
+    assert torch.equal(expected[EMBEDDING], model.state_dict()[EMBEDDING])
+    for reader, tensors in all_readers(path):
+        equal(tensors, expected, reader)
+    equal(recovered(path, text_file, tmp_path), expected, "recover")
+    assert inspect(str(path)).bytes == (path / WEIGHTS).stat().st_size
+
+
 DROPPED = {
     "biases": (
         {"config": {"attention_bias": False}},
@@ -441,6 +464,23 @@ def test_tensors_that_the_config_does_not_know_are_refused(case, folder, text_fi
     with pytest.raises(ModelError, match=message):
         slimgpt.prune_folder(str(path), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
     assert not (tmp_path / "slim").exists()
+    with pytest.raises(ExportError, match=message):
+        open_folder(path)
+
+
+@pytest.mark.parametrize("shards", [None, "40KB"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma3_text", "phi3", "mixtral"])
+def test_layers_that_the_config_does_not_count_are_refused(family, shards, folder):
+    key = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    path = folder(family, shards=shards)
+    config = json.loads((path / "config.json").read_text())
+    kinds = {name: config[name][:-1] for name in ("layer_types",) if config.get(name)}
+    (path / "config.json").write_text(json.dumps({**config, **kinds, key: config[key] - 1}))
+    message = rf"the first is .*\.{config[key] - 1}\."
+    with pytest.raises(ModelError, match=message):
+        slimgpt.load(str(path))
+    with pytest.raises(ModelError, match=message):
+        streamed(path)
     with pytest.raises(ExportError, match=message):
         open_folder(path)
 

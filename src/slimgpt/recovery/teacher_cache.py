@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt.checkpoint.kept_files import check_file, compare_checksums, file_checksums, read_values, reading, write_values
+from slimgpt.checkpoint.kept_files import (
+    check_file,
+    compare_checksums,
+    file_checksums,
+    read_values,
+    reading,
+    write_values,
+)
 from slimgpt.errors import NumericalError, OutputError
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
