@@ -131,6 +131,27 @@ def test_a_template_inside_a_gguf_file_that_does_not_end_is_one_line(chat_folder
         assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "given", "message"),
+    [
+        (["generate", "FOLDER", "a\udcffb"], None, r"the prompt 'a\udcffb' is no text in UTF-8"),
+        (["chat", "FOLDER", "--system", "\udcff"], "hello\n", r"the prompt '\udcff' is no text in UTF-8"),
+        (["generate", "FOLDER", "-"], b"\xff the mill", "standard input is no text in UTF-8: invalid start byte"),
+        (["chat", "FOLDER"], b"\xff\n", "standard input is no text in UTF-8: invalid start byte at byte 1"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused(words, given, message, chat_folder):
+    result = run(*[chat_folder if word == "FOLDER" else word for word in words], "--max-new-tokens", 2, input=given)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+
+
+def test_an_answer_of_any_length_ends_with_the_context(dense_folder):
+    for temperature in (0, 1):
+        result = run("generate", dense_folder, "The mill", "--max-new-tokens", 10**9, "--temperature", temperature)
+        assert result.exit_code == 0, result.output
+
+
 def test_a_chat_needs_a_template(dense_folder):
     result = run("chat", dense_folder, input="Hello\n")
     assert result.exit_code == 2
