@@ -366,6 +366,17 @@ def test_an_adapter_that_keeps_head_and_embedding_tied_is_refused(adapter):
         slimgpt.load(str(path))
 
 
+def test_export_takes_no_adapter_and_no_gguf_file(folder, adapter, tmp_path):
+    """Neither is a folder of a whole model, so no other model can come of it."""
+    base = folder(**AS_GGUF["llama"])
+    path, _ = adapter(base, target_modules=["q_proj"])
+    slimgpt.export(base, tmp_path / "model.gguf", "gguf", quantize="F32", check=False)
+    for name in (path, tmp_path / "model.gguf"):
+        with pytest.raises(ExportError, match="is no model folder"):
+            slimgpt.export(name, tmp_path / "out", "hf-uniform")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_for_more_layers_or_other_modules(folder, adapter):
     base = folder()
     path, _ = adapter(base, model=tiny_model("llama", num_hidden_layers=LAYERS + 2), target_modules=["q_proj"])
