@@ -181,7 +181,7 @@ class TeacherCache:
             self._predict(teacher, [0], numbers)
 
     def _done(self, mark: Path, share: Sequence[int]) -> tuple[int, dict[str, int]]:
-        """How many examples of a share have their predictions, and the checksums of these by file.
+        """The number of examples of a share that have their predictions, and the checksums of these by file.
 
         Raises:
             ResumeError: they have changed.
