@@ -19,7 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import slimgpt
@@ -30,6 +30,7 @@ from slimgpt.models.loading import load_config
 from slimgpt.models.source import locate
 from slimgpt.recovery.dataset import collect
 from tests.models.families import tiny_model, windows
+from tests.models.remote_code import remote_folder
 
 FILES = (
     "config.json",
@@ -158,6 +159,40 @@ def test_changed_json_is_read_or_refused(file, slim_folder, tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try_all(folder)
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("model_type", ["baichuan", "internlm2"])
+def test_changed_json_is_converted_or_refused(model_type, file, tokenizer, tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    remote_folder(folder, tokenizer)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type}), encoding="utf-8")
+    if model_type == "internlm2":  # whose matrix has the same shape, without biases
+        tensors = load_file(folder / "model.safetensors")
+        renamed = {name.replace("self_attn.W_pack", "attention.wqkv"): tensor for name, tensor in tensors.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(
+            json.dumps(
+                {**config, "model_type": model_type, "bias": False, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+            )
+        )
+    text = (folder / file).read_text(encoding="utf-8")
+    assert command("convert", folder, out) == 0
+    shutil.rmtree(out)
+
+    @fuzz
+    @given(mutated(text))
+    def check(data):
+        (folder / file).write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = command("convert", folder, out)
+        assert code == 0 or not out.exists()
+        shutil.rmtree(out, ignore_errors=True)
 
     check()
 

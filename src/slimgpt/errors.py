@@ -118,3 +118,13 @@ def one_line(error: Exception) -> str:
             return f"{text} ..."
         text += f" {line}"
     return text
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that there is no memory left, of Python, of a GPU or of torch on the CPU, whose error has
+    no class of its own."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

@@ -276,6 +276,15 @@ def test_a_line_without_end_is_refused(name, message, tmp_path):
         list(read_documents(str(tmp_path / name)))
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_a_list_without_end_is_refused(name, tmp_path):
+    content = json.dumps([{"text": "the river"}] * 100).encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with other_thresholds(longest_list=1000), pytest.raises(CalibrationError, match=r"1,000 characters, and a list"):
+        list(read_documents(str(tmp_path / name)))
+    assert len(list(read_documents(str(tmp_path / name)))) == 100
+
+
 def test_of_a_long_row_only_the_start_is_tokenised(tokenizer):
     text = " ".join(SENTENCES) * 200
     read = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -37,7 +38,10 @@ def test_side_files_go_along_to_saved_and_exported_folders(tmp_path, tokenizer):
     report = slimgpt.prune(model, None, ratio=0.3, device="cpu", calibration=windows())
     slim = slimgpt.save(model, tokenizer, report, tmp_path / "slim")
     slimgpt.export(slim, tmp_path / "padded", "padded", check=False)
-    for folder in (slim, tmp_path / "padded"):
+    slimgpt.prune_folder(
+        str(dense), tmp_path / "streamed", ratio=0.3, device="cpu", calibration=windows(), distill="off", evaluate=False
+    )
+    for folder in (slim, tmp_path / "padded", tmp_path / "streamed"):
         assert all((folder / name).is_file() for name in FILES), folder
 
 
@@ -158,6 +162,27 @@ def test_evaluate_adds_its_figures_and_keeps_what_exports_left(slim, base, text_
     assert text_file.name in names
     done = CliRunner().invoke(app, ["evaluate", str(base), "--text", str(text_file), "--update-card"])
     assert (done.exit_code, "has no slimgpt.json" in " ".join(done.output.split())) == (2, True)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "pipe", "folder"])
+def test_a_card_that_cannot_be_read_is_said_before_the_work(kind, slim, text_file, tmp_path):
+    card = slim / "README.md"
+    card.unlink()
+    {"bytes": lambda: card.write_bytes(b"\xff"), "pipe": lambda: os.mkfifo(card), "folder": card.mkdir}[kind]()
+    words = ["evaluate", slim, "--text", text_file, "--window", 32, "--max-tokens", 64, "--device", "cpu"]
+    done = CliRunner().invoke(app, [str(word) for word in (*words, "--update-card")])
+    assert done.exit_code == 2
+    assert "perplexity" not in done.output
+    message = "must be text in UTF-8" if kind == "bytes" else "is no regular file"
+    assert message in " ".join(done.stderr.split())
+    report = slimgpt.export(slim, tmp_path / "padded", "padded", check=False)
+    assert any("does not name this export" in note and message in note for note in report.notes)
+
+
+def test_the_card_of_somebody_elses_model_stays(base, tmp_path):
+    slimgpt.export(base, tmp_path / "padded", "padded", check=False)
+    assert (base / "README.md").read_text() == BASE_CARD
+    assert "`padded` (padded" in (tmp_path / "padded" / "README.md").read_text()
 
 
 def test_figures_of_an_adapter_are_not_put_on_the_card_of_its_base(slim, base, text_file, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import slimgpt
 from slimgpt.checkpoint.convert import convert
-from slimgpt.errors import ModelError, OutputError
+from slimgpt.errors import ModelError, OutputError, SlimGPTError
 from slimgpt.io.weight_files import weight_files
 from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import windows
@@ -173,6 +174,42 @@ def test_what_is_no_llama_is_refused_before_anything_is_written(baichuan, tmp_pa
     with pytest.raises(ModelError, match=reason):
         convert(str(folder), tmp_path / "llama")
     assert not (tmp_path / "llama").exists()
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "reason"),
+    [
+        ("baichuan", {"rope_scaling": {"type": "linear", "factor": 4.0}}, "which Baichuan's own code does not read"),
+        ("baichuan", {"num_attention_heads": None}, "lacks 'num_attention_heads'"),
+        ("internlm2", {"rope_scaling": "linear"}, "rope_scaling is 'linear'; it must be an object"),
+        ("internlm2", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "scaled by 'yarn'"),
+        ("internlm2", {"num_key_value_heads": 4}, r"cannot be cut|must be|rows|divisible"),
+        ("internlm2", {"num_key_value_heads": 100}, r"cannot be cut|must be|rows|divisible"),
+        ("internlm2", {"hidden_act": "none"}, "none that can be built"),
+    ],
+)
+def test_a_config_that_says_something_else_than_the_files_is_refused(layout, changes, reason, request, tmp_path):
+    _, folder = request.getfixturevalue(layout)
+    change_config(folder, **changes)
+    with pytest.raises(SlimGPTError, match=reason):
+        convert(str(folder), tmp_path / "llama")
+    assert not (tmp_path / "llama").exists()
+
+
+def test_a_head_of_its_own_is_kept_where_the_config_ties_it(baichuan, tmp_path):
+    model, folder = baichuan
+    change_config(folder, tie_word_embeddings=True)
+    assert convert(str(folder), tmp_path / "llama").parameters == sum(p.numel() for p in model.parameters())
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
+    assert torch.equal(llama.lm_head.weight, model.lm_head.weight)
+    assert llama.config.tie_word_embeddings is False
+
+
+def test_code_that_is_no_file_is_not_read(baichuan, tmp_path):
+    _, folder = baichuan
+    os.mkfifo(folder / "modeling_pipe.py")
+    with pytest.raises(ModelError, match=r"modeling_pipe\.py is no regular file"):
+        convert(str(folder), tmp_path / "llama")
 
 
 def test_alibi_is_seen_in_the_code_which_is_read_and_not_run(baichuan, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +13,15 @@ from slimgpt.checkpoint.journal import Journal
 from slimgpt.checkpoint.kept_files import read_values, write_values
 from slimgpt.distillation.generate import GeneratedText
 from slimgpt.errors import ResumeError
+from slimgpt.models.architecture import CHANNELS
+from slimgpt.models.parameter_counts import describe
+from slimgpt.pipeline.journal_sink import PLAN_FILE, JournalSink
 from slimgpt.pipeline.self_written import KeptRounds
+from slimgpt.planning.plan import plan_of_widths
 from slimgpt.pruning.report import LayerReport, PrunedLayer
 from slimgpt.recovery.resume import Workspace
+from slimgpt.runtime.distributed import ALONE
+from tests.models.families import tiny_model
 
 
 def state(seed):
@@ -104,6 +111,37 @@ def test_a_changed_byte_is_refused_or_changes_nothing(name, journal):
     assert refused > 0.5 * len(places)
     file.write_bytes(whole)
     assert same(all_kept(journal), before)
+
+
+def test_widths_that_have_changed_are_refused(journal):
+    shape = describe(tiny_model("llama").config)
+    layers = [dict(layer.sizes) for layer in shape.layers]
+    schedule = plan_of_widths(shape, layers, "kv")
+    sink = JournalSink(
+        SimpleNamespace(plan=schedule, shape=shape, device="cpu"),
+        journal,
+        None,
+        ALONE,
+        ALONE,  # type: ignore[arg-type]
+    )
+    chosen = plan_of_widths(shape, [{**layer, CHANNELS: layer[CHANNELS] - 8} for layer in layers], "kv")
+    assert sink.measured_plan(lambda: (chosen, {"seconds": 1.0}))[0].layers == chosen.layers
+    assert sink.measured_plan(None)[0].layers == chosen.layers  # type: ignore[arg-type]  # from the file
+    file = journal.folder / PLAN_FILE
+    whole = file.read_text()
+    number = str(chosen.layers[0][CHANNELS])
+    for content in (whole.replace(number, str(int(number) - 1), 1), whole[: len(whole) // 2], "", "[]"):
+        file.write_text(content)
+        with pytest.raises(ResumeError, match=r"plan\.json is damaged .* start anew with --overwrite"):
+            sink.measured_plan(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 100_000, '{"settings": {"rat', "\x00"])
+def test_a_journal_that_was_cut_is_refused(content, journal):
+    (journal.folder / "journal.json").write_text(content)
+    with pytest.raises(ResumeError, match=r"journal\.json is damaged .* start anew with --overwrite"):
+        journal.open(True)
+    journal.open(False, overwrite=True)
 
 
 def test_layers_that_have_changed_places_are_refused(journal):

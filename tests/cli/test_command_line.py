@@ -249,6 +249,42 @@ def test_the_model_that_is_read_is_never_replaced(out, refused, dense_folder, tm
     refused("the model that is read", "--overwrite", model=model, out=out)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "speed-table.json"])
+def test_nothing_that_the_run_reads_is_replaced(name, refused, dense_folder, text_file, tmp_path):
+    """A text, a plan, a table and a teacher that lie inside the folder to be replaced."""
+    old = shutil.copytree(dense_folder, tmp_path / "slim")
+    shutil.copy(text_file, old / name)
+    refused(f"holds {name}, which", "--overwrite", "--plan", old / name)
+    refused(f"holds {name}, which", "--overwrite", "--speed-table", old / name, "--speedup", 1.2)
+    shutil.copy(text_file, old / "merges.txt")
+    refused("holds merges.txt, which", "--overwrite", calibration=old / "merges.txt")
+
+
+def test_the_teacher_is_never_replaced(dense_folder, text_file, tmp_path):
+    slim, teacher = (shutil.copytree(dense_folder, tmp_path / name) for name in ("slim", "teacher"))
+    words = ["--data", text_file, "--method", "distill", "--teacher", teacher, "--max-length", 16, "--overwrite"]
+    result = run("recover", slim, teacher, *words, "--max-steps", 1, "--device", "cpu")
+    assert result.exit_code == 2
+    assert "the model that is read" in " ".join(result.stderr.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["slim", "teacher"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_a_foreign_folder_where_a_run_would_work_stays(kind, refused, tmp_path):
+    work = tmp_path / ".slim.unfinished"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("precious")
+    if kind == "folder":
+        other.rename(work)
+    elif kind == "link":
+        work.symlink_to(other)
+    else:
+        work.write_text("precious")
+    for options in ([], ["--resume"], ["--overwrite"]) if kind == "folder" else (["--overwrite"],):
+        refused("no run of ours has made it", "--ratio", 0.3, *options)
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

@@ -190,3 +190,28 @@ def test_names_that_no_file_system_takes_are_one_line(length, dense_folder, text
         assert result.exit_code == 2, (words, result.output, result.exception)
         assert "ETA" not in result.output, words  # before any work
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_is_not_there_is_one_line(dense_folder):
+    words = ["speed", dense_folder, "--batch", 10**12, "--prompt", 8, "--new-tokens", 2, "--no-memory"]
+    result = CliRunner().invoke(app, [str(word) for word in (*words, "--device", "cpu")])
+    assert result.exit_code == 2, result.exception
+    assert "error: not enough memory: " in result.stderr
+    assert len(result.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("command", ["scan", "speed", "plan"])
+def test_places_that_nothing_can_be_written_to_are_refused_before_the_work(command, dense_folder, tmp_path):
+    (tmp_path / "folder" / "scan.json").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    words = {
+        "scan": ["scan", dense_folder, "--out"],
+        "speed": ["speed", dense_folder, "--overwrite", "--json"],
+        "plan": ["plan", dense_folder, "--ratio", 0.3, "--overwrite", "--save"],
+    }[command]
+    for name in ("folder", "link"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("slimgpt.models.loading.load_config", None)  # nothing is read
+            result = CliRunner().invoke(app, [str(word) for word in (*words, tmp_path / name)])
+        assert result.exit_code == 2, result.exception
+        assert "is a folder, or a link" in result.stderr or "leads nowhere; give another --out" in result.stderr

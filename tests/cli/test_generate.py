@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 import slimgpt
 from slimgpt.cli import app
 from slimgpt.runtime.thresholds import other_thresholds
+from tests.calibration.test_calibration import ENDLESS
+from tests.models.families import tiny_model
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
@@ -99,14 +102,54 @@ def test_a_template_that_refuses_or_does_not_end_is_one_line(chat_folder):
     result = run("generate", chat_folder, "The mill")
     assert result.exit_code == 2
     assert "chat template refuses the conversation: no system prompt" in " ".join(result.output.split())
-    loop = "{% for _ in range(100000) %}"
-    template.write_text(f"{loop * 3}{'{% endfor %}' * 3}")
+    template.write_text(ENDLESS)
     with other_thresholds(template_seconds=0.2):
         result = run("generate", chat_folder, "The mill")
     assert result.exit_code == 2
     assert "the prompt: the tokenizer's chat template has not ended after 0.2 seconds" in " ".join(
         result.output.split()
     )
+
+
+def test_a_template_inside_a_gguf_file_that_does_not_end_is_one_line(chat_folder, tmp_path):
+    (chat_folder / "chat_template.jinja").write_text(ENDLESS)
+    tiny_model("llama", mlp_bias=False, attention_bias=False).save_pretrained(chat_folder)
+    file, out = tmp_path / "model.gguf", tmp_path / "out"
+    slimgpt.export(chat_folder, file, "gguf", quantize="F32", check=False)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": [{"role": "user", "content": "The mill"}]}) + "\n")
+    short = ["--device", "cpu"]
+    for words in (
+        ["generate", file, "The mill"],
+        ["prune", file, out, "--ratio", 0.2, "--calibration", rows, "--num-samples", 2, "--seq-len", 8, *short],
+        ["recover", file, out, "--data", rows, "--max-length", 24, "--max-steps", 1, *short],
+    ):
+        with other_thresholds(template_seconds=0.2):
+            result = run(*words)
+        assert result.exit_code == 2, result.output
+        assert "chat template has not ended after 0.2 seconds" in " ".join(result.output.split())
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "given", "message"),
+    [
+        (["generate", "FOLDER", "a\udcffb"], None, r"the prompt 'a\udcffb' is no text in UTF-8"),
+        (["chat", "FOLDER", "--system", "\udcff"], "hello\n", r"the prompt '\udcff' is no text in UTF-8"),
+        (["generate", "FOLDER", "-"], b"\xff the mill", "standard input is no text in UTF-8: invalid start byte"),
+        (["chat", "FOLDER"], b"\xff\n", "standard input is no text in UTF-8: invalid start byte at byte 1"),
+    ],
+)
+def test_bytes_that_are_no_text_are_refused(words, given, message, chat_folder):
+    result = run(*[chat_folder if word == "FOLDER" else word for word in words], "--max-new-tokens", 2, input=given)
+    assert result.exit_code == 2, result.output
+    assert message in " ".join(result.output.split())
+
+
+def test_an_answer_of_any_length_ends_with_the_context(dense_folder):
+    for temperature in (0, 1):
+        result = run("generate", dense_folder, "The mill", "--max-new-tokens", 10**9, "--temperature", temperature)
+        assert result.exit_code == 0, result.output
 
 
 def test_a_chat_needs_a_template(dense_folder):

@@ -13,12 +13,14 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from slimgpt.errors import UsageError
+from slimgpt.errors import SlimGPTError, UsageError
 from slimgpt.evaluation import harness, harness_tasks
 from slimgpt.evaluation.answer_endings import endings_of
 from slimgpt.evaluation.card_figures import task_figures
 from slimgpt.evaluation.tasks import TaskScores, answers, check_tasks, difference, evaluate_tasks
 from slimgpt.models.text_generation import Answer
+from slimgpt.runtime.thresholds import other_thresholds
+from tests.calibration.test_calibration import ENDLESS
 from tests.cli.test_command_line import run
 from tests.evaluation.test_tasks import ROOT
 from tests.models.families import sharpened_model
@@ -188,6 +190,23 @@ def test_endings_count_loops_and_answers_without_an_end():
 def test_a_template_that_is_not_there_is_refused(model, tokenizer, rows):
     with pytest.raises(UsageError, match="has no chat template"):
         evaluate_tasks(model, tokenizer, "gsm8k", data_dir=rows, chat_template=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (ENDLESS, "has not ended after 0.3 seconds"),
+        ("{{ raise_exception('no questions') }}", "refuses the conversation: no questions"),
+    ],
+)
+def test_a_template_that_refuses_or_does_not_end_is_one_line(template, message, model, tokenizer, rows):
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = template
+    with (
+        other_thresholds(template_seconds=0.3),
+        pytest.raises(SlimGPTError, match=f"a question of a task: .*{message}"),
+    ):
+        evaluate_tasks(model, chatty, "gsm8k", limit=1, num_fewshot=0, data_dir=rows, chat_template=True)
 
 
 def test_the_commands_show_loops_beside_the_score(dense_folder, rows, tmp_path):

@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ import slimgpt
 from slimgpt.cli import app
 from slimgpt.errors import ModelError, NumericalError, SlimGPTError, UsageError, one_line
 from slimgpt.models.lookup import check_ids
+from slimgpt.models.source import locate
 from slimgpt.planning.plan_file import read_plan
 from slimgpt.runtime.devices import as_device
 from tests.models.families import VOCABULARY, windows
@@ -155,7 +157,7 @@ def test_an_adapter_that_names_itself_is_refused(folder):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "endless link"])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "plan.toml"])
+@pytest.mark.parametrize("name", ["model.safetensors", "plan.toml"])
 def test_only_regular_files_are_read(kind, name, folder):
     (folder / name).unlink(missing_ok=True)
     if kind == "pipe":
@@ -167,6 +169,44 @@ def test_only_regular_files_are_read(kind, name, folder):
             read_plan(folder / name, None)
     else:
         refuse(folder, name)
+
+
+NO_FILES = {
+    "pipe": os.mkfifo,
+    "endless link": lambda file: file.symlink_to(file),
+    "device": lambda file: file.symlink_to("/dev/zero"),
+    "folder": lambda file: file.mkdir(),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+        *("slimgpt.json", "adapter_config.json", "adapter_model.safetensors"),
+    ],
+)
+def test_what_is_no_file_is_not_taken_for_one_that_is_not_there(name, folder):
+    for kind in ("pipe", "endless link", "device"):
+        (folder / name).unlink(missing_ok=True)
+        NO_FILES[kind](folder / name)
+        with pytest.raises(ModelError, match=f"{name} is no regular file, or a link that leads nowhere"):
+            locate(str(folder))
+
+
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_shards_and_files_of_an_adapter_are_regular_files(kind, folder, tmp_path):
+    save_torch_state_dict(load_file(folder / "model.safetensors"), folder, max_shard_size="60KB")
+    shard = sorted(folder.glob("model-*"))[1]
+    shard.unlink()
+    NO_FILES[kind](shard)
+    refuse(folder, f"{shard.name} is no regular file")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(folder)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    NO_FILES[kind](adapter / "adapter_model.safetensors")
+    refuse(adapter, "adapter_model.safetensors is no regular file")
 
 
 @pytest.mark.parametrize("name", ["meta", "cpu:3"])

@@ -214,3 +214,9 @@ def test_tensors_that_the_model_has_not_are_refused(exported, tmp_path):
     target = rewritten(exported("default")[1], tmp_path / "more.gguf", {}, more=more)
     with pytest.raises(ModelError, match=r"a tensor that the model .* the first is blk.0.ffn_gate_inp.weight"):
         slimgpt.load(str(target))
+
+
+def test_a_tokenizer_that_transformers_does_not_read_is_said_so(exported, tmp_path):
+    file = rewritten(exported("default")[1], tmp_path / "other.gguf", {"tokenizer.ggml.model": "nosuch"})
+    with pytest.raises(ModelError, match=r"cannot read the tokenizer of 'other\.gguf': (?!.*has none of tokenizer)"):
+        slimgpt.load(str(file))

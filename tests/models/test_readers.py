@@ -265,6 +265,12 @@ def test_a_head_of_its_own_is_counted_pruned_and_saved(folder, text_file, tmp_pa
         assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight), name
         with torch.no_grad():
             torch.testing.assert_close(model(IDS).logits, plain(IDS).logits, rtol=1e-4, atol=1e-4)
+    slimgpt.export(path, tmp_path / "exported", "hf-uniform", check=False)
+    equal(
+        state(AutoModelForCausalLM.from_pretrained(tmp_path / "exported")),
+        state(AutoModelForCausalLM.from_pretrained(path)),
+        "exported",
+    )
 
 
 def slimgpt_model(path):
@@ -360,6 +366,17 @@ def test_an_adapter_that_keeps_head_and_embedding_tied_is_refused(adapter):
         slimgpt.load(str(path))
 
 
+def test_export_takes_no_adapter_and_no_gguf_file(folder, adapter, tmp_path):
+    """Neither is a folder of a whole model, so no other model can come of it."""
+    base = folder(**AS_GGUF["llama"])
+    path, _ = adapter(base, target_modules=["q_proj"])
+    slimgpt.export(base, tmp_path / "model.gguf", "gguf", quantize="F32", check=False)
+    for name in (path, tmp_path / "model.gguf"):
+        with pytest.raises(ExportError, match="is no model folder"):
+            slimgpt.export(name, tmp_path / "out", "hf-uniform")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_for_more_layers_or_other_modules(folder, adapter):
     base = folder()
     path, _ = adapter(base, model=tiny_model("llama", num_hidden_layers=LAYERS + 2), target_modules=["q_proj"])
@@ -422,6 +439,23 @@ def test_files_beside_the_shards_are_not_the_model(folder):
         equal(tensors, expected, reader)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_single_file_beside_older_shards_is_the_model(family, folder, text_file, tmp_path):
+    path = folder(family, shards="40KB")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    save_file({name: tensor.clone() for name, tensor in model.named_parameters()}, path / WEIGHTS, {"format": "pt"})
+    assert len(list(path.glob("*.safetensors*"))) > 2
+    expected = state(AutoModelForCausalLM.from_pretrained(path))
+    assert torch.equal(expected[EMBEDDING], model.state_dict()[EMBEDDING])
+    for reader, tensors in all_readers(path):
+        equal(tensors, expected, reader)
+    equal(recovered(path, text_file, tmp_path), expected, "recover")
+    assert inspect(str(path)).bytes == (path / WEIGHTS).stat().st_size
+
+
 DROPPED = {
     "biases": (
         {"config": {"attention_bias": False}},
@@ -441,6 +475,25 @@ def test_tensors_that_the_config_does_not_know_are_refused(case, folder, text_fi
     with pytest.raises(ModelError, match=message):
         slimgpt.prune_folder(str(path), tmp_path / "slim", calibration=str(text_file), **OPTIONS)
     assert not (tmp_path / "slim").exists()
+    with pytest.raises(ExportError, match=message):
+        open_folder(path)
+
+
+@pytest.mark.parametrize(
+    ("family", "shards"),
+    [("qwen2", "40KB"), ("gpt2", None), ("gpt2", "40KB"), ("gemma3_text", None), ("phi3", "40KB"), ("mixtral", None)],
+)
+def test_layers_that_the_config_does_not_count_are_refused(family, shards, folder):
+    key = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    path = folder(family, shards=shards)
+    config = json.loads((path / "config.json").read_text())
+    kinds = {name: config[name][:-1] for name in ("layer_types",) if config.get(name)}
+    (path / "config.json").write_text(json.dumps({**config, **kinds, key: config[key] - 1}))
+    message = rf"the first is .*\.{config[key] - 1}\."
+    with pytest.raises(ModelError, match=message):
+        slimgpt.load(str(path))
+    with pytest.raises(ModelError, match=message):
+        streamed(path)
     with pytest.raises(ExportError, match=message):
         open_folder(path)
 

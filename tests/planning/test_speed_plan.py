@@ -137,6 +137,10 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, change, message):
     file.write_text("[1]")
     with pytest.raises(PlanError, match="no JSON object"):
         read_table(file)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(PlanError, match=r"speed table .*table\.json: it does not exist, or is no regular file"):
+        read_table(file)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -325,11 +326,38 @@ def test_teacher_cache_goes_on_where_it_was_killed(dense_folder, text_file, tmp_
     parts.create()
     with pytest.raises(KeyboardInterrupt):
         parts.fill(dense, 2, progress=stop)
+    for name in ("tokens.npy", "log_p.npy", "done-0-of-1.json"):
+        with changed_byte(tmp_path / "parts" / name), pytest.raises(ResumeError, match=f"{name} is damaged"):
+            parts.fill(dense, 2)
     seen = []
     parts.create()
     parts.fill(dense, 2, progress=lambda done, _total: seen.append(done))
     assert seen == [6, 8, 10, 12]
     assert np.array_equal(whole.files["log_p"], parts.files["log_p"])
+
+
+@contextlib.contextmanager
+def changed_byte(file):
+    """One bit of a file is another one for a while, among what is written first."""
+    whole = file.read_bytes()
+    place = 130 if file.suffix == ".npy" else len(whole) // 2  # behind numpy's header
+    file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    yield
+    file.write_bytes(whole)
+
+
+def test_changed_predictions_or_another_teacher_are_refused(recover, dense_folder, tmp_path):
+    teacher = shutil.copytree(dense_folder, tmp_path / "teacher")
+    settings = {"method": "distill", "teacher": str(teacher), "layer_weight": 1.0, "max_steps": 2, "evaluations": 1}
+    with pytest.raises(KeyboardInterrupt):
+        recover("killed", on_step=lambda _: (_ for _ in ()).throw(KeyboardInterrupt), **settings)
+    for name in ("tokens.npy", "log_p.npy", "layers.npy", "complete.json"):
+        file = tmp_path / ".killed.unfinished" / "teacher" / name
+        with changed_byte(file), pytest.raises(ResumeError, match=f"{name} is damaged .* start anew with --overwrite"):
+            recover("killed", resume=True, **settings)
+    with changed_byte(teacher / "model.safetensors"), pytest.raises(ResumeError, match="teacher files"):
+        recover("killed", resume=True, **settings)
+    assert recover("killed", resume=True, **settings).curve.steps == 2
 
 
 def test_two_shares_of_the_teacher_are_the_whole(dense_folder, text_file, tmp_path):

@@ -190,8 +190,14 @@ def _json_lines(path: Path) -> Iterator[tuple[object, str]]:
 
 
 def _json_list(path: Path) -> Iterator[tuple[object, str]]:
+    longest = thresholds().longest_list
     with open_text(path) as file:
-        rows = _parsed(file.read(), str(path))
+        content = file.read(longest + 1)
+    if len(content) > longest:
+        raise CalibrationError(
+            f"{path} has more than {longest:,} characters, and a list is read as a whole; give JSON lines as .jsonl"
+        )
+    rows = _parsed(content, str(path))
     if not isinstance(rows, list):
         raise CalibrationError(f"{path} holds no list of rows; give JSON lines as .jsonl")
     for number, row in enumerate(rows, 1):

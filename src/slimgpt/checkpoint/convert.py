@@ -23,6 +23,7 @@ from slimgpt.checkpoint.side_files import copy_side_files
 from slimgpt.errors import ModelError, one_line
 from slimgpt.io.folders import new_folder
 from slimgpt.io.shards import write_shards
+from slimgpt.io.weight_files import check_regular
 from slimgpt.models.build import empty_model
 from slimgpt.models.config_files import check_config_files, read_generation_config
 from slimgpt.models.source import Source, fetched, locate
@@ -102,11 +103,15 @@ def _baichuan_problem(config: Mapping[str, Any], code: str) -> str | None:
             "it has ALiBi's biases in place of rotary positions, as Baichuan-13B and Baichuan2-13B have, and Llama has "
             "none; run it with its own class (--trust-remote-code) and slimgpt.register"
         )
+    if config.get("rope_scaling"):
+        return f"its config has rope_scaling {config['rope_scaling']!r:.60}, which Baichuan's own code does not read"
     return None
 
 
 def _internlm2_problem(config: Mapping[str, Any], _code: str) -> str | None:
     scaling = config.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        return f"its rope_scaling is {scaling!r:.60}; it must be an object with a type and a factor"
     kind = scaling.get("type", scaling.get("rope_type", "default"))
     if kind not in ("default", "linear", "dynamic"):
         return f"its rotary positions are scaled by '{kind}', which InternLM2's own code does not have"
@@ -171,7 +176,9 @@ def convert(model: str, output: str | Path, overwrite: bool = False) -> Conversi
             f"{source.name} (model_type '{model_type}') has none of the layouts that can be converted: "
             f"{', '.join(LAYOUTS)}; `slimgpt prune` takes the families of `slimgpt families` as they are"
         )
-    code = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in sorted(folder.glob("modeling*.py")))
+    modules = sorted(folder.glob("modeling*.py"))
+    check_regular(modules)
+    code = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in modules)
     if (problem := layout.check(raw, code)) is not None:
         raise ModelError(f"{source.name} cannot be written as Llama: {problem}")
     weights = WeightFiles(folder)
@@ -199,12 +206,24 @@ def _llama_config(source: Source, raw: Mapping[str, Any], layout: Layout, weight
         *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
         *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "rope_theta", "rope_scaling"),
     )
-    values = {"tie_word_embeddings": False, **{name: raw[name] for name in known if name in raw}, **layout.config(raw)}
+    values = {"tie_word_embeddings": False, **{name: raw[name] for name in known if name in raw}}
     dtype = dtype_name(weights.dtype)
     try:
-        return LlamaConfig(**values, dtype=dtype, architectures=["LlamaForCausalLM"])
+        config = LlamaConfig(**values | layout.config(raw), dtype=dtype, architectures=["LlamaForCausalLM"])
+        if config.tie_word_embeddings and _own_head(weights, layout):
+            config.tie_word_embeddings = False
+        return config
+    except KeyError as error:
+        raise ModelError(f"the config of '{source.name}' lacks {error}, which its layout needs") from error
     except Exception as error:  # whatever a value in the file made of it
         raise ModelError(f"cannot read the config of '{source.name}': {one_line(error)}") from error
+
+
+def _own_head(weights: WeightFiles, layout: Layout) -> bool:
+    """Whether the files hold a head that is not the embedding."""
+    around = {_renamed(name, layout): name for name in weights.slices()}
+    head, embedding = (around.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    return None not in (head, embedding) and not torch.equal(weights[str(head)], weights[str(embedding)])
 
 
 def _renamed(name: str, layout: Layout) -> str:
@@ -258,7 +277,13 @@ def _check(name: str, config: LlamaConfig, weights: WeightFiles, layout: Layout)
             rows = sum(expected[part][0] for part in parts if part in expected)
             if rows and rows != shape[0]:
                 raise ModelError(f"{name}: {key} has {shape[0]} rows, and queries, keys and values have {rows}")
-            pieces = layout.split(torch.empty(shape, device="meta"), config)
+            try:
+                pieces = list(layout.split(torch.empty(shape, device="meta"), config))
+            except (RuntimeError, ValueError, ZeroDivisionError) as error:
+                raise ModelError(
+                    f"{name}: {key} of shape {shape} cannot be cut into {config.num_attention_heads} query heads and "
+                    f"{config.num_key_value_heads} KV heads: {one_line(error)}"
+                ) from error
             shapes |= {part: tuple(piece.shape) for part, piece in zip(parts, pieces)}
         else:
             shapes[_renamed(key, layout)] = shape

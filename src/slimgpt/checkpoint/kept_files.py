@@ -50,7 +50,7 @@ def read_values(file: Path) -> dict[str, Any]:
     """
     with reading(file):
         values = json.loads(file.read_text(encoding="utf-8"))
-        _compare(values.pop(CHECKSUM), _values_checksum(values))
+        compare_checksums(values.pop(CHECKSUM), _values_checksum(values))
         return values
 
 
@@ -69,7 +69,7 @@ def read_checked_tensors(file: Path) -> dict[str, Tensor]:
     """
     with reading(file), safe_open(file, framework="pt") as handle:
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-        _compare(int(handle.metadata()[CHECKSUM]), _tensors_checksum(tensors))
+        compare_checksums(int(handle.metadata()[CHECKSUM]), _tensors_checksum(tensors))
         return tensors
 
 
@@ -88,7 +88,7 @@ def check_file(file: Path, checksum: int) -> None:
         ResumeError: it is another one.
     """
     with reading(file):
-        _compare(checksum, file_checksum(file))
+        compare_checksums(checksum, file_checksum(file))
 
 
 def file_checksums(files: Iterable[Path]) -> dict[str, int]:
@@ -96,7 +96,12 @@ def file_checksums(files: Iterable[Path]) -> dict[str, int]:
     return {file.name: file_checksum(file) for file in files}
 
 
-def _compare(before: int, now: int) -> None:
+def compare_checksums(before: int, now: int) -> None:
+    """Hold a checksum against the one that was kept; within :func:`reading`.
+
+    Raises:
+        ValueError: they differ.
+    """
     if before != now:
         raise ValueError("its checksum is another than when it was written")
 

@@ -31,6 +31,8 @@ from slimgpt.errors import (
     SlimGPTError,
     UsageError,
     VerificationError,
+    is_out_of_memory,
+    one_line,
 )
 from slimgpt.io.atomic import write_file
 
@@ -91,6 +93,16 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise typer.Exit(130) from None
             err.print(f"interrupted; {str(stop) or 'no unfinished folder was left'}", soft_wrap=True, highlight=False)
             raise typer.Exit(130) from None
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            err.print(
+                f"[bold red]error:[/] not enough memory: {escape(one_line(error))}; ask for less at once, such as a "
+                "smaller batch or shorter texts",
+                soft_wrap=True,
+                highlight=False,
+            )
+            raise typer.Exit(2) from None
         except OSError as error:
             if error.errno in DISK_FULL:
                 say_disk_full(error)
@@ -226,7 +238,7 @@ def check_json(file: Path | None, overwrite: bool, option: str = "--json") -> No
         option: which names it.
 
     Raises:
-        OutputError: it exists, its folder does not or may not be written to, or its name is too long.
+        OutputError: it exists or is a folder, its own folder is none or may not be written to, or its name is too long.
     """
     if file is None:
         return
@@ -237,6 +249,8 @@ def check_json(file: Path | None, overwrite: bool, option: str = "--json") -> No
         raise OutputError(f"{folder} is no folder; make it first, or give another place for {option}")
     check_writable(folder)
     check_name(file)
+    if file.is_dir() or (file.is_symlink() and not file.exists()):
+        raise OutputError(f"{file} is a folder, or a link that leads nowhere; give another file for {option}")
     if file.exists() and not overwrite:
         raise OutputError(f"{file} exists; give another file, or pass --overwrite to replace it")
 
@@ -253,7 +267,9 @@ def check_folder(folder: Path) -> None:
     Raises:
         OutputError: it, or what it would be made in, is a file or may not be written to.
     """
-    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    if place.is_symlink() and not place.exists():
+        raise OutputError(f"{folder} cannot be a folder: {place} is a link that leads nowhere; give another --out")
     if not place.is_dir():
         raise OutputError(f"{folder} cannot be a folder: {place} is a file; give another --out")
     from slimgpt.io.folders import check_writable  # imports safetensors

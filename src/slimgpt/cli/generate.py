@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,7 +45,7 @@ def generate(
 
     silence_libraries()
     check_seed("seed", seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _from_standard_input(lambda: sys.stdin.read()) if prompt == "-" else prompt
     if not text.strip():
         raise UsageError("the prompt is empty; give some text")
     with out.status(f"loading {show(model)}"):
@@ -87,10 +88,22 @@ def chat(
 
 def _read_line() -> str:
     err.print("[bold]> [/]", end="")
-    line = sys.stdin.readline().strip()
+    line = _from_standard_input(lambda: sys.stdin.readline()).strip()
     if not sys.stdin.isatty():
         err.print(line, markup=False, highlight=False)
     return line
+
+
+def _from_standard_input(read: Callable[[], str]) -> str:
+    """Text from standard input.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        return read()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is no text in UTF-8: {error.reason} at byte {error.start + 1}") from error
 
 
 def _answer(

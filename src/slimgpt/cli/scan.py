@@ -13,6 +13,7 @@ from rich.table import Table
 from slimgpt.cli.console import (
     app,
     check_folder,
+    check_json,
     handle_errors,
     out,
     show,
@@ -88,10 +89,9 @@ def scan(
     from slimgpt.scanning.run import scan_config
 
     table, plot = output / "scan.json", output / "scan.png"
-    for file in (table, plot):
-        if file.exists() and not overwrite:
-            raise OutputError(f"{file} exists; give another --out, or pass --overwrite to replace it")
     check_folder(output)
+    for file in (table, plot) if output.is_dir() else ():
+        check_json(file, overwrite, "--out")
     for_engines(engines, settings)
     ratios = None if points is None else parse_ratios(points)
     config = scan_config(ratios, max_kl, settings)

@@ -18,6 +18,7 @@ from slimgpt.errors import UsageError
 from slimgpt.evaluation.answer_endings import endings_of
 from slimgpt.evaluation.harness_tasks import build_tasks, code_allowed, drawn_rows, seeded
 from slimgpt.evaluation.loglikelihood import log_likelihoods
+from slimgpt.models.chat_template import template_errors
 from slimgpt.models.text_generation import Answer, Sampling, generate_answers
 
 OnTasksStart = Callable[[int], Callable[[int], None]]
@@ -49,6 +50,11 @@ class Scorer(HFLM):
         eot_token_id: int
         tok_decode: Callable[..., str]
         tok_batch_encode: Callable[..., Any]
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A question through the chat template, as the harness puts it."""
+        with template_errors("a question of a task"):
+            return super().apply_chat_template(chat_history, add_generation_prompt)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:  # noqa: ARG002
         """The answers to requests in their order, cut at the first stop string as the harness cuts them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from slimgpt.checkpoint.card import EXPORTS
+from slimgpt.checkpoint.card_metadata import CARD_FILE
 from slimgpt.checkpoint.hub import check_repository
 from slimgpt.checkpoint.saving import REPORT_FILE
-from slimgpt.errors import ExportError, OutputError, PlanError
+from slimgpt.checkpoint.updating import read_card
+from slimgpt.errors import ExportError, ModelError, OutputError, PlanError, one_line
 from slimgpt.exporting import gguf, hf_folder, nemotron, onnx, openvino, padded
 from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
@@ -176,7 +178,11 @@ def export(
     notes, unverified = write(form, exported, path, overwrite, compare)
     size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) if path.is_dir() else path.stat().st_size
     report = ExportReport(path, to, size, tuple(notes), comparisons[0] if comparisons else None, unverified)
-    record(report, exported.folder)
+    try:
+        record(report, exported.folder)
+    except (ModelError, OSError) as error:  # the export is finished
+        note = f"the card of {exported.folder} does not name this export: {one_line(error)}"
+        report = replace(report, notes=(*report.notes, note))
     if repository is not None:
         repository.upload(path)
     return report
@@ -184,11 +190,10 @@ def export(
 
 def record(report: ExportReport, slim: Path) -> None:
     """Add a line on the export to the slim folder's model card, in place of an older one of the same name; an exported
-    folder gets a copy of the card."""
-    card = slim / "README.md"
-    if not card.is_file():
+    folder gets a copy of the card. The card of a folder that is none of ours stays as it is."""
+    text = read_card(slim)
+    if not text:
         return
-    text = card.read_text(encoding="utf-8")
     start = f"- `{report.path.name}` ({report.to}"
     lines = [line for line in text.rstrip().splitlines() if not line.startswith(start)]
     if EXPORTS not in lines:
@@ -203,9 +208,11 @@ def record(report: ExportReport, slim: Path) -> None:
             f"{result.tokens:,} tokens, logits {bits}, {result.continuations[0]} of {result.continuations[1]} greedy "
             "continuations the same"
         )
-    write_text(card, "\n".join([*lines, f"{start}, {report.bytes:,} bytes): {verdict}", ""]))
+    text = "\n".join([*lines, f"{start}, {report.bytes:,} bytes): {verdict}", ""])
     if report.path.is_dir():
-        shutil.copyfile(card, report.path / "README.md")
+        write_text(report.path / CARD_FILE, text)
+    if (slim / REPORT_FILE).is_file():
+        write_text(slim / CARD_FILE, text)
 
 
 def _format(to: str) -> Format:

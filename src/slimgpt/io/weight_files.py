@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from safetensors import SafetensorError, safe_open
@@ -13,8 +14,32 @@ from slimgpt.errors import ModelError
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
+READ_IF_THERE = (
+    *("config.json", "slimgpt.json", "hf_quant_config.json", "generation_config.json"),
+    *("adapter_config.json", "adapter_model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "chat_template.jinja", "chat_template.json"),
+)
+"""Files beside the weights that change what is read from a folder."""
+
 NARROW = ("F8", "F6", "F4")
 """How safetensors' names of floating-point types begin that mean nothing without scales."""
+
+
+def check_regular(files: Iterable[Path]) -> None:
+    """Refuse pipes, devices, folders and links that lead nowhere where files of a model are read.
+
+    Libraries take such a thing for a file that is not there, and read the next best in its place.
+
+    Args:
+        files: of which some need not be there.
+
+    Raises:
+        ModelError: one is no file.
+    """
+    for file in files:
+        if os.path.lexists(file) and not file.is_file():
+            raise ModelError(f"{file} is no regular file, or a link that leads nowhere; put the file itself there")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -28,9 +53,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]
     index = folder / INDEX_FILE
-    for file in (folder / SINGLE_FILE, index):
-        if os.path.lexists(file) and not file.is_file():
-            raise ModelError(f"{file} is no regular file, or a link that leads nowhere; put the file itself there")
+    check_regular((folder / SINGLE_FILE, index))
     if not index.is_file():
         others = sorted(file.name for file in folder.glob("*.safetensors"))
         beside = f"; it holds {others[0]}, which transformers does not take for the model" if others else ""
@@ -59,6 +82,7 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(
                 f"{index} names {name:.60}..., and no file can be called so: {error.__class__.__name__}; fetch it again"
             ) from error
+        check_regular([folder / name])
         if not is_file:
             raise ModelError(f"{folder} lacks {name}, which its index names; fetch it, or delete the index")
     return [folder / name for name in names]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,33 @@ from transformers import PreTrainedTokenizerBase
 from slimgpt.errors import ChatTemplateError, UsageError, one_line
 from slimgpt.runtime.thresholds import thresholds
 from slimgpt.runtime.time_limit import time_limit
+
+
+@contextmanager
+def template_errors(subject: str) -> Iterator[None]:
+    """Run a chat template inside this: it is stopped after ``template_seconds``
+    (:class:`slimgpt.runtime.thresholds.Thresholds`), and what it refuses is one line.
+
+    Args:
+        subject: noun phrase for the messages; errors begin with it.
+
+    Raises:
+        ChatTemplateError: the template refuses the messages.
+        UsageError: it does not end.
+    """
+    seconds = thresholds().template_seconds
+    try:
+        with time_limit(seconds):
+            yield
+    except TimeoutError:
+        raise UsageError(
+            f"{subject}: the tokenizer's chat template has not ended after {seconds:g} seconds; mend the template, or "
+            "give plain text"
+        ) from None
+    except Exception as error:
+        raise ChatTemplateError(
+            f"{subject}: the tokenizer's chat template refuses the conversation: {one_line(error)}"
+        ) from error
 
 
 def render_chat(
@@ -20,8 +48,7 @@ def render_chat(
 ) -> str:
     """Messages through the tokenizer's chat template.
 
-    It runs in a sandbox, which forbids it files and code, and is stopped after ``template_seconds``
-    (:class:`slimgpt.runtime.thresholds.Thresholds`).
+    It runs in a sandbox, which forbids it files and code, and inside :func:`template_errors`.
 
     Args:
         subject: noun phrase for the messages; errors begin with it.
@@ -31,17 +58,6 @@ def render_chat(
         ChatTemplateError: the template refuses the messages.
         UsageError: it does not end.
     """
-    seconds = thresholds().template_seconds
     turns = [dict(message) for message in messages]
-    try:
-        with time_limit(seconds):
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=to_be_answered))
-    except TimeoutError:
-        raise UsageError(
-            f"{subject}: the tokenizer's chat template has not ended after {seconds:g} seconds; mend the template, or "
-            "give plain text"
-        ) from None
-    except Exception as error:
-        raise ChatTemplateError(
-            f"{subject}: the tokenizer's chat template refuses the conversation: {one_line(error)}"
-        ) from error
+    with template_errors(subject):
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=to_be_answered))

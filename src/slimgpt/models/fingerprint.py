@@ -42,3 +42,12 @@ def fingerprint(files: Iterable[Path]) -> str:
                 handle.seek(max(size - SAMPLE_BYTES, 0) * sample // (SAMPLES - 1))
                 total.update(handle.read(SAMPLE_BYTES))
     return total.hexdigest()
+
+
+def name_and_files(source: Source) -> dict[str, str]:
+    """A model's name and the digest of its files, as a run keeps them that may be resumed.
+
+    Raises:
+        ModelError: the hub cannot be reached, or a file cannot be read.
+    """
+    return {"name": source.name, "files": fingerprint(source_files(source))}

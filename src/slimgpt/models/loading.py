@@ -169,9 +169,11 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:
         reason = one_line(error)
-        if Path(location).is_dir() and not any(file.name in TOKENIZER_FILES for file in Path(location).iterdir()):
+        folder = Path(location)
+        names = {file.name for file in folder.iterdir()} if folder.is_dir() and not source.gguf_file else None
+        if names is not None and names.isdisjoint(TOKENIZER_FILES):
             reason = f"{location} has none of {', '.join(TOKENIZER_FILES)}"
-        elif (lacking := _lacking_modules(Path(location))) is not None:
+        elif (lacking := _lacking_modules(folder)) is not None:
             reason = lacking
         raise ModelError(f"cannot read the tokenizer of '{source.name}': {reason}") from error
     if not isinstance(tokenizer.model_max_length, (int, float)):

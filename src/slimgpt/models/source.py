@@ -62,7 +62,8 @@ def locate(name: str) -> Source:
     """Find what the user means by MODEL.
 
     Raises:
-        ModelError: it looks like a path and nothing is there, or the folder holds no model.
+        ModelError: it looks like a path and nothing is there, or the folder holds no model, or a pipe or a dead link in
+            the place of one of its files.
     """
     if name == assets.DEMO:
         file = assets.demo_model()
@@ -73,6 +74,7 @@ def locate(name: str) -> Source:
             raise ModelError(f"no such GGUF file: {path}")
         return Source(path.name, str(path.parent), path.name)
     if path.is_dir():
+        weight_files.check_regular(path / name for name in weight_files.READ_IF_THERE)
         if is_adapter(path):
             base = base_of(path)
             if Path(base).expanduser().is_dir() and is_adapter(Path(base).expanduser()):

@@ -21,6 +21,7 @@ from transformers.generation.logits_process import (
 )
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
+from slimgpt.errors import UsageError
 from slimgpt.models.chat_template import render_chat
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, check_ids, context_length, text_config
@@ -81,8 +82,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
 
     Raises:
         ChatTemplateError: the template refuses the messages.
-        UsageError: it does not end.
+        UsageError: it does not end, or a text holds bytes that are no UTF-8.
     """
+    for part in [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]:
+        if any("\ud800" <= character <= "\udfff" for character in str(part)):  # how Python keeps such bytes
+            raise UsageError(f"the prompt {part!a:.60} is no text in UTF-8; give it in UTF-8")
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
     text = render_chat(tokenizer, prompt, "the prompt", to_be_answered=True)
@@ -126,7 +130,8 @@ def generate_answers(
     for ids in prompts:
         check_context(model.config, "the prompt and its answer", len(ids) + 1)
         check_ids(torch.tensor(ids), text_config(model.config).vocab_size, "the prompt")
-    uniforms = torch.rand(len(prompts), sampling.max_new_tokens, generator=torch.Generator().manual_seed(sampling.seed))
+    longest = max(room_for(model, ids, sampling.max_new_tokens) for ids in prompts) if sampling.temperature else 0
+    uniforms = torch.rand(len(prompts), longest, generator=torch.Generator().manual_seed(sampling.seed))
     size = 1 if getattr(model, "_is_stateful", False) else batch_size
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]), reverse=True)
     answers: dict[int, Answer] = {}

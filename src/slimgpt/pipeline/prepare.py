@@ -111,7 +111,7 @@ def prepare(
     source = locate(model)
     if writes:
         texts = [part.source for part in parse_mixture(calibration)] if isinstance(calibration, str) else []
-        inputs = [*source.folders, *local_files([*texts, config.plan])]
+        inputs = [*source.folders, *local_files([*texts, config.plan, config.speed_table])]
         check_output(path, overwrite or finished, inputs=inputs)
     table = kept_table(path) if resume and config.speedup is not None else None
     on_timed = partial(on_step, TIMING) if on_step is not None else None

@@ -24,7 +24,7 @@ from slimgpt.distillation.trainer import OnDistilled
 from slimgpt.errors import NumericalError, RankError
 from slimgpt.io.folders import check_output, clear_leftovers, output_lock
 from slimgpt.models.build import architecture_of, empty_model
-from slimgpt.models.fingerprint import fingerprint, source_files
+from slimgpt.models.fingerprint import name_and_files
 from slimgpt.pipeline.callbacks import Callbacks, OnLayer, with_bars
 from slimgpt.pipeline.journal_sink import JournalSink
 from slimgpt.pipeline.prepare import SIDECAR_BYTES, PruneRequest, make_job, prepare
@@ -145,7 +145,7 @@ def _request(request: PruneRequest, job: PruneJob) -> dict[str, Any]:
     """Everything that decides the result."""
     installed = versions(request.device)
     return {
-        "model": {"name": request.source.name, "files": fingerprint(source_files(request.source))},
+        "model": name_and_files(request.source),
         "settings": asdict(request.config),
         "plan": request.plan.to_json(),
         "calibration": described_before(request),

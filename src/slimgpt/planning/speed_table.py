@@ -256,8 +256,11 @@ def read_table(file: str | Path) -> SpeedTable:
     Raises:
         PlanError: it cannot be read, or is none.
     """
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise PlanError(f"cannot read the speed table {file}: it does not exist, or is no regular file")
     try:
-        values = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("it is no JSON object")
         return SpeedTable.from_json(values)

@@ -106,7 +106,7 @@ def check_request(
             output,
             overwrite,
             parameters * (stored.itemsize + state_bytes),
-            inputs=[*source.folders, *local_files(sources)],
+            inputs=[*source.folders, *(dense[0].folders if dense is not None else ()), *local_files(sources)],
         )
     tokenizer = load_tokenizer(source, trust_remote_code)
     needed = needed_examples(config)

@@ -18,7 +18,7 @@ from slimgpt.checkpoint.journal import unfinished_folder
 from slimgpt.checkpoint.saving import save
 from slimgpt.errors import UsageError
 from slimgpt.io.folders import output_lock
-from slimgpt.models.fingerprint import fingerprint, source_files
+from slimgpt.models.fingerprint import name_and_files
 from slimgpt.models.loading import load_model
 from slimgpt.models.streaming import check_finite, stored_dtype
 from slimgpt.recovery.checks import RecoverRequest, check_request, make_recovery_config
@@ -264,6 +264,8 @@ def _cache_teacher(
     cache = TeacherCache(folder, request.data.training, config.top_k, hidden if config.layer_weight else None)
     if ranks.main:
         cache.create()
+        if cache.complete:
+            cache.check()
     if not ranks.agree(int(cache.complete)):
         dtype = forward_dtype("auto", torch.bfloat16, request.device)  # None: bfloat16 is the faster one
         name = "auto" if request.device.type == "cuda" else "bfloat16" if dtype is None else "float32"
@@ -297,10 +299,10 @@ def _resume_request(request: RecoverRequest) -> dict[str, Any]:
         settings.pop(name)
     return {
         "command": "recover",
-        "model": {"name": request.source.name, "files": fingerprint(source_files(request.source))},
+        "model": name_and_files(request.source),
         "settings": settings,
         "data": _describe_data(request),
-        "teacher": request.teacher[0].name if request.teacher else None,
+        "teacher": name_and_files(request.teacher[0]) if request.teacher else None,
         "dtype": request.dtype,
         "versions": resume_versions(request.device),
     }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from slimgpt.checkpoint.kept_files import reading
+from slimgpt.checkpoint.kept_files import (
+    check_file,
+    compare_checksums,
+    file_checksums,
+    read_values,
+    reading,
+    write_values,
+)
 from slimgpt.errors import NumericalError, OutputError
-from slimgpt.io.atomic import write_text
 from slimgpt.losses.chunked import log_probabilities
 from slimgpt.losses.distillation import predicted
 from slimgpt.recovery.dataset import Example, collate
@@ -122,8 +128,20 @@ class TeacherCache:
         return (self.folder / COMPLETE).is_file()
 
     def mark_complete(self) -> None:
-        """Say that all predictions are there."""
-        write_text(self.folder / COMPLETE, json.dumps(len(self.examples)))
+        """Say that all predictions are there, with the checksums of the files."""
+        write_values(self.folder / COMPLETE, file_checksums(self.folder / f"{name}.npy" for name in self.layout))
+
+    def check(self) -> None:
+        """Compare complete files with the checksums that they had.
+
+        Raises:
+            ResumeError: one has changed.
+        """
+        checksums = read_values(self.folder / COMPLETE)
+        for name in self.layout:
+            with reading(self.folder / COMPLETE):
+                checksum = checksums[f"{name}.npy"]
+            check_file(self.folder / f"{name}.npy", checksum)
 
     @torch.no_grad()
     def fill(
@@ -137,12 +155,12 @@ class TeacherCache:
 
         Raises:
             NumericalError: the dense model's predictions are no numbers.
+            ResumeError: those of a killed run have changed.
         """
         self.open("r+")
         mark = self.folder / f"done-{ranks.rank}-of-{ranks.world}.json"
-        with reading(mark):
-            done = int(json.loads(mark.read_text(encoding="utf-8"))) if mark.is_file() else 0
         share = range(ranks.rank, len(self.examples), ranks.world)
+        done, checksums = self._done(mark, share)
         numbers = layer_numbers(self.hidden[0], teacher.config.num_hidden_layers) if self.hidden else []
         starts = range(done, len(share), batch_size)
         # Through a divided model all processes go equally often. Its layers are gathered on the way, so the processes
@@ -151,15 +169,42 @@ class TeacherCache:
         for count, start in enumerate(starts, start=1):
             chosen = list(share[start : start + batch_size])
             self._fill_batch(teacher, chosen, numbers)
+            checksums = self._row_checksums(chosen, checksums)
             stop = min(start + batch_size, len(share))
             if count % self.flush_every == 0 or stop == len(share):
                 for values in self.files.values():
                     values.flush()  # type: ignore[attr-defined]
-                write_text(mark, json.dumps(stop))
+                write_values(mark, {"done": stop, "checksums": checksums})
             if progress:
                 progress(stop, len(share))
         for _ in range(idle):
             self._predict(teacher, [0], numbers)
+
+    def _done(self, mark: Path, share: Sequence[int]) -> tuple[int, dict[str, int]]:
+        """The number of examples of a share that have their predictions, and the checksums of these by file.
+
+        Raises:
+            ResumeError: they have changed.
+        """
+        if not mark.is_file():
+            return 0, {}
+        values = read_values(mark)
+        with reading(mark):
+            done, before = values["done"], values["checksums"]
+            now = self._row_checksums(share[:done], {})
+        for name, checksum in now.items():
+            with reading(self.folder / f"{name}.npy"):
+                compare_checksums(before[name], checksum)
+        return done, now
+
+    def _row_checksums(self, chosen: Iterable[int], before: Mapping[str, int]) -> dict[str, int]:
+        """CRC-32 of the rows of some examples by file, going on from that of the examples before."""
+        checksums = dict(before)
+        for index in chosen:
+            for name, values in self.files.items():
+                rows = values[self.starts[index] : self.starts[index + 1]]
+                checksums[name] = zlib.crc32(rows.tobytes(), checksums.get(name, 0))
+        return checksums
 
     def _predict(self, teacher: PreTrainedModel, chosen: list[int], numbers: list[int]) -> tuple[Any, Tensor]:
         """The dense model's outputs for some examples, and their labels."""

@@ -23,6 +23,7 @@ class Thresholds:
         degenerate_share: share of questions with the same answer from which a score counts as degenerate.
         longest_line: characters of a line of text at most: a file without line ends would fill the memory before its
             first row is known.
+        longest_list: characters of a JSON file that holds a list of rows at most: it is read as a whole.
         longest_text: characters of a text that perplexity is measured on at most: it is tokenised as a whole, which
             takes about a hundred bytes a character.
         segment: characters after which a plain text file is cut at the next line end, so that a long file can be
@@ -43,6 +44,7 @@ class Thresholds:
     shard_bytes: int = 5 * 10**9
     degenerate_share: float = 0.9
     longest_line: int = 1 << 27
+    longest_list: int = 1 << 30
     longest_text: int = 1 << 25
     segment: int = 1 << 16
     template_seconds: float = 10
