@@ -13,9 +13,12 @@ from slimgpt.runtime.setting_checks import (
     check_at_least_one,
     check_damping,
     check_distill,
+    check_dtype,
     check_engine,
+    check_head_unit,
     check_ratio,
     check_round_to,
+    check_schedule,
     check_seed,
     check_speedup,
     check_whole_experts,
@@ -69,6 +72,7 @@ class PruneConfig:
         "Ratio of each layer: a rule (log_increase, uniform, ...) or a,b,c.",
         detail="The rules: log_increase (the paper's Incremental Pruning Ratio), linear_increase, uniform, "
         "log_decrease, linear_decrease.",
+        check=check_schedule,
         unset="log_increase",
         commands=ALL,
     )
@@ -85,6 +89,7 @@ class PruneConfig:
         "auto, kv (KV heads with their query heads) or query.",
         detail="query: query heads, equally many per KV head. auto: whole KV heads for the paper's methods, else "
         "query heads where several share a KV head.",
+        check=check_head_unit,
         commands=ALL,
     )
     num_samples: int = setting(128, "Number of calibration windows.", check=check_at_least_one, commands=ALL)
@@ -130,6 +135,7 @@ class PruneConfig:
         "Type of forward passes: auto, float32, float16, bfloat16.",
         detail="auto: as stored; on a CPU the faster one. Weights are scored, repaired and saved in their own type "
         "whatever it is.",
+        check=check_dtype,
         commands=RUNS,
     )
     params: str | int | None = setting(
