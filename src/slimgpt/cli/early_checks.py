@@ -33,6 +33,12 @@ FORMATS = ("gguf", "hf-uniform", "padded", "nemotron-nas", "onnx", "openvino")
 RUNNERS = ("transformers", "vllm", "mlx", "llama.cpp", "openvino", "onnxruntime")
 """The keys of :data:`slimgpt.exporting.engine_process.INSTALL`."""
 
+EVALUATORS = ("auto", "transformers", "llama.cpp")
+"""Values of ``evaluate --engine``: :data:`slimgpt.evaluation.llama_cpp.ENGINES`."""
+
+BOS = ("auto", "once", "window")
+"""Those of :data:`slimgpt.evaluation.perplexity.BOS`."""
+
 MOST_SAMPLES = 4
 """Questions that :data:`slimgpt.evaluation.samples.QUESTIONS` has."""
 
@@ -114,7 +120,7 @@ CHECKS: Mapping[str, Check] = {
     "base": _model,
     "batch": _count,
     "batch_size": _count,
-    "bos": _one_of(("auto", "once", "window"), UsageError),
+    "bos": _one_of(BOS, UsageError),
     "data_dir": _data_folder,
     "device": _device,
     "dtype": check_dtype,
@@ -148,7 +154,7 @@ CHECKS: Mapping[str, Check] = {
 """By the name of a parameter."""
 
 OF_COMMANDS: Mapping[tuple[str, str], Check | None] = {
-    ("evaluate", "engine"): _one_of(("auto", "transformers", "llama.cpp"), UsageError),
+    ("evaluate", "engine"): _one_of(EVALUATORS, UsageError),
     ("export", "slim"): _slim,
     ("generate", "prompt"): None,  # the text
     ("recover", "slim"): _slim,
