@@ -49,7 +49,7 @@ def compare(
     slim: Annotated[
         list[str],
         typer.Argument(
-            metavar="SLIM...",
+            metavar="SLIM",
             help="One or more models to compare with it; NAME=FOLDER,FOLDER,... is one column, such as prunings with "
             "different seeds.",
         ),
