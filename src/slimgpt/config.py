@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -258,11 +259,16 @@ documents_settings(PruneConfig)
 
 
 def make_config(**settings: Any) -> PruneConfig:
-    """Settings, with the method checked.
+    """Settings, with their names and the method checked.
 
     Raises:
-        UsageError: a value outside its range or an unknown method.
+        UsageError: a value outside its range, an unknown name or an unknown method.
     """
+    for name in settings:
+        if name not in PruneConfig.__dataclass_fields__:
+            near = get_close_matches(name, PruneConfig.__dataclass_fields__, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(PruneConfig.__dataclass_fields__)}"
+            raise UsageError(f"pruning has no setting '{name}'; {hint}")
     schedule = settings.get("schedule")
     if isinstance(schedule, str):
         settings["schedule"] = parse_schedule(schedule)

@@ -17,6 +17,7 @@ from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.data import OnRehearsed
 from slimgpt.distillation.schedule import tokens_to_distill
 from slimgpt.distillation.trainer import OnDistilled
+from slimgpt.errors import UsageError
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import describe
@@ -89,6 +90,11 @@ def prune(
         UnsupportedFamilyError: the family is not in the table.
         NumericalError: NaN or infinity in weights or activations, or a Hessian that is not positive definite.
     """
+    if not hasattr(model, "config"):
+        raise UsageError(
+            f"model is a {type(model).__name__}, not a loaded model; load it with slimgpt.load(...), or prune a "
+            "name or a folder into another folder with slimgpt.prune_folder(model, out, ...)"
+        )
     config = make_config(ratio=ratio, **settings)
     callbacks = Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
     callbacks = with_bars(callbacks) if progress else callbacks
