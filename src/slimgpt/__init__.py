@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from slimgpt.pruning import PruneReport
     from slimgpt.recovery import recover
     from slimgpt.recovery.run import Recovery
+    from slimgpt.scanning.report import ScanReport
     from slimgpt.scanning.run import scan
 
 __version__ = "0.2.0"
@@ -54,6 +55,7 @@ _HOME = {
     "PruneConfig": "config",
     "PruneReport": "pruning",
     "Recovery": "recovery.run",
+    "ScanReport": "scanning.report",
     "SlimGPTError": "errors",
     "Structure": "models",
     "TaskScores": "evaluation.tasks",
@@ -93,6 +95,7 @@ __all__ = [
     "PruneConfig",
     "PruneReport",
     "Recovery",
+    "ScanReport",
     "SlimGPTError",
     "Structure",
     "TaskScores",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cached_property
 from typing import Any
 
@@ -13,9 +14,12 @@ from slimgpt.runtime.setting_checks import (
     check_at_least_one,
     check_damping,
     check_distill,
+    check_dtype,
     check_engine,
+    check_head_unit,
     check_ratio,
     check_round_to,
+    check_schedule,
     check_seed,
     check_speedup,
     check_whole_experts,
@@ -69,6 +73,7 @@ class PruneConfig:
         "Ratio of each layer: a rule (log_increase, uniform, ...) or a,b,c.",
         detail="The rules: log_increase (the paper's Incremental Pruning Ratio), linear_increase, uniform, "
         "log_decrease, linear_decrease.",
+        check=check_schedule,
         unset="log_increase",
         commands=ALL,
     )
@@ -85,6 +90,7 @@ class PruneConfig:
         "auto, kv (KV heads with their query heads) or query.",
         detail="query: query heads, equally many per KV head. auto: whole KV heads for the paper's methods, else "
         "query heads where several share a KV head.",
+        check=check_head_unit,
         commands=ALL,
     )
     num_samples: int = setting(128, "Number of calibration windows.", check=check_at_least_one, commands=ALL)
@@ -130,6 +136,7 @@ class PruneConfig:
         "Type of forward passes: auto, float32, float16, bfloat16.",
         detail="auto: as stored; on a CPU the faster one. Weights are scored, repaired and saved in their own type "
         "whatever it is.",
+        check=check_dtype,
         commands=RUNS,
     )
     params: str | int | None = setting(
@@ -252,11 +259,16 @@ documents_settings(PruneConfig)
 
 
 def make_config(**settings: Any) -> PruneConfig:
-    """Settings, with the method checked.
+    """Settings, with their names and the method checked.
 
     Raises:
-        UsageError: a value outside its range or an unknown method.
+        UsageError: a value outside its range, an unknown name or an unknown method.
     """
+    for name in settings:
+        if name not in PruneConfig.__dataclass_fields__:
+            near = get_close_matches(name, PruneConfig.__dataclass_fields__, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(PruneConfig.__dataclass_fields__)}"
+            raise UsageError(f"pruning has no setting '{name}'; {hint}")
     schedule = settings.get("schedule")
     if isinstance(schedule, str):
         settings["schedule"] = parse_schedule(schedule)

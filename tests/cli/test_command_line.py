@@ -181,7 +181,7 @@ def test_ratio_outside_its_range(ratio, refused):
         ("lists 2 ratios, but the model has 4 layers", ["--schedule", "0.1,0.2"]),
         ("neither a name nor a list", ["--schedule", "0.1,many"]),
         ("method 'best' is unknown", ["--method", "best"]),
-        ("head unit 'both' is unknown", ["--head-unit", "both"]),
+        ("--head-unit 'both' is unknown", ["--head-unit", "both"]),
         ("fewer than", ["--round-to", "512"]),
         ("must be at least 1", ["--num-samples", "0"]),
         ("must be 0 or more", ["--damping", "-1"]),
@@ -189,7 +189,7 @@ def test_ratio_outside_its_range(ratio, refused):
         ("device 'cuda:99' cannot be used", ["--device", "cuda:99"]),
         ("longer than the model's context", ["--seq-len", "65", "--num-samples", "2"]),
         ("less than what the headers of the files take", ["--bytes", "800"]),
-        ("leave out schedule, head_unit", ["--plan", "plan.toml", "--head-unit", "kv"]),
+        ("leave out --schedule, --head-unit", ["--plan", "plan.toml", "--head-unit", "kv"]),
     ],
 )
 def test_bad_options(message, options, refused):

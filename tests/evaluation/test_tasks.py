@@ -172,9 +172,11 @@ def many_rows(tmp_path):
     return tmp_path
 
 
-def test_a_model_of_one_answer_is_said_to_be_one(tokenizer, many_rows):
+def test_a_model_of_one_answer_is_said_to_be_one(tokenizer, many_rows, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
     model = tiny_model("llama", max_position_embeddings=256)
     measured = evaluate_tasks(model, tokenizer, "boolq,piqa", data_dir=many_rows)
+    assert "fatal" not in capfd.readouterr().err  # of git, which the harness asks for a commit
     preferred = ["no" if a[0] > b[0] else "yes" for (a,), (b,) in (row["resps"] for row in measured.samples["boolq"])]
     word = max(("yes", "no"), key=preferred.count)
     share = preferred.count(word) / 24

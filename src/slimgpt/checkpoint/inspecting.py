@@ -8,6 +8,7 @@ from typing import Any
 
 from slimgpt.checkpoint.saving import REPORT_FILE
 from slimgpt.errors import ModelError, one_line
+from slimgpt.io.result import Result
 from slimgpt.io.weight_files import weight_bytes
 from slimgpt.models.architecture import is_uniform
 from slimgpt.models.config_files import read_object
@@ -18,8 +19,8 @@ from slimgpt.models.streaming import stored_dtype
 from slimgpt.pruning.report import PruneReport
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Result):
     """The shape of a model, dense or slim.
 
     Args:

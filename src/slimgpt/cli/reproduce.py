@@ -18,7 +18,9 @@ DEFAULT_OUT = Path("slimgpt-reproduced")
 @app.command()
 @handle_errors
 def reproduce(
-    recipe: Annotated[str, typer.Argument(help="A TOML file, or the name of one in recipes/, such as llama-7b.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A TOML file, or the name of one in recipes/, such as llama-7b.")
+    ],
     *,
     output: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder of tables and finished rows.")

@@ -26,6 +26,7 @@ from slimgpt.cli.prune import for_engines
 from slimgpt.config import PruneConfig
 from slimgpt.errors import OutputError, UsageError
 from slimgpt.io.atomic import write_file
+from slimgpt.runtime.setting_checks import check_ratio
 
 if TYPE_CHECKING:
     from slimgpt.scanning.report import ScanReport
@@ -85,15 +86,15 @@ def scan(
     """How much can be removed from MODEL: what 5 to 60% cost and gain, and the largest size that loses little enough.
 
     A few sizes are pruned in memory and measured, the others predicted from these. No model is written."""
-    from slimgpt.scanning.run import scan as run
-    from slimgpt.scanning.run import scan_config
-
     table, plot = output / "scan.json", output / "scan.png"
     check_folder(output)
     for file in (table, plot) if output.is_dir() else ():
         check_json(file, overwrite, "--out")
-    for_engines(engines, settings)
     ratios = None if points is None else parse_ratios(points)
+    for_engines(engines, settings)
+    from slimgpt.scanning.run import scan as run
+    from slimgpt.scanning.run import scan_config
+
     config = scan_config(ratios, max_kl, settings)
     silence_libraries()
     from slimgpt.runtime.devices import as_device
@@ -135,12 +136,15 @@ def parse_ratios(text: str) -> list[float]:
     """Ratios from the command line, such as ``0.1,0.3,0.55``.
 
     Raises:
-        UsageError: something in it is no number.
+        UsageError: something in it is no share.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        ratios = [float(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--points '{text}' is no list of ratios such as 0.1,0.3,0.55") from None
+    for ratio in ratios:
+        check_ratio("--points: ratio", ratio)
+    return ratios
 
 
 def print_scan(report: ScanReport) -> None:

@@ -42,11 +42,11 @@ def speed(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Measure the speed, peak memory, bytes and FLOPs of MODEL."""
+    check_json(json_file, overwrite)
+    batches = whole_numbers(batch, "--batch")
     from slimgpt.comparison.timing import speed as run
 
     silence_libraries()
-    check_json(json_file, overwrite)
-    batches = whole_numbers(batch, "--batch")
     with bar("timing") as step:
         timings = run(
             model,

@@ -10,10 +10,11 @@ from slimgpt.comparison.model_result import CompareConfig, ModelResult
 from slimgpt.comparison.row import ComparisonRow
 from slimgpt.comparison.table import table_rows
 from slimgpt.comparison.timing import Timings
+from slimgpt.io.result import Result
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Result):
     """The result of :func:`slimgpt.compare`.
 
     Args:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.errors import ModelError
 from slimgpt.evaluation.speed import measure_speed, peak_memory
+from slimgpt.io.result import Result
 from slimgpt.io.weight_files import weight_bytes
 from slimgpt.models.loading import load
 from slimgpt.models.lookup import layer_sizes
@@ -67,8 +68,8 @@ class Timing:
     decode_flops: float
 
 
-@dataclass(frozen=True)
-class Timings:
+@dataclass(frozen=True, repr=False)
+class Timings(Result):
     """Timings of all models at all batch sizes, with the protocol."""
 
     rows: tuple[Timing, ...]

@@ -17,7 +17,7 @@ from slimgpt.models.loading import load
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    text: str | Text,
+    text: str | Path | Text,
     *,
     window: int = 128,
     stride: int | None = None,
@@ -44,7 +44,9 @@ def evaluate(
     Raises:
         UsageError: the text cannot be read, the window does not fit, or the two models' tokens differ.
     """
-    source = read_text(text, data_dir) if isinstance(text, str) else text
+    source = read_text(str(text), data_dir) if isinstance(text, (str, Path)) else text
+    if not isinstance(source, Text):
+        raise UsageError(f"text is a {type(text).__name__}; give the path of a text file, wikitext2, ptb, c4 or demo")
     if isinstance(against, str):
         in_llama_cpp = choose_engine(against, "auto") == "llama.cpp"
         against, base_tokenizer = load_gguf(against) if in_llama_cpp else load(against, device=str(model.device))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lm_eval.evaluator import simple_evaluate
+from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -143,10 +143,11 @@ def run_harness(
     """
     manager, built = build_tasks(tasks, None if draw_rows else limit, num_fewshot, data_dir, run_code)
     drawn = drawn_rows(manager, built, limit, seed) if draw_rows and limit is not None else None
-    with redirect_stderr(io.StringIO()), code_allowed(run_code):  # its bars and warnings are not ours
+    # Its bars and warnings are not ours.
+    with redirect_stderr(io.StringIO()), _without_commit(), code_allowed(run_code):
         scorer = Scorer(pretrained=model, tokenizer=tokenizer, batch_size=8)  # type: ignore[arg-type]
         scorer.on_start, scorer.seed, scorer.answers = on_start, seed, {}
-        results = simple_evaluate(
+        results = evaluator.simple_evaluate(
             model=scorer,
             tasks=built,
             task_manager=manager,
@@ -160,3 +161,15 @@ def run_harness(
     assert results is not None  # only the other processes of a distributed run get nothing
     endings = {name: endings_of(answers) for name, answers in scorer.answers.items()}
     return {**results, "endings": endings, "seeded": seeded(manager, built, drawn)}
+
+
+@contextmanager
+def _without_commit() -> Iterator[None]:
+    """Keep the harness from asking git for the commit of the current folder: git's complaint that it is none goes past
+    ``sys.stderr``, and the answer is of no use here."""
+    asked = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked

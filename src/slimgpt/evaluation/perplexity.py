@@ -19,6 +19,7 @@ from slimgpt.calibration.windows import prefix_ids
 from slimgpt.errors import NumericalError, UsageError
 from slimgpt.evaluation.divergence import Divergence, DivergenceMeter
 from slimgpt.evaluation.loglikelihood import MAX_LOGITS
+from slimgpt.io.result import Result
 from slimgpt.models.eval_mode import in_eval_mode
 from slimgpt.models.lookup import check_context, check_ids
 from slimgpt.runtime.devices import dtype_name
@@ -31,8 +32,8 @@ NEEDS_BOS_PER_WINDOW = ("gemma",)
 """How the names of model types begin that predict badly where a window does not start with BOS."""
 
 
-@dataclass(frozen=True)
-class Perplexity:
+@dataclass(frozen=True, repr=False)
+class Perplexity(Result):
     """``exp`` of the mean negative log-likelihood per predicted token, and how it was taken.
 
     Args:

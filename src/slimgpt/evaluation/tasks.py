@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from slimgpt.errors import UsageError
 from slimgpt.evaluation.answer_endings import AnswerEndings
+from slimgpt.io.result import Result
 from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.thresholds import thresholds
 
@@ -35,8 +36,8 @@ Answers = dict[str, dict[int, float]]
 """The score of every question, by task and number."""
 
 
-@dataclass(frozen=True)
-class TaskScores:
+@dataclass(frozen=True, repr=False)
+class TaskScores(Result):
     """Scores of tasks, and how they were taken.
 
     Args:

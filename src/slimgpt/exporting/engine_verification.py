@@ -31,6 +31,7 @@ from slimgpt.exporting.verification import (
     perplexity_problem,
     text_of,
 )
+from slimgpt.io.result import Result
 from slimgpt.models.loading import load
 
 TOLERANCE = 1e-3
@@ -64,8 +65,8 @@ class PromptComparison:
     same_ids: bool | None
 
 
-@dataclass(frozen=True)
-class EngineVerification:
+@dataclass(frozen=True, repr=False)
+class EngineVerification(Result):
     """Comparison of an exported model in an engine with the slim folder in transformers, in float32.
 
     Args:

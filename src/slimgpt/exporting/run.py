@@ -23,6 +23,7 @@ from slimgpt.exporting.source import ExportSource, open_folder
 from slimgpt.exporting.verification import Verification, engine_problem, verify
 from slimgpt.io.atomic import write_text
 from slimgpt.io.folders import check_name, check_output, check_writable, new_folder, output_lock
+from slimgpt.io.result import Result
 from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.engines import gguf_architecture, graph_problem, nemotron_problem
@@ -83,8 +84,8 @@ FORMATS: dict[str, Format] = {
 """By the names that ``--to`` takes."""
 
 
-@dataclass(frozen=True)
-class ExportReport:
+@dataclass(frozen=True, repr=False)
+class ExportReport(Result):
     """Result of an export: the file or folder, and its comparison with the slim model.
 
     Args:

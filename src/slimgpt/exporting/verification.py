@@ -19,6 +19,7 @@ from slimgpt import assets
 from slimgpt.calibration.documents import open_text
 from slimgpt.errors import CalibrationError, ExportError, NumericalError, UsageError, VerificationError, one_line
 from slimgpt.exporting import onnx, openvino
+from slimgpt.io.result import Result
 from slimgpt.models.llama_cpp import LlamaCpp, installed
 from slimgpt.models.loading import load, load_config, load_tokenizer
 from slimgpt.models.lookup import check_ids, text_config
@@ -66,8 +67,8 @@ def perplexity_problem(perplexity: float, reference: float, allowed: float) -> s
     )
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Result):
     """Comparison of an exported model with the slim folder on the same token ids.
 
     Args:

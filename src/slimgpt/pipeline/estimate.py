@@ -14,6 +14,7 @@ from slimgpt.calibration.windows import evaluation_tokens
 from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.schedule import BACKWARD_COST, passes_to_distill, tokens_to_distill
 from slimgpt.evaluation.layer_times import OnTimed
+from slimgpt.io.result import Result
 from slimgpt.models.architecture import KV_HEADS
 from slimgpt.models.build import empty_model
 from slimgpt.models.loading import load_config
@@ -43,8 +44,8 @@ if TYPE_CHECKING:
 MEASURED_IN_RUN = "the run measures whether whole experts, channels of them or both go, at this size (--whole-experts)"
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Result):
     """A plan, and what it means.
 
     Args:

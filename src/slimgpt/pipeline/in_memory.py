@@ -18,6 +18,7 @@ from slimgpt.config import PruneConfig, make_config
 from slimgpt.distillation.data import OnRehearsed
 from slimgpt.distillation.schedule import tokens_to_distill
 from slimgpt.distillation.trainer import OnDistilled
+from slimgpt.errors import UsageError
 from slimgpt.layerwise.on_demand import on_demand
 from slimgpt.models.build import decoder_layers
 from slimgpt.models.eval_mode import in_eval_mode
@@ -92,6 +93,11 @@ def prune(
         UnsupportedFamilyError: the family is not in the table.
         NumericalError: NaN or infinity in weights or activations, or a Hessian that is not positive definite.
     """
+    if not hasattr(model, "config"):
+        raise UsageError(
+            f"model is a {type(model).__name__}, not a loaded model; load it with slimgpt.load(...), or prune a "
+            "name or a folder into another folder with slimgpt.prune_folder(model, out, ...)"
+        )
     config = make_config(ratio=ratio, **settings)
     callbacks = Callbacks(on_layer, on_measured, on_distilled, on_rehearsed)
     callbacks = with_bars(callbacks) if progress else callbacks

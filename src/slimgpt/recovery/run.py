@@ -18,6 +18,7 @@ from slimgpt.checkpoint.journal import unfinished_folder
 from slimgpt.checkpoint.saving import save
 from slimgpt.errors import UsageError
 from slimgpt.io.folders import output_lock
+from slimgpt.io.result import Result
 from slimgpt.models.fingerprint import name_and_files
 from slimgpt.models.loading import load_model
 from slimgpt.models.streaming import check_finite, stored_dtype
@@ -46,8 +47,8 @@ OnTeacher = Callable[[int, int], None]
 """Called with the number of examples the teacher has processed, and their total, in this process."""
 
 
-@dataclass(frozen=True)
-class Recovery:
+@dataclass(frozen=True, repr=False)
+class Recovery(Result):
     """Result of a recovery run, stored in ``slimgpt.json`` and the model card.
 
     Args:

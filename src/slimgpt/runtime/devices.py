@@ -8,8 +8,9 @@ from functools import cache
 import torch
 
 from slimgpt.errors import UsageError, one_line
+from slimgpt.runtime import setting_checks
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in setting_checks.DTYPES}
 
 
 def as_dtype(name: str) -> torch.dtype | str:
@@ -18,8 +19,7 @@ def as_dtype(name: str) -> torch.dtype | str:
     Raises:
         UsageError: an unknown name.
     """
-    if name != "auto" and name not in DTYPES:
-        raise UsageError(f"dtype '{name}' is unknown; choose auto, {', '.join(DTYPES)}")
+    setting_checks.check_dtype("dtype", name)
     return DTYPES.get(name, name)
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 
-from slimgpt.errors import UsageError
+from slimgpt.errors import PlanError, UsageError
 
 AUTO = "auto"
 """The value of settings that are chosen by the model and the text."""
 
 ALLOCATIONS = (AUTO, "schedule", "sensitivity", "search")
 TIMED_ENGINES = ("transformers", "vllm", "llama.cpp")
+DTYPES = ("float32", "float16", "bfloat16")
+SCHEDULES = ("log_increase", "linear_increase", "uniform", "log_decrease", "linear_decrease")
+"""The keys of :data:`slimgpt.planning.RATIOS`, whose package imports torch."""
+
+HEAD_UNITS = (AUTO, "kv", "query")
 SEEDS = 2**63
 """Seeds are below it: a seed is a 64-bit number with a sign."""
 
@@ -104,6 +109,26 @@ def check_engine(name: str, value: str) -> None:
     """Refuse an engine that no table of times is for."""
     if value not in TIMED_ENGINES:
         raise UsageError(f"{name} '{value}' is unknown; choose {', '.join(TIMED_ENGINES)}")
+
+
+def check_schedule(name: str, value: str | tuple[float, ...] | None) -> None:
+    """Refuse an unknown rule; a list of ratios is checked once the number of layers is known."""
+    if isinstance(value, str) and value not in SCHEDULES:
+        raise PlanError(
+            f"{name} '{value}' is unknown; choose {', '.join(SCHEDULES)}, or give one ratio per layer: a,b,c"
+        )
+
+
+def check_head_unit(name: str, value: str) -> None:
+    """Refuse an unknown unit of heads."""
+    if value not in HEAD_UNITS:
+        raise PlanError(f"{name} '{value}' is unknown; choose {', '.join(HEAD_UNITS)}")
+
+
+def check_dtype(name: str, value: str) -> None:
+    """Refuse what is neither ``auto`` nor a type of numbers."""
+    if value != AUTO and value not in DTYPES:
+        raise UsageError(f"{name} '{value}' is unknown; choose {AUTO}, {', '.join(DTYPES)}")
 
 
 def check_allocation(name: str, value: str) -> None:
