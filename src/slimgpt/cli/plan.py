@@ -70,6 +70,8 @@ def plan(
         typer.echo(json.dumps(estimate.to_json()))
     else:
         _print(estimate)
+        for line in (line for verdict in estimate.verdicts if names is not None for line in verdict.releases):
+            out.print(line, soft_wrap=True, highlight=False)
     if save is not None and not as_json:
         out.print(
             f"saved {show(save)}: `slimgpt prune {show(model)} OUT --plan {show(save)}` follows it",
