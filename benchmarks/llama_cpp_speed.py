@@ -172,8 +172,8 @@ def page(content: dict[str, Any]) -> str:
         "Widths by layer (the schedule's) beside the dense model, timed in turn: "
         f"{protocol['prompt']} prompt tokens and {protocol['new_tokens']} new ones, medians of {protocol['rounds']} "
         f"rounds, {protocol['threads']} thread(s) of {os.cpu_count()} processors, {machine['processor']}, "
-        f"{content['engine']}. A prompt is promised the ratio of FLOPs, a new token that of the files' bytes; the share "
-        f"is what was reached of it (goal {GOAL}).",
+        f"{content['engine']}. A prompt is promised the ratio of FLOPs, a new token that of the files' bytes; the "
+        f"share is what was reached of it (goal {GOAL}).",
         "",
         "| removed | type | FFN widths | prompt, times as fast | FLOPs promise | share | decode, times as fast "
         "| bytes promise | share |",

@@ -85,7 +85,7 @@ def main(
                 file.write_text(json.dumps(make()) + "\n", encoding="utf-8")
             return json.loads(file.read_text(encoding="utf-8"))
 
-        def pruned(form: str, speedup: float = speedup, **target: Any) -> PruneReport:
+        def pruned(form: str, target: dict[str, Any], speedup: float = speedup) -> PruneReport:
             folder = work / f"{form}-{speedup:g}"
             typer.echo(f"pruning {folder.name}")
             return slimgpt.prune_folder(
@@ -93,11 +93,11 @@ def main(
             )
 
         table = work / "speed-table.json"
-        fast = pruned("speed", speedup=speedup, speed_table=str(table), **request)
+        fast = pruned("speed", {"speedup": speedup, "speed_table": str(table), **request})
         plan = work / f"ratio-{speedup:g}.toml"
         if not plan.is_file():
             plan.write_text(to_toml(plan_by_ratio(model, fast, settings), fast.model_type), encoding="utf-8")
-        reports = {"speed": fast, "ratio": pruned("ratio", plan=str(plan))}
+        reports = {"speed": fast, "ratio": pruned("ratio", {"plan": str(plan)})}
         target, shape = target_of(fast), describe(config_of(model))
         seconds = kept("times", lambda reports=reports: times(model, reports, request, rounds))
         for form, report in reports.items():
