@@ -3,8 +3,8 @@
     python benchmarks/speed.py DENSE SLIM --out benchmarks/results/speed --batch 1,8 --prompt 512 --new-tokens 128
 
 If SLIM is not there, DENSE is pruned to it first, by magnitude and to aligned widths: speed does not depend on what the
-weights are. Both are timed in turn in one run, as `slimgpt speed SLIM --against DENSE` does it; the parts of a forward pass that no
-pruning of layers makes smaller are timed alone. It writes OUT.json and OUT.md.
+weights are. Both are timed in turn in one run, as `slimgpt speed SLIM --against DENSE` does it; the parts of a forward
+pass that no pruning of layers makes smaller are timed alone. It writes OUT.json and OUT.md.
 """
 
 from __future__ import annotations

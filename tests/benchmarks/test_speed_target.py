@@ -15,6 +15,7 @@ from slimgpt.models.parameter_counts import count
 REQUEST = {"num_samples": 8, "seq_len": 24, "prompt": 16, "new_tokens": 4}
 
 
+@pytest.mark.slow
 def test_both_plans_promise_the_same_speed_and_a_second_run_works_nothing_out(
     dense_folder, data_folder, tmp_path, monkeypatch
 ):
