@@ -156,7 +156,7 @@ def _meet_target(
         return removed_by(budget, layers) - budget.target
 
     def changed(indices: Sequence[int], width: int) -> float:
-        """What is removed beyond the target once these layers have a width."""
+        """The amount that goes beyond the target once these layers have a width."""
         before = {index: layers[index] for index in indices}
         _set_width(shape, layers, indices, width)
         value = over()

@@ -316,14 +316,16 @@ def mismatch(
     return None
 
 
-def other_machine(table: SpeedTable, here: Mapping[str, Any]) -> str | None:
+def other_machine(table: SpeedTable, machine: Mapping[str, Any]) -> str | None:
     """By what the machine of a table of transformers differs from another; ``None`` if nothing is known to.
 
     Args:
-        here: of :func:`slimgpt.runtime.versions.timed_machine`.
+        machine: of :func:`slimgpt.runtime.versions.timed_machine`.
     """
     if table.engine != "transformers":
         return None
-    keys = [key for key in MACHINE if key in table.machine and (key != "threads" or here["device"] == "cpu")]
-    differ = [f"{key} {table.machine[key]} there, {here[key]} here" for key in keys if table.machine[key] != here[key]]
+    keys = [key for key in MACHINE if key in table.machine and (key != "threads" or machine["device"] == "cpu")]
+    differ = [
+        f"{key} {table.machine[key]} there, {machine[key]} here" for key in keys if table.machine[key] != machine[key]
+    ]
     return f"the times of the speed table were measured elsewhere: {'; '.join(differ)}" if differ else None
