@@ -4,6 +4,7 @@
     python benchmarks/quality.py --data data --keep runs/quality --validation --methods paper,slimgpt \
         --ratios 0.2 --models smollm2                       # to choose settings; prints the table only
     python benchmarks/quality.py ... --list                 # what is done and what is to be done
+    python benchmarks/quality.py ... --methods slimgpt,slimgpt-uniform,slimgpt-4-widths  # what equal layers cost
     python benchmarks/quality.py ... --rows 'smollm2/flap*' # some rows alone
     python benchmarks/quality.py ... --set damping=0.001    # an argument of slimgpt.prune, or a calibration setting
 

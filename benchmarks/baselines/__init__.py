@@ -47,6 +47,12 @@ METHODS |= {
     "slimgpt-search": Method(
         partial(pruned, method="slimgpt", allocation="search"), "SlimGPT with `--allocation search`", ours=True
     ),
+    "slimgpt-uniform": Method(
+        partial(pruned, method="slimgpt", uniform=True), "SlimGPT with `--uniform`, as `--for vllm`", ours=True
+    ),
+    "slimgpt-4-widths": Method(
+        partial(pruned, method="slimgpt", num_widths=4), "SlimGPT with `--num-widths 4`", ours=True
+    ),
     "paper": Method(partial(pruned, method="paper"), "SlimGPT as published (arXiv 2412.18110)", ours=True),
     # As FLAP's authors run both: the same share of every layer.
     "magnitude": Method(

@@ -17,6 +17,7 @@ from slimgpt.runtime.setting_checks import (
     check_dtype,
     check_engine,
     check_head_unit,
+    check_num_widths,
     check_ratio,
     check_round_to,
     check_schedule,
@@ -118,6 +119,16 @@ class PruneConfig:
         commands=ALL,
     )
     uniform: bool = setting(False, "Same widths in all layers: loads as a stock class.", commands=ALL)
+    num_widths: int | None = setting(
+        None,
+        "Widths in a few steps: at most so many FFN widths and numbers of heads.",
+        detail="Layers are divided into groups of one width each, so that by what was measured these widths cost as "
+        "little as possible. For engines that run widths by layer (llama.cpp, "
+        "transformers; nemotron-nas for FFNs alone). Not for mixtures of experts.",
+        unset="any number",
+        check=check_num_widths,
+        commands=ALL,
+    )
     ffn_only: bool = setting(False, "Remove FFN channels and experts only.", commands=ALL)
     heads_only: bool = setting(False, "Remove attention heads only.", commands=ALL)
     drop_attention: bool = setting(

@@ -14,7 +14,7 @@ import slimgpt.evaluation.reached_speed as reached_speed
 from slimgpt.checkpoint.commands import commands
 from slimgpt.cli import app
 from slimgpt.config import make_config
-from slimgpt.errors import PlanError, UsageError
+from slimgpt.errors import CalibrationError, PlanError, UsageError
 from slimgpt.evaluation.layer_times import Seconds
 from slimgpt.evaluation.speed import Speed
 from slimgpt.models.parameter_counts import count, describe
@@ -193,11 +193,70 @@ def test_a_speed_out_of_reach_is_refused_before_anything_is_written(dense_folder
     done = CliRunner().invoke(
         app,
         ["prune", str(dense_folder), str(tmp_path / "slim"), "--speedup", "90", "--prompt", "16", "--new-tokens", "4",
-         "--calibration", str(text_file), "--device", "cpu"],
+         "--calibration", str(text_file), "--num-samples", "8", "--seq-len", "24", "--device", "cpu"],
     )  # fmt: skip
     assert done.exit_code == 2
     assert "a speedup of 90 cannot be reached: the largest is" in " ".join(done.output.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_text_is_checked_before_layers_are_timed(clock, dense_folder, text_file, tmp_path):
+    options = {**RUN, "calibration": str(text_file), "seq_len": 10**6}
+    with pytest.raises(CalibrationError, match="gives"):
+        slimgpt.prune_folder(str(dense_folder), tmp_path / "slim", **options)
+    tokenizer = slimgpt.load(str(dense_folder))[1]
+    with pytest.raises(CalibrationError, match="gives"):
+        slimgpt.prune(tiny_model("llama"), tokenizer, None, str(text_file), seq_len=10**6, device="cpu", **TIMED)
+    assert clock["layers"] == 0
+
+
+def test_a_dry_run_writes_no_table(clock, dense_folder, text_file, tmp_path):
+    file = tmp_path / "times.json"
+    done = CliRunner().invoke(
+        app,
+        ["prune", str(dense_folder), str(tmp_path / "slim"), "--speedup", "1.2", "--prompt", "16", "--new-tokens", "4",
+         "--calibration", str(text_file), "--device", "cpu", "--num-samples", "8", "--seq-len", "24",
+         "--speed-table", str(file), "--dry-run"],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert clock["layers"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("clock")
+def test_a_table_of_another_machine_is_told(dense_folder, tmp_path):
+    file = tmp_path / "times.json"
+    given = {**TIMED, "speed_table": str(file)}
+    own = slimgpt.plan(str(dense_folder), device="cpu", **given)
+    assert "note" not in own.speed
+    table = json.loads(file.read_text())
+    assert {"device", "processor", "dtype", "threads"} <= set(table["machine"])
+    threads = table["machine"]["threads"]
+    file.write_text(json.dumps({**table, "machine": {**table["machine"], "threads": threads + 7, "dtype": "bfloat16"}}))
+    other = slimgpt.plan(str(dense_folder), device="cpu", **given)
+    assert other.plan == own.plan
+    assert other.speed["note"].endswith(
+        f"measured elsewhere: dtype bfloat16 there, float32 here; threads {threads + 7} there, {threads} here"
+    )
+    done = CliRunner().invoke(
+        app,
+        [
+            "plan",
+            str(dense_folder),
+            "--speedup",
+            "1.3",
+            "--prompt",
+            "16",
+            "--new-tokens",
+            "4",
+            "--speed-table",
+            str(file),
+        ],
+    )
+    assert "measured elsewhere: dtype bfloat16 there" in " ".join(done.output.split())
+    file.write_text(json.dumps({**table, "model": {**table["model"], "vocab_size": 7}}))
+    with pytest.raises(PlanError, match="vocab_size 7"):
+        slimgpt.plan(str(dense_folder), device="cpu", **given)
 
 
 @pytest.mark.usefixtures("clock")

@@ -18,7 +18,7 @@ from slimgpt.models.parameter_counts import describe
 from slimgpt.pipeline.speed_target import planned
 from slimgpt.planning import Sensitivity, StructureCost, allocate_budget, interpolate, make_plan
 from slimgpt.planning.allocation import _options, cheapest_options, predicted_cost
-from slimgpt.planning.budget import ParameterBudget, removed_by
+from slimgpt.planning.budget import ParameterBudget, adjust_to_target, removed_by
 from slimgpt.planning.equal_widths import equal_pairs, plan_of_pair
 from slimgpt.planning.plan import plan_of_widths, with_heads
 from slimgpt.planning.restriction import restricted
@@ -295,6 +295,18 @@ def test_a_width_that_saves_no_time_is_not_chosen():
     spent = allocate_budget(base, SHAPE, measured, heads=False, budget=budget)
     assert all(sizes[CHANNELS] >= WIDE // 2 for sizes in spent.layers)
     assert removed_by(budget, spent.layers) >= budget.target
+
+
+def test_a_target_behind_a_flat_part_of_the_curve_is_met():
+    steps = (WIDE * 3 // 4, WIDE // 2, WIDE // 4)
+    table = table_of(CONFIG, lambda h, c: 1e-4 * h / DENSE[HEADS] + 1e-3 * (c > WIDE // 2) + 1e-4, channels=steps)
+    layers = [dict(DENSE) for _ in range(LAYERS)]
+    budget = TimeBudget(table, SHAPE, 5e5)  # nanoseconds; the first quarter of the channels saves nothing
+    adjust_to_target(SHAPE, layers, 1, budget)
+    assert 0 <= removed_by(budget, layers) - budget.target < 1e6 / (WIDE // 4) + 1
+    assert all(sizes[CHANNELS] < steps[0] for sizes in layers)
+    adjust_to_target(SHAPE, layers, 1, TimeBudget(table, SHAPE, 1e12))  # out of reach: as far as it saves time
+    assert [sizes[CHANNELS] for sizes in layers] == [WIDE // 2] * LAYERS
 
 
 def test_equal_layers_save_the_time_too():

@@ -10,13 +10,14 @@ from slimgpt.calibration.evaluation_text import FOR_PEOPLE
 from slimgpt.checkpoint.card_metadata import card_metadata
 from slimgpt.checkpoint.commands import commands, public_name, public_source
 from slimgpt.models.families.moe import ffn_text
+from slimgpt.planning.engine_releases import BY_LAYER, releases_for_folder
 from slimgpt.pruning.report import PruneReport
 
 EXPORTS = "## Exports"
 """The heading under which exports of a folder are listed, at the end of its card."""
 
 WIDTHS_DIFFER = (
-    "The layers differ in width (`per_layer_config` in config.json), so this needs transformers 5.19 or later; its "
+    f"The layers differ in width (`per_layer_config` in config.json), so this needs transformers {BY_LAYER}; its "
     "note about reading global config values on the way in is harmless.",
     "",
 )
@@ -54,6 +55,8 @@ def model_card(report: PruneReport, bytes_on_disk: int, own_code: bool, origin: 
         "```",
         "",
         *(WIDTHS_DIFFER if own_code else ()),
+        f"Engines and tools in the same environment: {releases_for_folder(own_code)}.",
+        "",
         "| | before | after |",
         "|---|---|---|",
         f"| parameters | {plan.parameters_before:,} | {plan.parameters:,} |",

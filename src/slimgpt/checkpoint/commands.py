@@ -48,6 +48,8 @@ def _prune_command(report: PruneReport) -> str:
         "seed": settings.seed,
         "round-to": report.plan.round_to if settings.round_to == AUTO else settings.round_to,
     }
+    if settings.num_widths is not None:
+        options["num-widths"] = settings.num_widths
     if settings.whole_experts != AUTO and any(EXPERTS in sizes for sizes in report.plan.layers):
         options["whole-experts"] = f"{given_whole_experts(settings):g}"
     if settings.schedule is not None:

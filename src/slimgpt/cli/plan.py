@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "plan",
     before={
         "engines": "ratio params bytes kv_cache speedup on batch prompt new_tokens speed_table",
-        "dtype": "schedule method head_unit round_to uniform whole_experts",
+        "dtype": "schedule method head_unit round_to uniform num_widths whole_experts",
         "save": "num_samples seq_len",
     },
 )
@@ -69,6 +69,8 @@ def plan(
         typer.echo(json.dumps(estimate.to_json()))
     else:
         _print(estimate)
+        for line in (line for verdict in estimate.verdicts if names is not None for line in verdict.releases):
+            out.print(line, soft_wrap=True, highlight=False)
     if save is not None and not as_json:
         out.print(
             f"saved {show(save)}: `slimgpt prune {show(model)} OUT --plan {show(save)}` follows it",
@@ -99,6 +101,8 @@ def _print(estimate: Estimate) -> None:
         f"parameters     {plan.parameters_before:,} -> {plan.parameters:,} ({plan.achieved:.2%} of the layers go)",
         soft_wrap=True,
     )
+    if estimate.widths is not None:
+        out.print(f"widths         {estimate.widths}", soft_wrap=True, highlight=False)
     if (speed := estimate.speed) is not None:
         out.print(
             f"speed          {speed['asked']:g} times as fast asked, {speed['promised']:.2f} promised "
@@ -106,6 +110,8 @@ def _print(estimate: Estimate) -> None:
             soft_wrap=True,
             highlight=False,
         )
+        if "note" in speed:
+            out.print(f"[yellow]note:[/]          {speed['note']}", soft_wrap=True, highlight=False)
     if estimate.note is not None:
         out.print(f"[yellow]note:[/]          {estimate.note}", soft_wrap=True)
     if estimate.experts is not None:

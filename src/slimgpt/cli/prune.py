@@ -52,7 +52,7 @@ WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed t
 @handle_errors
 @help_panels(
     {
-        "Target": "ratio params bytes kv_cache plan engines uniform round_to",
+        "Target": "ratio params bytes kv_cache plan engines uniform num_widths round_to",
         "Speed": "speedup on batch prompt new_tokens speed_table",
         "Calibration": "calibration num_samples seq_len seed",
         "Method": "method allocation schedule head_unit whole_experts drop_attention ffn_only heads_only skip_layers "
@@ -69,7 +69,7 @@ WHERE = {"host": "in host memory", "file": "in a file", "recompute": "computed t
         "engines": "ratio params bytes kv_cache plan speedup on batch prompt new_tokens speed_table",
         "calibration": "schedule method allocation",
         "device": "num_samples seq_len damping seed",
-        "memory": "round_to uniform head_unit whole_experts distill repair batch_size forward_dtype",
+        "memory": "round_to uniform num_widths head_unit whole_experts distill repair batch_size forward_dtype",
     },
 )
 def prune(
@@ -131,6 +131,7 @@ def prune(
             resume=resume,
             memory=memory,
             on_step=lambda phase, number, steps, _seconds: status.update(f"{phase}: {number + 1} of {steps}"),
+            keep_table=not dry_run,
         )
     if export_to is not None:
         from slimgpt.exporting.run import check_format, check_target
@@ -242,6 +243,8 @@ def _print_plan(request: PruneRequest) -> None:
 
     if (why := why_not_nearer(config, shape, plan)) is not None:
         out.print(f"[yellow]note:[/] {why}", soft_wrap=True)
+    if request.speed is not None and request.speed.note is not None:
+        out.print(f"[yellow]note:[/] {request.speed.note}", soft_wrap=True, highlight=False)
 
 
 def _print_layers(report: PruneReport) -> None:

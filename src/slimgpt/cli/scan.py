@@ -43,7 +43,7 @@ slimgpt scan MODEL --calibration my.jsonl --max-kl 0.15 --num-samples 64 --seq-l
 @handle_errors
 @help_panels(
     {
-        "Sizes": "points max_kl engines uniform round_to",
+        "Sizes": "points max_kl engines uniform num_widths round_to",
         "Calibration": "calibration num_samples seq_len seed",
         "Method": "method allocation schedule head_unit whole_experts ffn_only heads_only skip_layers repair damping",
         "Training": "distill",

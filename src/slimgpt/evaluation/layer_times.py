@@ -26,8 +26,8 @@ from slimgpt.models.parameter_counts import ModelShape, attention_kept
 from slimgpt.models.random_weights import RandomModel
 from slimgpt.planning.plan import head_units
 from slimgpt.planning.speed_table import LayerTimes, SpeedTable, table_model
-from slimgpt.runtime.devices import dtype_name, synchronized_time
-from slimgpt.runtime.versions import versions
+from slimgpt.runtime.devices import synchronized_time
+from slimgpt.runtime.versions import timed_machine, versions
 
 MODEL_BYTES = 256 << 20
 """So many bytes the layers of the timed model have at least, if the model has them: more than a processor's cache."""
@@ -150,9 +150,7 @@ def measure_table(
         rest=times["rest",]._asdict(),
         kinds=tuple(LayerTimes(tuple(kind), *parts) for kind, parts in zip(kinds, rows)),
         machine={
-            "device": device.type,
-            "dtype": dtype_name(dtype),
-            "threads": torch.get_num_threads(),
+            **timed_machine(device, dtype),
             "processors": os.cpu_count(),
             "machine": platform.machine(),
             "layers": count,

@@ -26,6 +26,7 @@ from slimgpt.pipeline.speed_target import planned, speed_promise
 from slimgpt.planning.alignment import why_not_nearer
 from slimgpt.planning.cost import DTYPE_BYTES, flops_per_token, gguf_bytes, pruning_flops, pruning_seconds
 from slimgpt.planning.engines import EngineSupport, engine_support, suit_engines
+from slimgpt.planning.few_widths import widths_text
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.restriction import restricted
 from slimgpt.planning.targets import cache_bytes
@@ -58,6 +59,7 @@ class Estimate(Result):
         quantization: how the model's files are quantised, and what they are read as; ``None`` if they are not.
         note: why another share is removed than was asked for, or in another step; ``None`` if neither is so.
         experts: what a run measures of the experts of a mixture, and may decide otherwise; ``None`` if nothing.
+        widths: where a few widths were asked for, each with the number of its layers; else ``None``.
         speed: where a speed was asked for: how many times as fast was asked and is promised, and the table of times.
     """
 
@@ -79,6 +81,7 @@ class Estimate(Result):
     note: str | None = None
     experts: str | None = None
     speed: dict[str, Any] | None = None
+    widths: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists."""
@@ -205,6 +208,7 @@ def forecast(
         verdicts=tuple(engine_support(model_config, plan.layers, engines)),
         quantization=None if quantization is None else quantization.to_json(stored),
         note=why_not_nearer(config, shape, plan),
+        widths=None if config.num_widths is None else widths_text(plan),
         experts=MEASURED_IN_RUN if measures_experts(config, shape, tokens) else None,
         speed=None
         if target_speed is None

@@ -27,7 +27,7 @@ from slimgpt.models.parameter_counts import describe
 from slimgpt.models.ties import untie_as_held
 from slimgpt.pipeline.callbacks import WRITING, Callbacks, OnLayer, with_bars
 from slimgpt.pipeline.memory_sink import LayersInMemory, ModelInMemory
-from slimgpt.pipeline.speed_target import TIMING, planned
+from slimgpt.pipeline.speed_target import TIMING, known_table, planned
 from slimgpt.pipeline.stages import PruneJob, run_stages
 from slimgpt.planning.restriction import restricted
 from slimgpt.pruning.report import PruneReport
@@ -43,7 +43,7 @@ from slimgpt.sensitivity.measure import OnMeasured
     PruneConfig,
     before={
         "device": "schedule method num_samples seq_len damping seed",
-        "memory": "round_to uniform head_unit repair batch_size forward_dtype",
+        "memory": "round_to uniform num_widths head_unit repair batch_size forward_dtype",
         "on_layer": "",
     },
 )
@@ -133,7 +133,10 @@ def job_in_memory(
     shape = restricted(describe(model.config, model), config)
     kept_dtype = weight_dtype if isinstance(weight_dtype, torch.dtype) else next(model.parameters()).dtype
     on_timed = partial(on_rehearsed, TIMING) if on_rehearsed else None
-    widths, speed = planned(model.config, config, shape, kept_dtype, target, on_timed=on_timed)
+    if config.speedup is None:
+        widths, speed = planned(model.config, config, shape, kept_dtype, target)
+    else:
+        known_table(model.config, config)  # layers are timed once the text is checked
     vocab_size = text_config(model.config).vocab_size
     mixture = read_calibration(calibration, tokenizer, config, vocab_size)
     if isinstance(weight_dtype, torch.dtype):
@@ -144,6 +147,8 @@ def job_in_memory(
     stored = next(model.parameters()).dtype
     forward = choose_forward_dtype(config.forward_dtype, stored, target)
     check_context(model.config, "calibration windows (--seq-len)", mixture.windows.shape[1])
+    if config.speedup is not None:
+        widths, speed = planned(model.config, config, shape, kept_dtype, target, on_timed=on_timed)
     placed = parameters_moved
     moved = mixture.self_written and next(model.parameters()).device.type != target.type
     if moved and not fits_whole(widths.parameters_before, stored.itemsize, target, budget, name):

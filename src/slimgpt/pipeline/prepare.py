@@ -26,7 +26,7 @@ from slimgpt.models.lookup import check_context, text_config
 from slimgpt.models.parameter_counts import ModelShape, describe
 from slimgpt.models.source import Source, check_files, fetched, locate
 from slimgpt.models.streaming import stored_dtype
-from slimgpt.pipeline.speed_target import TIMING, kept_table, planned
+from slimgpt.pipeline.speed_target import TIMING, kept_table, known_table, planned
 from slimgpt.pipeline.stages import PruneJob
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.restriction import restricted
@@ -91,11 +91,13 @@ def prepare(
     resume: bool = False,
     memory: str | None = None,
     on_step: OnRehearsed | None = None,
+    keep_table: bool = True,
 ) -> PruneRequest:
     """Check a run from folder to folder before anything long begins: model, plan, output, disk, text.
 
     Args:
         on_step: called after every timing of layers, where a speed is asked for.
+        keep_table: whether times that are measured are written to the file that the settings name.
 
     Raises:
         SlimGPTError: whatever is wrong with the request.
@@ -116,55 +118,69 @@ def prepare(
     table = kept_table(path) if resume and config.speedup is not None else None
     on_timed = partial(on_step, TIMING) if on_step is not None else None
 
-    def plan_source(table: SpeedTable | None) -> tuple[Any, ModelShape, Plan, SpeedTarget | None]:
-        """The model's config, its shape, the widths it is to get, and the target in speed."""
+    def described() -> tuple[Any, ModelShape, torch.dtype]:
+        """The model's config, its shape, and the type of its weights."""
         model_config = load_config(source, trust_remote_code)
         if (quantization := source.quantization) is not None:
             quantization.check_library(source.name)
-        shape = restricted(describe(model_config), config)
-        stored = stored_dtype(source, model_config, dtype)
-        return (
-            model_config,
-            shape,
-            *planned(model_config, config, shape, stored, target, table=table, on_timed=on_timed),
+        return model_config, restricted(describe(model_config), config), stored_dtype(source, model_config, dtype)
+
+    def decided(table: SpeedTable | None) -> tuple[Plan, SpeedTarget | None]:
+        """The widths that the model is to get, and the target in speed."""
+        return planned(
+            model_config, config, shape, stored, target, table=table, on_timed=on_timed, keep_table=keep_table
         )
 
-    model_config, shape, plan, speed = plan_source(table)
+    def check_disk(plan: Plan) -> None:
+        if writes and not finished:
+            check_output(path, overwrite, plan.parameters * stored.itemsize + SIDECAR_BYTES)
+
+    model_config, shape, stored = described()
+    if config.speedup is not None:
+        table = known_table(model_config, config, table)
+    timed_later = config.speedup is not None and table is None  # once all else is checked, for it takes minutes
+    widths = None if timed_later else decided(table)
     if source.folder is None:  # from the hub: what its files hold is known once they are here
         source = fetched(source)
-        model_config, shape, plan, speed = plan_source(speed.table if speed is not None else None)
-    prepared = PruneRequest(
+        model_config, shape, stored = described()
+        widths = None if timed_later else decided(table)
+    if widths is not None:
+        check_disk(widths[0])
+    check_files(source)
+    tokenizer = load_tokenizer(source, trust_remote_code)
+    vocab_size = text_config(model_config).vocab_size
+    text = read_calibration(calibration, tokenizer, config, vocab_size)
+    evaluation = {}
+    if config.evaluate and not text.self_written:
+        evaluation = evaluation_texts(text.complete()[0], tokenizer, vocab_size)
+    check_context(model_config, "calibration windows (--seq-len)", text.windows.shape[1])
+    whole = not text.self_written or fits_whole(shape.parameters, stored.itemsize, target, budget, source.name)
+    if widths is None:
+        widths = decided(None)
+        check_disk(widths[0])
+    plan, speed = widths
+    tokens_to_distill(config, plan, text.windows)
+    return PruneRequest(
         source=source,
         output=path,
         model_config=model_config,
-        tokenizer=None,  # type: ignore[arg-type]  # set below, once the disk is known to have room
+        tokenizer=tokenizer,
         config=config,
         shape=shape,
         plan=plan,
-        windows=torch.empty(0),
-        calibration="",  # set below, as are the windows
+        windows=text.windows,
+        calibration=text.source,
         device=target,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         overwrite=overwrite,
         resume=resume,
         budget=budget,
+        text=text,
+        evaluation=evaluation,
         speed=speed,
+        whole=whole,
     )
-    if writes and not finished:
-        check_output(path, overwrite, plan.parameters * prepared.stored.itemsize + SIDECAR_BYTES)
-    check_files(source)
-    prepared.tokenizer = load_tokenizer(source, trust_remote_code)
-    vocab_size = text_config(model_config).vocab_size
-    text = read_calibration(calibration, prepared.tokenizer, config, vocab_size)
-    prepared.text, prepared.windows, prepared.calibration = text, text.windows, text.source
-    if config.evaluate and not text.self_written:
-        prepared.evaluation = evaluation_texts(text.complete()[0], prepared.tokenizer, vocab_size)
-    check_context(model_config, "calibration windows (--seq-len)", prepared.windows.shape[1])
-    if text.self_written:
-        prepared.whole = fits_whole(plan.parameters_before, prepared.stored.itemsize, target, budget, source.name)
-    tokens_to_distill(config, plan, prepared.windows)
-    return prepared
 
 
 def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:

@@ -22,8 +22,17 @@ from slimgpt.planning.alignment import preferred_step
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import check_heads, plan_for
 from slimgpt.planning.speed_plan import check_timeable, chosen_head_unit, plan_for_speed
-from slimgpt.planning.speed_table import PROTOCOL, SpeedTable, SpeedTarget, mismatch, read_table, table_model
+from slimgpt.planning.speed_table import (
+    PROTOCOL,
+    SpeedTable,
+    SpeedTarget,
+    mismatch,
+    other_machine,
+    read_table,
+    table_model,
+)
 from slimgpt.runtime.distributed import in_torchrun
+from slimgpt.runtime.versions import timed_machine
 
 TIMING, TIMING_RESULT = "timing layers", "timing the result"
 """Names of the phases, as callbacks are told of them."""
@@ -38,6 +47,7 @@ def planned(
     *,
     table: SpeedTable | None = None,
     on_timed: OnTimed | None = None,
+    keep_table: bool = True,
 ) -> tuple[Plan, SpeedTarget | None]:
     """The widths that the settings ask for, and the target in speed if they name one.
 
@@ -47,6 +57,7 @@ def planned(
         stored: the type of the weights.
         table: times that an earlier part of the run has measured; used if they serve for these settings.
         on_timed: called after every timing.
+        keep_table: whether times that are measured here are written to the file that the settings name.
 
     Raises:
         PlanError: no widths can do what was asked for, or the table is for something else.
@@ -54,30 +65,42 @@ def planned(
     """
     if config.speedup is None:
         return plan_for(model_config, config, shape, stored), None
-    check_heads(model_config, shape, config.head_unit)
     whole = describe(model_config)  # with what these settings keep, so that a table serves for others, too
-    check_timeable(whole)
-    if table is None or _unfit(table, model_config, config, whole) is not None:
-        table = _table(model_config, config, whole, stored, device, on_timed)
-    target = SpeedTarget(table, config.speedup)
+    table = known_table(model_config, config, table)
+    if table is None:
+        table = measure_table(
+            model_config,
+            whole,
+            chosen_head_unit(config, whole),
+            preferred_step(config, whole),
+            batch=config.batch,
+            prompt=config.prompt,
+            new_tokens=config.new_tokens,
+            device=device,
+            dtype=stored,
+            on_timed=on_timed,
+        )
+        if config.speed_table is not None and keep_table:
+            write_file(Path(config.speed_table).expanduser(), json.dumps(table.to_json(), indent=1) + "\n")
+    target = SpeedTarget(table, config.speedup, other_machine(table, timed_machine(device, stored)))
     return plan_for_speed(model_config, config, shape, target), target
 
 
-def _unfit(table: SpeedTable, model_config: Any, config: PruneConfig, shape: ModelShape) -> str | None:
-    protocol = {name: getattr(config, name) for name in PROTOCOL}
-    layers = [layer.sizes for layer in shape.layers]
-    return mismatch(table, table_model(model_config), chosen_head_unit(config, shape), protocol, layers=layers)
+def known_table(model_config: Any, config: PruneConfig, table: SpeedTable | None = None) -> SpeedTable | None:
+    """The times that are there for a target in speed; ``None`` where layers have to be timed, and can be.
 
+    Args:
+        table: times that an earlier part of the run has measured; taken if they serve for these settings.
 
-def _table(
-    model_config: Any,
-    config: PruneConfig,
-    shape: ModelShape,
-    stored: torch.dtype,
-    device: torch.device,
-    on_timed: OnTimed | None,
-) -> SpeedTable:
-    """The table of the file if it is there, else one measured here and written to it."""
+    Raises:
+        PlanError: the model cannot be timed, or the table of the file is for something else.
+        UsageError: there is no table, and the times cannot be measured here.
+    """
+    shape = describe(model_config)
+    check_heads(model_config, shape, config.head_unit)
+    check_timeable(shape)
+    if table is not None and _unfit(table, model_config, config, shape) is None:
+        return table
     file = Path(config.speed_table).expanduser() if config.speed_table is not None else None
     if file is not None and file.exists():
         table = read_table(file)
@@ -96,21 +119,13 @@ def _table(
         )
     if file is not None and not file.absolute().parent.is_dir():
         raise UsageError(f"{file.absolute().parent} is no folder; make it first, or give another place for speed_table")
-    table = measure_table(
-        model_config,
-        shape,
-        chosen_head_unit(config, shape),
-        preferred_step(config, shape),
-        batch=config.batch,
-        prompt=config.prompt,
-        new_tokens=config.new_tokens,
-        device=device,
-        dtype=stored,
-        on_timed=on_timed,
-    )
-    if file is not None:
-        write_file(file, json.dumps(table.to_json(), indent=1) + "\n")
-    return table
+    return None
+
+
+def _unfit(table: SpeedTable, model_config: Any, config: PruneConfig, shape: ModelShape) -> str | None:
+    protocol = {name: getattr(config, name) for name in PROTOCOL}
+    layers = [layer.sizes for layer in shape.layers]
+    return mismatch(table, table_model(model_config), chosen_head_unit(config, shape), protocol, layers=layers)
 
 
 def kept_table(output: Path) -> SpeedTable | None:
@@ -133,6 +148,7 @@ def speed_promise(target: SpeedTarget, shape: ModelShape, plan: Plan) -> dict[st
         "batch": table.batch,
         "prompt": table.prompt,
         "new_tokens": table.new_tokens,
+        **({} if target.note is None else {"note": target.note}),
     }
 
 

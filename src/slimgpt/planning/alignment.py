@@ -24,8 +24,8 @@ EQUAL_STEP = 64
 """The step of equal widths, which all engines want, in models whose widths by layer are rounded at all."""
 
 EQUAL_TOLERANCE = 0.005
-"""How far the achieved share of equal layers may be from the one asked for before their step is halved: all layers
-change together, so that steps cannot be mixed."""
+"""How far the achieved share of equal layers, or of layers in a few widths, may be from the one asked for before their
+step is halved: many layers change together, so that steps cannot be mixed as freely."""
 
 
 def preferred_step(config: PruneConfig, shape: ModelShape) -> int:
@@ -62,7 +62,7 @@ def aligned_plan(
     step, plans = preferred_step(config, shape), []
     if config.round_to != AUTO:
         return make(step)
-    tolerance = EQUAL_TOLERANCE if config.uniform else TOLERANCE
+    tolerance = EQUAL_TOLERANCE if config.uniform or config.num_widths is not None else TOLERANCE
     while True:
         try:
             plans.append(make(step))
@@ -85,6 +85,8 @@ def why_not_nearer(config: PruneConfig, shape: ModelShape, plan: Plan) -> str | 
     if config.speedup is None and missed_share(plan) > tolerance:
         if config.kv_cache is not None and plan.achieved > plan.ratio:
             return "the KV cache asked for takes more"
+        if config.num_widths is not None:
+            return f"{config.num_widths} widths in multiples of {plan.round_to} allow no nearer share; more of them do"
         if plan.round_to > 1:
             return f"widths that are multiples of {plan.round_to} allow no nearer share; a smaller --round-to does"
         if config.uniform:

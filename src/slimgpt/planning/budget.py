@@ -97,6 +97,8 @@ def adjust_to_target(
 ) -> None:
     """Meet the target in place, round robin over FFNs: narrow by one step each, then widen while it stays met.
 
+    A step that removes nothing, as on a flat part of a curve of times, is taken together with those after it.
+
     Args:
         units: the units of a layer whose widths may change.
     """
@@ -106,18 +108,19 @@ def adjust_to_target(
         for index, layer in enumerate(shape.layers)
         for unit in units(layer)
     ]
-    for direction in (-1, 1):
+    for narrows in (True, False):
         moved = True
         while moved:
             moved = False
             for index, unit, step in steps:
-                field = FIELDS[unit]
-                width = layers[index][field] + direction * step
-                if not 0 < width <= shape.layers[index].sizes[field]:
-                    continue
-                sizes = tied_to(shape.layers[index], {**layers[index], field: width})
-                more = budget.of_layer(index, sizes) - budget.of_layer(index, layers[index])
-                if (over < 0 < more) if direction < 0 else over + more >= 0:
-                    layers[index] = sizes
-                    over += more
-                    moved = True
+                field, dense, before = FIELDS[unit], shape.layers[index], budget.of_layer(index, layers[index])
+                width = layers[index][field]
+                wider = range(width + step, min(width + step, dense.sizes[field]) + 1)
+                for chosen in range(width - step, 0, -step) if narrows and over < 0 else () if narrows else wider:
+                    sizes = tied_to(dense, {**layers[index], field: chosen})
+                    more = budget.of_layer(index, sizes) - before
+                    if more > 0 or (not narrows and over + more >= 0):
+                        layers[index] = sizes
+                        over += more
+                        moved = True
+                        break

@@ -6,7 +6,7 @@ The facts behind it are those of the engines' own sources; what `slimgpt export`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -16,6 +16,7 @@ from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes, is_uni
 from slimgpt.models.families.moe import EXPERTS
 from slimgpt.models.lookup import head_dim, text_config
 from slimgpt.models.stock_config import stock_config
+from slimgpt.planning.engine_releases import releases_of
 from slimgpt.runtime.setting_checks import AUTO
 
 NEMOTRON_STEP = 256
@@ -34,12 +35,14 @@ class EngineSupport:
         runs: whether it runs the model as it would be saved or exported.
         how: the form it takes, or why it takes none.
         change: what to ask for instead, where it does not run it or runs it slower than it could.
+        releases: which transformers its releases need, a line each.
     """
 
     engine: str
     runs: bool
     how: str
     change: str = ""
+    releases: tuple[str, ...] = ()
 
 
 def engine_support(
@@ -59,7 +62,8 @@ def engine_support(
     for name in names:
         if name not in ENGINES:
             raise PlanError(f"engine '{name}' is unknown; choose {', '.join(ENGINES)}")
-    return [ENGINES[name](config, layers) for name in names]
+    by_layer = not is_uniform(layers)
+    return [replace(ENGINES[name](config, layers), releases=releases_of(name, by_layer)) for name in names]
 
 
 def gguf_architecture(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str:

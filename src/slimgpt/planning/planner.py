@@ -17,6 +17,7 @@ from slimgpt.models.parameter_counts import LayerShape, ModelShape, describe
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.alignment import aligned_plan
 from slimgpt.planning.allocation import check_measurable
+from slimgpt.planning.few_widths import in_few_widths
 from slimgpt.planning.ffn import ffn_sizes, least_ffn, step_of, tied_to
 from slimgpt.planning.limits import within_limit
 from slimgpt.planning.plan import (
@@ -304,7 +305,7 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
         limit = parameters_for(config.byte_limit, itemsize, tensors)
 
     def make(round_to: int) -> Plan:
-        return make_plan(
+        plan = make_plan(
             model_config,
             config.ratio,
             config.schedule,
@@ -317,5 +318,6 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
             whole_experts=given_whole_experts(config),
             heads=config.method != "reap",
         )
+        return in_few_widths(plan, shape, config.num_widths, heads=config.cache_target is None)
 
     return aligned_plan(make, config, shape)

@@ -12,6 +12,7 @@ from slimgpt.errors import PlanError
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.alignment import aligned_plan
 from slimgpt.planning.budget import removed_by
+from slimgpt.planning.few_widths import in_few_widths
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import check_heads, head_unit_of, make_plan, natural_unit
 from slimgpt.planning.speed_table import NANOSECONDS, SpeedTarget
@@ -61,6 +62,7 @@ def plan_for_speed(model_config: Any, config: PruneConfig, shape: ModelShape, ta
         nonlocal fastest, refused
         try:
             plan = make_plan(model_config, ratio, schedule, head_unit, round_to, config.uniform, shape=shape)
+            plan = in_few_widths(plan, shape, config.num_widths)
         except PlanError as error:
             refused = error
             return None

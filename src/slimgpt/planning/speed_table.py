@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes
-from slimgpt.models.lookup import text_config
+from slimgpt.models.lookup import head_dim, text_config
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.ffn import FIELDS
 from slimgpt.planning.plan import with_heads
@@ -32,6 +32,9 @@ NANOSECONDS = 1e9
 
 PROTOCOL = {"on": "engine", "batch": "batch", "prompt": "prompt", "new_tokens": "new_tokens"}
 """The settings that say what is timed, and the keys of a table that say the same."""
+
+MACHINE = ("device", "processor", "dtype", "threads")
+"""The keys of a table's machine that its times depend on."""
 
 WIDTHS = {"heads": HEADS, "kv_heads": KV_HEADS, "channels": CHANNELS}
 """The widths in rows of times, and what a layer calls them."""
@@ -61,14 +64,15 @@ class SpeedTable:
 
     Args:
         engine: what was timed: ``transformers``, ``vllm`` or ``llama.cpp``.
-        model: what it is a table for: ``model_type``, ``hidden_size`` and ``num_hidden_layers``.
+        model: what it is a table for: ``model_type``, ``hidden_size`` and ``num_hidden_layers``, and where they are
+            known ``vocab_size`` and ``head_dim``.
         head_unit: how heads were removed, ``kv`` or ``query``.
         batch: prompts at once.
         prompt: tokens per prompt.
         new_tokens: tokens decoded after it.
         rest: seconds of all that is around the layers, for the ``prompt`` and for each new ``token``.
         kinds: times of the layers.
-        machine: what it was measured on; for people.
+        machine: what it was measured on: ``device``, ``processor``, ``dtype`` and ``threads``, and more for people.
     """
 
     engine: str
@@ -224,10 +228,15 @@ class TimeBudget:
 
 @dataclass(frozen=True)
 class SpeedTarget:
-    """The speedup of a request over the dense model that is asked for, and the times that it is planned with."""
+    """The speedup of a request over the dense model that is asked for, and the times that it is planned with.
+
+    Args:
+        note: by what the machine of the times differs from this one; ``None`` if nothing is known to.
+    """
 
     table: SpeedTable
     speedup: float
+    note: str | None = None
 
     def budget(self, shape: ModelShape) -> TimeBudget:
         """The time that is to be saved."""
@@ -247,6 +256,8 @@ def table_model(config: PreTrainedConfig) -> dict[str, Any]:
         "model_type": config.model_type,
         "hidden_size": text.hidden_size,
         "num_hidden_layers": text.num_hidden_layers,
+        "vocab_size": text.vocab_size,
+        "head_dim": head_dim(text),
     }
 
 
@@ -284,8 +295,9 @@ def mismatch(
         layers: the widths of the dense model's layers.
     """
     for key, value in model.items():
-        if table.model.get(key) != value:
-            return f"it is for a model with {key} {table.model.get(key)}, and this one has {value}"
+        given = table.model.get(key, value if key in ("vocab_size", "head_dim") else None)
+        if given != value:
+            return f"it is for a model with {key} {given}, and this one has {value}"
     if table.head_unit != head_unit:
         return f"its heads were removed by '{table.head_unit}', and here they go by '{head_unit}'"
     for setting, key in PROTOCOL.items():
@@ -305,3 +317,18 @@ def mismatch(
             if timed[key] != widest:
                 return f"its layer {kind.layers[0]} has {key} {timed[key]} at most, and this model's has {widest}"
     return None
+
+
+def other_machine(table: SpeedTable, machine: Mapping[str, Any]) -> str | None:
+    """By what the machine of a table of transformers differs from another; ``None`` if nothing is known to.
+
+    Args:
+        machine: of :func:`slimgpt.runtime.versions.timed_machine`.
+    """
+    if table.engine != "transformers":
+        return None
+    keys = [key for key in MACHINE if key in table.machine and (key != "threads" or machine["device"] == "cpu")]
+    differ = [
+        f"{key} {table.machine[key]} there, {machine[key]} here" for key in keys if table.machine[key] != machine[key]
+    ]
+    return f"the times of the speed table were measured elsewhere: {'; '.join(differ)}" if differ else None

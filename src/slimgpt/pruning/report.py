@@ -16,6 +16,7 @@ from slimgpt.calibration.mixture import parse_mixture
 from slimgpt.calibration.windows import digest
 from slimgpt.config import PruneConfig
 from slimgpt.models.slicing import State
+from slimgpt.planning.few_widths import widths_text
 from slimgpt.planning.plan import Plan
 from slimgpt.pruning.plot import widths_figure
 from slimgpt.runtime.devices import dtype_name
@@ -180,6 +181,7 @@ class PruneReport:
         return (
             f"{speed['asked']:g} times as fast asked, {speed['promised']:.2f} promised, {reached} ({speed['engine']}, "
             f"batch {speed['batch']}, {speed['prompt']} + {speed['new_tokens']} tokens)"
+            + (f"; {speed['note']}" if "note" in speed else "")
         )
 
     def _facts(self) -> list[tuple[str, str]]:
@@ -194,6 +196,8 @@ class PruneReport:
         ]
         if tried := self.allocation.get("experts"):
             facts.append(("experts", trials_text(tried)))
+        if self.settings.num_widths is not None:
+            facts.append(("widths", widths_text(plan)))
         if self.speed:
             facts.append(("speed", self.speed_text()))
         if info := self.distillation:

@@ -58,6 +58,12 @@ def check_round_to(name: str, value: int | str) -> None:
         raise UsageError(f"{name} is {value}; it must be {AUTO} or a number of at least 1")
 
 
+def check_num_widths(name: str, value: int | None) -> None:
+    """Refuse fewer than two widths."""
+    if value is not None and value < 2:
+        raise UsageError(f"{name} is {value}; it must be at least 2 (uniform: one width for all layers)")
+
+
 def check_damping(name: str, value: float) -> None:
     """Refuse a damping below zero or without bound."""
     if not (math.isfinite(value) and value >= 0):

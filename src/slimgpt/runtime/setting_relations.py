@@ -24,10 +24,10 @@ def check_plan_file(config: Any) -> None:
     """Refuse a choice of widths beside a file of widths."""
     unit, step = config.head_unit != AUTO, str(config.round_to) not in (AUTO, "1")
     free = (config.schedule, unit, config.kv_cache, config.uniform, step, given_whole_experts(config))
-    if config.plan is not None and any(free):
+    if config.plan is not None and (any(free) or config.num_widths is not None):
         raise UsageError(
-            "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, and uniform and "
-            "round_to, which engines named with --for may set"
+            "a plan file says every width; leave out schedule, head_unit, kv_cache, whole_experts, num_widths, and "
+            "uniform and round_to, which engines named with --for may set"
         )
 
 
@@ -56,6 +56,11 @@ def check_kept(config: Any) -> None:
     if config.heads_only and (given_whole_experts(config) or config.method == "reap"):
         subject = "method reap" if config.method == "reap" else "whole_experts"
         raise UsageError(f"{subject} removes experts, and heads_only keeps them; leave one of them out")
+    if config.uniform and config.num_widths is not None:
+        raise UsageError(
+            "num_widths lets layers differ, and uniform keeps them equal (--for an engine of equal layers sets it); "
+            "leave one of them out"
+        )
     if config.uniform and config.skip_layers:
         raise UsageError("skip_layers makes layers differ, and uniform keeps them equal; leave one of them out")
     if config.plan is not None and (config.ffn_only or config.heads_only or config.skip_layers):

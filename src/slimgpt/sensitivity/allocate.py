@@ -16,6 +16,7 @@ from slimgpt.models.architecture import HEADS
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.allocation import Sensitivity, allocate_budget, interpolate, trial_plan
 from slimgpt.planning.budget import Budget
+from slimgpt.planning.few_widths import in_few_widths
 from slimgpt.planning.plan import Plan
 from slimgpt.runtime.setting_relations import given_whole_experts
 from slimgpt.sensitivity.attention_plans import plans_without_attention
@@ -131,6 +132,7 @@ def allocated(
     cheapest = allocate_budget(plan, shape, costs, plan.round_to, heads=config.kv_cache is None, budget=budget)
     # The more is removed, the more it costs to overfit the measured costs.
     chosen = interpolate(plan, cheapest, shape, 1 - plan.achieved, plan.round_to, budget=budget)
+    chosen = in_few_widths(chosen, shape, config.num_widths, costs, budget=budget, heads=config.kv_cache is None)
     return chosen, [plan, chosen], {}
 
 
