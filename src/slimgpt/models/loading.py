@@ -25,10 +25,11 @@ from slimgpt.models.adapters import merge, trained_ties
 from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
 from slimgpt.models.config_files import GENERATION_FILE, check_config_files, read_generation_config
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
+from slimgpt.models.families.unknown import HELP
 from slimgpt.models.gguf_file import check_file, restore_biases, restore_positions, unread_tensors
 from slimgpt.models.lookup import is_slim
 from slimgpt.models.quantization import strip_quantization
-from slimgpt.models.remote_code import register_model_class
+from slimgpt.models.remote_code import AUTO_MODEL, register_model_class
 from slimgpt.models.source import Source, check_files, has_weights, locate, weights_folder
 from slimgpt.models.streaming import WeightFiles, stored_dtype, untie_as_stored
 from slimgpt.models.ties import is_tied, untie, untie_as_held
@@ -36,8 +37,11 @@ from slimgpt.models.unknown_tensors import refuse_unknown, unknown_tensors
 from slimgpt.models.weight_conversion import ConvertedFiles
 from slimgpt.runtime.devices import as_device, as_dtype
 
-SAME_AS = {"kimi_k2": "deepseek_v3"}
+SAME_AS = {"kimi_k2": "deepseek_v3", "mimo": "qwen2"}
 """Types that repositories have given names of their own to, by what transformers calls the same architecture."""
+
+CONVERTIBLE = ("baichuan", "internlm2")
+"""Types whose layout :mod:`slimgpt.checkpoint.convert` knows."""
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 SENTENCEPIECE_MODULES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
@@ -91,6 +95,7 @@ def _read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
         trust = trust_remote_code and model_type not in CONFIG_MAPPING
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust, **source.arguments)
         register_model_class(config, source.location)
+        _check_layout(config, raw, source)
         return config
     other = SAME_AS[model_type]
     warnings.warn(f"{source.name} is a {model_type}, which transformers has, and saves, as {other}", stacklevel=4)
@@ -111,6 +116,20 @@ def _check_language_model(config: PreTrainedConfig, source: Source) -> None:
             f"{key} in the config of '{source.name}' is no config of a language model: model_type "
             f"'{config.model_type}' has no such part; take {key} out, or give the right model_type"
         )
+
+
+def _check_layout(config: PreTrainedConfig, raw: dict[str, Any], source: Source) -> None:
+    """Refuse a multimodal config of other code: its class would take the sizes of its defaults for the language model."""
+    text = config.get_text_config(decoder=True) if config.model_type in MULTIMODAL else config
+    if text is config or "text_config" in raw:
+        return
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if isinstance(raw.get(key), int) and raw[key] != getattr(text, key, None):
+            raise ModelError(
+                f"the config of '{source.name}' has {key} {raw[key]} beside model_type '{config.model_type}', whose "
+                "class in transformers reads it from text_config: the model was saved by other code. Give the "
+                "checkpoint of the same model that transformers saved (often named -hf)"
+            )
 
 
 def _refuse_unreadable(source: Source) -> None:
@@ -150,9 +169,14 @@ def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
     raw = check_config_files(source.folder)
     known = (*ARCHITECTURES, *MULTIMODAL, *CONFIG_MAPPING, *SAME_AS)
     if not trust_remote_code and "auto_map" in raw and raw["model_type"] not in known:
+        kind = f"{source.name} (model_type '{raw['model_type']}') comes with Python code of its own"
+        if isinstance(raw["auto_map"], dict) and AUTO_MODEL not in raw["auto_map"]:
+            raise ModelError(f"{kind}, and its auto_map names no {AUTO_MODEL}, so there is nothing to prune")
+        convert = f"; `slimgpt convert {source.location} OUT` writes it as Llama without its code"
         raise ModelError(
-            f"{source.name} (model_type '{raw['model_type']}') comes with Python code of its own ({raw['auto_map']}); "
-            "no such code runs unless you read it and pass --trust-remote-code"
+            f"{kind} ({raw['auto_map']}); no such code runs unless you read it and pass --trust-remote-code, and a "
+            f"layout that is not in `slimgpt families` must be described first ({HELP})"
+            f"{convert if raw['model_type'] in CONVERTIBLE else ''}"
         )
 
 
