@@ -145,10 +145,9 @@ OWN_OF_MIXTURES: dict[str, dict[str, Any]] = {
     },
     "jamba/experts": {
         "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 6, "num_experts_per_tok": 2,
-        "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 8, "mamba_dt_rank": 4,
+        "expert_layer_period": 2, "expert_layer_offset": 0, "mamba_d_state": 8, "mamba_dt_rank": 4,
         "use_mamba_kernels": False, "head_dim": 8, "pad_token_id": 0,
     },
-    "llama4_text/dense": {"moe_layers": [], "num_local_experts": 1, "intermediate_size_mlp": 52},
     "nemotron_h": {**NEMOTRON, "moe_latent_size": 20},
     "kimi_linear": {
         **LATENT, **LINEAR_HEADS, **COUNTED, "num_experts_per_token": 2, "num_expert_group": 2, "topk_group": 1,

@@ -15,8 +15,7 @@ from tests.models.families import NAMES, tiny_config
 from tests.models.mixtures import OWN_OF_MIXTURES
 
 REPRESENTATIVE = (
-    "llama", "qwen3", "gpt2", "olmo2", "lfm2", "minicpm3", "falcon_h1", "mixtral", "deepseek_v3", "glm4_moe",
-    "nemotron_h", "kimi_linear", "jamba/experts",
+    "llama", "gpt2", "lfm2", "minicpm3", "mixtral", "deepseek_v3", "nemotron_h",
 )  # fmt: skip
 RATIO = 0.1
 

@@ -119,7 +119,7 @@ def _check_language_model(config: PreTrainedConfig, source: Source) -> None:
 
 
 def _check_layout(config: PreTrainedConfig, raw: dict[str, Any], source: Source) -> None:
-    """Refuse a multimodal config of other code: its class would take the sizes of its defaults for the language model."""
+    """Refuse a multimodal config of other code, whose language model would have the sizes of the class's defaults."""
     text = config.get_text_config(decoder=True) if config.model_type in MULTIMODAL else config
     if text is config or "text_config" in raw:
         return

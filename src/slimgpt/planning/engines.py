@@ -15,6 +15,7 @@ from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes, is_uniform
 from slimgpt.models.lookup import head_dim, text_config
 from slimgpt.models.stock_config import stock_config
+from slimgpt.planning.engine_classes import MLX_CLASSES, MLX_VERSION
 from slimgpt.planning.stock_forms import padded_problem, stock_forms
 from slimgpt.runtime.setting_checks import AUTO
 
@@ -197,6 +198,12 @@ def _stock_or_nemotron(engine: str) -> Callable[[PreTrainedConfig, Sequence[Size
     return verdict
 
 
+def _mlx(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
+    if config.model_type not in MLX_CLASSES:
+        return EngineSupport("mlx", False, f"mlx-lm {MLX_VERSION} has no class for '{config.model_type}'")
+    return _stock_or_nemotron("mlx")(config, layers)
+
+
 def _onnx(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:  # noqa: ARG001
     if (problem := graph_problem(config)) is not None:
         return EngineSupport("onnx", False, problem)
@@ -208,7 +215,7 @@ ENGINES: dict[str, Callable[[PreTrainedConfig, Sequence[Sizes]], EngineSupport]]
     "vllm": _vllm,
     "llama.cpp": _llama_cpp,
     "sglang": _stock_or_nemotron("sglang"),
-    "mlx": _stock_or_nemotron("mlx"),
+    "mlx": _mlx,
     "onnx": _onnx,
 }
 """By the names that ``--for`` takes."""

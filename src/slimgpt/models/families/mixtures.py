@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from slimgpt.errors import ModelError
 from slimgpt.models.architecture import CHANNELS, Architecture, Entry, Fused
 from slimgpt.models.families.dense import ffn, gated, grouped, in_module, latent_heads
 from slimgpt.models.families.moe import EXPERTS, SHARED, Mixture, experts, shared_expert
@@ -43,6 +44,8 @@ def _stepped(config: Any, index: int) -> bool:
 
 
 def _listed(config: Any, index: int) -> bool:
+    if not config.mlp_layer_types:
+        raise ModelError(f"mlp_layer_types is missing in the config of the '{config.model_type}'; fetch it again")
     return config.mlp_layer_types[index] == "sparse"
 
 
