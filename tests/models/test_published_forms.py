@@ -61,6 +61,15 @@ def test_mimo_is_qwen2_with_layers_that_predict_a_second_token(tmp_path):
     assert unknown_tensors(empty_model(config), names) == names[1:]
 
 
+def test_a_head_that_no_file_ties_is_counted(tmp_path):
+    vision = {"model_type": "pixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**SIZES, "model_type": "mistral"}
+    untied = {key: value for key, value in text.items() if key != "tie_word_embeddings"}
+    _, silent = shape_of(tmp_path, "mistral3", text_config=untied, vision_config=vision)
+    _, tied = shape_of(tmp_path, "mistral3", text_config=untied, vision_config=vision, tie_word_embeddings=True)
+    assert silent.parameters - tied.parameters == 128 * 64
+
+
 CODE = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
 REFUSED = {
     "flat llava": ("llava", {**SIZES, "mm_hidden_size": 1024}, "reads it from text_config"),

@@ -23,7 +23,13 @@ from slimgpt.errors import ModelError, UnsupportedFamilyError, one_line
 from slimgpt.io.tensors import align
 from slimgpt.models.adapters import merge, trained_ties
 from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
-from slimgpt.models.config_files import GENERATION_FILE, check_config_files, read_generation_config
+from slimgpt.models.config_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    check_config_files,
+    read_generation_config,
+    read_object,
+)
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
 from slimgpt.models.families.unknown import HELP
 from slimgpt.models.gguf_file import check_file, restore_biases, restore_positions, unread_tensors
@@ -141,6 +147,8 @@ def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:
     """Untie the config of a model whose head is a matrix of its own, whatever its config.json says."""
     stored = source.folder is not None and has_weights(source.folder)
     if not stored and source.adapter is None:
+        if source.folder is not None and _is_tied_by_default_alone(config, source.folder):
+            untie(config)
         return
     try:
         model = empty_model(config)
@@ -155,6 +163,14 @@ def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:
             "is untied",
             stacklevel=3,
         )
+
+
+def _is_tied_by_default_alone(config: PreTrainedConfig, folder: Path) -> bool:
+    """Whether only the default of a multimodal class ties a model whose files say nothing of it, and whose language
+    model's config does not; transformers goes by the weights then, and here are none."""
+    text = config.get_text_config(decoder=True)
+    said_so = "tie_word_embeddings" in read_object(folder / CONFIG_FILE)
+    return text is not config and not said_so and not is_tied(text)
 
 
 def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
