@@ -23,16 +23,11 @@ from slimgpt.errors import ModelError, UnsupportedFamilyError, one_line
 from slimgpt.io.tensors import align
 from slimgpt.models.adapters import merge, trained_ties
 from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
-from slimgpt.models.config_files import (
-    CONFIG_FILE,
-    GENERATION_FILE,
-    check_config_files,
-    read_generation_config,
-    read_object,
-)
+from slimgpt.models.config_files import GENERATION_FILE, check_config_files, read_generation_config
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
 from slimgpt.models.families.unknown import HELP
 from slimgpt.models.gguf_file import check_file, restore_biases, restore_positions, unread_tensors
+from slimgpt.models.language_model_config import check_language_model, check_layout, is_tied_by_default_alone
 from slimgpt.models.lookup import is_slim
 from slimgpt.models.quantization import strip_quantization
 from slimgpt.models.remote_code import AUTO_MODEL, register_model_class
@@ -79,7 +74,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
             ) from error
         nowhere = "" if source.folder is not None else f"there is no folder {source.location} here, and from the hub: "
         raise ModelError(f"cannot read the model '{source.name}': {nowhere}{one_line(error)}") from error
-    _check_language_model(config, source)
+    check_language_model(config, source)
     if gguf is not None:
         restore_positions(gguf, config)
         restore_biases(gguf, config)
@@ -101,41 +96,12 @@ def _read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
         trust = trust_remote_code and model_type not in CONFIG_MAPPING
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust, **source.arguments)
         register_model_class(config, source.location)
-        _check_layout(config, raw, source)
+        check_layout(config, raw, source)
         return config
     other = SAME_AS[model_type]
     warnings.warn(f"{source.name} is a {model_type}, which transformers has, and saves, as {other}", stacklevel=4)
     values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
     return AutoConfig.for_model(other, **values)
-
-
-def _check_language_model(config: PreTrainedConfig, source: Source) -> None:
-    """Refuse a config with a part that is named as that of a language model is, and that its class does not know."""
-    try:
-        part = config.get_text_config(decoder=True)
-    except Exception as error:  # several parts, of which none is the only one
-        raise ModelError(f"cannot read the config of '{source.name}': {one_line(error)}") from error
-    if not isinstance(part, PreTrainedConfig):
-        names = ("text_config", "decoder", "generator", "text_encoder")
-        key = next((name for name in names if getattr(config, name, None) is part), names[0])
-        raise ModelError(
-            f"{key} in the config of '{source.name}' is no config of a language model: model_type "
-            f"'{config.model_type}' has no such part; take {key} out, or give the right model_type"
-        )
-
-
-def _check_layout(config: PreTrainedConfig, raw: dict[str, Any], source: Source) -> None:
-    """Refuse a multimodal config of other code, whose language model would have the sizes of the class's defaults."""
-    text = config.get_text_config(decoder=True) if config.model_type in MULTIMODAL else config
-    if text is config or "text_config" in raw:
-        return
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
-        if isinstance(raw.get(key), int) and raw[key] != getattr(text, key, None):
-            raise ModelError(
-                f"the config of '{source.name}' has {key} {raw[key]} beside model_type '{config.model_type}', whose "
-                "class in transformers reads it from text_config: the model was saved by other code. Give the "
-                "checkpoint of the same model that transformers saved (often named -hf)"
-            )
 
 
 def _refuse_unreadable(source: Source) -> None:
@@ -147,7 +113,7 @@ def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:
     """Untie the config of a model whose head is a matrix of its own, whatever its config.json says."""
     stored = source.folder is not None and has_weights(source.folder)
     if not stored and source.adapter is None:
-        if source.folder is not None and _is_tied_by_default_alone(config, source.folder):
+        if source.folder is not None and is_tied_by_default_alone(config, source.folder):
             untie(config)
         return
     try:
@@ -163,14 +129,6 @@ def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:
             "is untied",
             stacklevel=3,
         )
-
-
-def _is_tied_by_default_alone(config: PreTrainedConfig, folder: Path) -> bool:
-    """Whether only the default of a multimodal class ties a model whose files say nothing of it, and whose language
-    model's config does not; transformers goes by the weights then, and here are none."""
-    text = config.get_text_config(decoder=True)
-    said_so = "tie_word_embeddings" in read_object(folder / CONFIG_FILE)
-    return text is not config and not said_so and not is_tied(text)
 
 
 def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
