@@ -18,9 +18,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from slimgpt.models.families.mixtures import MIXTURES  # noqa: E402
 from slimgpt.models.families.support import Support, families  # noqa: E402
 from tests.models.families import NAMES  # noqa: E402
+from tests.models.mixtures import OWN_OF_MIXTURES  # noqa: E402
 
 TOGETHER = 10
 """Families that are looked at together."""
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--page-only", action="store_true", help="write the page from benchmarks/results/families.json")
     options = parser.parse_args()
     record = json.loads(JSON.read_text(encoding="utf-8")) if JSON.is_file() else {"outcomes": {}}
-    names = [] if options.page_only else options.families or [*NAMES, *MIXTURES]
+    names = [] if options.page_only else options.families or [*NAMES, *OWN_OF_MIXTURES]
     for start in range(0, len(names), TOGETHER):
         record["outcomes"] |= run(names[start : start + TOGETHER])
         record |= {name: version(name) for name in ("transformers", "torch")} | {"date": date.today().isoformat()}

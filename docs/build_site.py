@@ -31,7 +31,7 @@ def navigation() -> list[dict[str, object]]:
     pages = {
         "Guides": sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs/guides").glob("*.md")),
         "Concepts": titled("concepts/how-it-works", "glossary", "adding-a-family"),
-        "Reference": titled("reference/commands", "reference/python"),
+        "Reference": titled("families", "reference/commands", "reference/python"),
         "Results": sorted(str(page.relative_to(ROOT)) for page in (ROOT / "benchmarks/results").glob("*.md")),
         "Project": ["CHANGELOG.md", "CONTRIBUTING.md", *titled("lab-notes")],
     }

@@ -13,6 +13,8 @@ import typer
 import slimgpt
 from slimgpt.cli import app
 from slimgpt.config import PruneConfig
+from slimgpt.models.families.support import EXPERT_UNITS
+from slimgpt.planning.family_table import FamilyRow, family_rows
 from slimgpt.runtime.settings import settings_of
 
 HERE = Path(__file__).resolve().parent / "reference"
@@ -118,9 +120,59 @@ def python_page() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
+FAMILIES_HEAD = """# Families
+
+Written by `docs/make_reference.py` from the table that `slimgpt families` prints; `slimgpt families NAME` finds a
+family by its `model_type` or by the names of its models. The tests that each family passes, and their results, are in
+[benchmarks/results/families.md](../benchmarks/results/families.md).
+
+- **In a stock class**: with `--uniform` this is removed so that a class of transformers loads the folder as it is. All
+  else loads with `trust_remote_code=True`: a small modeling file travels in the folder.
+- **Runs in**: engines for layers of any widths, then those that equal layers (`--uniform`) add; for the default config
+  of the type. The verdicts come from the engines' own sources; what was run is in [serving.md](guides/serving.md).
+  `slimgpt plan MODEL` gives the verdicts for a checkpoint, with the form to export.
+"""
+
+
+def family_lines(rows: list[FamilyRow]) -> Iterator[str]:
+    """A table of families."""
+    yield "| family | models | can be removed | in a stock class | runs in | note |\n|---|---|---|---|---|---|"
+    for row in rows:
+        stock = "all" if row.uniform == row.units else ", ".join(row.uniform) or "-"
+        cells = (", ".join(row.known_as), ", ".join(row.units), stock, row.engines_text(), row.note)
+        yield f"| `{row.model_type}` | {' | '.join(map(cell, cells))} |"
+
+
+def families_page() -> str:
+    """The page of the families of models."""
+    rows = family_rows()
+    text = [row for row in rows if row.units and not row.inside]
+    mixtures = [row for row in text if EXPERT_UNITS in row.units]
+    parts = [
+        FAMILIES_HEAD,
+        "## Decoders\n",
+        *family_lines([row for row in text if row not in mixtures]),
+        "\n## Mixtures of experts\n",
+        *family_lines(mixtures),
+        "\n## Multimodal models\n\nThe language model inside is pruned on text; all else stays as it is, to the bit. "
+        "Which one\nis inside depends on the checkpoint; here it is that of the default config.\n",
+        *family_lines([row for row in rows if row.units and row.inside]),
+        "\n## Refused\n",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if not row.units:
+            names = f" ({', '.join(row.known_as)})" if row.known_as else ""
+            reasons.setdefault(row.note, []).append(f"`{row.model_type}`{names}")
+    parts += [f"- {', '.join(names)}: {cell(reason)}." for reason, names in reasons.items()]
+    parts.append("\nWhatever is not on this page nobody has described: [adding-a-family.md](adding-a-family.md).")
+    return "\n".join(parts) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """The text of every page."""
-    return {HERE / "commands.md": commands_page(), HERE / "python.md": python_page()}
+    families = HERE.parent / "families.md"
+    return {HERE / "commands.md": commands_page(), HERE / "python.md": python_page(), families: families_page()}
 
 
 if __name__ == "__main__":

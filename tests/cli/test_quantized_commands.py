@@ -171,6 +171,24 @@ def test_speed_and_its_memory(folders):
     assert peak_memory(locate(str(folders[0])), "cpu", prompt=8, new_tokens=2) > 10e6
 
 
+def test_generate(folders):
+    quantised, plain = (run("generate", folder, "the cat", "--max-new-tokens", 12, "--raw") for folder in folders)
+    assert quantised.exit_code == 0, quantised.output
+    assert quantised.stdout == plain.stdout
+
+
+@pytest.mark.slow
+def test_scan(folders, text_file, tmp_path):
+    results = []
+    for folder in folders:
+        out = tmp_path / f"{folder.parent.name}-scan"
+        words = ("--points", "0.1,0.3", "--num-samples", 12, "--seq-len", 24, "--device", "cpu")
+        done = run("scan", folder, "--out", out, "--calibration", text_file, *words)
+        assert done.exit_code == 0, done.output
+        results.append(json.loads((out / "scan.json").read_text())["points"])
+    assert results[0] == results[1]
+
+
 def test_export(tokenizer, tmp_path):
     folders = pair("compressed-without-biases", tmp_path, tokenizer)
     for folder, name in zip(folders, ("quantised", "plain")):

@@ -122,6 +122,12 @@ OWN: dict[str, dict[str, Any]] = {
     "opt": {**FILLED, "ffn_dim": 52, "word_embed_proj_dim": 40},
     "xglm": {**FILLED, "ffn_dim": 52},
     "biogpt": FILLED,
+    "llama4_text/dense": {
+        "moe_layers": [],
+        "num_local_experts": 1,
+        "intermediate_size_mlp": 52,
+        "attention_chunk_size": 8,
+    },
     "qwen3_5_text": {"layer_types": HYBRID, **LINEAR},
     "falcon_h1": MAMBA,
     "jamba": {
@@ -175,7 +181,10 @@ REPRESENTATIVE = (
 )  # fmt: skip
 """One or two of every layout; the default run has these, `pytest -m families` all."""
 
-NAMES = [*(family for family in ARCHITECTURES if family not in MIXTURES), *(name for name in OWN if "/" in name)]
+NAMES = [
+    *(family for family in ARCHITECTURES if family not in MIXTURES),
+    *(name for name in OWN if "/" in name or name in MIXTURES),
+]
 """Every family without experts, and the variants of layout that a flag of its config chooses; see mixtures.py too."""
 
 

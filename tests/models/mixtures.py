@@ -143,6 +143,11 @@ OWN_OF_MIXTURES: dict[str, dict[str, Any]] = {
     "gemma4_text/experts": {
         **GEMMA4, "enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 40,
     },
+    "jamba/experts": {
+        "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 6, "num_experts_per_tok": 2,
+        "expert_layer_period": 2, "expert_layer_offset": 0, "mamba_d_state": 8, "mamba_dt_rank": 4,
+        "use_mamba_kernels": False, "head_dim": 8, "pad_token_id": 0,
+    },
     "nemotron_h": {**NEMOTRON, "moe_latent_size": 20},
     "kimi_linear": {
         **LATENT, **LINEAR_HEADS, **COUNTED, "num_experts_per_token": 2, "num_expert_group": 2, "topk_group": 1,

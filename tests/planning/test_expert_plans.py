@@ -11,7 +11,6 @@ from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.build import architecture_of, empty_model
 from slimgpt.models.parameter_counts import describe
 from slimgpt.models.stock_config import apply_sizes, stock_config
-from slimgpt.planning.engines import engine_support
 from slimgpt.planning.expert_plans import with_whole_experts
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import plan_for
@@ -137,19 +136,6 @@ def test_what_a_cache_takes_goes_without_what_else_is_removed():
     made = tried(1.0, True)
     assert plan.layers[0][KV_HEADS] < config.num_key_value_heads
     assert [sizes[KV_HEADS] for sizes in made.layers] == [sizes[KV_HEADS] for sizes in plan.layers]
-
-
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_no_engine_is_said_to_want_what_is_refused_for_mixtures(family):
-    """`export --to padded` pads no experts."""
-    config = tiny_config(family)
-    plan, _, _ = planned(config, ratio=0.3)
-    verdicts = engine_support(config, plan.layers)
-    assert not any("padded" in verdict.how + verdict.change for verdict in verdicts)
-    assert "--uniform" in next(verdict.change for verdict in verdicts if verdict.engine == "sglang")
-    dense = tiny_config("llama")
-    plan, _, _ = planned(dense, ratio=0.3)
-    assert any("export --to padded" in verdict.change for verdict in engine_support(dense, plan.layers))
 
 
 def test_none_where_less_than_an_expert_of_every_layer_goes():

@@ -27,6 +27,7 @@ def families(
     """List what can be removed from each family of models."""
     from slimgpt.models.families.names import matching
     from slimgpt.models.families.support import families as run
+    from slimgpt.planning.family_table import with_engines
 
     silence_libraries()
     families = run()
@@ -35,19 +36,21 @@ def families(
         families = [family for family in families if family.model_type in kinds]
     elif not (refused or as_json):
         families = [family for family in families if family.units]
+    rows = [with_engines(family) for family in families]
     if as_json:
-        typer.echo(json.dumps([{**asdict(family), "level": family.level} for family in families]))
+        typer.echo(json.dumps([{**asdict(row), "level": row.level} for row in rows]))
         return
     table = Table(title_justify="left")
-    for column in ("family", "can be removed", "in a stock class (--uniform)", "note"):
+    for column in ("family", "can be removed", "in a stock class (--uniform)", "runs in", "note"):
         table.add_column(column)
-    for family in families:
+    for family in rows:
         stock = "all" if family.uniform == family.units else ", ".join(family.uniform) or "-"
         known_as = f"\n[dim]{', '.join(family.known_as)}[/]" if family.known_as else ""
         table.add_row(
             family.model_type + known_as,
             ", ".join(family.units) or "nothing",
             stock if family.units else "",
+            family.engines_text(),
             family.note,
         )
     out.print(table)

@@ -17,6 +17,7 @@ from slimgpt.models.architecture import is_uniform
 from slimgpt.models.build import stock_class
 from slimgpt.models.config_files import GENERATION_FILE, read_generation_config
 from slimgpt.models.stock_config import stock_config
+from slimgpt.planning.stock_forms import stock_forms
 from slimgpt.runtime.thresholds import thresholds
 
 
@@ -71,12 +72,15 @@ def check_uniform(exported: ExportSource) -> None:
         ExportError: layers of different widths, or a head count that every stock class refuses.
     """
     if not is_uniform(exported.sizes):
+        ways = stock_forms(exported.config, exported.sizes, "prune with --uniform", "use --to padded")
         raise ExportError(
-            f"the layers of {exported.source.name} differ in width, so no stock class holds them; use --to padded, or "
-            "prune with --uniform"
+            f"the layers of {exported.source.name} differ in width, so no stock class holds them"
+            f"{'; ' if ways else ''}{ways}"
         )
     if stock_config(exported.config, exported.sizes[0]) is None:
-        raise ExportError(f"no stock class of transformers takes the widths {exported.sizes[0]}; use --to padded")
+        raise ExportError(
+            f"no stock class of transformers takes the widths {exported.sizes[0]}; load it with its own modeling file"
+        )
 
 
 def write_uniform(exported: ExportSource, folder: Path) -> list[str]:

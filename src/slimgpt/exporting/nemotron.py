@@ -17,6 +17,7 @@ from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS
 from slimgpt.models.config_files import CONFIG_FILE
 from slimgpt.models.lookup import head_dim
 from slimgpt.planning.engines import NEMOTRON_STEP, nemotron_problem
+from slimgpt.planning.stock_forms import padded_problem
 from slimgpt.runtime.devices import dtype_name
 
 CONFIGURATION_FILE = "configuration_decilm.py"
@@ -30,7 +31,8 @@ def check_nemotron(exported: ExportSource) -> None:
         ExportError: with the reason, and a form that can.
     """
     if (problem := nemotron_problem(exported.config, exported.sizes)) is not None:
-        raise ExportError(f"{exported.source.name} cannot become nemotron-nas: {problem}; or use --to padded")
+        padded = "" if padded_problem(exported.config, exported.sizes) else "; or use --to padded"
+        raise ExportError(f"{exported.source.name} cannot become nemotron-nas: {problem}{padded}")
 
 
 def write_nemotron(exported: ExportSource, folder: Path) -> list[str]:

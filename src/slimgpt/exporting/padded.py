@@ -17,20 +17,9 @@ from slimgpt.exporting.hf_folder import write_stock_folder
 from slimgpt.exporting.source import ExportSource
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes
 from slimgpt.models.build import empty_model
-from slimgpt.models.families.moe import Experts
-from slimgpt.models.lookup import text_config, with_sizes
+from slimgpt.models.lookup import with_sizes
 from slimgpt.models.stock_config import stock_config
-
-
-def padded_sizes(sizes: list[dict[str, int]]) -> dict[str, int]:
-    """The widths of the widest layer: as many KV heads as any layer has, and as many query heads on each of them."""
-    kv = max(layer[KV_HEADS] for layer in sizes)
-    group = max(layer[HEADS] // layer[KV_HEADS] for layer in sizes if layer[KV_HEADS])
-    return {
-        HEADS: kv * group,
-        KV_HEADS: kv,
-        CHANNELS: max(layer[CHANNELS] for layer in sizes),
-    }
+from slimgpt.planning.stock_forms import padded_problem, padded_sizes, uniform_problem
 
 
 def check(exported: ExportSource) -> None:
@@ -39,26 +28,9 @@ def check(exported: ExportSource) -> None:
     Raises:
         ExportError: no stock class takes the widths.
     """
-    structures = exported.architecture.structures
-    if text_config(exported.config) is not exported.config:
-        raise ExportError(
-            "the language model inside a multimodal model cannot be padded; load it with its modeling file"
-        )
-    if exported.architecture.resized or any(s.transposed for s in structures):
-        raise ExportError(
-            f"'{exported.config.model_type}' cannot be padded: its config does not say the widths, or its matrices are "
-            "transposed; load it with its own modeling file instead"
-        )
-    if any(isinstance(structure, Experts) for structure in structures):
-        raise ExportError(
-            f"'{exported.config.model_type}' has experts, which are not padded; prune with --uniform, or load it with "
-            "its own modeling file"
-        )
-    if stock_config(exported.config, padded_sizes(exported.sizes)) is None:
-        raise ExportError(
-            f"no stock class of transformers holds {exported.source.name} padded to {padded_sizes(exported.sizes)}; "
-            "load it with its own modeling file instead"
-        )
+    if (problem := padded_problem(exported.config, exported.sizes)) is not None:
+        uniform = "prune with --uniform, or " if uniform_problem(exported.config) is None else ""
+        raise ExportError(f"{exported.source.name}: {problem}; {uniform}load it with its own modeling file")
 
 
 def write(exported: ExportSource, folder: Path) -> list[str]:

@@ -27,6 +27,7 @@ from slimgpt.io.result import Result
 from slimgpt.models.architecture import Sizes, is_uniform
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.engines import gguf_architecture, graph_problem, nemotron_problem
+from slimgpt.planning.stock_forms import padded_problem, stock_forms
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,10 @@ def _gguf_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str | No
 
 
 def _uniform_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str | None:
-    if not is_uniform(layers):
-        return "layers of different widths need --to padded, or pruning with --uniform"
-    return None if stock_config(config, layers[0]) is not None else "no stock class takes these widths; use --to padded"
-
-
-def _padded_problem(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str | None:
-    widest = padded.padded_sizes([dict(layer) for layer in layers])
-    return None if stock_config(config, widest) is not None else f"no stock class takes the widths {widest}"
+    if is_uniform(layers):
+        return None if stock_config(config, layers[0]) is not None else "no stock class takes these widths"
+    ways = stock_forms(config, layers, "pruning with --uniform", "--to padded")
+    return f"layers of different widths need {ways}" if ways else "its layers differ in width"
 
 
 def _gguf(quantize: str, pre: str | None) -> Format:
@@ -76,7 +73,7 @@ def _gguf(quantize: str, pre: str | None) -> Format:
 FORMATS: dict[str, Format] = {
     "gguf": _gguf("F16", None),
     "hf-uniform": Format(hf_folder.check_uniform, hf_folder.write_uniform, _uniform_problem),
-    "padded": Format(padded.check, padded.write, _padded_problem),
+    "padded": Format(padded.check, padded.write, padded_problem),
     "nemotron-nas": Format(nemotron.check_nemotron, nemotron.write_nemotron, nemotron_problem),
     "onnx": Format(onnx.check_onnx, onnx.write_onnx, lambda config, _: graph_problem(config)),
     "openvino": Format(openvino.check_openvino, openvino.write_openvino, lambda config, _: graph_problem(config)),

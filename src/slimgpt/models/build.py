@@ -126,9 +126,11 @@ def stock_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for auto in classes if text_config(config) is config else classes[::-1]:
         if type(config) in auto._model_mapping:
             return auto._model_mapping[type(config)]  # type: ignore[return-value]
+    if (reason := refusal(config)) is not None:
+        raise UnsupportedFamilyError(f"model_type '{config.model_type}' is not supported: {reason}")
     raise UnsupportedFamilyError(
-        f"model_type '{config.model_type}' has no causal language model in transformers; `slimgpt families` lists "
-        "those that are supported"
+        f"transformers has no class for model_type '{config.model_type}' that is a causal language model, alone or "
+        "with images; `slimgpt families` lists those that are supported"
     )
 
 
@@ -146,8 +148,13 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             return base(copy.deepcopy(config))
+    except ImportError as error:
+        name = f" '{config.name_or_path}'" if config.name_or_path else ""
+        raise ModelError(f"the class of the model{name} needs a library that is missing: {one_line(error)}") from error
     except Exception as error:  # the constructors check little: whatever a value in the config made of it
         reason = one_line(error)
+        if "NoneType" in reason:
+            reason += "; a value that its class needs is null or missing in config.json: fetch the file again"
         padding, vocabulary = text_config(config).pad_token_id, text_config(config).vocab_size
         if isinstance(error, AssertionError) and padding is not None and padding >= vocabulary:
             reason = (

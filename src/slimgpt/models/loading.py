@@ -25,10 +25,12 @@ from slimgpt.models.adapters import merge, trained_ties
 from slimgpt.models.build import architecture_of, empty_model, slim_class, stock_class
 from slimgpt.models.config_files import GENERATION_FILE, check_config_files, read_generation_config
 from slimgpt.models.families import ARCHITECTURES, MULTIMODAL
+from slimgpt.models.families.unknown import HELP
 from slimgpt.models.gguf_file import check_file, restore_biases, restore_positions, unread_tensors
+from slimgpt.models.language_model_config import check_language_model, check_layout, is_tied_by_default_alone
 from slimgpt.models.lookup import is_slim
 from slimgpt.models.quantization import strip_quantization
-from slimgpt.models.remote_code import register_model_class
+from slimgpt.models.remote_code import AUTO_MODEL, register_model_class
 from slimgpt.models.source import Source, check_files, has_weights, locate, weights_folder
 from slimgpt.models.streaming import WeightFiles, stored_dtype, untie_as_stored
 from slimgpt.models.ties import is_tied, untie, untie_as_held
@@ -36,8 +38,11 @@ from slimgpt.models.unknown_tensors import refuse_unknown, unknown_tensors
 from slimgpt.models.weight_conversion import ConvertedFiles
 from slimgpt.runtime.devices import as_device, as_dtype
 
-SAME_AS = {"kimi_k2": "deepseek_v3"}
+SAME_AS = {"kimi_k2": "deepseek_v3", "mimo": "qwen2"}
 """Types that repositories have given names of their own to, by what transformers calls the same architecture."""
+
+CONVERTIBLE = ("baichuan", "internlm2")
+"""Types whose layout :mod:`slimgpt.checkpoint.convert` knows."""
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 SENTENCEPIECE_MODULES = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
@@ -69,7 +74,7 @@ def load_config(source: Source, trust_remote_code: bool = False) -> PreTrainedCo
             ) from error
         nowhere = "" if source.folder is not None else f"there is no folder {source.location} here, and from the hub: "
         raise ModelError(f"cannot read the model '{source.name}': {nowhere}{one_line(error)}") from error
-    _check_language_model(config, source)
+    check_language_model(config, source)
     if gguf is not None:
         restore_positions(gguf, config)
         restore_biases(gguf, config)
@@ -91,26 +96,12 @@ def _read_config(source: Source, trust_remote_code: bool) -> PreTrainedConfig:
         trust = trust_remote_code and model_type not in CONFIG_MAPPING
         config = AutoConfig.from_pretrained(source.location, trust_remote_code=trust, **source.arguments)
         register_model_class(config, source.location)
+        check_layout(config, raw, source)
         return config
     other = SAME_AS[model_type]
     warnings.warn(f"{source.name} is a {model_type}, which transformers has, and saves, as {other}", stacklevel=4)
     values = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map", "architectures")}
     return AutoConfig.for_model(other, **values)
-
-
-def _check_language_model(config: PreTrainedConfig, source: Source) -> None:
-    """Refuse a config with a part that is named as that of a language model is, and that its class does not know."""
-    try:
-        part = config.get_text_config(decoder=True)
-    except Exception as error:  # several parts, of which none is the only one
-        raise ModelError(f"cannot read the config of '{source.name}': {one_line(error)}") from error
-    if not isinstance(part, PreTrainedConfig):
-        names = ("text_config", "decoder", "generator", "text_encoder")
-        key = next((name for name in names if getattr(config, name, None) is part), names[0])
-        raise ModelError(
-            f"{key} in the config of '{source.name}' is no config of a language model: model_type "
-            f"'{config.model_type}' has no such part; take {key} out, or give the right model_type"
-        )
 
 
 def _refuse_unreadable(source: Source) -> None:
@@ -122,6 +113,8 @@ def _untie_if_needed(config: PreTrainedConfig, source: Source) -> None:
     """Untie the config of a model whose head is a matrix of its own, whatever its config.json says."""
     stored = source.folder is not None and has_weights(source.folder)
     if not stored and source.adapter is None:
+        if source.folder is not None and is_tied_by_default_alone(config, source.folder):
+            untie(config)
         return
     try:
         model = empty_model(config)
@@ -150,9 +143,14 @@ def refuse_remote_code(source: Source, trust_remote_code: bool) -> None:
     raw = check_config_files(source.folder)
     known = (*ARCHITECTURES, *MULTIMODAL, *CONFIG_MAPPING, *SAME_AS)
     if not trust_remote_code and "auto_map" in raw and raw["model_type"] not in known:
+        kind = f"{source.name} (model_type '{raw['model_type']}') comes with Python code of its own"
+        if isinstance(raw["auto_map"], dict) and AUTO_MODEL not in raw["auto_map"]:
+            raise ModelError(f"{kind}, and its auto_map names no {AUTO_MODEL}, so there is nothing to prune")
+        convert = f"; `slimgpt convert {source.location} OUT` writes it as Llama without its code"
         raise ModelError(
-            f"{source.name} (model_type '{raw['model_type']}') comes with Python code of its own ({raw['auto_map']}); "
-            "no such code runs unless you read it and pass --trust-remote-code"
+            f"{kind} ({raw['auto_map']}); no such code runs unless you read it and pass --trust-remote-code, and a "
+            f"layout that is not in `slimgpt families` must be described first ({HELP})"
+            f"{convert if raw['model_type'] in CONVERTIBLE else ''}"
         )
 
 

@@ -22,6 +22,12 @@ MODELOPT_FILE = "hf_quant_config.json"
 
 CONFIG_KEYS = ("quantization_config", "compression_config")
 
+MLX_KEY = "quantization"
+"""Where mlx-lm says what it did; newer versions do so in ``quantization_config`` as well."""
+MLX_WAY_OUT = (
+    "`mlx_lm.convert --hf-path MODEL --mlx-path OUT --dequantize --dtype bfloat16` (pip install 'mlx[cpu]' mlx-lm)"
+)
+
 SCALED_FORMATS = ("dense", "naive-quantized", "float-quantized", "int-quantized")
 """Formats of compressed-tensors that are numbers of 8 bits with scales beside them."""
 PACKED_FORMATS = ("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
@@ -154,6 +160,8 @@ def quantization_of(name: str, config: Mapping[str, Any], beside: Mapping[str, A
     text = config.get("text_config")
     holders = (config, text) if isinstance(text, Mapping) else (config,)
     settings = next((part[key] for part in holders for key in CONFIG_KEYS if part.get(key)), None)
+    if settings is None and isinstance(config.get(MLX_KEY), Mapping):
+        settings = config[MLX_KEY]
     if settings is None and beside is not None:
         settings = beside.get("quantization")
         if not isinstance(settings, Mapping):
@@ -164,6 +172,11 @@ def quantization_of(name: str, config: Mapping[str, Any], beside: Mapping[str, A
     if not isinstance(settings, Mapping):
         raise ModelError(f"{name}: quantization_config is {settings!r:.60}; it must be an object: fetch the file again")
     method = _method(settings)
+    if method is None and {"group_size", "bits"} <= set(settings):
+        raise ModelError(
+            f"{name} is quantised (MLX, {settings['bits']} bits), which is not read: {SUPPORTED}. Give the checkpoint "
+            f"in 16 bits that it was made from, or write it so: {MLX_WAY_OUT}"
+        )
     if method is None:
         keys = ", ".join(map(str, settings)) or "nothing"
         raise ModelError(

@@ -17,13 +17,16 @@ HARMLESS = (
 )
 """Buffers of earlier versions of transformers, all computed today."""
 
+PREDICTION = r"(^|\.)mtp_layers\."
+"""MiMo's layers that predict a second token, which its own class leaves out of the text, too."""
+
 
 def unknown_tensors(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Names in the files that the model has no tensor for, but for those that are harmless or that its class ignores.
 
     Classes leave out what belongs to another task: layers that predict a second token, towers of another modality.
     """
-    ignored = re.compile("|".join(f"({pattern})" for pattern in (*HARMLESS, *_ignored(model))))
+    ignored = re.compile("|".join(f"({pattern})" for pattern in (*HARMLESS, PREDICTION, *_ignored(model))))
     return sorted(name for name in names if not ignored.search(name))
 
 

@@ -13,10 +13,11 @@ from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes, is_uniform
-from slimgpt.models.families.moe import EXPERTS
 from slimgpt.models.lookup import head_dim, text_config
 from slimgpt.models.stock_config import stock_config
+from slimgpt.planning.engine_classes import MLX_CLASSES, MLX_VERSION
 from slimgpt.planning.engine_releases import releases_of
+from slimgpt.planning.stock_forms import padded_problem, stock_forms
 from slimgpt.runtime.setting_checks import AUTO
 
 NEMOTRON_STEP = 256
@@ -78,24 +79,27 @@ def gguf_architecture(config: PreTrainedConfig, layers: Sequence[Sizes]) -> str:
         PlanError: there is none; the text says why, and which form can be used instead.
     """
     family, uniform = config.model_type, is_uniform(layers)
-    form = "--to hf-uniform" if uniform else "prune --uniform" if has_experts(layers) else "--to padded"
-    instead = f"{form} and llama.cpp's own converter"
+    if uniform:
+        form = "--to hf-uniform" if stock_config(config, layers[0]) is not None else ""
+    else:
+        form = stock_forms(config, layers, "prune --uniform", "--to padded")
+    instead = f"; use {form} and llama.cpp's own converter" if form else ""
     if family not in ("llama", "mistral", "qwen2", "qwen3"):
-        raise PlanError(f"model_type '{family}' is none that our GGUF writer knows; use {instead}")
+        raise PlanError(f"model_type '{family}' is none that our GGUF writer knows{instead}")
     window = getattr(config, "sliding_window", None)
     sliding = any(kind == "sliding_attention" for kind in getattr(config, "layer_types", None) or ())
     if window and (sliding or family == "mistral") and window < config.max_position_embeddings:
-        raise PlanError(f"its sliding window of {window} tokens has no place in llama.cpp's {family}; use {instead}")
+        raise PlanError(f"its sliding window of {window} tokens has no place in llama.cpp's {family}{instead}")
     if config.hidden_act != "silu":
-        raise PlanError(f"its activation '{config.hidden_act}' has no place in llama.cpp's deci; use {instead}")
+        raise PlanError(f"its activation '{config.hidden_act}' has no place in llama.cpp's deci{instead}")
     rope = dict(config.rope_parameters or {})
     kind = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "linear", "llama3", "yarn"):
-        raise PlanError(f"its positions (rope_type '{kind}') cannot be written; use {instead}")
+        raise PlanError(f"its positions (rope_type '{kind}') cannot be written{instead}")
     if family != "qwen3":
         return "llama" if uniform and family != "qwen2" else "deci"
     if getattr(config, "attention_bias", False):
-        raise PlanError(f"qwen3 with biases has no place in llama.cpp; use {instead}")
+        raise PlanError(f"qwen3 with biases has no place in llama.cpp{instead}")
     if uniform:
         return "qwen3"
     if not all(layer[HEADS] for layer in layers):
@@ -143,19 +147,11 @@ def graph_problem(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def has_experts(layers: Sequence[Sizes]) -> bool:
-    """Whether it is a mixture, whose experts `export --to padded` refuses."""
-    return any(EXPERTS in layer for layer in layers)
-
-
-def _or_padded(layers: Sequence[Sizes]) -> str:
-    return "" if has_experts(layers) else ", or export --to padded"
-
-
 def _hf(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
     if not is_uniform(layers):
         how = "from_pretrained with trust_remote_code=True: a small modeling file travels in the folder"
-        return EngineSupport("hf", True, how, f"a stock class: --uniform{_or_padded(layers)}")
+        ways = stock_forms(config, layers, "--uniform", "export --to padded")
+        return EngineSupport("hf", True, how, ways and f"a stock class: {ways}")
     stock = stock_config(config, layers[0])
     if stock is None:
         how = "from_pretrained with trust_remote_code=True: no stock class takes this head count"
@@ -177,9 +173,11 @@ def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
         return EngineSupport("vllm", True, "its own class: export --to nemotron-nas")
     if not all(layer[HEADS] for layer in layers):  # vLLM 0.32 says so when it builds the model
         how = "its Transformers backend wants attention in every layer"
-        return EngineSupport("vllm", False, how, "export --to padded, or prune without --drop-attention")
+        padded = "" if padded_problem(config, layers) else "export --to padded, or "
+        return EngineSupport("vllm", False, how, f"{padded}prune without --drop-attention")
     how = "Transformers backend: --model-impl transformers --trust-remote-code"
-    return EngineSupport("vllm", True, how, f"its own class: --uniform --round-to 64{_or_padded(layers)}")
+    ways = stock_forms(config, layers, "--uniform --round-to 64", "export --to padded")
+    return EngineSupport("vllm", True, how, ways and f"its own class: {ways}")
 
 
 def _llama_cpp(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
@@ -198,9 +196,16 @@ def _stock_or_nemotron(engine: str) -> Callable[[PreTrainedConfig, Sequence[Size
             return EngineSupport(engine, True, "the folder as it is (stock class)")
         if nemotron_problem(config, layers) is None:
             return EngineSupport(engine, True, "export --to nemotron-nas")
-        return EngineSupport(engine, False, "its layers must have equal widths", f"--uniform{_or_padded(layers)}")
+        ways = stock_forms(config, layers, "--uniform", "export --to padded")
+        return EngineSupport(engine, False, "its layers must have equal widths", ways)
 
     return verdict
+
+
+def _mlx(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
+    if config.model_type not in MLX_CLASSES:
+        return EngineSupport("mlx", False, f"mlx-lm {MLX_VERSION} has no class for '{config.model_type}'")
+    return _stock_or_nemotron("mlx")(config, layers)
 
 
 def _onnx(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:  # noqa: ARG001
@@ -214,7 +219,7 @@ ENGINES: dict[str, Callable[[PreTrainedConfig, Sequence[Sizes]], EngineSupport]]
     "vllm": _vllm,
     "llama.cpp": _llama_cpp,
     "sglang": _stock_or_nemotron("sglang"),
-    "mlx": _stock_or_nemotron("mlx"),
+    "mlx": _mlx,
     "onnx": _onnx,
 }
 """By the names that ``--for`` takes."""

@@ -32,6 +32,7 @@ from slimgpt.planning.plan import (
 )
 from slimgpt.planning.plan_file import read_plan
 from slimgpt.planning.schedules import DEFAULT_RATIO, layer_ratios
+from slimgpt.planning.stock_forms import UNEQUAL
 from slimgpt.planning.targets import kv_heads_for, parameters_for
 from slimgpt.runtime.setting_relations import given_whole_experts
 from slimgpt.runtime.units import CacheTarget
@@ -258,7 +259,8 @@ def _uniform(
     first = shape.layers[0]
     if any(layer.sizes != first.sizes for layer in shape.layers):
         raise PlanError(
-            "the layers of this model differ in width or in kind; --uniform is for a dense model of equal layers"
+            f"{UNEQUAL}; --uniform (--for may set it) is for a dense model of equal layers: leave out both; "
+            "`slimgpt plan` then says which engines run layers that differ"
         )
     units, size = _removable(first, head_unit), first.sizes[CHANNELS]
     if size < round_to:

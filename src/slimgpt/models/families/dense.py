@@ -262,7 +262,6 @@ DENSE: dict[str, Entry] = {
     # Hybrids: attention where a layer has it, and the feed-forward network; recurrent and convolutional parts stay.
     "qwen3_5_text": _SEPARATE,
     "falcon_h1": Architecture((*_GQA, gated("feed_forward"))),
-    "jamba": Architecture((*_GQA, gated("feed_forward"))),
     "olmo_hybrid": _FFN_ONLY,
     "lfm2": _lfm2,
     "lfm3": Architecture((*grouped("self_attn.o_proj", *_QKV, along=("self_attn.g_proj",)), _LFM_FFN)),

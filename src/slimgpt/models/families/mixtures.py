@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from slimgpt.errors import ModelError
 from slimgpt.models.architecture import CHANNELS, Architecture, Entry, Fused
 from slimgpt.models.families.dense import ffn, gated, grouped, in_module, latent_heads
 from slimgpt.models.families.moe import EXPERTS, SHARED, Mixture, experts, shared_expert
@@ -43,6 +44,8 @@ def _stepped(config: Any, index: int) -> bool:
 
 
 def _listed(config: Any, index: int) -> bool:
+    if not config.mlp_layer_types:
+        raise ModelError(f"mlp_layer_types is missing in the config of the '{config.model_type}'; fetch it again")
     return config.mlp_layer_types[index] == "sparse"
 
 
@@ -139,7 +142,21 @@ def _ernie(config: Any) -> Mixture:
     return _counted(config, entry)
 
 
-def _llama4(config: Any) -> Mixture:
+def _jamba(config: Any) -> Architecture:
+    dense = gated("feed_forward")
+    if config.num_experts < 2:
+        return Architecture((*_HEADS, dense))
+    return Mixture(
+        (*_HEADS, dense, experts("feed_forward.experts", "feed_forward.router")),
+        width="intermediate_size",
+        sparse=lambda layer, index: layer.layers_num_experts[index] > 1,
+    )
+
+
+def _llama4(config: Any) -> Architecture:
+    wide = {CHANNELS: "intermediate_size_mlp"}
+    if not config.moe_layers:  # Llama Guard 4
+        return Architecture((*_HEADS, gated("feed_forward")), fields=wide)
     entry = Mixture(
         (
             *_HEADS,
@@ -148,7 +165,7 @@ def _llama4(config: Any) -> Mixture:
             _shared("feed_forward.shared_expert"),
         ),
         width="intermediate_size",
-        fields={**_LOCAL, CHANNELS: "intermediate_size_mlp"},
+        fields={**_LOCAL, **wide},
         shared_count=1,
         sparse=lambda layer, index: index in layer.moe_layers,
     )
@@ -287,6 +304,7 @@ MIXTURES: dict[str, Entry] = {
         (_DENSE, _SHARED, _EXPERTS), shared=SHARED, sparse=_listed, refused={"heads": _BY_KIND}
     ),
     "nemotron_h": _nemotron_h,
+    "jamba": _jamba,
     "kimi_linear": _LINEAR_HYBRID,
     "bailing_hybrid": _LINEAR_HYBRID,
 }  # fmt: skip

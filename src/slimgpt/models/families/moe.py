@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from slimgpt.errors import ModelError
 from slimgpt.models.architecture import CHANNELS, Architecture, Fused, Sizes, Structure
 
 EXPERTS, SHARED = "num_experts", "shared_expert_intermediate_size"
@@ -98,13 +99,13 @@ class Mixture(Architecture):
         sizes = super().read(config, index)
         if not self.sparse(config, index):
             return sizes
-        sizes[CHANNELS] = int(getattr(config, self.width))
-        sizes[EXPERTS] = int(getattr(config, self.fields.get(EXPERTS, EXPERTS)))
+        sizes[CHANNELS] = _number(config, self.width)
+        sizes[EXPERTS] = _number(config, self.fields.get(EXPERTS, EXPERTS))
         if self.shared is not None:
-            sizes[SHARED] = int(getattr(config, self.shared))
+            sizes[SHARED] = _number(config, self.shared)
         if self.shared_count is not None:
-            count = self.shared_count if isinstance(self.shared_count, int) else getattr(config, self.shared_count)
-            sizes[SHARED] = sizes[CHANNELS] * int(count)
+            count = self.shared_count if isinstance(self.shared_count, int) else _number(config, self.shared_count)
+            sizes[SHARED] = sizes[CHANNELS] * count
         return sizes
 
     def write(self, sizes: Sizes) -> dict[str, Any]:
@@ -129,11 +130,24 @@ class Mixture(Architecture):
 
     def active_experts(self, config: Any) -> int:
         """Number of experts that a token goes to."""
-        return int(getattr(config, self.per_token))
+        return _number(config, self.per_token)
 
     def expert_parameters(self, config: Any, width: int) -> int:
         """The parameters of an expert's matrices, each of which multiplies a token once."""
         return self.matrices * int(getattr(config, self.expert_hidden)) * width
+
+
+def _number(config: Any, name: str) -> int:
+    """A field of a config; of a list with one number for each layer, which are equal, the largest."""
+    value = getattr(config, name, None)
+    if isinstance(value, (list, tuple)) and value:
+        value = max(value)
+    if not isinstance(value, int):
+        raise ModelError(
+            f"{name} in the config of the '{config.model_type}' is {value!r:.60}, where layers of experts need a whole "
+            "number; correct config.json, or fetch it again"
+        )
+    return value
 
 
 def experts(module: str = "mlp.experts", router: str = "mlp.gate", *per_expert: str, **layout: Any) -> Experts:

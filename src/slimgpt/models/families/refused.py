@@ -18,6 +18,12 @@ _REASONS = {
         git moshi musicgen musicgen_melody mllama phi4_multimodal moss_transcribe_diarize emu3""",
     "a norm inside its feed-forward network runs over all channels, so none is independent of the others": """
         bitnet kosmos-2 kosmos-2.5""",
+    "its language model, the thinker, is one of several models in it; transformers' class of the thinker alone "
+    "(Qwen3OmniMoeThinkerForConditionalGeneration, Qwen2_5OmniThinkerForConditionalGeneration) loads it from the "
+    "same folder, and what that saves can be pruned": "qwen2_5_omni qwen3_omni_moe",
+    "it takes sound, and nobody has described a model that does": """
+        qwen2_audio qwen3_asr voxtral voxtral_realtime granite_speech granite_speech_plus audioflamingo3 musicflamingo
+        glmasr fun_asr_nano kyutai_speech_to_text vibevoice_asr""",
     "several streams of hidden states run beside each other, mixed by hyper-connections": """
         deepseek_v4 hy_v4 qwen4_exp qwen4_exp_text glm5_next glm5_next_text""",
     "its keys, values and outputs pass through convolutions, and its router scores shared experts too": """

@@ -15,7 +15,11 @@ from slimgpt.models.families.names import KNOWN_AS
 UNIT_NAMES = {"kv": "KV groups", "query": "query heads", "ffn": "FFN channels", "shared": "shared expert"}
 """What is removed, by :attr:`Structure.unit`."""
 
-_SUPPORTED = {name: {"hidden_size_per_layer_input": 0} for name in ("gemma4_text", "gemma4_unified_text")}
+_SUPPORTED = {
+    **{name: {"hidden_size_per_layer_input": 0} for name in ("gemma4_text", "gemma4_unified_text")},
+    "dots1": {"n_routed_experts": 128},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 31},
+}
 """Values with which a family is supported whose default config is not."""
 
 EXPERT_UNITS = "whole experts and channels of each"
@@ -55,6 +59,16 @@ def families() -> list[Support]:
     entries += [_multimodal(model_type) for model_type in MULTIMODAL]
     entries += [Support(model_type, (), note=reason) for model_type, reason in REFUSED.items()]
     return [dataclasses.replace(family, known_as=KNOWN_AS.get(family.model_type, ())) for family in entries]
+
+
+def supported_config(model_type: str) -> PreTrainedConfig | None:
+    """The default config of a type, with values for which it is supported; ``None`` for a type of the user's own."""
+    config = _default(model_type)
+    if config is not None:
+        text = config.get_text_config(decoder=True)
+        for name, value in _SUPPORTED.get(text.model_type, {}).items():
+            setattr(text, name, value)
+    return config
 
 
 def _default(model_type: str) -> PreTrainedConfig | None:
