@@ -1,0 +1,87 @@
+"""The simulation of a run on tensors without storage, beside real runs of several processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.simulation import STAGES, counted, Counts, make_job, run, simulate
+from slimgpt.config import make_config
+from slimgpt.runtime.distributed import Ranks, join
+from tests.models.families import VOCABULARY, tiny_model
+from tests.pipeline.test_ranks import finish, start
+
+REAL = """
+import sys
+from tests.benchmarks.test_simulation import real_run
+real_run(*sys.argv[1:])
+"""
+
+HELD_OUT = 3
+SETTINGS = {
+    "ratio": 0.3, "num_samples": 26, "seq_len": 48, "batch_size": 3, "forward_dtype": "float32",
+    "allocation": "sensitivity", "distill": 900, "whole_experts": 0,
+}  # fmt: skip
+
+
+def settings():
+    return make_config(**SETTINGS)
+
+
+def windows():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(VOCABULARY, (SETTINGS["num_samples"], SETTINGS["seq_len"]), generator=generator)
+
+
+def real_run(family: str, folder: str) -> None:
+    """One of several processes: the run, and its messages in a file."""
+    model, counts = tiny_model(family, attn_implementation="sdpa"), Counts()
+    with join(torch.device("cpu")) as ranks:
+        job = make_job(model, settings(), windows(), HELD_OUT)
+        with counted(counts):
+            report, _ = run(model, job, ranks, counts, job.plan)
+        assert report.distillation["steps"]
+    messages = [asdict(message) for message in counts.messages]
+    (Path(folder) / f"{ranks.rank}.json").write_text(json.dumps(messages), encoding="utf-8")
+
+
+def simulated(family: str, rank: int, world: int) -> Counts:
+    model = tiny_model(family, attn_implementation="sdpa")
+    plan = make_job(model, settings(), windows(), HELD_OUT).plan
+    ranks = Ranks(rank, world)
+    return simulate(model.config, settings(), windows(), ranks, torch.float32, held_out=HELD_OUT, plan=plan)
+
+
+def test_a_simulated_run_counts_operations_messages_and_bytes():
+    """Without others there are no messages; two processes each have half of the forward passes of the loop, and rank 0
+    alone solves."""
+    alone, (first, second) = simulated("llama", 0, 1), (simulated("llama", rank, 2) for rank in range(2))
+    assert not alone.messages
+    assert {message.kind for message in first.messages} >= {"reduce", "broadcast", "all_reduce", "reduce_scatter"}
+    assert first.bytes_of("training") == second.bytes_of("training") > 0
+    for part in ("forward", "gram"):
+        halves = [each.operations["loop", part] for each in (first, second)]
+        assert sum(halves) == alone.operations["loop", part]
+    assert first.operations["loop", "solver"] == alone.operations["loop", "solver"] > 0
+    assert second.operations["loop", "solver"] == 0
+    assert all(alone.peak[stage] > 0 for stage in STAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_its_messages_are_those_of_real_processes(family, world, tmp_path):
+    """Kind, bytes and stage of every message of every process, in their order."""
+    script = tmp_path / "real.py"
+    script.write_text(REAL, encoding="utf-8")
+    finish(start(world, script, family, tmp_path))
+    for rank in range(world):
+        real = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
+        own = [asdict(message) for message in simulated(family, rank, world).messages]
+        assert len(real) > 100
+        assert own == real
