@@ -66,12 +66,14 @@ class Counts:
         messages: in their order.
         operations: floating-point operations by stage and part: ``forward`` (with the way back), ``gram``, ``solver``.
         peak: most bytes of tensors on the device at once, by stage.
+        waits: how often the host asked for numbers of the device, by stage.
         stage: the one that goes on.
     """
 
     messages: list[Message] = field(default_factory=list)
     operations: Counter[tuple[str, str]] = field(default_factory=Counter)
     peak: Counter[str] = field(default_factory=Counter)
+    waits: Counter[str] = field(default_factory=Counter)
     stage: str = "loop"
     part: str = "forward"
     need: MemoryRequirement | None = None
@@ -209,8 +211,11 @@ class _Attention(torch.autograd.Function):
 class MetaRun(TorchDispatchMode):
     """Answers what has no answer without numbers, and counts operations and bytes of tensors without storage."""
 
+    current: MetaRun
+
     def __init__(self, counts: Counts):
         super().__init__()
+        MetaRun.current = self
         self.counts, self.live = counts, 0
         self.known: dict[int, int] = {}  # storages, with their bytes
 
@@ -220,6 +225,7 @@ class MetaRun(TorchDispatchMode):
         if first is not None and first.is_meta:
             answer = self._answer(func, first, args, kwargs)
             if answer is not None:
+                self.counts.waits[self.counts.stage] += 1
                 return answer
         result = func(*args, **kwargs)
         packet = func._overloadpacket

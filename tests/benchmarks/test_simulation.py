@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.simulation import STAGES, counted, Counts, make_job, run, simulate
+from benchmarks.simulation import STAGES, Counts, MetaRun, counted, make_job, run, simulate
 from slimgpt.config import make_config
+from slimgpt.distillation.trainer import Distillation
 from slimgpt.runtime.distributed import Ranks, join
 from tests.models.families import VOCABULARY, tiny_model
 from tests.pipeline.test_ranks import finish, start
 
+ROOT = Path(__file__).resolve().parents[2]
+
 REAL = """
 import sys
+sys.path.insert(0, sys.argv.pop(1))
 from tests.benchmarks.test_simulation import real_run
 real_run(*sys.argv[1:])
 """
@@ -72,6 +76,29 @@ def test_a_simulated_run_counts_operations_messages_and_bytes():
     assert all(alone.peak[stage] > 0 for stage in STAGES)
 
 
+@pytest.mark.parametrize("allocation", ["sensitivity", "search"])
+def test_a_step_of_the_training_waits_for_no_number(allocation, monkeypatch):
+    """The losses are read once a step, after it; the steps of a search begin with generated text."""
+    model, inside, steps = tiny_model("llama", attn_implementation="sdpa"), [], []
+    config = make_config(**{**SETTINGS, "allocation": allocation, "distill": 1500})
+    plan = make_job(model, config, windows()).plan
+    real = Distillation.step
+
+    def step(self, *args):
+        waits = MetaRun.current.counts.waits
+        before = waits["training"]
+        results = real(self, *args)
+        inside.append(waits["training"] - before)
+        steps.append(waits["training"])
+        return results
+
+    monkeypatch.setattr(Distillation, "step", step)
+    simulate(model.config, config, windows(), Ranks(), torch.float32, plan=plan)
+    assert len(inside) > 2
+    assert set(inside) == {0}
+    assert {after - before for before, after in pairwise(steps)} == {2}  # the losses, and whether all is finite
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
@@ -79,7 +106,7 @@ def test_its_messages_are_those_of_real_processes(family, world, tmp_path):
     """Kind, bytes and stage of every message of every process, in their order."""
     script = tmp_path / "real.py"
     script.write_text(REAL, encoding="utf-8")
-    finish(start(world, script, family, tmp_path))
+    finish(start(world, script, ROOT, family, tmp_path))
     for rank in range(world):
         real = json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8"))
         own = [asdict(message) for message in simulated(family, rank, world).messages]

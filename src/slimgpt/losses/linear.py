@@ -21,9 +21,7 @@ PieceLoss = Callable[[Tensor, slice], Tensor]
 """From the logits of some tokens, ``(count, vocabulary)``, and their place among all to their summed loss."""
 
 
-def linear_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: PieceLoss, most: int = MAX_LOGITS
-) -> Tensor:
+def linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: PieceLoss, most: int = MAX_LOGITS) -> Tensor:
     """The sum over tokens of a loss of ``hidden @ weight.T + bias``; differentiable with respect to all three.
 
     Args:
@@ -37,9 +35,7 @@ def linear_loss(
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: PieceLoss, rows: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: PieceLoss, rows: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         needed = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
         gradients = [
