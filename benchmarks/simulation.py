@@ -146,7 +146,7 @@ def counted(counts: Counts, ranks: Ranks | None = None) -> Iterator[None]:
         if ranks is not None:
             groups = lambda numbers, **_: Ranks(ranks.rank, len(numbers))  # noqa: E731
             stack.enter_context(mock.patch.object(dist, "new_group", groups))
-            stack.enter_context(mock.patch.object(dist, "get_backend", lambda _=None: "gloo"))
+            stack.enter_context(mock.patch.object(dist, "get_backend", return_value="gloo"))
         yield
 
 
@@ -246,6 +246,8 @@ class MetaRun(TorchDispatchMode):
             return True if first.dtype == torch.bool else 1.0 if first.is_floating_point() else 1
         if func is aten.nonzero.default:  # every one
             return first.new_empty(first.numel(), first.ndim, dtype=torch.long)
+        if func is aten.isnan.default:  # of none, and on the host at once
+            return torch.zeros(first.shape, dtype=torch.bool)
         if func is aten.bincount.default:
             bins = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
             size, more = divmod(first.numel(), bins)
@@ -256,7 +258,7 @@ class MetaRun(TorchDispatchMode):
             if first.ndim == 1 and not dtype.is_floating_point and dtype != torch.bool:
                 return torch.arange(len(first), dtype=dtype)
             # One number stands for all: a weight that is moved to the host takes no memory here.
-            return torch.zeros((), dtype=dtype).expand(first.shape)
+            return torch.full((), dtype == torch.bool, dtype=dtype).expand(first.shape)
         return None
 
     def _track(self, tensor: Tensor) -> None:

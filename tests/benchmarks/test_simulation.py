@@ -14,6 +14,7 @@ from benchmarks.simulation import STAGES, Counts, MetaRun, counted, make_job, ru
 from slimgpt.config import make_config
 from slimgpt.distillation.trainer import Distillation
 from slimgpt.runtime.distributed import Ranks, join
+from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import VOCABULARY, tiny_model
 from tests.pipeline.test_ranks import finish, start
 
@@ -61,6 +62,7 @@ def simulated(family: str, rank: int, world: int) -> Counts:
     return simulate(model.config, settings(), windows(), ranks, torch.float32, held_out=HELD_OUT, plan=plan)
 
 
+@pytest.mark.slow
 def test_a_simulated_run_counts_operations_messages_and_bytes():
     """Without others there are no messages; two processes each have half of the forward passes of the loop, and rank 0
     alone solves."""
@@ -76,12 +78,14 @@ def test_a_simulated_run_counts_operations_messages_and_bytes():
     assert all(alone.peak[stage] > 0 for stage in STAGES)
 
 
-@pytest.mark.parametrize("allocation", ["sensitivity", "search"])
+@pytest.mark.parametrize("allocation", ["schedule", pytest.param("search", marks=pytest.mark.slow)])
 def test_a_step_of_the_training_waits_for_no_number(allocation, monkeypatch):
     """The losses are read once a step, after it; the steps of a search begin with generated text."""
-    model, inside, steps = tiny_model("llama", attn_implementation="sdpa"), [], []
-    config = make_config(**{**SETTINGS, "allocation": allocation, "distill": 1500})
-    plan = make_job(model, config, windows()).plan
+    model, inside, steps = tiny_model("llama", attn_implementation="sdpa", num_hidden_layers=2), [], []
+    few = {"distill": 150, "evaluate": False} if allocation == "schedule" else {"distill": 1500}
+    config = make_config(**{**SETTINGS, "allocation": allocation, **few})
+    text = windows()[:8] if allocation == "schedule" else windows()
+    plan = make_job(model, config, text).plan
     real = Distillation.step
 
     def step(self, *args):
@@ -93,7 +97,8 @@ def test_a_step_of_the_training_waits_for_no_number(allocation, monkeypatch):
         return results
 
     monkeypatch.setattr(Distillation, "step", step)
-    simulate(model.config, config, windows(), Ranks(), torch.float32, plan=plan)
+    with other_thresholds(step_tokens=48):
+        simulate(model.config, config, text, Ranks(), torch.float32, plan=plan)
     assert len(inside) > 2
     assert set(inside) == {0}
     assert {after - before for before, after in pairwise(steps)} == {2}  # the losses, and whether all is finite

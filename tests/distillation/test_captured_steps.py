@@ -78,6 +78,11 @@ def graphs(monkeypatch):
     return made
 
 
+def many(steps, inputs, count):
+    for _ in range(count):
+        steps(inputs, 1.0)
+
+
 def on_gpu(step, why_not=lambda: None):
     return CapturedSteps(replace(RUN, device=SimpleNamespace(type="cuda")), step, why_not)
 
@@ -108,14 +113,13 @@ def test_what_cannot_be_captured_is_said_once_and_run_all_the_same(graphs):
     step = Steps()
     steps = on_gpu(step, lambda: "several processes share it")
     with pytest.warns(UserWarning, match="not captured as CUDA graphs: several") as caught:
-        for _ in range(EAGER_STEPS + 3):
-            steps(text(1.0), 1.0)
+        many(steps, text(1.0), EAGER_STEPS + 3)
     assert len(caught) == 1
     assert not graphs
     assert float(step.weights) == pytest.approx((EAGER_STEPS + 3) * float(sum(t.sum() for t in text(1.0).tensors)))
 
 
-def test_a_capture_that_fails_is_said_and_the_step_is_run(graphs, monkeypatch):
+def test_a_capture_that_fails_is_said_and_the_step_is_run(monkeypatch):
     def fails(*_):
         raise RuntimeError("operation not permitted when stream is capturing\nlong explanation")
 
@@ -123,6 +127,5 @@ def test_a_capture_that_fails_is_said_and_the_step_is_run(graphs, monkeypatch):
     step = Steps()
     steps = on_gpu(step)
     with pytest.warns(UserWarning, match="operation not permitted when stream is capturing$"):
-        for _ in range(EAGER_STEPS + 2):
-            steps(text(0.0), 1.0)
+        many(steps, text(0.0), EAGER_STEPS + 2)
     assert float(step.weights) == pytest.approx((EAGER_STEPS + 2) * float(sum(t.sum() for t in text(0.0).tensors)))

@@ -1,6 +1,6 @@
 """Steps of a training as CUDA graphs: a GPU replays what Python would start kernel by kernel.
 
-A step of a small model takes a GPU a few milliseconds, and Python more than a hundred to start its thousands of kernels.
+A step of a small model takes a GPU milliseconds, and Python a tenth of a second to start its thousands of kernels.
 A step is captured once for every shape of its text; before each replay its text is copied to where the graph reads it.
 What a step changes (weights, moments, the rate) stays where it is, so that a replay goes on from it. Written against
 PyTorch's documentation of CUDA graphs, and not yet run on a GPU.
