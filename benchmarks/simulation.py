@@ -29,6 +29,7 @@ from slimgpt.config import PruneConfig
 from slimgpt.distillation.schedule import pruning_split, tokens_to_distill
 from slimgpt.models.build import decoder_layers, empty_layer, empty_model, rebuild_layer
 from slimgpt.models.parameter_counts import describe
+from slimgpt.models.slicing import State
 from slimgpt.pipeline.callbacks import Callbacks
 from slimgpt.pipeline.memory_sink import LayersInMemory
 from slimgpt.pipeline.stages import MeasuredPlan, PruneJob, run_stages
@@ -42,7 +43,7 @@ from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.memory import MemoryRequirement
 from slimgpt.solver import Gram
 
-STAGES = ("measuring", "loop", "training", "comparison")
+STAGES = ("measuring", "loop", "teacher", "training", "comparison")
 UNLIMITED = 1 << 60
 """Bytes: everything stays on the device."""
 
@@ -340,10 +341,14 @@ class StagedLayers(LayersInMemory):
         return self.plan or plan, info
 
     def slim_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
-        self.counts.stage = "training"
+        self.counts.stage = "teacher"
         if not self.readers.main:
             self._stand_ins(plan)
         return super().slim_layers(plan)
+
+    def training_state(self) -> State | None:
+        self.counts.stage = "training"
+        return super().training_state()
 
     def final_layers(self, plan: Plan) -> Callable[[int], nn.Module]:
         self.counts.stage = "comparison"

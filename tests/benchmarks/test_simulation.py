@@ -69,7 +69,8 @@ def test_a_simulated_run_counts_operations_messages_and_bytes():
     alone, (first, second) = simulated("llama", 0, 1), (simulated("llama", rank, 2) for rank in range(2))
     assert not alone.messages
     assert {message.kind for message in first.messages} >= {"reduce", "broadcast", "all_reduce", "reduce_scatter"}
-    assert first.bytes_of("training") == second.bytes_of("training") > 0
+    trained = [each.bytes_of("teacher") + each.bytes_of("training") for each in (first, second)]
+    assert trained[0] == trained[1] > 0
     for part in ("forward", "gram"):
         halves = [each.operations["loop", part] for each in (first, second)]
         assert sum(halves) == alone.operations["loop", part]
