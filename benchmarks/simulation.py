@@ -244,7 +244,8 @@ class MetaRun(TorchDispatchMode):
 
     def _answer(self, func: Any, first: Tensor, args: Any, kwargs: Any) -> Any:
         if func is aten._local_scalar_dense.default:
-            return True if first.dtype == torch.bool else 1.0 if first.is_floating_point() else 1
+            # An index is 0, and a count of one number 1.
+            return True if first.dtype == torch.bool else 1.0 if first.is_floating_point() else first.ndim
         if func is aten.nonzero.default:  # every one
             return first.new_empty(first.numel(), first.ndim, dtype=torch.long)
         if func is aten.isnan.default:  # of none, and on the host at once

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 import slimgpt
 from slimgpt.config import make_config
-from slimgpt.distillation import sharded_adam, trainer
+from slimgpt.distillation import sharded_adam
 from slimgpt.distillation.data import build_distillation_data
 from slimgpt.distillation.trainer import Distillation
 from slimgpt.layerwise.context import ExecutionContext
@@ -116,7 +116,7 @@ def test_it_is_adam_through_the_whole_mixture(family, others):
         for layer in mirror.model.layers:
             leave_unseen(layer, architecture.experts)
         curve.append(float(loss.detach()) / sum(part.numel() for part in losses))
-        adam.param_groups[0]["lr"] = info["rate"] * trainer._rate(number, len(steps))
+        adam.param_groups[0]["lr"] = info["rate"] * learning_rate(number, len(steps))
         adam.step()
     assert info["curve"] == pytest.approx(curve, rel=1e-4)
     before = {name: slim.get_parameter(name).detach().clone() for name in shares}

@@ -38,6 +38,7 @@ def open_model(request: PruneRequest) -> DenseLayers:
     """The model mapped from its files, or, where these need converting on the way in, loaded whole."""
     streamed = streamed_model(request.source, request.model_config, request.stored)
     if streamed is not None:
+        streamed.read_ahead(request.device)
         return DenseLayers(streamed.model, streamed)
     return DenseLayers(
         load_model(request.source, request.model_config, request.dtype, "cpu", request.trust_remote_code), None
