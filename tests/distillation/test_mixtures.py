@@ -13,6 +13,7 @@ import slimgpt
 from slimgpt.config import make_config
 from slimgpt.distillation import sharded_adam
 from slimgpt.distillation.data import build_distillation_data
+from slimgpt.distillation.schedule import learning_rate
 from slimgpt.distillation.trainer import Distillation
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import decoder_layers
