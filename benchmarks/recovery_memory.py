@@ -4,8 +4,8 @@ benchmarks/results/recovery-memory.md.
     python benchmarks/recovery_memory.py --work /some/disk --out benchmarks/results/recovery-memory
 
 A random model of Llama's kind is trained for a few steps on random text, by one process and by N with ``--shard``. Every
-process tells the most memory that it had of its own (anonymous: not the mapped files, which all share), and what it had
-when Python had imported everything.
+process tells the most memory that it had of its own (anonymous: mapped files are shared by all), and what it had when
+Python had imported everything.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def main(
     lines = [
         "# Memory of a recovery, whole and divided",
         "",
-        f"A random model ({SIZES['num_hidden_layers']} layers of {SIZES['hidden_size']} / {SIZES['intermediate_size']}, fp32) on the CPU; anonymous "
-        "resident memory of the process that has the most, MB. Written by `benchmarks/recovery_memory.py`.",
+        f"A random model in fp32 ({SIZES['num_hidden_layers']} layers of {SIZES['hidden_size']} / "
+        f"{SIZES['intermediate_size']}) on the CPU; anonymous resident memory of the process that has the most, MB. Written by `benchmarks/recovery_memory.py`.",
         "",
         f"| method | 1 process | {processes} processes, `--shard` | ratio | ratio beyond imports | at most |",
         "|---|---|---|---|---|---|",
@@ -111,7 +111,8 @@ def measured(words: list[str]) -> None:
     thread = threading.Thread(target=look)
     thread.start()
     try:
-        command(words)
+        sys.argv = ["slimgpt", *words]
+        command()
     except SystemExit as end:
         if end.code:
             raise
