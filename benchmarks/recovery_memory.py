@@ -3,9 +3,9 @@ benchmarks/results/recovery-memory.md.
 
     python benchmarks/recovery_memory.py --work /some/disk --out benchmarks/results/recovery-memory
 
-A random model of Llama's kind is trained for a few steps on random text, by one process and by N with ``--shard``. Every
-process tells the most memory that it had of its own (anonymous: mapped files are shared by all), and what it had when
-Python had imported everything.
+A random model of Llama's kind is trained for a few steps on random text, by one process and by N with ``--shard``. All of
+them tell the most memory that they had of their own (anonymous: mapped files are shared), and what they had when Python
+had imported everything.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def main(
         "# Memory of a recovery, whole and divided",
         "",
         f"A random model in fp32 ({SIZES['num_hidden_layers']} layers of {SIZES['hidden_size']} / "
-        f"{SIZES['intermediate_size']}) on the CPU; anonymous resident memory of the process that has the most, MB. Written by `benchmarks/recovery_memory.py`.",
+        f"{SIZES['intermediate_size']}) on the CPU; anonymous resident memory of the process that has the most, MB. "
+        "Written by `benchmarks/recovery_memory.py`.",
         "",
-        f"| method | 1 process | {processes} processes, `--shard` | ratio | ratio beyond imports | at most |",
+        f"| method | 1 process | {processes} with `--shard` | ratio | ratio beyond imports | at most |",
         "|---|---|---|---|---|---|",
     ]
     for method, each in results.items():
