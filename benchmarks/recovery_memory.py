@@ -3,7 +3,7 @@ benchmarks/results/recovery-memory.md.
 
     python benchmarks/recovery_memory.py --work /some/disk --out benchmarks/results/recovery-memory
 
-A random model of Llama's kind is trained for a few steps on random text, by one process and by N with ``--shard``. All of
+A random Llama is trained for a few steps on random text, by one process and by N with ``--shard``. All of
 them tell the most memory that they had of their own (anonymous: mapped files are shared), and what they had when Python
 had imported everything.
 """
