@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.models.build import architecture_of
 from slimgpt.runtime.distributed import Ranks, collective_errors
+from slimgpt.runtime.memory import return_large_blocks
 
 
 def shard(
@@ -38,6 +39,8 @@ def shard(
     layers = base.get_submodule(architecture_of(base.config, base).layers)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        return_large_blocks()
     with collective_errors():
         mesh = init_device_mesh(device.type, (ranks.world,))
         for layer in layers.children():

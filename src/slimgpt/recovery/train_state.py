@@ -13,12 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import TrainerState
 
 from slimgpt.checkpoint.kept_files import check_file, file_checksums, read_values, reading, write_values
 from slimgpt.errors import OutputError, ResumeError
 from slimgpt.io.tensors import ordered_tensors, write_tensors
-from slimgpt.recovery.sharding import full_tensor, sharded_like
+from slimgpt.recovery.sharding import full_tensor, is_sharded, sharded_like
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "trainer_state.json"
 SCALARS = "scalars.json"
@@ -59,7 +60,7 @@ def write_state(
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         tensors, scalars = _split(optimizer)
-        write_tensors(trainable(model), draft / WEIGHTS, whole=full_tensor)
+        write_tensors(trainable(model), draft / WEIGHTS, whole=_copied if is_sharded(model) else full_tensor)
         generators = {f"rng.{device}": numbers for device, numbers in _generators().items()}
         write_tensors({**tensors, **generators}, draft / OPTIMIZER, whole=full_tensor)
         scalars["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
@@ -141,6 +142,12 @@ def load_progress(path: Path) -> TrainerState:
     """
     with _checked(path, STATE):
         return TrainerState.load_from_json(str(path / STATE))
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """All rows, in memory of their own: NumPy, through which tensors are written, would keep FSDP from freeing what it has
+    gathered."""
+    return full_tensor(tensor) if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
 @contextmanager
