@@ -145,8 +145,8 @@ def load_progress(path: Path) -> TrainerState:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    """All rows, in memory of their own: NumPy, through which tensors are written, would keep FSDP from freeing what it has
-    gathered."""
+    """All rows, in memory of their own: NumPy, through which tensors are written, would keep FSDP from freeing what it
+    has gathered."""
     return full_tensor(tensor) if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
