@@ -76,8 +76,8 @@ def malloc_trim() -> None:
 
 
 def return_large_blocks() -> None:
-    """Let blocks of a megabyte and more go back to the system as soon as they are freed: glibc keeps those of up to 32 MB
-    once it has seen such, scattered where layers are gathered and freed in turn."""
+    """Let blocks of a megabyte and more go back to the system as soon as they are freed: glibc keeps those of up to
+    32 MB once it has seen such, scattered where layers are gathered and freed in turn."""
     if (libc := _libc()) is not None and hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
