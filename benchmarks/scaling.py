@@ -1,179 +1,282 @@
-"""Time and memory of pruning large models on many GPUs, on paper: the page docs/guides/scaling.md.
+"""Time, memory and traffic of the default on large models and many GPUs: the page docs/guides/scaling.md.
 
-    python benchmarks/scaling.py --out docs/guides/scaling.md
+    python benchmarks/scaling.py --out docs/guides/scaling.md --counts benchmarks/results/scaling.json
 
-Nothing here is measured on a GPU. Operations are counted as in floor.md; the rates are assumptions, written into the
-page, so that whoever has the machine can put in their own.
+Operations, bytes and messages are counted by running the stages on tensors without storage (benchmarks/simulation.py),
+with a few layers of each model; the rates are those that the 7B run in benchmarks/results/gpu.json reached. Counts that
+are in the JSON file already are not taken again.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
+from transformers import AutoConfig, PreTrainedConfig
 
-TOKENS, SEQ_LEN, BATCH = 128 * 2048, 2048, 4
-RATIO = 0.2
+from benchmarks.simulation import STAGES, make_job, simulate
+from slimgpt.config import make_config
+from slimgpt.models.build import empty_model
+from slimgpt.runtime.distributed import Ranks
+
+SAMPLES, SEQ_LEN, RATIO, HELD_OUT = 128, 2048, 0.2, 8
+GPUS = (1, 8, 64)
+MEASURED = Path("benchmarks/results/gpu.json")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A published model's sizes."""
+    """A published model's sizes, and the numbers of layers that are simulated."""
 
     name: str
+    model_type: str
     layers: int
-    h: int
-    f: int
-    heads: int
-    kv: int
-    vocab: int
-    d: int = 128
+    simulated: tuple[int, int]
+    sizes: dict[str, int]
 
-    @property
-    def a(self) -> int:
-        return self.heads * self.d
+    def config(self, layers: int) -> PreTrainedConfig:
+        """The config with so many layers."""
+        return AutoConfig.for_model(
+            self.model_type,
+            num_hidden_layers=layers,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+            **self.sizes,
+        )
 
-    @property
-    def layer_weights(self) -> int:
-        return self.h * (2 * self.a + 2 * self.kv * self.d + 3 * self.f)
 
+def dense(name: str, layers: int, *sizes: int) -> Shape:
+    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+    return Shape(name, "llama", layers, (2, 3), dict(zip(names, sizes, strict=True)))
+
+
+REFERENCE = dense("LLaMA-7B", 32, 4096, 11008, 32, 32, 32000)
+"""The shape of the run that was measured."""
 
 SHAPES = [
-    Shape("LLaMA-7B", 32, 4096, 11008, 32, 32, 32000),
-    Shape("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128256),
-    Shape("Llama-3.1-405B", 126, 16384, 53248, 128, 8, 128256),
+    dense("Llama-3.1-8B", 32, 4096, 14336, 32, 8, 128256),
+    dense("Llama-3.1-70B", 80, 8192, 28672, 64, 8, 128256),
+    dense("Llama-3.1-405B", 126, 16384, 53248, 128, 8, 128256),
+    Shape(
+        "Qwen3-30B-A3B",
+        "qwen3_moe",
+        48,
+        (1, 2),
+        {
+            "hidden_size": 2048,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "vocab_size": 151936,
+            "decoder_sparse_step": 1,
+        },
+    ),
 ]
+
+LINK, NETWORK, LATENCY, GPUS_PER_NODE = 150e9, 40e9, 30e-6, 8
+"""Assumed: bytes per second of a message within a node and between nodes, and seconds of an empty one."""
+
+Values = dict[str, float]
+
+
+def counted(shape: Shape, gpus: int, layers: int) -> Values:
+    """What the first of some processes does with a model of so many layers."""
+    config = make_config(ratio=RATIO, num_samples=SAMPLES, seq_len=SEQ_LEN)
+    windows = torch.zeros(SAMPLES, SEQ_LEN, dtype=torch.long)
+    model_config = shape.config(layers)
+    plan = make_job(empty_model(model_config).to(torch.bfloat16), config, windows).plan
+    counts = simulate(model_config, config, windows, Ranks(0, gpus), held_out=HELD_OUT, plan=plan)
+    values: Values = {f"operations {stage} {part}": n for (stage, part), n in counts.operations.items()}
+    for stage in STAGES:
+        values[f"bytes {stage}"] = counts.bytes_of(stage)
+        values[f"messages {stage}"] = sum(message.stage == stage for message in counts.messages)
+        values[f"peak {stage}"] = counts.peak[stage]
+    assert counts.need is not None
+    values["least"] = max(counts.need.layer, counts.need.solver)
+    values["weights"] = 2 * plan.parameters_before
+    return values
+
+
+def whole(shape: Shape, few: Values, more: Values) -> Values:
+    """The counts for all layers, from those for a few and for some more: every layer adds the same."""
+    fewer, larger = shape.simulated
+    names = few.keys() | more.keys()
+    values = {}
+    for name in names:
+        each = (more.get(name, 0) - few.get(name, 0)) / (larger - fewer)
+        values[name] = few.get(name, 0) + each * (shape.layers - fewer)
+    values["least"] = max(few["least"], more["least"])
+    return values
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Assumed sustained rates of one GPU and its surroundings."""
+class Rates:
+    """Operations per second by part, as measured with the reference, and bytes of the model per second for the rest."""
 
-    half: float = 400e12
-    """bf16 products with fp32 sums, operations per second"""
-    single: float = 30e12
-    """fp32 factorisations"""
-    double: float = 30e12
-    """fp64 factorisations, up to 4,096 columns"""
-    disk: float = 5e9
-    """bytes per second, one node, not cached"""
-    bus: float = 40e9
-    """bytes per second from host to GPU"""
-    link: float = 150e9
-    """bytes per second of a sum over GPUs of one node"""
-    network: float = 40e9
-    """the same between nodes"""
-    gpus_per_node: int = 8
+    forward: float
+    gram: float
+    solver: float
+    measuring: float
+    training: float
+    rest: float
+
+    @classmethod
+    def of(cls, counts: Values, measured: dict[str, Any]) -> Rates:
+        """From the counts and the seconds of the same run."""
+        seconds = measured["seconds_by_part"]
+
+        def operations(stage: str, *parts: str) -> float:
+            return sum(counts.get(f"operations {stage} {part}", 0) for part in parts)
+
+        forward = operations("loop", "forward") / seconds["forward"]
+        solver = operations("loop", "solver") / seconds["solver"]
+        solving = operations("measuring", "solver") / solver
+        others = operations("teacher", "forward") + operations("comparison", "forward")
+        rest = measured["seconds"] - sum(seconds.values()) - others / forward
+        return cls(
+            forward=forward,
+            gram=operations("loop", "gram") / seconds["hessian"],
+            solver=solver,
+            measuring=operations("measuring", "forward", "gram") / (seconds["allocation"] - solving),
+            training=operations("training", "forward") / seconds["distillation"],
+            rest=counts["weights"] / rest,
+        )
 
 
-def seconds(shape: Shape, gpus: int, m: Machine) -> dict[str, float]:
-    """Seconds by part for the whole model."""
-    h, a, f = shape.h, shape.a, shape.f
-    keep = 1 - RATIO
-    inputs = h * (a + 2 * shape.kv * shape.d + 2 * f)
-    forward = TOKENS * (2.0 * (inputs + keep * h * (a + f)) + 2.0 * SEQ_LEN * a)
-    gram = 2.0 * TOKENS * (a * a * block_share(a) + f * f * block_share(f))
-    solver = 0.0
-    for n in (a, f):
-        work = n**3 + (keep * n) ** 3 / 3 + 2.0 * h * n * n + 2.0 * h * (keep * n) ** 2 + h * n * n * RATIO
-        solver += work / (m.double if n <= 4096 else m.single)
-    sums = (a * a * (8 if a <= 4096 else 4) + f * f * (8 if f <= 4096 else 4)) if gpus > 1 else 0.0
-    link = m.link if gpus <= m.gpus_per_node else m.network
-    nodes = -(-gpus // m.gpus_per_node)
-    weights = 2.0 * shape.layer_weights
+def seconds(counts: Values, rates: Rates, gpus: int) -> Values:
+    """Seconds by part."""
+
+    def time(stage: str, part: str, rate: float) -> float:
+        return counts.get(f"operations {stage} {part}", 0) / rate
+
+    link = LINK if gpus <= GPUS_PER_NODE else NETWORK
+    sent = sum(counts[f"bytes {stage}"] for stage in STAGES)
+    messages = sum(counts[f"messages {stage}"] for stage in STAGES)
     return {
-        "reading": shape.layers * max(weights / m.disk, weights / m.bus) if nodes else 0.0,
-        "forward": shape.layers * forward / m.half / gpus,
-        "Gram": shape.layers * gram / m.half / gpus,
-        "sums over GPUs": shape.layers * 2 * sums / link,
-        "solver": shape.layers * solver,
+        "measuring": time("measuring", "forward", rates.measuring)
+        + time("measuring", "gram", rates.measuring)
+        + time("measuring", "solver", rates.solver),
+        "passes": time("loop", "forward", rates.forward) + time("loop", "gram", rates.gram),
+        "solver": time("loop", "solver", rates.solver),
+        "training": time("training", "forward", rates.training)
+        + time("teacher", "forward", rates.forward)
+        + time("comparison", "forward", rates.forward),
+        "messages": sent / link + messages * LATENCY if gpus > 1 else 0.0,
+        "rest": counts["weights"] / rates.rest,
     }
 
 
-def block_share(n: int, block: int = 512) -> float:
-    """The share of a Gram matrix that blocks on and above the diagonal make up."""
-    blocks = -(-n // block)
-    return (blocks + 1) / (2 * blocks)
+def main(
+    out: Annotated[Path, typer.Option(help="The page to write.")],
+    counts: Annotated[Path, typer.Option(help="Where counts are kept.")] = Path("benchmarks/results/scaling.json"),
+    only: Annotated[str, typer.Option(help="Count for this model alone, and write no page.")] = "",
+) -> None:
+    """Count what is not counted yet, and write the page."""
+    known: dict[str, Values] = json.loads(counts.read_text(encoding="utf-8")) if counts.is_file() else {}
+    cases = [(REFERENCE, 1), *((shape, gpus) for shape in SHAPES for gpus in GPUS)]
+    for shape, gpus in cases:
+        for layers in shape.simulated:
+            key = f"{shape.name}, {layers} layers, {gpus} GPUs"
+            if key not in known and only in ("", shape.name):
+                known[key] = counted(shape, gpus, layers)
+                counts.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+                typer.echo(key)
+    if not only:
+        out.write_text(page(known), encoding="utf-8")
 
 
-def memory(shape: Shape, gpus: int) -> dict[str, float]:
-    """Bytes on the busiest GPU."""
-    tokens = TOKENS / gpus
-    n = max(shape.a, shape.f)
-    return {
-        "layer": 2.0 * shape.layer_weights * (2 - RATIO),
-        "solver": 4.0 * (2 * n * n + RATIO * n * n + 3 * shape.h * n),
-        "stream": 2 * 2.0 * tokens * shape.h,
-        "kept inputs": 2.0 * tokens * n,
-        "one batch": 2.0 * min(BATCH * SEQ_LEN, tokens) * (3 * n + 6 * shape.h),
-    }
+def page(known: dict[str, Values]) -> str:
+    """The page of all cases."""
 
+    def of(shape: Shape, gpus: int) -> Values:
+        few, more = (known[f"{shape.name}, {layers} layers, {gpus} GPUs"] for layers in shape.simulated)
+        return whole(shape, few, more)
 
-def main(out: Annotated[Path, typer.Option(help="The page to write.")]) -> None:
-    """Write the page."""
-    m = Machine()
+    measured = next(
+        result
+        for result in json.loads(MEASURED.read_text(encoding="utf-8"))["results"]
+        if "distillation" in result["seconds_by_part"]
+    )
+    rates = Rates.of(of(REFERENCE, 1), measured)
+    rows = [(shape, gpus, of(shape, gpus)) for shape in SHAPES for gpus in GPUS]
+    device = measured["versions"]["device"]
     lines = [
-        "# How it scales, on paper",
+        "# How it scales",
         "",
-        "Time and memory of pruning 20% of each model on GPUs, with 128 x 2048 calibration tokens and bf16 weights. **Everything on this page "
-        "is computed, nothing is measured**; [gpu.md](../../benchmarks/results/gpu.md) has measurements of 7B on one H100 and one H200.",
+        f"Time, memory and traffic of the default (measuring, pruning, training, comparison) for {RATIO:.0%} of larger models on several GPUs, "
+        f"with {SAMPLES} x {SEQ_LEN} given calibration tokens and bf16 weights. **No row of this page was run.** What it is made of:",
         "",
-        "Operations are counted as in [floor.md](../../benchmarks/floor.md) and divided by assumed rates of an H100-class machine:",
+        "- **Counted:** floating-point operations, bytes and messages of the first process. The stages themselves run on tensors without "
+        "storage, with two or three layers of each model; every further layer counts the same. Tokens fall to experts in equal parts. On tiny models every "
+        "message of such a simulation has the kind and the size that it has in a real run of 2 and of 4 processes "
+        "([test](../../tests/benchmarks/test_simulation.py)).",
+        f"- **Measured:** the rates of every part, in [one run](../../benchmarks/results/gpu.md) of LLaMA-7B's shape on one {device}: forward passes "
+        f"{rates.forward / 1e12:.0f}, Gram matrices {rates.gram / 1e12:.0f}, solver {rates.solver / 1e12:.1f}, measuring without the solver "
+        f"{rates.measuring / 1e12:.0f}, training {rates.training / 1e12:.0f} TFLOP/s; files and all the rest {rates.rest / 1e9:.2f} GB of weights per second.",
+        f"- **Assumed:** {LINK / 1e9:.0f} GB/s for messages within a node of {GPUS_PER_NODE}, {NETWORK / 1e9:.0f} GB/s between nodes, "
+        f"{LATENCY * 1e6:.0f} microseconds for each; nothing is hidden behind work.",
         "",
-        "| part | assumed rate |",
-        "|---|---|",
-        f"| 16-bit products | {m.half / 1e12:.0f} TFLOP/s |",
-        f"| factorisations | {m.single / 1e12:.0f} TFLOP/s |",
-        f"| reading from disk | {m.disk / 1e9:.0f} GB/s |",
-        f"| host to GPU | {m.bus / 1e9:.0f} GB/s |",
-        f"| all-reduce within a node of {m.gpus_per_node} | {m.link / 1e9:.0f} GB/s |",
-        f"| all-reduce between nodes | {m.network / 1e9:.0f} GB/s |",
+        "Text that the model writes itself (`--calibration auto`) comes on top, and needs the whole model on one GPU.",
         "",
-        "To use other rates, change them in `benchmarks/scaling.py` and run it. Counted is the loop of `--method paper`; the "
-        "[other parts of the default](#the-default) come on top.",
+        "## Time, in seconds",
         "",
-        "## Time",
-        "",
-        "| model | GPUs | reading | forward passes | Gram matrices | all-reduce | solver | total | limited by |",
+        "| model | GPUs | measuring | loop: passes, Gram matrices | loop: solver | training and comparison | messages | files and rest | total |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for shape in SHAPES:
-        for gpus in (1, 8, 64):
-            parts = seconds(shape, gpus, m)
-            worst = max(parts, key=lambda part: parts[part])
-            cells = " | ".join(f"{value:,.0f} s" for value in parts.values())
-            lines.append(f"| {shape.name} | {gpus} | {cells} | {sum(parts.values()) / 60:,.1f} min | {worst} |")
+    for shape, gpus, values in rows:
+        parts = seconds(values, rates, gpus)
+        cells = " | ".join(f"{parts[p]:,.0f}" for p in parts)
+        lines.append(f"| {shape.name} | {gpus} | {cells} | {sum(parts.values()):,.0f} |")
     lines += [
         "",
-        "- **7B** is limited by forward passes and Gram matrices, which are proportional to the tokens. More GPUs divide them; the "
-        "solver remains, which runs on the first GPU while the others wait.",
-        "- **70B and 405B** are limited by the solver, whose work grows with the cube of the FFN's width and does not depend on the "
-        "tokens. Eight GPUs save a third or less, and 64 hardly more.",
-        "- **Reading:** every process reads every layer. Processes of one node share the page cache, so each node reads the disk "
-        "once. A slow network disk may dominate.",
+        "- **The solver** of a dense layer runs on the first GPU, in the trial run of the measuring and in the loop, while the others wait. Its work grows with the "
+        "cube of the FFN's width and does not depend on the tokens. In a mixture every process solves experts of its own.",
+        "- **Measuring** has 8 windows to compare predictions on, so more than 8 processes do not take part.",
+        "- **Training** divides the windows of a step, at most 8 of 256 tokens here; further processes only own a share of Adam's moments.",
+        "- **Files and rest** is not divided in this table. It was measured where one process reads, checks and writes everything; several check their shares.",
         "",
-        "## Memory of the busiest GPU, in GB",
+        "## Memory of the first GPU, in GB",
         "",
-        "| model | GPUs | layer | solver | hidden states | matrix inputs | one batch | all on the GPU | at least |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "Peak of all tensors in each stage if everything stays on the GPU, and what a layer with its solver needs at least. Whatever is between "
+        "moves to host memory or files by itself (`--memory`).",
+        "",
+        "| model | GPUs | measuring | loop | training | at least |",
+        "|---|---|---|---|---|---|",
     ]
-    for shape in SHAPES:
-        for gpus in (1, 8, 64):
-            parts = memory(shape, gpus)
-            cells = " | ".join(f"{value / 1e9:,.1f}" for value in parts.values())
-            least = parts["layer"] + max(parts["solver"], parts["one batch"])
-            full = least + parts["stream"] + parts["kept inputs"]
-            lines.append(f"| {shape.name} | {gpus} | {cells} | {full / 1e9:,.1f} | {least / 1e9:,.1f} |")
+    for shape, gpus, values in rows:
+        peaks = " | ".join(f"{values[f'peak {stage}'] / 1e9:,.1f}" for stage in ("measuring", "loop", "training"))
+        lines.append(f"| {shape.name} | {gpus} | {peaks} | {values['least'] / 1e9:,.1f} |")
     lines += [
         "",
-        "- *Hidden states* are those of all calibration tokens between two layers, *matrix inputs* those of the output matrix in work. If "
-        "`--memory` or the GPU is too small for them, they move to host memory or are computed twice. A layer and its solver must fit.",
-        "- The Gram matrix and the inverse of 53,248 columns take 11 GB each in fp32, so the solver of the 405B model fits into 80 GB. "
-        "The whole model never has to fit anywhere.",
-        "- Host memory holds about one layer, and what the GPU has no room for; weights are mapped from their files "
-        "([memory.md](../../benchmarks/results/memory.md)).",
+        "The training keeps output matrices in fp32 in every process, and its layers as they run; moments are divided.",
+        "",
+        "## Traffic of the first process",
+        "",
+        "Bytes of the tensors that it hands over to collective operations, in GB, and their number.",
+        "",
+        "| model | GPUs | measuring | loop | training and comparison | messages |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape, gpus, values in rows:
+        if gpus == 1:
+            continue
+        trained = sum(values[f"bytes {stage}"] for stage in ("teacher", "training", "comparison"))
+        messages = sum(values[f"messages {stage}"] for stage in STAGES)
+        cells = [values["bytes measuring"], values["bytes loop"], trained]
+        sent = " | ".join(f"{value / 1e9:,.1f}" for value in cells)
+        lines.append(f"| {shape.name} | {gpus} | {sent} | {messages:,.0f} |")
+    lines += [
+        "",
+        "- Gram matrices are summed up in the process that solves; units and repaired matrices come back.",
+        "- A training step sums the gradients of every layer (reduce-scatter, while the layer in front of it runs) and gathers its weights, each about once "
+        "the trained parameters in fp32. That is nearly all of the traffic.",
         "",
         "## Starting it",
         "",
@@ -184,17 +287,10 @@ def main(out: Annotated[Path, typer.Option(help="The page to write.")]) -> None:
         "For several nodes add torchrun's `--nnodes` and `--rdzv-endpoint`. Every node needs the model on its disk, and OUT must be on a disk "
         "that all nodes see; otherwise the first process trains and compares with the dense model by itself.",
         "",
-        "## The default",
-        "",
-        "Measuring, training, the comparison and generated text are divided among the processes, too. Their traffic was not measured on GPUs:",
-        "",
-        "- **Measuring:** one Gram matrix per structure, as in the loop, then one number per structure.",
-        "- **Training:** per step and process about twice the trained parameters in fp32 (a reduce-scatter of gradients, which overlaps with the "
-        "backward pass of the next layer, and an all-gather of weights). Adam's moments, 4 bytes per trained parameter, are divided among the "
-        "processes; the fp32 weights are not. A step has at least two windows of 256 tokens, so more processes than windows gain nothing.",
+        "Written by `benchmarks/scaling.py`; to use other rates, change them there.",
         "",
     ]
-    out.write_text("\n".join(lines), encoding="utf-8")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from torch.nn.utils import parametrize
 
 import slimgpt
 from slimgpt.config import make_config
-from slimgpt.distillation import sharded_adam, trainer
+from slimgpt.distillation import sharded_adam
 from slimgpt.distillation.data import build_distillation_data
+from slimgpt.distillation.schedule import learning_rate
 from slimgpt.distillation.trainer import Distillation
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import decoder_layers
@@ -116,7 +117,7 @@ def test_it_is_adam_through_the_whole_mixture(family, others):
         for layer in mirror.model.layers:
             leave_unseen(layer, architecture.experts)
         curve.append(float(loss.detach()) / sum(part.numel() for part in losses))
-        adam.param_groups[0]["lr"] = info["rate"] * trainer._rate(number, len(steps))
+        adam.param_groups[0]["lr"] = info["rate"] * learning_rate(number, len(steps))
         adam.step()
     assert info["curve"] == pytest.approx(curve, rel=1e-4)
     before = {name: slim.get_parameter(name).detach().clone() for name in shares}

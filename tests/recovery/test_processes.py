@@ -63,7 +63,8 @@ def test_a_state_fits_divided_and_plain_models_alike(first, slim_folder, tmp_pat
     before, after, at_once = (model(kind) for kind in (first, "plain" if first == "divided" else "divided", "plain"))
     optimizer, schedule = trained(before)
     state = train_state.TrainerState(global_step=2)
-    folder = train_state.write_state(tmp_path, *train_state.gathered_state(before, optimizer), schedule, state)
+    train_state.send_state(before, optimizer)
+    folder = train_state.write_state(tmp_path, before, optimizer, schedule, state)
     assert load_file(folder / "optimizer.safetensors")["0.exp_avg"].abs().sum() > 0
 
     optimizer, schedule = trained(after, steps=0)

@@ -1,7 +1,8 @@
-"""Number of tokens that a pruned model is trained on, and its cost."""
+"""Number of tokens that a pruned model is trained on, its cost, and the course of the learning rate."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,10 @@ BACKWARD_COST = 4 / 3
 
 GENERATION_COST = 1.5
 """Cost of a generated token in forward passes: one, and the LM head."""
+
+
+WARMUP = 0.1
+"""Share of the steps in which the learning rate rises to its maximum."""
 
 
 class TrainingBudget(NamedTuple):
@@ -154,3 +159,11 @@ def trainable_tokens(windows: Tensor) -> int:
 
 def _held_windows(windows: Tensor) -> int:
     return max(min(HELD_OUT_TOKENS, windows.numel() // 4) // windows.shape[1], 1)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """The rate of a step, as a share of the highest: it rises, then falls to nothing on a cosine."""
+    rise = max(int(WARMUP * steps), 1)
+    if step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for
 from slimgpt.models.slicing import State
 from slimgpt.runtime.activation_store import ActivationStore
+from slimgpt.runtime.memory import DEVICE
 from slimgpt.runtime.row_shards import RowShards
 
 BETAS = (0.9, 0.95)
@@ -36,6 +37,9 @@ class ShardedAdam:
         )
         self.scales: list[float | Tensor] = []
         self.steps = 0
+        self.rate = 0.0
+        # The same for a GPU that replays a step: the length of the step, and the correction of the squares.
+        self.on_device = torch.zeros(2, device=self.device) if self.device.type == "cuda" else None
 
     def add(self, parameter: Tensor, share: float) -> int:
         """Copy a parameter in: single steps are below the resolution of 16 bits. Returns its number.
@@ -57,15 +61,31 @@ class ShardedAdam:
         """
         return self.shards.start_sum(gradients or [torch.zeros_like(self.weights.get(number)) for number in numbers])
 
-    def step(self, numbers: Sequence[int], gradients: Sequence[Tensor], rate: float) -> None:
+    @property
+    def place(self) -> str:
+        """Where weights and moments are kept: on the device only if all of them are."""
+        places = {store.place for store in (self.weights, self.means, self.squares)} - {DEVICE}
+        return next(iter(places), DEVICE)
+
+    def begin_step(self, rate: float) -> None:
+        """Set the learning rate of the next step of all parameters."""
+        self.rate = rate
+        if self.on_device is not None:
+            count = self.steps + 1
+            self.on_device[0].fill_(rate / (1 - BETAS[0] ** count))
+            self.on_device[1].fill_(1 - BETAS[1] ** count)
+
+    def step(self, numbers: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """One step for some parameters, which are whole in every process afterwards.
 
         Args:
             gradients: of the rows that this process owns.
+
+        The learning rate is that of :meth:`begin_step`.
         """
         for number, gradient in zip(numbers, gradients, strict=True):
             weight = self.weights.get(number)
-            self._step(number, self.shards.own(weight), gradient, rate)
+            self._step(number, self.shards.own(weight), gradient)
             self.weights.put(number, weight)
         if self.ranks.world > 1:
             weights = [self.weights.get(number) for number in numbers]
@@ -73,20 +93,26 @@ class ShardedAdam:
             for number, weight in zip(numbers, weights):
                 self.weights.put(number, weight)
 
-    def _step(self, number: int, weight: Tensor, gradient: Tensor, rate: float) -> None:
-        """One step for rows of a parameter, in place."""
-        fresh = self.steps == 0
-        mean = torch.zeros_like(weight) if fresh else self.means.get(number).float()
-        square = torch.zeros_like(weight) if fresh else self.squares.get(number).float()
+    def _step(self, number: int, weight: Tensor, gradient: Tensor) -> None:
+        """One step for rows of a parameter, in place; so are the moments, which a GPU may find again when it replays
+        this."""
+        if number not in self.means:
+            for store in (self.means, self.squares):
+                store.put(number, torch.zeros_like(weight, dtype=torch.bfloat16))
+        mean, square = self.means.get(number).float(), self.squares.get(number).float()
         mean.lerp_(gradient, 1 - BETAS[0])
         square.lerp_(gradient.square(), 1 - BETAS[1])
         count = self.steps + 1
-        spread = (square / (1 - BETAS[1] ** count)).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
+        correction = 1 - BETAS[1] ** count if self.on_device is None else self.on_device[1]
+        spread = (square / correction).sqrt_().clamp_min_(torch.finfo(torch.float32).tiny)
         scale = self.scales[number]
         moved, factor = (mean * self.shards.own(scale), 1.0) if isinstance(scale, Tensor) else (mean, scale)
-        weight.addcdiv_(moved, spread, value=-rate * factor / (1 - BETAS[0] ** count))
-        self.means.put(number, mean.bfloat16())
-        self.squares.put(number, square.bfloat16())
+        if self.on_device is None:
+            weight.addcdiv_(moved, spread, value=-self.rate * factor / (1 - BETAS[0] ** count))
+        else:
+            weight.sub_((moved / spread).mul_(self.on_device[0] * factor))
+        self.means.update(number, mean)
+        self.squares.update(number, square)
 
     def state(self) -> State:
         """Parameters and moments by number, whole in the first process; the same for any number of processes."""

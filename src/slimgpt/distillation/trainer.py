@@ -17,18 +17,23 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from slimgpt.distillation.captured_steps import CapturedSteps, StepInputs
 from slimgpt.distillation.data import DistillationData, training_run
+from slimgpt.distillation.losses import Losses
+from slimgpt.distillation.routers import leave_unseen, of_router
+from slimgpt.distillation.schedule import learning_rate
 from slimgpt.distillation.sharded_adam import ShardedAdam
 from slimgpt.layerwise.capture import put_parameter
-from slimgpt.layerwise.context import ExecutionContext, running_layer
+from slimgpt.layerwise.context import ExecutionContext, check_finite_flags, running_layer
 from slimgpt.layerwise.divergence import kl_and_cross_entropy, on_device
 from slimgpt.layerwise.passes import LayerPasses, LayerVariant
+from slimgpt.losses.chunked import sum_dtype
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.families.moe import Experts
 from slimgpt.models.slicing import State
@@ -36,9 +41,6 @@ from slimgpt.planning.plan import Plan
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import DEVICE, malloc_trim, used_bytes
 from slimgpt.runtime.thresholds import thresholds
-
-WARMUP = 0.1
-"""Share of the steps in which the learning rate rises to its maximum."""
 
 TEXT_WEIGHT = 1.0
 """Weight of the cross-entropy on the text relative to the KL. It is scaled by min(1, sqrt(KL at start)): cross-entropy
@@ -49,17 +51,6 @@ OnReached = Callable[[State], None]
 
 OnDistilled = Callable[[int, int, float, float], None]
 """Called after every step with its number, the number of all steps, the divergence per token and the seconds."""
-
-
-class Losses(NamedTuple):
-    """The losses per compared token."""
-
-    kl: float
-    cross_entropy: float
-
-    def loss(self, text: float) -> float:
-        """The objective."""
-        return self.kl + text * self.cross_entropy
 
 
 class Distillation:
@@ -115,14 +106,15 @@ class Distillation:
             # A divergence is like the square of a distance, so steps are scaled by its root.
             lr_scale = math.sqrt(min(max(before.kl, 0.0), 1.0))
             max_lr, text_weight = thresholds().max_lr * lr_scale, TEXT_WEIGHT * lr_scale
+            captured = CapturedSteps(self.run, self.step, self._why_not_captured)
             for number, batches in list(enumerate(steps))[self.adam.steps :]:
                 began = time.perf_counter()
                 step_text_weight = text_weight if number >= self.data.generated_steps else 0.0
-                passes = self._passes(batches)
-                hidden = self.forward(passes, save_for_backward=True)
-                losses, gradients = self._compare(batches, hidden, step_text_weight)
-                self.backward(passes, gradients, max_lr * _rate(number, len(steps)))
+                self.adam.begin_step(max_lr * learning_rate(number, len(steps)))
+                figures, finite = captured(self._inputs(batches), step_text_weight)
                 self.adam.steps += 1
+                check_finite_flags(range(len(finite)), finite)
+                losses = Losses.of(figures)
                 curve.append(losses.kl)
                 malloc_trim()
                 if on_distilled and self.ranks.main:
@@ -134,6 +126,7 @@ class Distillation:
                         on_reached(state)
                     del state
                     saved = time.perf_counter()
+            del captured
             self._round_to_stored_dtype()
             after = self.evaluate(held_out)
         return {
@@ -179,6 +172,7 @@ class Distillation:
             self.names.append({name: self.adam.add(*each) for name, each in named.items()})
             self.types += [parameter.dtype for parameter, _ in named.values()]
             malloc_trim()
+        self.ids = [ids.to(self.run.device) for ids in self.data.ids]
         used = used_bytes(self.run.device)
         self.resident_limit = used + max(self.run.placement.budget - used, 0) // 3
 
@@ -204,7 +198,7 @@ class Distillation:
         norms = [name for name, module in layer.named_modules() if "norm" in type(module).__name__.lower()]
         trained = {}
         for name, parameter in layer.named_parameters():
-            first = name in self.keys or name.rpartition(".")[0] in norms or _of_router(name, parameter, self.experts)
+            first = name in self.keys or name.rpartition(".")[0] in norms or of_router(name, parameter, self.experts)
             # A key's bias has no gradient but rounding, and Adam makes a full step of that.
             share = 1.0 if first else self.data.other_matrices_lr if parameter.ndim > 1 else 0.0
             if share:
@@ -228,61 +222,104 @@ class Distillation:
         layer = self._layer(index)
         yield LayerVariant(layer, [layer.get_parameter(name) for name in self.names[index]])
 
-    def _passes(self, batches: Sequence[int]) -> LayerPasses[LayerVariant]:
-        arguments, count = self.data.inputs.arguments, len(self.plan.layers)
-        return LayerPasses(self._variants, arguments, batches, self.run, save_graphs=True, num_layers=count)
+    def _inputs(self, batches: Sequence[int]) -> StepInputs:
+        """The tensors of some batches, on the device."""
+        hidden, dense = self.data.inputs.hidden, self.data.dense_hidden
+        return StepInputs(
+            [hidden.get(number) for number in batches],
+            [dense.get(number) for number in batches],
+            [self.ids[number] for number in batches],
+            [self.data.inputs.arguments[number] for number in batches],
+        )
+
+    def _passes(self, inputs: StepInputs) -> LayerPasses[LayerVariant]:
+        batches, count = range(len(inputs.ids)), len(self.plan.layers)
+        return LayerPasses(self._variants, inputs.arguments, batches, self.run, save_graphs=True, num_layers=count)
 
     def evaluate(self, batches: Sequence[int]) -> Losses:
-        return self._compare(batches, self.forward(self._passes(batches)))[0]
+        inputs = self._inputs(batches)
+        passes = self._passes(inputs)
+        hidden = self.forward(passes, inputs)
+        passes.check_finite()
+        return Losses.of(self._compare(inputs, hidden)[0])
 
-    def forward(self, passes: LayerPasses[LayerVariant], save_for_backward: bool = False) -> ActivationStore:
+    def step(self, inputs: StepInputs, text: float) -> tuple[Tensor, list[Tensor]]:
+        """One step of all layers; nothing in it waits for the device.
+
+        Args:
+            text: weight of the cross-entropy.
+
+        Returns:
+            What :meth:`Losses.of` takes, and whether the hidden states behind every layer were finite, ``()`` bool.
+        """
+        passes = self._passes(inputs)
+        hidden = self.forward(passes, inputs, save_for_backward=True)
+        figures, gradients = self._compare(inputs, hidden, text)
+        self.backward(passes, gradients)
+        return figures, [flag for _, flag in passes.finite]
+
+    def _why_not_captured(self) -> str | None:
+        """Why the steps cannot be graphs that a GPU replays; ``None`` if they can."""
+        if self.ranks.world > 1:
+            return "several processes share it"
+        if self.experts is not None:
+            return "which experts run is decided on the way"
+        if len(self.resident_layers) < len(self.plan.layers) or self.adam.place != DEVICE:
+            return "its weights and moments do not all fit on the device"
+        return None
+
+    def forward(
+        self, passes: LayerPasses[LayerVariant], inputs: StepInputs, save_for_backward: bool = False
+    ) -> ActivationStore:
         """The hidden states of some batches behind the last layer, by number of the batch."""
         hidden, batches = ActivationStore(DEVICE, self.run.device), passes.batches
         for number in batches:
-            hidden.put(number, self.data.inputs.hidden.get(number))
+            hidden.put(number, inputs.hidden[number])
         for _ in passes.forward([hidden], [0] if save_for_backward else [], checked=batches[-1:]):
             pass
         return hidden
 
     def _compare(
-        self, batches: Sequence[int], hidden: ActivationStore, text: float | None = None
-    ) -> tuple[Losses, list[Tensor]]:
-        """The losses of some batches and those of the other processes, and the gradients behind the last layer.
+        self, inputs: StepInputs, hidden: ActivationStore, text: float | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The sums that :meth:`Losses.of` takes, of some batches and those of the other processes, and the gradients
+        behind the last layer.
 
         Args:
             text: its weight in the gradients; ``None``: these are not computed, and zero.
         """
-        with_gradient = text is not None
-        kl, cross_entropy, gradients, tokens, followed = 0.0, 0.0, [], 0, 0
-        for number in batches:
-            ids, dense_hidden = self.data.ids[number], self.data.dense_hidden.get(number)
+        device, gradients = self.run.device, []
+        figures = torch.zeros(4, dtype=sum_dtype(device), device=device)
+        for number, ids in enumerate(inputs.ids):
             kls, cross_entropies, gradient = kl_and_cross_entropy(
                 self.model,
-                dense_hidden,
+                inputs.dense[number],
                 [hidden.get(number)],
                 ids,
                 self.data.tuple_length,
-                [with_gradient],
+                [text is not None],
                 text or 0.0,
             )
-            kl, cross_entropy = kl + kls[0], cross_entropy + cross_entropies[0]
+            figures[:1] += kls
+            figures[1:2] += cross_entropies
+            figures[2] += ids[:, 1:].numel()
+            figures[3] += ids[:, 2:].numel()
             gradients += gradient
-            tokens, followed = tokens + ids[:, 1:].numel(), followed + ids[:, 2:].numel()
-        kl, cross_entropy, tokens, followed = self.ranks.sums([kl, cross_entropy, tokens, followed])
-        return Losses(kl / max(tokens, 1), cross_entropy / max(followed, 1)), gradients
+        self.ranks.total(figures)
+        return figures, gradients
 
-    def backward(self, passes: LayerPasses[LayerVariant], gradients: list[Tensor], rate: float) -> None:
+    def backward(self, passes: LayerPasses[LayerVariant], gradients: list[Tensor]) -> None:
         """One step of Adam for every layer from the last to the first, as soon as its gradients are known."""
         started: deque[tuple[int, Callable[[], list[Tensor]]]] = deque()
         for index, layer_gradients in passes.backward({0: gradients}):
             numbers = list(self.names[index].values())
             started.append((index, self.adam.start_sum(numbers, _sums(layer_gradients))))
             while len(started) > (self.ranks.world > 1):  # sums go on while the next layer is run
-                self.layer_step(*started.popleft(), rate)
+                self.layer_step(*started.popleft())
         for index, summed in started:
-            self.layer_step(index, summed, rate)
+            self.layer_step(index, summed)
 
-    def layer_step(self, index: int, summed: Callable[[], list[Tensor]], rate: float) -> None:
+    def layer_step(self, index: int, summed: Callable[[], list[Tensor]]) -> None:
         """One step of Adam for the trained parameters of a layer.
 
         Args:
@@ -290,23 +327,8 @@ class Distillation:
         """
         named = dict(zip(self.names[index], summed(), strict=True))
         if self.experts is not None:
-            _leave_unseen(named, self.experts)
-        self.adam.step(list(self.names[index].values()), list(named.values()), rate)
-
-
-def _of_router(name: str, parameter: Tensor, experts: Experts | None) -> bool:
-    """Whether a parameter is the router's matrix, which has a row per expert."""
-    router = experts is not None and name.startswith(f"{experts.router}.") and name.endswith(".weight")
-    return router and parameter.ndim > 1
-
-
-def _leave_unseen(gradients: dict[str, Tensor], experts: Experts) -> None:
-    """Zero, in place, the gradients of a router's rows whose experts saw no token of the step: where the router's
-    weights are normalised over the chosen experts they are nothing but rounding, and Adam makes a full step of that."""
-    outputs = gradients.get(experts.key)
-    for name, gradient in gradients.items():
-        if outputs is not None and _of_router(name, gradient, experts):
-            gradient[~outputs.flatten(1).any(1)] = 0.0
+            leave_unseen(named, self.experts)
+        self.adam.step(list(self.names[index].values()), list(named.values()))
 
 
 def _sums(layer_gradients: Iterable[tuple[LayerVariant, list[Tensor]]]) -> list[Tensor]:
@@ -316,11 +338,3 @@ def _sums(layer_gradients: Iterable[tuple[LayerVariant, list[Tensor]]]) -> list[
         sums = totals or [0.0] * len(weight_gradients)
         totals = [total + gradient.float() for total, gradient in zip(sums, weight_gradients)]
     return totals
-
-
-def _rate(step: int, steps: int) -> float:
-    """The rate of a step, as a share of the highest: it rises, then falls to nothing on a cosine."""
-    rise = max(int(WARMUP * steps), 1)
-    if step < rise:
-        return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))

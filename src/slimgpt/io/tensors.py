@@ -9,7 +9,7 @@ folder agree to the bit.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -40,7 +40,18 @@ def align(module: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+def ordered_tensors(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """Tensors in the order of :func:`write_tensors`, whatever order they come in."""
+    return sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT > 0, item[0]))
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    metadata: Mapping[str, str] | None = None,
+    *,
+    whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> None:
     """Write a safetensors file whose tensors begin at multiples of 64 bytes.
 
     The library's own writer aligns to 8. Tensors are sorted by name as it does, so that the same tensors make the same
@@ -49,8 +60,9 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
 
     Args:
         metadata: of the file, beside the format.
+        whole: called on each tensor when it is written, so that of tensors that have to be gathered one is there.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].nbytes % ALIGNMENT > 0, item[0]))
+    ordered = ordered_tensors(tensors)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for name, tensor in ordered:
@@ -63,4 +75,4 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[s
         handle.write(len(text).to_bytes(8, "little"))
         handle.write(text)
         for _, tensor in ordered:
-            handle.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            handle.write(whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,22 @@ def check_finite_output(index: int, hidden: Tensor) -> None:
     Raises:
         NumericalError: they hold NaN or infinity; the layer is named.
     """
-    if not bool(torch.isfinite(hidden).all()):
-        raise NumericalError(f"layer {index}: its output holds NaN or infinity on the calibration text")
+    check_finite_flags([index], [torch.isfinite(hidden).all()])
+
+
+def check_finite_flags(layers: Sequence[int], finite: Sequence[Tensor]) -> None:
+    """Refuse non-finite hidden states behind some layers.
+
+    Args:
+        finite: whether each layer's are, ``()`` bool on the device.
+
+    Raises:
+        NumericalError: the first layer whose hidden states hold NaN or infinity is named.
+    """
+    flags = torch.stack(list(finite)).cpu().tolist() if finite else []
+    for index, flag in zip(layers, flags, strict=True):
+        if not flag:
+            raise NumericalError(f"layer {index}: its output holds NaN or infinity on the calibration text")
 
 
 def activation_store_for(run: ExecutionContext, size: int) -> ActivationStore:

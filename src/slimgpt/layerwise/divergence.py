@@ -8,10 +8,10 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from slimgpt.layerwise.capture import patched_layers
-from slimgpt.losses.chunked import TokenDivergence, distillation_loss, token_divergence
+from slimgpt.losses.chunked import TokenDivergence, distillation_loss, sum_dtype, token_divergence
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.lookup import text_config
 
@@ -27,8 +27,10 @@ def kl_and_cross_entropy(
     tuple_length: int,
     with_gradient: Sequence[bool],
     text_weight: float = 0.0,
-) -> tuple[list[float], list[float], list[Tensor]]:
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """``KL(dense || narrowed)``, the cross-entropy with the next tokens, summed over tokens, and the gradient of both.
+
+    Of every narrowed model, ``(models,)`` each; they stay on the device, which nothing waits for.
 
     The model's own code computes the predictions, with its layers replaced. Position 0 is excluded: it has no context,
     and attention-sink activations dominate it.
@@ -45,7 +47,7 @@ def kl_and_cross_entropy(
     """
     chunk = _chunk(model)
     labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
-    kls, cross_entropies = [0.0] * len(narrowed), [0.0] * len(narrowed)
+    kls, cross_entropies = torch.zeros(2, len(narrowed), dtype=sum_dtype(dense.device), device=dense.device)
     gradients = [torch.zeros_like(other) for other in narrowed]
     with _predictions(model, tuple_length) as predictions:
         for row in range(len(ids)):
@@ -108,7 +110,10 @@ def _predictions(model: PreTrainedModel, tuple_length: int) -> Iterator[Callable
         return model(input_ids=tokens.to(embedding.device), use_cache=False).logits[0]
 
     frozen = [(p, p.requires_grad) for p in model.parameters()]
+    look = masking_utils.find_packed_sequence_indices
     try:
+        # It would wait for the device to look for several sequences in a window, which there never are.
+        masking_utils.find_packed_sequence_indices = lambda _: None
         model.requires_grad_(False)
         rest = (None,) * (tuple_length - 1)  # what some layers hand to the next one, such as chosen tokens
         with patched_layers(
@@ -116,6 +121,7 @@ def _predictions(model: PreTrainedModel, tuple_length: int) -> Iterator[Callable
         ):
             yield predictions
     finally:
+        masking_utils.find_packed_sequence_indices = look
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimgpt.layerwise.capture import Arguments
-from slimgpt.layerwise.context import ExecutionContext, activation_store_for, check_finite_output
+from slimgpt.layerwise.context import ExecutionContext, activation_store_for, check_finite_flags
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import DEVICE, used_bytes
 
@@ -72,6 +72,7 @@ class LayerPasses(Generic[Variant]):
         self.save_graphs = save_graphs
         self.num_layers = len(arguments[batches[0]]) if num_layers is None else num_layers
         self.graphs: dict[tuple[int, int], list[SavedActivations[Variant]]] = {}  # by layer and path
+        self.finite: list[tuple[int, Tensor]] = []  # layers, and whether their outputs are
         self.tuple_length = 0  # of what the first layer returned; 0 where that was the hidden states alone
 
     def forward(
@@ -82,10 +83,7 @@ class LayerPasses(Generic[Variant]):
         Args:
             paths: for every path the hidden states by number of the batch, ``(batch, seq_len, hidden_size)``.
             differentiated: the numbers of the paths that :meth:`backward` is called for; these are on the device.
-            checked: the numbers of the batches whose hidden states must be finite behind every layer.
-
-        Raises:
-            NumericalError: they hold NaN or infinity.
+            checked: the numbers of the batches whose hidden states :meth:`check_finite` looks at, behind every layer.
         """
         ceiling = 0
         if differentiated:
@@ -110,12 +108,22 @@ class LayerPasses(Generic[Variant]):
                         with torch.no_grad():
                             output = self._run(variant.layer, hidden, number, index)
                     if number in checked:
-                        check_finite_output(index, output)
+                        self.finite.append((index, torch.isfinite(output).all()))
                     paths[path].put(number, output)
                 if graphs is not None:
                     self.graphs[index, path] = graphs
                 del variant  # the layer leaves the device before the next one comes
             yield index
+
+    def check_finite(self) -> None:
+        """Wait for the device, and refuse hidden states that were no numbers behind a layer.
+
+        Raises:
+            NumericalError: they hold NaN or infinity; the first layer is named.
+        """
+        layers, finite = [index for index, _ in self.finite], [flag for _, flag in self.finite]
+        self.finite = []
+        check_finite_flags(layers, finite)
 
     def backward(
         self, gradients: dict[int, list[Tensor]]

@@ -28,8 +28,14 @@ def log_probabilities(logits: Tensor, ids: Tensor, chunk: int | None = None) -> 
     return _LogProbabilities.apply(logits, ids, chunk)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The type of sums of losses: fp64, or fp32 where the device has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class DistillationLoss(NamedTuple):
-    """The losses of :func:`distillation_loss`, summed over tokens.
+    """The losses of :func:`distillation_loss`, summed over tokens: numbers that stay on the device, in fp64 where it
+    has that.
 
     Args:
         kl: ``KL(teacher || student)``.
@@ -37,8 +43,8 @@ class DistillationLoss(NamedTuple):
         gradient: of ``kl + weight * cross_entropy`` with respect to the student's logits, in their type.
     """
 
-    kl: float
-    cross_entropy: float
+    kl: Tensor
+    cross_entropy: Tensor
     gradient: Tensor | None
 
 
@@ -64,13 +70,13 @@ def distillation_loss(
     gradient = torch.empty_like(student) if with_gradient else None
     labels = torch.full((len(student),), -100) if labels is None else labels
     labels = labels.to(student.device)[:, None]
-    kl = cross_entropy = 0.0
+    kl, cross_entropy = torch.zeros(2, dtype=sum_dtype(student.device), device=student.device)
     for rows in _chunks(student, chunk):
         log_p, log_q = (_wide(logits[rows]).log_softmax(-1) for logits in (teacher, student))
         labelled, ids = (labels[rows] >= 0).to(log_q), labels[rows].clamp_min(0)
-        cross_entropy -= float((labelled * log_q.gather(-1, ids)).sum())
+        cross_entropy -= (labelled * log_q.gather(-1, ids)).sum()
         p = log_p.exp()
-        kl += float((p * log_p.sub_(log_q)).sum())
+        kl += (p * log_p.sub_(log_q)).sum()
         if gradient is not None:
             q = log_q.exp_()
             if weight:

@@ -17,6 +17,7 @@ from slimgpt.models.build import architecture_of, empty_model, rebuild_layer
 from slimgpt.models.config_files import read_generation_config
 from slimgpt.models.quantization import folder_quantization
 from slimgpt.models.quantized_tensors import QuantizedTensor, quantized_tensors
+from slimgpt.models.read_ahead import ReadAhead
 from slimgpt.models.source import Source, weights_folder
 from slimgpt.models.ties import untie, warn_untied
 from slimgpt.models.unknown_tensors import refuse_unknown, unknown_tensors
@@ -68,6 +69,10 @@ class WeightFiles:
             self.quantization.check_library(str(self.folder))
         parts = [self._stored[part].get_tensor(part) for part in tensor.parts]
         return tensor.decode(parts, self._dequantized)
+
+    def mapped(self, name: str) -> bool:
+        """Whether a tensor is used where it lies in its file."""
+        return name in self._where and name not in self._quantized
 
     @property
     def dtype(self) -> torch.dtype:
@@ -131,8 +136,10 @@ class StreamedModel:
 
     def __init__(self, config: PreTrainedConfig, weights: WeightFiles, dtype: torch.dtype | None = None):
         self.weights, self.dtype = weights, dtype
+        self.ahead: ReadAhead | None = None
         self.model = empty_model(config)
         self.prefix = architecture_of(config, self.model).layers
+        self._empty_layers = list(self.model.get_submodule(self.prefix).children())
         if (problem := weights_mismatch(self.model, weights)) is not None:
             raise ModelError(f"cannot stream {weights.folder}: {problem}")
         refuse_unknown(str(weights.folder), weights.unknown(self.model))
@@ -146,11 +153,26 @@ class StreamedModel:
         self.model.requires_grad_(False)
 
     def layer(self, index: int) -> nn.Module:
-        """A decoder layer with its weights mapped from the files."""
-        empty = self.model.get_submodule(f"{self.prefix}.{index}")
-        names = {name: f"{self.prefix}.{index}.{name}" for name in empty.state_dict()}
-        state = {name: self._read(full) for name, full in names.items()}
+        """A decoder layer with its weights mapped from the files, or read ahead."""
+        empty, names = self._empty_layers[index], self._names(index)
+        ready = {} if self.ahead is None else self.ahead.take(list(names.values()))
+        state = {name: ready[full] if full in ready else self._read(full) for name, full in names.items()}
+        if self.ahead is not None and index + 1 < len(self._empty_layers):
+            self.ahead.start(list(self._names(index + 1).values()))
         return rebuild_layer(empty, self.model.config, index, state)
+
+    def read_ahead(self, device: torch.device) -> None:
+        """From now on, whenever a layer is asked for, read the next one in a thread.
+
+        Args:
+            device: where layers run.
+        """
+        self.ahead = ReadAhead(self._read, self.weights.mapped, device)
+
+    def _names(self, index: int) -> dict[str, str]:
+        """The names of a layer's tensors inside it, and in the model."""
+        empty = self._empty_layers[index]
+        return {name: f"{self.prefix}.{index}.{name}" for name in empty.state_dict()}
 
     def check_finite(self, part: int = 0, parts: int = 1) -> None:
         """Look for NaN and infinity in the stored weights, one tensor at a time.

@@ -79,6 +79,11 @@ class ConvertedFiles(WeightFiles):
             result[index] = own[0]
         return result
 
+    def mapped(self, name: str) -> bool:
+        """Whether a tensor is used where it lies in its file."""
+        pieces = self._pieces.get(name, [])
+        return len(pieces) == 1 and pieces[0][1] is None and super().mapped(pieces[0][0])
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor once it is converted, from the files' headers."""
         pieces = self._pieces[name]

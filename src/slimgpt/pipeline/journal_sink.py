@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class JournalSink:
     ranks: Ranks
     readers: Ranks
     trained_layers: list[nn.Module] = field(default_factory=list)
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "layer-writer"))
+    writing: Future[None] | None = None
 
     replaces_source = False
 
@@ -97,10 +100,23 @@ class JournalSink:
         return self.journal(index)
 
     def write(self, layer: PrunedLayer) -> None:
-        self.journal.write(layer)
+        """Let a thread write the layer, once the one before it is on disk.
+
+        Raises:
+            OutputError: the layer before could not be written.
+        """
+        self.close_layers()
+        self.writing = self.writer.submit(self.journal.write, layer)
 
     def close_layers(self) -> None:
-        """Every layer is on disk already."""
+        """Wait until every layer is on disk.
+
+        Raises:
+            OutputError: the last one could not be written.
+        """
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
 
     def finished_training(self) -> dict[str, Any] | None:
         return self.journal.distillation_info()

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from slimgpt.models.build import decoder_layers, empty_model
+from slimgpt.models.build import decoder_layers
 from slimgpt.models.loading import load_model
-from slimgpt.models.source import weights_folder
-from slimgpt.models.streaming import StreamedModel, check_finite, weights_mismatch
-from slimgpt.models.weight_conversion import ConvertedFiles
+from slimgpt.models.mapped import streamed_model
+from slimgpt.models.streaming import StreamedModel, check_finite
 from slimgpt.pipeline.prepare import PruneRequest
 from slimgpt.runtime.distributed import Ranks
 
@@ -37,15 +36,10 @@ class DenseLayers:
 
 def open_model(request: PruneRequest) -> DenseLayers:
     """The model mapped from its files, or, where these need converting on the way in, loaded whole."""
-    folder = weights_folder(request.source) if request.source.adapter is None else None
-    if folder is not None and (folder / "config.json").is_file():
-        empty = empty_model(request.model_config)
-        weights = ConvertedFiles(folder, empty, request.stored)
-        if weights_mismatch(empty, weights) is None:
-            streamed = StreamedModel(request.model_config, weights, request.stored)
-            streamed.model.config.name_or_path = request.source.name
-            streamed.model.config.dtype = request.stored
-            return DenseLayers(streamed.model, streamed)
+    streamed = streamed_model(request.source, request.model_config, request.stored)
+    if streamed is not None:
+        streamed.read_ahead(request.device)
+        return DenseLayers(streamed.model, streamed)
     return DenseLayers(
         load_model(request.source, request.model_config, request.dtype, "cpu", request.trust_remote_code), None
     )

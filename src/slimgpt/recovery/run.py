@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 from slimgpt.calibration.documents import hub_dataset
 from slimgpt.checkpoint.hub import check_repository
@@ -25,6 +25,7 @@ from slimgpt.models.streaming import check_finite, stored_dtype
 from slimgpt.recovery.checks import RecoverRequest, check_request, make_recovery_config
 from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.figures import figures_after_training
+from slimgpt.recovery.loading import learner, load_divided, load_learner
 from slimgpt.recovery.loss_curve import Curve, write_curve
 from slimgpt.recovery.resume import Workspace
 from slimgpt.recovery.sharding import shard
@@ -179,11 +180,11 @@ def _run(
         workspace.add_seconds("teacher", time.perf_counter() - start)
 
     start = time.perf_counter()
-    model = _load_learner(request)
+    model, dtype = load_divided(request, *learner(request)) if config.shard else (load_learner(request), None)
     set_seed(config.seed % SEEDS_OF_NUMPY)  # adapters begin with random numbers
     trained = make_trainable(model, config)
     if config.shard:
-        shard(trained, model, request.device, ranks)
+        shard(trained, model, request.device, ranks, dtype)
     pad_id: Any = request.tokenizer.pad_token_id or 0
     trainer = RecoveryTrainer(
         trained, config, request.data.training, request.data.held_out, cache=cache, folder=workspace.folder / "states",
@@ -195,11 +196,11 @@ def _run(
     finally:
         if ranks.main:
             workspace.add_seconds("training", time.perf_counter() - start)
-    dtype = dtype_name(next(model.parameters()).dtype)
+    trained_in = dtype_name(next(model.parameters()).dtype)
     if config.shard:  # the first process has the trained weights in the kept state, and none of the others needs them
         del trainer, model, trained
         if ranks.main:
-            trained = make_trainable(_load_learner(request), config)
+            trained = make_trainable(load_learner(request), config)
             load_weights(kept, trained)
     elif ranks.main:
         load_weights(kept, trained)
@@ -213,7 +214,7 @@ def _run(
             "device": request.device.type,
             "processes": ranks.world,
             "bf16": bf16,
-            "dtype": dtype,
+            "dtype": trained_in,
             "sharded": config.shard,
             "teacher": request.teacher[0].name if request.teacher else None,
         },
@@ -225,14 +226,6 @@ def _run(
         workspace.discard()
     ranks.agree(0)  # other processes wait until the folder exists
     return recovery
-
-
-def _load_learner(request: RecoverRequest) -> PreTrainedModel:
-    """The slim model in the type that it is trained in; on the CPU where it is to be divided."""
-    config = request.config
-    dtype = request.dtype if request.dtype != "auto" or config.adapters else "float32"
-    device = "cpu" if config.shard else request.device
-    return load_model(request.source, request.model_config, dtype, device, request.trust_remote_code)
 
 
 def _train(trainer: RecoveryTrainer) -> tuple[Curve, Path]:
@@ -270,10 +263,11 @@ def _cache_teacher(
     if not ranks.agree(int(cache.complete)):
         dtype = forward_dtype("auto", torch.bfloat16, request.device)  # None: bfloat16 is the faster one
         name = "auto" if request.device.type == "cuda" else "bfloat16" if dtype is None else "float32"
-        device = "cpu" if config.shard else request.device
-        teacher = load_model(source, teacher_config, name, device, request.trust_remote_code)
         if config.shard:
-            shard(teacher, teacher, request.device, ranks)
+            teacher, wider = load_divided(request, source, teacher_config, name)
+            shard(teacher, teacher, request.device, ranks, wider)
+        else:
+            teacher = load_model(source, teacher_config, name, request.device, request.trust_remote_code)
         cache.fill(teacher, config.micro_batch, ranks, on_teacher)
         ranks.agree(0)
         if ranks.main:

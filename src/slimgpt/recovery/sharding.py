@@ -15,27 +15,39 @@ from transformers import PreTrainedModel
 
 from slimgpt.models.build import architecture_of
 from slimgpt.runtime.distributed import Ranks, collective_errors
+from slimgpt.runtime.memory import return_large_blocks
 
 
-def shard(model: nn.Module, base: PreTrainedModel, device: torch.device, ranks: Ranks) -> None:
+def shard(
+    model: nn.Module,
+    base: PreTrainedModel,
+    device: torch.device,
+    ranks: Ranks,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Divide every parameter by its rows among all processes, in place; every process has to call it.
 
     Decoder layers are gathered one at a time; what is outside of them (embeddings, the last norm, the output head) is
-    one group more.
+    one group more. Of weights that are mapped from files a process reads its own rows alone.
 
     Args:
         model: on the CPU, in every process with the same values; ``base``, or adapters on it.
         base: the model whose layers are looked up.
         device: where this process computes.
+        dtype: of the parameters afterwards; ``None`` leaves it as it is.
     """
     layers = base.get_submodule(architecture_of(base.config, base).layers)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        return_large_blocks()
     with collective_errors():
         mesh = init_device_mesh(device.type, (ranks.world,))
         for layer in layers.children():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    if dtype is not None:  # once it is divided: whole, it would be there twice
+        model._apply(lambda tensor: tensor.to(dtype) if isinstance(tensor, DTensor) else tensor)
     for buffer in model.buffers():  # those are not divided
         buffer.data = buffer.data.to(device)
 

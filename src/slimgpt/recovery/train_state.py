@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.trainer_callback import TrainerState
 
 from slimgpt.checkpoint.kept_files import check_file, file_checksums, read_values, reading, write_values
 from slimgpt.errors import OutputError, ResumeError
-from slimgpt.recovery.sharding import full_tensor, sharded_like
+from slimgpt.io.tensors import ordered_tensors, write_tensors
+from slimgpt.recovery.sharding import full_tensor, is_sharded, sharded_like
 
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "trainer_state.json"
 SCALARS = "scalars.json"
@@ -30,42 +32,24 @@ def trainable(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def gathered_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, main: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The trained parameters, and the optimizer's state, whole and on the CPU.
-
-    Where a model is divided among processes, every process has to call it, and those but the first keep nothing.
-
-    Args:
-        main: keep the tensors.
-    """
-
-    def kept(tensor: Tensor) -> Tensor:
-        tensor = full_tensor(tensor.detach())
-        return tensor.cpu().contiguous() if main else torch.empty(0)
-
-    weights = {name: kept(parameter) for name, parameter in trainable(model).items()}
-    state = optimizer.state_dict() if optimizer is not None else {}
-    moments = {
-        number: {name: kept(value) if isinstance(value, Tensor) else value for name, value in values.items()}
-        for number, values in state.get("state", {}).items()
-    }
-    return weights, {**state, "state": moments}
+def send_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Give this process's rows to the one that calls :func:`write_state`, where a model is divided."""
+    tensors, _ = _split(optimizer)
+    for group in (trainable(model), tensors):
+        for _, tensor in ordered_tensors(group):
+            full_tensor(tensor.detach())
 
 
 def write_state(
     folder: Path,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
     scheduler: Any,
     state: TrainerState,
 ) -> Path:
     """Save the state after ``state.global_step`` steps as a folder that appears whole or not at all.
 
-    Args:
-        weights: the trained parameters.
-        optimizer: its state; see :func:`gathered_state`.
+    Of a divided model one tensor at a time is gathered, while the other processes call :func:`send_state`.
 
     Raises:
         OutputError: the disk is full; earlier states are kept.
@@ -75,11 +59,10 @@ def write_state(
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        save_file(weights, draft / WEIGHTS)
         tensors, scalars = _split(optimizer)
-        for device, numbers in _generators().items():
-            tensors[f"rng.{device}"] = numbers
-        save_file(tensors, draft / OPTIMIZER)
+        write_tensors(trainable(model), draft / WEIGHTS, whole=_copied if is_sharded(model) else full_tensor)
+        generators = {f"rng.{device}": numbers for device, numbers in _generators().items()}
+        write_tensors({**tensors, **generators}, draft / OPTIMIZER, whole=full_tensor)
         scalars["scheduler"] = scheduler.state_dict() if scheduler is not None else {}
         (draft / SCALARS).write_text(json.dumps(scalars), encoding="utf-8")
         state.save_to_json(str(draft / STATE))
@@ -161,6 +144,12 @@ def load_progress(path: Path) -> TrainerState:
         return TrainerState.load_from_json(str(path / STATE))
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """All rows, in memory of their own: NumPy, through which tensors are written, would keep FSDP from freeing what it
+    has gathered."""
+    return full_tensor(tensor) if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
 @contextmanager
 def _checked(path: Path, name: str) -> Iterator[None]:
     """Read a file of a state, if it is as it was written.
@@ -188,8 +177,9 @@ def _factors(scheduler: Any) -> list[float]:
     return [function(scheduler.last_epoch) for function in scheduler.lr_lambdas]
 
 
-def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _split(optimizer: torch.optim.Optimizer | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's state as tensors with flat names, and the rest as JSON values."""
+    state = optimizer.state_dict() if optimizer is not None else {}
     tensors, rest = {}, {}
     for number, values in state.get("state", {}).items():
         for name, value in values.items():

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 
 from slimgpt.errors import NumericalError
 from slimgpt.losses.distillation import layer_distance, predicted, text_loss, text_loss_and_divergence
+from slimgpt.losses.linear import PieceLoss, linear_loss
 from slimgpt.recovery import train_state as states
 from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.dataset import Example, collate
+from slimgpt.recovery.output_head import has_plain_head
 from slimgpt.recovery.sharding import full_tensor, is_sharded, max_over_ranks
 from slimgpt.recovery.teacher_cache import TeacherCache, layer_numbers
 from slimgpt.runtime.distributed import ALONE, Ranks
@@ -118,6 +120,7 @@ class RecoveryTrainer(Trainer):
         self.learner, self.config, self.cache, self.folder = model, config, cache, folder
         self.training, self.held_out, self.pad_id = training, held_out, pad_id
         self.ranks, self.sharded = ranks, is_sharded(model)
+        self._plain_head: bool | None = None  # not known yet
         accumulate = config.batch_size // (config.micro_batch * ranks.world)
         steps = total_steps(config, len(training))
         evaluate_every = max(1, steps // config.evaluations)
@@ -186,25 +189,44 @@ class RecoveryTrainer(Trainer):
         """The loss of a micro-batch, as its share of the mean over all predicted tokens of the batch."""
         config, labels = self.config, inputs["labels"]
         compare = "teacher_layers" in inputs
+        tokens = labels[:, 1:][labels[:, 1:] != -100]
+
+        def loss_of(logits: Tensor, place: slice) -> Tensor:
+            if self.cache is None:
+                return text_loss(logits, tokens[place])
+            teacher = [inputs[name][place] for name in ("teacher_tokens", "teacher_log_p")]
+            text, kl = text_loss_and_divergence(logits, tokens[place], *teacher)
+            return config.text_weight * text + config.distill_weight * kl
+
+        total, outputs = self._summed_loss(model, inputs, labels, loss_of, compare)
+        if compare:
+            numbers = layer_numbers(inputs["teacher_layers"].shape[1], len(outputs.hidden_states) - 1)
+            own = torch.stack([predicted(outputs.hidden_states[number], labels)[0] for number in numbers], 1)
+            total = total + config.layer_weight * layer_distance(own, inputs["teacher_layers"])
+        count = num_items_in_batch if num_items_in_batch is not None else max(1, len(tokens))
+        loss = total / count * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def _summed_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, loss_of: PieceLoss, states_too: bool = False
+    ) -> tuple[Tensor, Any]:
+        """A loss of all predicted tokens, and the model's outputs; logits are computed in pieces where the head is
+        nothing but a matrix."""
+        if self._plain_head is None:
+            self._plain_head = has_plain_head(self.learner, inputs["input_ids"][:1, :2])
+        few: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1} if self._plain_head else {}
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             use_cache=False,
-            output_hidden_states=compare,
+            **{"output_hidden_states": states_too, **few},
         )
-        logits, tokens = predicted(outputs.logits, labels)
-        if self.cache is None:
-            total = text_loss(logits, tokens)
-        else:
-            text, kl = text_loss_and_divergence(logits, tokens, inputs["teacher_tokens"], inputs["teacher_log_p"])
-            total = config.text_weight * text + config.distill_weight * kl
-            if compare:
-                numbers = layer_numbers(inputs["teacher_layers"].shape[1], len(outputs.hidden_states) - 1)
-                own = torch.stack([predicted(outputs.hidden_states[number], labels)[0] for number in numbers], 1)
-                total = total + config.layer_weight * layer_distance(own, inputs["teacher_layers"])
-        count = num_items_in_batch if num_items_in_batch is not None else max(1, len(tokens))
-        loss = total / count * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
-        return (loss, outputs) if return_outputs else loss
+        if not self._plain_head:
+            logits, _ = predicted(outputs.logits, labels)
+            return loss_of(logits, slice(None)), outputs
+        head: Any = self.learner.get_output_embeddings()  # type: ignore[operator]
+        hidden, _ = predicted(outputs.hidden_states[-1], labels)
+        return linear_loss(hidden, head.weight, head.bias, loss_of), outputs
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -221,9 +243,14 @@ class RecoveryTrainer(Trainer):
                 batch = collate(batches[number] if counted else self.held_out[:1], self.pad_id)
                 batch = {name: tensor.to(self.args.device) for name, tensor in batch.items()}
                 labels = batch.pop("labels")
-                logits, tokens = predicted(self.learner(**batch, use_cache=False).logits, labels)
+                tokens = labels[:, 1:][labels[:, 1:] != -100]
+
+                def loss_of(logits: Tensor, place: slice, tokens: Tensor = tokens) -> Tensor:
+                    return text_loss(logits, tokens[place])
+
+                total, _ = self._summed_loss(self.learner, batch, labels, loss_of)
                 if counted:
-                    sums += torch.tensor([float(text_loss(logits, tokens)), len(tokens)], device=sums.device)
+                    sums += torch.tensor([float(total), len(tokens)], device=sums.device)
         self.learner.train()
         total, count = self.accelerator.reduce(sums, "sum").tolist()  # type: ignore[union-attr]
         metrics = {"held_out_loss": total / max(count, 1)}
@@ -258,12 +285,12 @@ class RecoveryTrainer(Trainer):
         return norm
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
-        main, optimizer = self.args.should_save, self.optimizer
-        if main or self.sharded:
-            weights, moments = states.gathered_state(self.learner, optimizer, main)  # type: ignore[arg-type]
-        if main:
-            states.write_state(self.folder, weights, moments, self.lr_scheduler, self.state)
+        optimizer: Any = self.optimizer
+        if self.args.should_save:
+            states.write_state(self.folder, self.learner, optimizer, self.lr_scheduler, self.state)
             states.keep_only(self.folder, {self.state.global_step, self.best_step})
+        elif self.sharded:
+            states.send_state(self.learner, optimizer)
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -37,6 +37,13 @@ class ActivationStore:
             kept = self.make(number, tensor.shape, tensor.dtype)
         kept.copy_(tensor)
 
+    def update(self, number: int, tensor: Tensor) -> None:
+        """Replace the numbers of a tensor, rounded to the type that it is kept in, where it is."""
+        self._tensors[number].copy_(tensor)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._tensors
+
     def make(self, number: int, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for a tensor that is to be filled in, where it will be kept."""
         if self._folder is not None:

@@ -18,6 +18,9 @@ from slimgpt.errors import UsageError
 from slimgpt.runtime.distributed import local_world_size
 
 DEVICE, HOST, FILE, RECOMPUTE = "device", "host", "file", "recompute"
+M_MMAP_THRESHOLD = -3
+"""glibc's number of the size from which a block is mapped by itself."""
+
 USABLE_FRACTION = 0.85
 """Share of the free memory that is used when the user names no budget."""
 
@@ -70,6 +73,13 @@ def malloc_trim() -> None:
     """Give freed memory back to the system: glibc keeps it, scattered among what is in use."""
     if (libc := _libc()) is not None:
         libc.malloc_trim(0)
+
+
+def return_large_blocks() -> None:
+    """Let blocks of a megabyte and more go back to the system as soon as they are freed: glibc keeps those of up to
+    32 MB once it has seen such, scattered where layers are gathered and freed in turn."""
+    if (libc := _libc()) is not None and hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 @dataclass(frozen=True)

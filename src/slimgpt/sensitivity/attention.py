@@ -86,7 +86,7 @@ class AttentionRemoval:
                 narrowed = [self.hidden.take(self._key(path, number))[: len(ids)] for path in paths]
                 teacher = dense.get(number)[: len(ids)]
                 kls, _, _ = kl_and_cross_entropy(model, teacher, narrowed, ids, tuple_length, with_gradient)
-                totals = [total + kl for total, kl in zip(totals, kls)]
+                totals = [total + kl for total, kl in zip(totals, kls.tolist())]
                 tokens += max(len(ids) * (ids.shape[1] - 1), 1)
         *totals, tokens = self.run.ranks.sums([*totals, tokens])
         return {layer: (total - totals[0]) / tokens for layer, total in zip(self.layers, totals[1:])}

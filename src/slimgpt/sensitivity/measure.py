@@ -164,6 +164,7 @@ class _Measurement:
         differentiated = [path for path, (_, weight) in enumerate(self.points, 1) if weight]
         for _ in self._steps(passes.forward(paths, differentiated, checked=batches)):
             pass
+        passes.check_finite()
         with on_device(self.model, self.run.device):
             kl, gradients = self._compare(paths, probe, passes.tuple_length)
         contributions = tuple(self._costs(passes, gradients)) if gradients else ()
@@ -211,7 +212,7 @@ class _Measurement:
             kls, _, batch_gradients = kl_and_cross_entropy(
                 self.model, dense, narrowed, ids, tuple_length, with_gradient
             )
-            total += kls[-1]
+            total += float(kls[-1])
             for path in gradients:
                 gradients[path].append(batch_gradients[path - 1])
         (total,) = self.run.ranks.sums([total])

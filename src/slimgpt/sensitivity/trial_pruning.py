@@ -101,14 +101,15 @@ class TrialPruning:
         for _ in passes.forward([slim], checked=batches):
             malloc_trim()
             self.on_layer()
+        passes.check_finite()
         next(pruned, None)  # it lets go of the last layer
         self.dense, sums = dense, [0.0, 0.0]
         with on_device(self.model, self.run.device):
             for number, ids in enumerate(self.probe.split(self.config.batch_size)):
                 states = [slim.get(number)]
-                (kl,), (text,), _ = kl_and_cross_entropy(
+                kls, texts, _ = kl_and_cross_entropy(
                     self.model, dense.get(number), states, ids, passes.tuple_length, [False]
                 )
-                sums = [sums[0] + kl, sums[1] + text]
+                sums = [sums[0] + float(kls), sums[1] + float(texts)]
         kl, text = self.run.ranks.sums(sums)
         return TrialLoss(kl / self.tokens, text / self.predicted)
