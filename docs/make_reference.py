@@ -120,7 +120,7 @@ def python_page() -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-FAMILIES_HEAD = """# Families
+FAMILIES_HEAD = """# Table of families
 
 Written by `docs/make_reference.py` from the table that `slimgpt families` prints; `slimgpt families NAME` finds a
 family by its `model_type` or by the names of its models. The tests that each family passes, and their results, are in
