@@ -1,7 +1,7 @@
 """Resident memory of a recovery, whole in one process and divided among several: the table in
 benchmarks/results/recovery-memory.md.
 
-    python benchmarks/recovery_memory.py --work /some/disk --out benchmarks/results/recovery-memory
+    python -m benchmarks.recovery_memory --work /some/disk --out benchmarks/results/recovery-memory
 
 A random Llama is trained for a few steps on random text, by one process and by N with ``--shard``. All of
 them tell the most memory that they had of their own (anonymous: mapped files are shared), and what they had when Python

@@ -1,6 +1,6 @@
 """Time, memory and traffic of the default on large models and many GPUs: the page docs/guides/scaling.md.
 
-    python benchmarks/scaling.py --out docs/guides/scaling.md --counts benchmarks/results/scaling.json
+    python -m benchmarks.scaling --out docs/guides/scaling.md --counts benchmarks/results/scaling.json
 
 Operations, bytes and messages are counted by running the stages on tensors without storage (benchmarks/simulation.py),
 with a few layers of each model; the rates are those that the 7B run in benchmarks/results/gpu.json reached. Counts that
@@ -287,7 +287,7 @@ def page(known: dict[str, Values]) -> str:
         "For several nodes add torchrun's `--nnodes` and `--rdzv-endpoint`. Every node needs the model on its disk, and OUT must be on a disk "
         "that all nodes see; otherwise the first process trains and compares with the dense model by itself.",
         "",
-        "Written by `benchmarks/scaling.py`; to use other rates, change them there.",
+        "Written by `python -m benchmarks.scaling`; to use other rates, change them in `benchmarks/scaling.py`.",
         "",
     ]
     return "\n".join(lines)

@@ -93,8 +93,8 @@ def test_replayed_steps_end_where_single_ones_do(graphs):
     one, other = CapturedSteps(RUN, plain), on_gpu(captured)
     for value, weight in values:
         expected, _ = one(text(value), weight)
-        got, _ = other(text(value), weight)
-        assert torch.equal(expected, got)
+        replayed, _ = other(text(value), weight)
+        assert torch.equal(expected, replayed)
     counts = [sum(weight == each for _, weight in values) for each in (0.5, 1.0)]
     assert sorted(graph.replays for graph in graphs) == sorted(count - EAGER_STEPS for count in counts)
     assert [graph.shared for graph in graphs] == [None, "pool"]

@@ -63,7 +63,7 @@ class ShardedAdam:
 
     @property
     def place(self) -> str:
-        """Where weights and moments are kept: on the device only if all of them are."""
+        """The place of weights and moments: the device only if all of them are there."""
         places = {store.place for store in (self.weights, self.means, self.squares)} - {DEVICE}
         return next(iter(places), DEVICE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -41,6 +42,7 @@ from slimgpt.recovery.trainer import (
 )
 from slimgpt.runtime.devices import dtype_name, forward_dtype
 from slimgpt.runtime.distributed import Ranks, join, rank_of_environment
+from slimgpt.runtime.memory import malloc_trim
 from slimgpt.runtime.settings import has_settings
 from slimgpt.runtime.versions import resume_versions, versions
 
@@ -198,7 +200,10 @@ def _run(
             workspace.add_seconds("training", time.perf_counter() - start)
     trained_in = dtype_name(next(model.parameters()).dtype)
     if config.shard:  # the first process has the trained weights in the kept state, and none of the others needs them
+        trainer.accelerator.free_memory()  # it keeps model and optimizer, too
         del trainer, model, trained
+        gc.collect()
+        malloc_trim()
         if ranks.main:
             trained = make_trainable(load_learner(request), config)
             load_weights(kept, trained)
