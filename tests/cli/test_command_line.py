@@ -189,7 +189,7 @@ def test_ratio_outside_its_range(ratio, refused):
         ("device 'cuda:99' cannot be used", ["--device", "cuda:99"]),
         ("longer than the model's context", ["--seq-len", "65", "--num-samples", "2"]),
         ("less than what the headers of the files take", ["--bytes", "800"]),
-        ("leave out --schedule, --head-unit", ["--plan", "plan.toml", "--head-unit", "kv"]),
+        ("leave out --schedule, --head-unit", ["--plan", __file__, "--head-unit", "kv"]),
     ],
 )
 def test_bad_options(message, options, refused):

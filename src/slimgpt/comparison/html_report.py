@@ -30,7 +30,7 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .25rem; overflow-wrap: an
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 p { margin: .25rem 0; color: var(--soft); }
 .plots { display: flex; flex-wrap: wrap; gap: 1rem; }
-figure { flex: 1 1 26rem; max-width: 36rem; min-width: 0; margin: 0;
+figure { flex: 1 1 26rem; max-width: 30.5rem; min-width: 0; margin: 0;
   padding: .75rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
   overflow-x: auto; }
 figure svg { display: block; width: 100%%; min-width: 18rem; height: auto; }
