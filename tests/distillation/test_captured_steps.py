@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from slimgpt.distillation import captured_steps
 from slimgpt.distillation.captured_steps import EAGER_STEPS, CapturedSteps, StepInputs
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.runtime.memory import Placement
@@ -71,6 +72,7 @@ def graphs(monkeypatch):
         known.graph.step, known.graph.arguments = self.step, (known.inputs, weight)
         return known
 
+    monkeypatch.setattr(captured_steps, "_stream_kept", nullcontext)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recorded)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)

@@ -53,3 +53,24 @@ def test_no_piece_has_more_logits_than_allowed():
 
     linear_loss(hidden, weight, None, loss, most=35)
     assert sizes == [(30, slice(0, 3)), (30, slice(3, 6)), (10, slice(6, 7))]
+
+
+def test_without_gradients_no_gradient_is_computed():
+    weight, grad = torch.randn(10, 6, requires_grad=True), []
+
+    def loss(logits, _):
+        grad.append(logits.requires_grad)
+        return logits.sum()
+
+    with torch.no_grad():
+        linear_loss(torch.randn(7, 6), weight, None, loss, most=35)
+    assert grad == [False] * 3
+
+
+def test_gradients_of_a_head_in_16_bits_are_rounded_once():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.rand(shape, generator=generator).bfloat16() for shape in ((512, 4), (8, 4)))
+    leaves = [weight.clone().requires_grad_() for _ in range(2)]
+    for leaf, most in zip(leaves, (8, 10**6)):
+        linear_loss(hidden, leaf, None, lambda logits, _: logits.float().sum(), most).backward()
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=2**-7, atol=0)

@@ -53,6 +53,43 @@ def test_the_next_layer_is_read_by_another_thread_and_an_error_comes_when_it_is_
         ahead.take(["gone"])
 
 
+def test_layers_are_read_ahead_in_the_direction_in_which_they_are_asked_for(tmp_path, monkeypatch):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    streamed, started = StreamedModel(model.config, ConvertedFiles(tmp_path, empty_model(model.config))), []
+    streamed.read_ahead(CPU)
+    monkeypatch.setattr(streamed.ahead, "start", lambda names: started.append(int(names[0].split(".")[2])))
+    for index in (0, 1, 2, 3, 2, 1, 0, 1):
+        streamed.layer(index)
+    assert started == [1, 2, 3, 1, 0, 2]
+
+
+def test_what_nobody_has_taken_is_not_read_and_memory_that_cannot_be_pinned_is_done_without(monkeypatch):
+    begun, go, reads = threading.Event(), threading.Event(), []
+
+    def read(name):
+        reads.append(name)
+        begun.set()
+        go.wait(10)
+        return torch.ones(1)
+
+    ahead = ReadAhead(read, lambda _: True, CPU)
+    for names in (["a"], ["b"], ["c"]):
+        ahead.start(names)
+        begun.wait(10)
+    go.set()
+    assert ahead.take(["c"]) == {}
+    assert reads == ["a", "c"]
+
+    def refuse(_):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", refuse)
+    ahead = ReadAhead(read, lambda _: True, torch.device("cuda"))
+    ahead.start(["a", "b"])
+    assert ahead.take(["a", "b"]) == {}
+
+
 def test_every_page_is_looked_at():
     assert look(torch.ones(3 * 4096 + 1, dtype=torch.uint8)) == 4
     assert look(torch.zeros(0)) == 0
@@ -70,3 +107,27 @@ def test_a_layer_that_could_not_be_written_ends_the_run_at_the_next_one():
     with pytest.raises(OutputError, match="the disk is full"):
         sink.write("third")
     sink.close_layers()
+
+
+def test_an_interrupt_while_a_layer_is_written_does_not_leave_it_to_itself():
+    begun, go, written = threading.Event(), threading.Event(), []
+
+    class Slow:
+        def write(self, layer):
+            begun.set()
+            go.wait(10)
+            written.append(layer)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    sink = JournalSink(None, Slow(), None, Ranks(), Ranks())
+    sink.write("first")
+    begun.wait(10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sink.writing, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sink.write("second")
+    go.set()
+    sink.close_layers()
+    assert written == ["first"]

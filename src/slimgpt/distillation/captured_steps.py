@@ -9,7 +9,8 @@ PyTorch's documentation of CUDA graphs, and not yet run on a GPU.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,14 @@ class StepInputs:
         """The same in memory of its own."""
         copies = ([tensor.clone() for tensor in part] for part in (self.hidden, self.dense, self.ids))
         return StepInputs(*copies, self.arguments)
+
+
+@contextmanager
+def _stream_kept(device: torch.device) -> Iterator[None]:
+    """Context manager: the device is the current one, on which graphs are captured (of another one a graph would be
+    empty), and the stream is as before afterwards, though a capture that fails leaves its own."""
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        yield
 
 
 StepFunction = Callable[[StepInputs, float], tuple[Tensor, list[Tensor]]]
@@ -107,7 +116,7 @@ class CapturedSteps:
         """Record a step without running it."""
         own, graph = inputs.cloned(), torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.run.device)
-        with torch.cuda.graph(graph, pool=self.pool):
+        with _stream_kept(self.run.device), torch.cuda.graph(graph, pool=self.pool):
             results = self.step(own, text)
         self.pool = self.pool or graph.pool()
         return _Captured(graph, own, results)

@@ -30,17 +30,30 @@ def linear_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: Piece
         bias: ``(vocabulary,)``.
         most: logits that are computed at once.
     """
-    return _LinearLoss.apply(hidden, weight, bias, loss, max(most // len(weight), 1))
+    rows = max(most // len(weight), 1)
+    return _LinearLoss.apply(hidden, weight, bias, loss, rows, torch.is_grad_enabled())
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: PieceLoss, rows: int) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: PieceLoss,
+        rows: int,
+        differentiate: bool,
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        needed = [tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+        tensors = (hidden, weight, bias)
+        needed = [differentiate and tensor is not None and tensor.requires_grad for tensor in tensors]
+        # Those of the head are sums over pieces, which 16 bits would round every time.
         gradients = [
-            torch.zeros_like(tensor) if need and tensor is not None else None
-            for need, tensor in zip(needed, (hidden, weight, bias))
+            torch.zeros_like(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32) if number else tensor.dtype)
+            if need and tensor is not None
+            else None
+            for number, (need, tensor) in enumerate(zip(needed, tensors))
         ]
         for start in range(0, len(hidden), rows):
             place = slice(start, min(start + rows, len(hidden)))
@@ -54,11 +67,16 @@ class _LinearLoss(torch.autograd.Function):
             for number, gradient in enumerate(gradients):
                 if gradient is not None:
                     (gradient[place] if number == 0 else gradient).add_(next(own))
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(
+            *(
+                None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+                for gradient, tensor in zip(gradients, tensors)
+            )
+        )
         return total
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor | None, ...]:
         (output_gradient,) = output_gradients
         gradients = (None if each is None else each * output_gradient.to(each.dtype) for each in ctx.saved_tensors)
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)

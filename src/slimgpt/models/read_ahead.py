@@ -17,8 +17,9 @@ PAGE = 4096
 class ReadAhead:
     """Tensors of one layer that are read before they are asked for.
 
-    For a GPU they are copied to pinned memory, from which they get there without the host waiting. For a CPU, which
-    uses mapped tensors where they are, their pages are looked at, so that the disk has brought them.
+    For a GPU they are copied to pinned memory, from which they get there faster; where the system pins no more, they
+    are read when they are asked for. For a CPU, which uses mapped tensors where they are, their pages are looked at,
+    so that the disk has brought them.
 
     Args:
         read: gives a tensor by name; called in a thread.
@@ -34,6 +35,7 @@ class ReadAhead:
 
     def start(self, names: Sequence[str]) -> None:
         """Begin with the tensors of the next layer; those before it are forgotten."""
+        self._drop()
         self._names, self._future = names, self._thread.submit(self._bring, names)
 
     def take(self, names: Sequence[str]) -> State:
@@ -42,18 +44,38 @@ class ReadAhead:
         Raises:
             OSError: what reading them gave.
         """
-        future, self._future = self._future, None
+        future = self._future
         if future is None or list(names) != list(self._names):
+            self._drop()
             return {}
+        self._future = None
         return future.result()
+
+    def _drop(self) -> None:
+        """Forget what nobody has taken; what is not begun is not read."""
+        if self._future is not None:
+            self._future.cancel()
+        self._future = None
 
     def _bring(self, names: Sequence[str]) -> State:
         if self._pinned:
-            return {name: self._read(name).pin_memory() for name in names}
+            return self._copied(names)
         for name in names:
             if self._mapped(name):
                 look(self._read(name))
         return {}
+
+    def _copied(self, names: Sequence[str]) -> State:
+        """Tensors in pinned memory; none where the system refuses it."""
+        state = {}
+        for name in names:
+            tensor = self._read(name)
+            try:
+                state[name] = tensor.pin_memory()
+            except RuntimeError:  # how CUDA says it
+                self._pinned = False
+                return {}
+        return state
 
 
 def look(tensor: Tensor) -> int:

@@ -137,6 +137,7 @@ class StreamedModel:
     def __init__(self, config: PreTrainedConfig, weights: WeightFiles, dtype: torch.dtype | None = None):
         self.weights, self.dtype = weights, dtype
         self.ahead: ReadAhead | None = None
+        self._last = -1  # the layer that was asked for before
         self.model = empty_model(config)
         self.prefix = architecture_of(config, self.model).layers
         self._empty_layers = list(self.model.get_submodule(self.prefix).children())
@@ -157,12 +158,15 @@ class StreamedModel:
         empty, names = self._empty_layers[index], self._names(index)
         ready = {} if self.ahead is None else self.ahead.take(list(names.values()))
         state = {name: ready[full] if full in ready else self._read(full) for name, full in names.items()}
-        if self.ahead is not None and index + 1 < len(self._empty_layers):
-            self.ahead.start(list(self._names(index + 1).values()))
+        following = index - 1 if index == self._last - 1 else index + 1  # gradients are computed from the last one on
+        self._last = index
+        if self.ahead is not None and 0 <= following < len(self._empty_layers):
+            self.ahead.start(list(self._names(following).values()))
         return rebuild_layer(empty, self.model.config, index, state)
 
     def read_ahead(self, device: torch.device) -> None:
-        """From now on, whenever a layer is asked for, read the next one in a thread.
+        """From now on, whenever a layer is asked for, read the one behind it in a thread; backwards, the one
+        in front of it.
 
         Args:
             device: where layers run.

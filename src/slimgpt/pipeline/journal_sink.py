@@ -114,9 +114,14 @@ class JournalSink:
         Raises:
             OutputError: the last one could not be written.
         """
-        writing, self.writing = self.writing, None
-        if writing is not None:
+        writing = self.writing
+        if writing is None:
+            return
+        try:
             writing.result()
+        finally:
+            if writing.done():  # else an interrupt came: the journal is not to be closed while a layer is written
+                self.writing = None
 
     def finished_training(self) -> dict[str, Any] | None:
         return self.journal.distillation_info()

@@ -20,7 +20,7 @@ from slimgpt.losses.linear import PieceLoss, linear_loss
 from slimgpt.recovery import train_state as states
 from slimgpt.recovery.config import RecoverConfig
 from slimgpt.recovery.dataset import Example, collate
-from slimgpt.recovery.output_head import has_plain_head
+from slimgpt.recovery.output_head import has_plain_head, head_operands
 from slimgpt.recovery.sharding import full_tensor, is_sharded, max_over_ranks
 from slimgpt.recovery.teacher_cache import TeacherCache, layer_numbers
 from slimgpt.runtime.distributed import ALONE, Ranks
@@ -213,7 +213,7 @@ class RecoveryTrainer(Trainer):
         """A loss of all predicted tokens, and the model's outputs; logits are computed in pieces where the head is
         nothing but a matrix."""
         if self._plain_head is None:
-            self._plain_head = has_plain_head(self.learner, inputs["input_ids"][:1, :2])
+            self._plain_head = has_plain_head(self.learner, inputs["input_ids"][:1, :2], self.args.bf16)
         few: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1} if self._plain_head else {}
         outputs = model(
             input_ids=inputs["input_ids"],
@@ -226,7 +226,7 @@ class RecoveryTrainer(Trainer):
             return loss_of(logits, slice(None)), outputs
         head: Any = self.learner.get_output_embeddings()  # type: ignore[operator]
         hidden, _ = predicted(outputs.hidden_states[-1], labels)
-        return linear_loss(hidden, head.weight, head.bias, loss_of), outputs
+        return linear_loss(*head_operands(hidden, head, self.args.bf16), loss_of), outputs
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
