@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -37,7 +37,7 @@ from slimgpt.planning.plan import Plan
 from slimgpt.planning.planner import plan_for
 from slimgpt.pruning import layer as pruning_layer
 from slimgpt.pruning.memory_estimate import memory_need
-from slimgpt.pruning.report import PruneReport
+from slimgpt.pruning.report import PrunedLayer, PruneReport
 from slimgpt.runtime import row_shards
 from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.memory import MemoryRequirement
@@ -220,11 +220,12 @@ class MetaRun(TorchDispatchMode):
 
     current: MetaRun
 
-    def __init__(self, counts: Counts):
+    def __init__(self, counts: Counts, stored: Iterable[Tensor] = ()):
         super().__init__()
         MetaRun.current = self
         self.counts, self.live = counts, 0
-        self.known: dict[int, int] = {}  # storages, with their bytes
+        # Storages, with their bytes. What is stored lies in files, of which the device has a layer at a time.
+        self.known: dict[int, int] = {tensor.untyped_storage()._cdata: 0 for tensor in stored}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -235,8 +236,10 @@ class MetaRun(TorchDispatchMode):
                 self.counts.waits[self.counts.stage] += 1
                 return answer
         packet = func._overloadpacket
-        grouped = first is not None and first.is_meta and packet is getattr(aten, "_grouped_mm", None)
-        result = _grouped_product(first, *args[1:], **kwargs) if grouped else func(*args, **kwargs)
+        if first is not None and first.is_meta and packet is getattr(aten, "_grouped_mm", None):
+            result = _grouped_product(first, *args[1:], **kwargs)
+        else:
+            result = func(*args, **kwargs)
         count = OPERATIONS.get(packet)
         if count is not None:
             shapes = [each.shape for each in args if isinstance(each, Tensor)]
@@ -342,6 +345,16 @@ class StagedLayers(LayersInMemory):
     def check_finite(self, ranks: Ranks) -> None:
         """Weights without storage have no numbers."""
 
+    def write(self, layer: PrunedLayer) -> None:
+        """Keep a layer as its shapes say: on the host, which has the journal's files, it would take memory here."""
+        index, sizes = layer.report.layer, layer.report.sizes
+        if not next(self.model.parameters()).is_meta:
+            super().write(layer)
+            return
+        dense = decoder_layers(self.model)[index]
+        state = {name: tensor.new_zeros(()).expand(tensor.shape) for name, tensor in layer.state.items()}
+        self.pruned.append(rebuild_layer(dense, self.model.config, index, state, sizes))
+
     def measured_plan(self, measure: Callable[[], MeasuredPlan]) -> MeasuredPlan:
         self.counts.stage = "measuring"
         plan, info = measure()
@@ -370,6 +383,15 @@ class StagedLayers(LayersInMemory):
             state = {name: torch.full_like(tensor, 0.01, device=like.device) for name, tensor in shapes.items()}
             state = {name: tensor.to(like.dtype) for name, tensor in state.items()}
             self.pruned.append(rebuild_layer(dense, self.model.config, index, state, sizes))
+
+
+def empty_model_of(model_config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model without storage, its buffers included."""
+    model: Any = empty_model(model_config)
+    model.to(dtype)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to("meta")
+    return model
 
 
 def make_job(model: PreTrainedModel, config: PruneConfig, windows: Tensor, held_out: int = 0) -> PruneJob:
@@ -430,12 +452,10 @@ def simulate(
         plan: see :class:`StagedLayers`.
     """
     counts = Counts()
-    model = empty_model(model_config).to(dtype)
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to("meta")
+    model = empty_model_of(model_config, dtype)
     job = make_job(model, config, windows, held_out)
     own = ranks.share(pruning_split(windows, job.distill_tokens))
     counts.need = memory_need(model, own, job.plan, config, None, True, processes=ranks.world)
-    with counted(counts, ranks), _parts(counts), MetaRun(counts):
+    with counted(counts, ranks), _parts(counts), MetaRun(counts, model.state_dict().values()):
         run(model, job, ranks, counts, plan)
     return counts
