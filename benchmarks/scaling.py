@@ -304,7 +304,7 @@ def page(known: dict[str, Values]) -> str:
         "For several nodes add torchrun's `--nnodes` and `--rdzv-endpoint`. Every node needs the model on its disk, and OUT must be on a disk "
         "that all nodes see; otherwise the first process trains and compares with the dense model by itself.",
         "",
-        "Written by `python -m benchmarks.scaling`; to use other rates, change them in `benchmarks/scaling.py`.",
+        "Written by `benchmarks/scaling.py`; to use other rates, change them there.",
         "",
     ]
     return "\n".join(lines)
