@@ -113,7 +113,7 @@ def whole(shape: Shape, few: Values, more: Values) -> Values:
     for name in names:
         each = (more.get(name, 0) - few.get(name, 0)) / (larger - fewer)
         values[name] = few.get(name, 0) + each * (shape.layers - fewer)
-    for name in ("least", "layer"):
+    for name in ("least", "layer", "peak loop"):  # of one layer, whatever their number
         values[name] = max(few[name], more[name])
     return values
 
@@ -259,7 +259,8 @@ def page(known: dict[str, Values]) -> str:
         "## Memory of the first GPU, in GB",
         "",
         "Peak of all tensors in each stage if everything stays on the GPU, and what a layer with its solver needs at least. Whatever is between "
-        "moves to host memory or files by itself (`--memory`).",
+        f"moves to host memory or files by itself (`--memory`). The measured run had a peak of {measured['peak_device_bytes'] / 1e9:.1f} GB; counted "
+        f"are {of(REFERENCE, 1)['peak training'] / 1e9:.1f}.",
         "",
         "| model | GPUs | measuring | loop | training | at least |",
         "|---|---|---|---|---|---|",
@@ -303,7 +304,7 @@ def page(known: dict[str, Values]) -> str:
         "For several nodes add torchrun's `--nnodes` and `--rdzv-endpoint`. Every node needs the model on its disk, and OUT must be on a disk "
         "that all nodes see; otherwise the first process trains and compares with the dense model by itself.",
         "",
-        "Written by `python -m benchmarks.scaling`; to use other rates, change them in `benchmarks/scaling.py`.",
+        "Written by `benchmarks/scaling.py`; to use other rates, change them there.",
         "",
     ]
     return "\n".join(lines)
