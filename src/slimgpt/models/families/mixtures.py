@@ -204,7 +204,7 @@ def _gemma4(config: Any) -> Architecture | str:
             by_batch={"per_layer_input": size} if embedded else {},
             shares=_SHARED_KV if borrowing else None,
             times_ffn=_twice_where_borrowed if config.use_double_wide_mlp else None,
-            with_widths={"use_double_wide_mlp": False} if borrowing else {},
+            with_widths={"use_double_wide_mlp": False} if config.use_double_wide_mlp else {},
         )
     if embedded or borrowing:
         return _BORROWED
