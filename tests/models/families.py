@@ -60,6 +60,12 @@ LINEAR = {
 }  # fmt: skip
 MAMBA = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_d_ssm": 96}
 
+BORROWING: dict[str, Any] = {
+    "layer_types": ALTERNATING, "sliding_window": 5, "global_head_dim": 14, "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY,
+}  # fmt: skip
+"""Gemma 4 as its small models have it: the last layers attend to keys and values of earlier ones."""
+
 FILLED: dict[str, Any] = {"head_dim": None, "num_key_value_heads": None}
 """For families whose heads fill the hidden size."""
 
@@ -164,6 +170,9 @@ OWN: dict[str, dict[str, Any]] = {
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1),
     },
     "diffllama": {"head_dim": 8, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "gemma4_text/shared": {**BORROWING, "use_double_wide_mlp": True},
+    "gemma4_text/shared-equal": {**BORROWING, "num_key_value_heads": 2},
+    "gemma4_text/embedded": {**BORROWING, "num_kv_shared_layers": 0},
 }
 """What differs from :data:`COMMON` in a family's tiny model; ``None`` leaves a field out."""
 

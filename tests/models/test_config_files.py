@@ -220,7 +220,7 @@ def test_devices_that_are_none_are_refused(name):
 def test_evaluate_refuses_counts_below_one(option, value, folder, text_file):
     result = run("evaluate", folder, "--text", text_file, option, value)
     assert result.exit_code == 2
-    assert f"is {value}; it must be 1 or more" in " ".join(result.output.split())
+    assert f"is {value}; it must be at least 1" in " ".join(result.output.split())
 
 
 def test_evaluate_of_a_model_that_gives_nan_is_an_error(folder, text_file):

@@ -219,6 +219,8 @@ def test_folder_loads_without_slimgpt_to_the_bit(name, form, reloaded):
     folder = f"{name.replace('/', '-')}-{form}"
     if isinstance(errors.get(folder), PlanError) and form == "uniform" and architecture(name).resized:
         pytest.skip("its config says no FFN width, so that no stock class holds another one")
+    if isinstance(errors.get(folder), PlanError) and form == "uniform" and architecture(name).times_ffn:
+        pytest.skip("its layers differ in width before they are pruned")
     if folder in errors:
         raise errors[folder]
     if f"{folder}.error" in outputs:
@@ -227,7 +229,9 @@ def test_folder_loads_without_slimgpt_to_the_bit(name, form, reloaded):
     assert torch.equal(outputs[f"{folder}.generate.True"], outputs[f"{folder}.generate.False"])
     assert bool(outputs[f"{folder}.stock"]) == (form == "uniform")
     assert (root / folder / "modeling_slim.py").is_file() == (form != "uniform")
-    assert "per_layer_config" not in json.loads((root / folder / "config.json").read_text()) or form != "uniform"
+    saved = json.loads((root / folder / "config.json").read_text())
+    own = {field for layer in saved.get("per_layer_config", {}).values() for field in layer}
+    assert form != "uniform" or own <= architecture(name).varying  # what differs in the dense model, too
     weights = load_file(root / folder / "model.safetensors")
     model = tiny_model(name)
     buffers = set(model.state_dict()) - {parameter for parameter, _ in model.named_parameters(remove_duplicate=False)}

@@ -136,7 +136,7 @@ def _check(names: Sequence[str], config: CompareConfig, data_dir: str | Path | N
     if not 0 <= config.samples <= len(QUESTIONS):
         raise UsageError(f"samples is {config.samples}; it must be from 0 to {len(QUESTIONS)}")
     if config.seeds < 1:
-        raise UsageError(f"seeds is {config.seeds}; it must be 1 or more")
+        raise UsageError(f"seeds is {config.seeds}; it must be at least 1")
     windows = [*config.windows, *([] if config.long_window is None else [config.long_window])]
     for window in windows:
         check_protocol(window)

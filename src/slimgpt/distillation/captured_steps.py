@@ -9,7 +9,7 @@ PyTorch's documentation of CUDA graphs, and not yet run on a GPU.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +38,7 @@ class StepInputs:
     hidden: list[Tensor]
     dense: list[Tensor]
     ids: list[Tensor]
-    arguments: list[list[Arguments]]
+    arguments: list[Sequence[Arguments]]
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -22,8 +22,8 @@ from slimgpt.distillation.schedule import MAX_SEQ_LEN, pruning_split, training_b
 from slimgpt.layerwise.capture import LayerInputs, capture
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.passes import LayerPasses, LayerVariant
+from slimgpt.layerwise.shared_states import arguments_width, stream_width
 from slimgpt.models.build import decoder_layers
-from slimgpt.models.lookup import text_config
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.distributed import Ranks
 from slimgpt.runtime.memory import malloc_trim
@@ -123,8 +123,9 @@ def build_distillation_data(
     own_windows = chosen[[row for own in batches for row in own]]
     sizes = list(map(len, batches))
     itemsize = next(model.get_input_embeddings().parameters()).element_size()
-    size = own_windows.numel() * itemsize * text_config(model.config).hidden_size
-    inputs = capture(model, layers, own_windows, sizes, activation_store_for(run, size), run.dtype)
+    size = own_windows.numel() * itemsize * stream_width(model.config)
+    captured = activation_store_for(run, size + own_windows.numel() * itemsize * arguments_width(model.config))
+    inputs = capture(model, layers, own_windows, sizes, captured, run.dtype)
     dense_hidden = activation_store_for(run, size)
     with_hidden = [number for number, own in enumerate(batches) if first <= own.start < last]
     for number in with_hidden:

@@ -84,7 +84,8 @@ class Distillation:
         )
         self.run = training_run(model, run)
         self.ranks = self.run.ranks
-        chosen = architecture_of(model.config, model).chosen(plan.head_unit)
+        self.architecture = architecture_of(model.config, model)
+        chosen = self.architecture.chosen(plan.head_unit)
         self.keys = {structure.key for structure in chosen}  # of output matrices
         self.experts = next((structure for structure in chosen if isinstance(structure, Experts)), None)
         self.names: list[dict[str, int]] = []  # of every layer's trained parameters, with their numbers in the stores
@@ -264,6 +265,8 @@ class Distillation:
             return "several processes share it"
         if self.experts is not None:
             return "which experts run is decided on the way"
+        if self.architecture.by_batch:
+            return "its layers read something that differs by text beside the hidden states"
         if len(self.resident_layers) < len(self.plan.layers) or self.adam.place != DEVICE:
             return "its weights and moments do not all fit on the device"
         return None

@@ -88,7 +88,7 @@ def check_protocol(window: int, bos: str = "auto", max_tokens: int | None = None
         raise UsageError(f"window {window} is too small: a window of n tokens predicts n - 1 of them")
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
         if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; it must be 1 or more")
+            raise UsageError(f"{name} is {value}; it must be at least 1")
 
 
 @torch.no_grad()

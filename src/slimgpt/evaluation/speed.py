@@ -44,7 +44,7 @@ def check_generation(config: PreTrainedConfig, prompt: int, new_tokens: int, rou
     """
     if min(prompt, new_tokens, rounds, batch) < 1:
         raise UsageError(
-            f"prompt {prompt}, new tokens {new_tokens}, rounds {rounds}, batch {batch}: all must be 1 or more"
+            f"prompt {prompt}, new tokens {new_tokens}, rounds {rounds}, batch {batch}: all must be at least 1"
         )
     check_context(config, f"--prompt {prompt} and --new-tokens {new_tokens}, a text", prompt + new_tokens)
 

@@ -8,7 +8,7 @@ states unchanged, which costs an embedding. Afterwards each layer is run by itse
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from slimgpt.errors import ModelError
+from slimgpt.layerwise.shared_states import shared_in, shared_states
+from slimgpt.models.lookup import lookup
 from slimgpt.runtime.activation_store import ActivationStore
 
 Arguments = dict[str, Any]
@@ -34,10 +36,33 @@ class LayerInputs:
     """
 
     hidden: ActivationStore
-    arguments: list[list[Arguments]]
+    arguments: list[Sequence[Arguments]]
 
     def __len__(self) -> int:
         return len(self.arguments)
+
+
+class BatchArguments(Sequence[Arguments]):
+    """The keyword arguments of every layer for one batch, some of which come from a store whenever they are asked for.
+
+    Args:
+        equal: those that all batches of this size share, by layer.
+        names: the others.
+        stored: the store of those, for all batches.
+        first: the number of the first of this batch; they are numbered layer by layer.
+    """
+
+    def __init__(self, equal: Sequence[Arguments], names: Sequence[str], stored: ActivationStore, first: int):
+        self.equal, self.names, self.stored, self.first = equal, names, stored, first
+
+    def __len__(self) -> int:
+        return len(self.equal)
+
+    def __getitem__(self, index: int) -> Arguments:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = self.first + index * len(self.names)
+        return {**self.equal[index], **{name: self.stored.get(start + i) for i, name in enumerate(self.names)}}
 
 
 class ModuleProxy(nn.Module):
@@ -91,7 +116,11 @@ def capture(
         hidden: store of the hidden states.
         dtype: convert what is floating-point to it; ``None`` leaves it as the model makes it.
     """
-    arguments: list[list[Arguments]] = []
+    architecture = lookup(model.config)
+    by_batch = tuple(architecture.by_batch) if architecture is not None else ()
+    stored = hidden.empty_like() if by_batch else hidden
+    layouts = shared_states(model.config)
+    arguments: list[Sequence[Arguments]] = []
     known: dict[int, list[Arguments]] = {}  # windows are unpadded: equal batch sizes give equal arguments
     embedding_device = next(model.get_input_embeddings().parameters()).device
     calls: list[tuple[Tensor, Arguments]] = []
@@ -122,8 +151,17 @@ def capture(
             move = _Mover(hidden.device, dtype)
             hidden.put(number, move(calls[0][0]))
             if len(batch) not in known:
-                known[len(batch)] = [move(kwargs) for _, kwargs in calls]
-            arguments.append(known[len(batch)])
+                equal = [{name: kwargs[name] for name in kwargs if name not in by_batch} for _, kwargs in calls]
+                known[len(batch)] = [move(kwargs) for kwargs in equal]
+                for own, layout in zip(known[len(batch)], layouts):
+                    own[layout.argument] = layout
+            if not by_batch:
+                arguments.append(known[len(batch)])
+                continue
+            first = number * len(calls) * len(by_batch)
+            for place, tensor in enumerate(kwargs[name] for _, kwargs in calls for name in by_batch):
+                stored.put(first + place, move(tensor))
+            arguments.append(BatchArguments(known[len(batch)], by_batch, stored, first))
     return LayerInputs(hidden, arguments)
 
 
@@ -162,10 +200,25 @@ class _Mover:
         return tensor.to(self.dtype)
 
 
-def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
-    """The hidden states after a layer."""
+def call_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> tuple[Tensor, int]:
+    """The hidden states after a layer, and the length of the tuple that it returned them in; 0: by themselves.
+
+    Args:
+        hidden: those in front of it; with what earlier layers have left for it, where its family does so (see
+            :mod:`slimgpt.layerwise.shared_states`), and so are the ones returned.
+    """
+    shared = shared_in(arguments)
+    if shared is not None:
+        hidden, states = shared.unpack(hidden)
+        arguments = {**arguments, shared.argument: states}
     output = layer(hidden, **arguments)
-    return output[0] if isinstance(output, tuple) else output
+    after, length = (output[0], len(output)) if isinstance(output, tuple) else (output, 0)
+    return (after if shared is None else shared.pack(after, states)), length
+
+
+def run_layer(layer: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
+    """The hidden states after a layer; see :func:`call_layer`."""
+    return call_layer(layer, hidden, arguments)[0]
 
 
 def put_parameter(layer: nn.Module, name: str, parameter: Tensor) -> None:

@@ -14,8 +14,9 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from slimgpt.layerwise.capture import Arguments
+from slimgpt.layerwise.capture import Arguments, call_layer
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, check_finite_flags
+from slimgpt.layerwise.shared_states import shared_in
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.memory import DEVICE, used_bytes
 
@@ -88,7 +89,7 @@ class LayerPasses(Generic[Variant]):
         ceiling = 0
         if differentiated:
             size = sum(paths[path].get(number).nbytes for path in differentiated for number in self.batches)
-            self.inputs = activation_store_for(self.run, self.num_layers * size)
+            self.inputs = activation_store_for(self.run, int(self.num_layers * size * self._widening()))
             if self.save_graphs and self.inputs.place == DEVICE:
                 used = used_bytes(self.run.device)
                 ceiling = used + (self.run.placement.budget - used) // 2
@@ -167,10 +168,15 @@ class LayerPasses(Generic[Variant]):
             return SavedActivations(variant, leaf, self._run(variant.layer, leaf, number, index))
 
     def _run(self, layer: nn.Module, hidden: Tensor, number: int, index: int) -> Tensor:
-        output = layer(hidden, **self.arguments[number][index])
+        output, length = call_layer(layer, hidden, self.arguments[number][index])
         if index == 0:
-            self.tuple_length = len(output) if isinstance(output, tuple) else 0
-        return output[0] if isinstance(output, tuple) else output
+            self.tuple_length = length
+        return output
+
+    def _widening(self) -> float:
+        """How many times the first layer's inputs those of a layer may be, where layers leave something for others."""
+        shared = shared_in(self.arguments[self.batches[0]][0]) if self.batches else None
+        return 1 + shared.widest / shared.hidden_size if shared is not None else 1
 
     def _key(self, index: int, path: int, place: int) -> int:
         return (path * self.num_layers + index) * len(self.batches) + place

@@ -112,6 +112,20 @@ class Relabel:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """Keys and values that a layer leaves for later ones, in a dict that all layers are called with.
+
+    Args:
+        argument: the name of that argument.
+        left: from the language model's config, for every layer the key under which it leaves them; ``None`` where it
+            leaves none.
+    """
+
+    argument: str
+    left: Callable[[Any], Sequence[str | None]]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A decoder family: where its layers are and what can be removed from one.
 
@@ -130,6 +144,11 @@ class Architecture:
         varying: config fields that differ by layer in the dense model already, in its ``per_layer_config``; they stay.
         attention: what goes with the whole attention of a layer: its module, then the norms that serve nothing else;
             empty where a layer cannot do without. A layer without has 0 heads.
+        by_batch: arguments of a layer that are computed from the tokens, and so differ by batch, with the config field
+            of their size.
+        shares: see :class:`Shares`; ``None`` where no layer reads what another one has left.
+        times_ffn: how many times the FFN width of the config a layer has, by its config and index.
+        with_widths: config fields that are written with widths, after which each layer has the one that is written.
     """
 
     structures: tuple[Structure, ...]
@@ -141,6 +160,10 @@ class Architecture:
     refused: Mapping[str, str] = field(default_factory=dict)
     varying: frozenset[str] = frozenset()
     attention: tuple[str, ...] = ()
+    by_batch: Mapping[str, str] = field(default_factory=dict)
+    shares: Shares | None = None
+    times_ffn: Callable[[Any, int], int] | None = None
+    with_widths: Mapping[str, Any] = field(default_factory=dict)
 
     def find(self, unit: str) -> Structure | None:
         """The structure that is removed by this unit, if there is one."""
@@ -168,7 +191,7 @@ class Architecture:
         """For every output module, the size that its input columns are proportional to."""
         return {s.output: HEADS if s.name == "heads" else s.sizes[0] for s in self.structures}
 
-    def read(self, config: Any, index: int = 0) -> dict[str, int]:  # noqa: ARG002
+    def read(self, config: Any, index: int = 0) -> dict[str, int]:
         """The sizes of a layer from its config.
 
         Args:
@@ -182,6 +205,8 @@ class Architecture:
             if value is None:
                 value = sizes[HEADS] if name == KV_HEADS else 4 * config.hidden_size
             sizes[name] = int(value)
+        if self.times_ffn is not None:
+            sizes[CHANNELS] *= self.times_ffn(config, index)
         return {**sizes, HEADS: 0, KV_HEADS: 0} if skips_attention(config) else sizes
 
     def write(self, sizes: Sizes) -> dict[str, Any]:
@@ -189,7 +214,7 @@ class Architecture:
         if sizes.get(HEADS) == 0:
             rest = {name: value for name, value in sizes.items() if name not in (HEADS, KV_HEADS)}
             return {**self.write(rest), "skip": ["attention"]}
-        return {self.fields.get(name, name): value for name, value in sizes.items()}
+        return {**{self.fields.get(name, name): value for name, value in sizes.items()}, **self.with_widths}
 
 
 Entry = Architecture | Callable[[Any], "Architecture | str"]

@@ -60,6 +60,8 @@ def apply_sizes(model: PreTrainedModel, architecture: Architecture, sizes: list[
         return
     if "head_dim" in layers[0]:
         config.head_dim = layers[0]["head_dim"]  # type: ignore[attr-defined]
+    for name, value in architecture.with_widths.items():
+        setattr(config, name, value)
     overrides = {index: {**own.get(index, {}), **layer} for index, layer in enumerate(layers)}
     config.per_layer_config = overrides  # type: ignore[assignment]
     config.allow_global_per_layer_attribute_access = True

@@ -19,9 +19,9 @@ from slimgpt.layerwise.capture import capture, run_layer
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.divergence import on_device, predicted_tokens
 from slimgpt.layerwise.passes import LayerPasses, LayerVariant
+from slimgpt.layerwise.shared_states import arguments_width, stream_width
 from slimgpt.losses.chunked import TokenDivergence
 from slimgpt.models.build import decoder_layers
-from slimgpt.models.lookup import text_config
 from slimgpt.planning.plan import Plan
 from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.memory import malloc_trim
@@ -49,8 +49,9 @@ class DenseComparison:
         self.windows = self.all_windows[run.ranks.rows(len(self.all_windows))]
         self.batch_size = max(batch_tokens // self.windows.shape[1], 1)
         embedding = next(model.get_input_embeddings().parameters())
-        size = self.windows.numel() * text_config(model.config).hidden_size * embedding.element_size()
-        hidden, self.dense = (activation_store_for(self.run, size) for _ in range(2))
+        widths = (stream_width(model.config) + arguments_width(model.config), stream_width(model.config))
+        each = self.windows.numel() * embedding.element_size()
+        hidden, self.dense = (activation_store_for(self.run, each * width) for width in widths)
         self.batches = self.windows.split(self.batch_size) if len(self.windows) else ()
         sizes = list(map(len, self.batches))
         self.inputs = capture(model, decoder_layers(model), self.windows, sizes, hidden, run.dtype)

@@ -201,7 +201,7 @@ def forecast(
         kv_after=cache_bytes(model_config, caches[1], 1),
         flops_before=flops_per_token(model_config, plan, shape),
         flops_after=flops_per_token(model_config, plan),
-        memory=max(need.layer, need.solver) + need.streams * need.stream + need.kept,
+        memory=max(need.layer, need.solver) + need.between_layers + need.kept,
         seconds=pruning_seconds(flops, target, stored),
         tokens=tokens.numel(),
         device=target.type,

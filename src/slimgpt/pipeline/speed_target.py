@@ -98,7 +98,7 @@ def known_table(model_config: Any, config: PruneConfig, table: SpeedTable | None
     """
     shape = describe(model_config)
     check_heads(model_config, shape, config.head_unit)
-    check_timeable(shape)
+    check_timeable(model_config, shape)
     if table is not None and _unfit(table, model_config, config, shape) is None:
         return table
     file = Path(config.speed_table).expanduser() if config.speed_table is not None else None

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from slimgpt.errors import PlanError
 from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes, is_uniform
-from slimgpt.models.lookup import head_dim, text_config
+from slimgpt.models.lookup import head_dim, lookup, text_config
 from slimgpt.models.stock_config import stock_config
 from slimgpt.planning.engine_classes import MLX_CLASSES, MLX_VERSION
 from slimgpt.planning.engine_releases import releases_of
@@ -165,7 +165,7 @@ def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
         stock = stock_config(config, layers[0])
         width = layers[0][CHANNELS]
         change = "" if width % 64 == 0 else f"full speed: --round-to 64 (the FFN has {width} channels)"
-        ordinary = layers[0][HEADS] * head_dim(config) == text_config(config).hidden_size
+        ordinary = layers[0][HEADS] * head_dim(config) == text_config(config).hidden_size or _linked(config)
         if stock is not None and (stock.model_type in VLLM_NATIVE or ordinary):
             return EngineSupport("vllm", True, "its own class", change)
         return EngineSupport("vllm", True, "Transformers backend (--model-impl transformers)", change)
@@ -175,9 +175,18 @@ def _vllm(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:
         how = "its Transformers backend wants attention in every layer"
         padded = "" if padded_problem(config, layers) else "export --to padded, or "
         return EngineSupport("vllm", False, how, f"{padded}prune without --drop-attention")
-    how = "Transformers backend: --model-impl transformers --trust-remote-code"
     ways = stock_forms(config, layers, "--uniform --round-to 64", "export --to padded")
+    if _linked(config):
+        how = "its Transformers backend has not been run with layers that read more than the hidden states"
+        return EngineSupport("vllm", False, how, ways and f"its own class: {ways}")
+    how = "Transformers backend: --model-impl transformers --trust-remote-code"
     return EngineSupport("vllm", True, how, ways and f"its own class: {ways}")
+
+
+def _linked(config: PreTrainedConfig) -> bool:
+    """Whether layers read embeddings of the tokens, or keys and values of other layers."""
+    architecture = lookup(config)
+    return architecture is not None and (bool(architecture.by_batch) or architecture.shares is not None)
 
 
 def _llama_cpp(config: PreTrainedConfig, layers: Sequence[Sizes]) -> EngineSupport:

@@ -9,6 +9,7 @@ from typing import Any
 
 from slimgpt.config import PruneConfig
 from slimgpt.errors import PlanError
+from slimgpt.models.lookup import lookup
 from slimgpt.models.parameter_counts import ModelShape, measurable
 from slimgpt.planning.alignment import aligned_plan
 from slimgpt.planning.budget import removed_by
@@ -30,12 +31,18 @@ def chosen_head_unit(config: PruneConfig, shape: ModelShape) -> str:
     return natural_unit(shape) if head_unit == "auto" else head_unit
 
 
-def check_timeable(shape: ModelShape) -> None:
+def check_timeable(model_config: Any, shape: ModelShape) -> None:
     """Refuse a target in speed where the time of a layer is no matter of heads and channels alone.
 
     Raises:
-        PlanError: a mixture of experts.
+        PlanError: a mixture of experts, or layers that read keys and values of others.
     """
+    architecture = lookup(model_config)
+    if architecture is not None and architecture.shares is not None:
+        raise PlanError(
+            "speedup: its last layers attend to keys and values of earlier ones, so that no layer runs, and is timed, "
+            "without the others; give a ratio"
+        )
     if not measurable(shape):
         raise PlanError(
             "speedup: which experts a token goes to decides the time of a mixture of experts, and no table of widths "
@@ -51,7 +58,7 @@ def plan_for_speed(model_config: Any, config: PruneConfig, shape: ModelShape, ta
     Raises:
         PlanError: no widths are as fast; with the largest speed-up that some have.
     """
-    check_timeable(shape)
+    check_timeable(model_config, shape)
     check_heads(model_config, shape, config.head_unit)
     budget = target.budget(shape)
     head_unit = head_unit_of(config)

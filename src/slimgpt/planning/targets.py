@@ -89,4 +89,6 @@ def _cost_per_head(config: PreTrainedConfig, layers: int, context: int) -> list[
     tokens = [min(context, window) if window and kind == "sliding_attention" else context for kind in kinds]
     # Recurrent and convolutional layers keep a state, whatever the context.
     tokens = [0 if kind.startswith("linear") or kind in STATEFUL else n for kind, n in zip(kinds, tokens)]
+    if borrowing := getattr(config, "num_kv_shared_layers", 0):  # the last ones read keys and values of earlier ones
+        tokens[-borrowing:] = [0] * borrowing
     return [2 * head_dim(config) * CACHE_BYTES * count for count in tokens]

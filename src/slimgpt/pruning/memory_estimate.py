@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
+from slimgpt.layerwise.shared_states import arguments_width, carried_width
 from slimgpt.models.architecture import CHANNELS
 from slimgpt.models.build import architecture_of, decoder_layers
 from slimgpt.models.families.moe import EXPERTS, Experts
@@ -64,5 +65,10 @@ def memory_need(
             solver_bytes = max(solver_bytes, ((1 + grams) * n * n + (n - keep) * n + 3 * out * n) * each)
     work = batch * (3 * widest + 6 * out) * item
     return MemoryRequirement(
-        layer_bytes + work, solver_bytes + layer_bytes, tokens * out * item, tokens * widest * item, streams
+        layer_bytes + work,
+        solver_bytes + layer_bytes,
+        tokens * (out + carried_width(model.config)) * item,
+        tokens * widest * item,
+        streams,
+        tokens * arguments_width(model.config) * item,
     )

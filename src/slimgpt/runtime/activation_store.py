@@ -23,9 +23,13 @@ class ActivationStore:
     """
 
     def __init__(self, place: str, device: torch.device, scratch: Path | None = None):
-        self.place, self.device = place, device
+        self.place, self.device, self.scratch = place, device, scratch
         self._tensors: dict[int, Tensor] = {}
         self._folder = tempfile.TemporaryDirectory(dir=scratch) if place == FILE else None
+
+    def empty_like(self) -> ActivationStore:
+        """Another store in the same place."""
+        return ActivationStore(self.place, self.device, self.scratch)
 
     def put(self, number: int, tensor: Tensor) -> None:
         """Keep a tensor; one of the same number and shape is replaced where it is."""

@@ -93,6 +93,7 @@ class MemoryRequirement:
         kept: the inputs of the widest output matrix over all tokens.
         streams: how many things of the stream's size are kept while a layer is worked on: the hidden states and what
             attention returned; with experts also what they read and what they return, and their dense output.
+        arguments: what the layers read beside them that differs by batch.
     """
 
     layer: int
@@ -100,6 +101,12 @@ class MemoryRequirement:
     stream: int
     kept: int
     streams: int = 2
+    arguments: int = 0
+
+    @property
+    def between_layers(self) -> int:
+        """All that is kept while a layer is worked on, apart from the inputs of its output matrices."""
+        return self.streams * self.stream + self.arguments
 
 
 @dataclass(frozen=True)
@@ -150,16 +157,16 @@ def choose_placement(need: MemoryRequirement, device: torch.device, budget: int 
             f"{least / 1e9:.2f} GB; raise --memory, or lower --batch-size"
         )
     stream = kept = DEVICE
-    if need.streams * need.stream > room:
+    if need.between_layers > room:
         stream = FILE if on_cpu else HOST
     else:
-        room -= need.streams * need.stream
+        room -= need.between_layers
     host = free_bytes(torch.device("cpu")) * USABLE_FRACTION if not on_cpu else 0.0
     if stream == HOST:
-        if need.streams * need.stream > host:
+        if need.between_layers > host:
             stream = FILE
         else:
-            host -= need.streams * need.stream
+            host -= need.between_layers
     if need.kept > room:
         kept = HOST if need.kept < host else RECOMPUTE
     return Placement(limit, stream, kept, gram)

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from slimgpt.errors import ModelError
-from slimgpt.models.architecture import CHANNELS, Architecture, Entry, Fused
+from slimgpt.models.architecture import CHANNELS, Architecture, Entry, Fused, Shares
 from slimgpt.models.families.dense import ffn, gated, grouped, in_module, latent_heads
 from slimgpt.models.families.moe import EXPERTS, SHARED, Mixture, experts, shared_expert
 
@@ -25,8 +25,8 @@ _LOCAL, _ROUTED = {EXPERTS: "num_local_experts"}, {EXPERTS: "n_routed_experts"}
 _NORM = "one norm spans the queries of all heads, so no head is independent of the others"
 _BY_KIND = "the number of its heads, or their size, depends on the kind of attention of a layer"
 _BORROWED = (
-    "its last layers attend to keys and values of earlier ones, and every layer reads an embedding of the tokens, "
-    "where layers are pruned one by one"
+    "it has experts, and its last layers attend to keys and values of earlier ones or its layers read embeddings of the "
+    "tokens; nobody has described a model with both"
 )
 _SAME_NAMES = "its layers of linear attention have an output matrix of the same name, whose inputs are no heads"
 
@@ -175,13 +175,39 @@ def _llama4(config: Any) -> Architecture:
     return replace(entry, structures=tuple(s for s in entry.structures if s.unit != "ffn"), refused={"experts": reason})
 
 
+def _left_states(config: Any) -> list[str | None]:
+    """The kind of attention of the last layer of every kind in front of those that only read."""
+    own = config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]
+    last = {kind: index for index, kind in enumerate(own)}
+    return [kind if last.get(kind) == index else None for index, kind in enumerate(config.layer_types)]
+
+
+def _twice_where_borrowed(config: Any, index: int) -> int:
+    borrowed = index >= config.num_hidden_layers - config.num_kv_shared_layers
+    return 2 if config.use_double_wide_mlp and borrowed else 1
+
+
+_SHARED_KV = Shares("shared_kv_states", _left_states)
+
+
 def _gemma4(config: Any) -> Architecture | str:
-    """A dense FFN, and in some models experts beside it."""
-    if config.num_kv_shared_layers or getattr(config, "hidden_size_per_layer_input", 0):
-        return _BORROWED
+    """A dense FFN, and in some models experts beside it; in the small ones (E2B, E4B) every layer reads an embedding of
+    the tokens, and the last ones keys and values of earlier ones."""
+    size = "hidden_size_per_layer_input"
+    embedded, borrowing = getattr(config, size, 0), config.num_kv_shared_layers
     varying, refused = frozenset(("head_dim", "num_key_value_heads")), {"heads": _BY_KIND}
     if not getattr(config, "enable_moe_block", False):
-        return Architecture((_DENSE,), refused=refused, varying=varying)
+        return Architecture(
+            (_DENSE,),
+            refused=refused,
+            varying=varying,
+            by_batch={"per_layer_input": size} if embedded else {},
+            shares=_SHARED_KV if borrowing else None,
+            times_ffn=_twice_where_borrowed if config.use_double_wide_mlp else None,
+            with_widths={"use_double_wide_mlp": False} if config.use_double_wide_mlp else {},
+        )
+    if embedded or borrowing:
+        return _BORROWED
     return Mixture(
         (_shared("mlp"), experts("experts", "router.proj", "router.per_expert_scale")),
         shared="intermediate_size",

@@ -13,7 +13,11 @@ _REASONS = {
         mamba mamba2 falcon_mamba rwkv xlstm""",
     "several of its layers share weights, or it runs its layers several times": """
         mistral_large4 mistral_large4_text
-        zamba zamba2 hrm_text blt gemma3n gemma3n_text gemma4_assistant gemma4_unified_assistant""",
+        zamba zamba2 hrm_text blt""",
+    "it drafts for another model and attends to the keys and values of that": """
+        gemma4_assistant gemma4_unified_assistant""",
+    "four streams of hidden states run beside each other, of which every layer predicts and corrects (AltUp)": """
+        gemma3n gemma3n_text""",
     "it makes sound or reads images with parts of its own in the decoder": """
         git moshi musicgen musicgen_melody mllama phi4_multimodal moss_transcribe_diarize emu3""",
     "a norm inside its feed-forward network runs over all channels, so none is independent of the others": """

@@ -16,7 +16,6 @@ UNIT_NAMES = {"kv": "KV groups", "query": "query heads", "ffn": "FFN channels", 
 """What is removed, by :attr:`Structure.unit`."""
 
 _SUPPORTED = {
-    **{name: {"hidden_size_per_layer_input": 0} for name in ("gemma4_text", "gemma4_unified_text")},
     "dots1": {"n_routed_experts": 128},
     "deepseek_ocr2_text": {"mlp_layer_types": ["dense"] + ["sparse"] * 31},
 }
