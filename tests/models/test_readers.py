@@ -57,7 +57,12 @@ def streamed(path):
     source = locate(str(path))
     config = load_config(source)
     request = SimpleNamespace(
-        source=source, model_config=config, stored=torch.float32, dtype="auto", trust_remote_code=False
+        source=source,
+        model_config=config,
+        stored=torch.float32,
+        dtype="auto",
+        trust_remote_code=False,
+        device=torch.device("cpu"),
     )
     layers = open_model(request)
     if layers.streamed is None:

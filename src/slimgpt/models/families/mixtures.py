@@ -25,8 +25,8 @@ _LOCAL, _ROUTED = {EXPERTS: "num_local_experts"}, {EXPERTS: "n_routed_experts"}
 _NORM = "one norm spans the queries of all heads, so no head is independent of the others"
 _BY_KIND = "the number of its heads, or their size, depends on the kind of attention of a layer"
 _BORROWED = (
-    "it has experts, and its last layers attend to keys and values of earlier ones or its layers read embeddings of the "
-    "tokens; nobody has described a model with both"
+    "it has experts, and its last layers attend to keys and values of earlier ones, or its layers read embeddings of "
+    "the tokens; nobody has described a model with both"
 )
 _SAME_NAMES = "its layers of linear attention have an output matrix of the same name, whose inputs are no heads"
 
