@@ -237,7 +237,7 @@ def page(known: dict[str, Values]) -> str:
         f"{LATENCY * 1e6:.0f} microseconds for each; nothing is hidden behind work.",
         "",
         *missing(known),
-        "Text that the model writes itself (`--calibration auto`) comes on top, and needs the whole model on one GPU.",
+        "Text that the model writes itself (`--calibration auto`) comes on top, and wants the whole model on one GPU (layer by layer, and slowly, where that is too small).",
         "",
         "## Time, in seconds",
         "",
