@@ -229,10 +229,10 @@ def page(known: dict[str, Values]) -> str:
         "- **Counted:** floating-point operations, bytes and messages of the first process. The stages themselves run on tensors without "
         "storage, with two or three layers of each model; every further layer counts the same. Tokens fall to experts in equal parts. On tiny models every "
         "message of such a simulation has the kind and the size that it has in a real run of 2 and of 4 processes "
-        "([test](../../tests/benchmarks/test_simulation.py)).",
+        "(a slow test of `benchmarks/simulation.py`).",
         f"- **Measured:** the rates of every part, in [one run](../../benchmarks/results/gpu.md) of LLaMA-7B's shape on one {device}: forward passes "
         f"{rates.forward / 1e12:.0f}, Gram matrices {rates.gram / 1e12:.0f}, solver {rates.solver / 1e12:.1f}, measuring without the solver "
-        f"{rates.measuring / 1e12:.0f}, training {rates.training / 1e12:.0f} TFLOP/s; files and all the rest {rates.rest / 1e9:.2f} GB of weights per second.",
+        f"{rates.measuring / 1e12:.0f}, training {rates.training / 1e12:.0f} TFLOP/s; files and all the rest {rates.rest / 1e9:.2f} GB of weights per second. Larger matrices are taken to be no faster.",
         f"- **Assumed:** {LINK / 1e9:.0f} GB/s for messages within a node of {GPUS_PER_NODE}, {NETWORK / 1e9:.0f} GB/s between nodes, "
         f"{LATENCY * 1e6:.0f} microseconds for each; nothing is hidden behind work.",
         "",
@@ -258,7 +258,7 @@ def page(known: dict[str, Values]) -> str:
         "",
         "## Memory of the first GPU, in GB",
         "",
-        "Peak of all tensors in each stage if everything stays on the GPU, and what a layer with its solver needs at least. Whatever is between "
+        "Peak of all tensors in each stage if everything stays on the GPU, and what the run's own estimate wants for a layer with its solver. Whatever is between "
         f"moves to host memory or files by itself (`--memory`). The measured run had a peak of {measured['peak_device_bytes'] / 1e9:.1f} GB; counted "
         f"are {of(REFERENCE, 1)['peak training'] / 1e9:.1f}.",
         "",
