@@ -23,6 +23,7 @@ from slimgpt.pruning.memory_estimate import memory_need
 from slimgpt.runtime.activation_store import ActivationStore
 from slimgpt.runtime.thresholds import other_thresholds
 from tests.models.families import BORROWING, COMMON, in_a_process_without_slimgpt, tiny_model, windows
+from tests.pipeline.test_dense_comparison import check, texts_of
 
 IDS = windows(2, 24, seed=7)
 SMALL = {"hidden_size_per_layer_input": 256, "global_head_dim": 512, "sliding_window": 512, "head_dim": 256}
@@ -197,6 +198,9 @@ def test_a_folder_with_vision_and_audio_is_pruned_layer_by_layer(shell, tokenize
     with torch.no_grad():
         assert torch.equal(outputs["logits"], slim(input_ids=IDS % 90).logits)
     assert torch.equal(outputs["True"], outputs["False"])
+    with other_thresholds(step_tokens=144):
+        texts = texts_of(tokenizer, text_file, {**options, "ratio": 0.1})
+    check(report.to_json(), dense, slim, texts)
     # The same as the model pruned in memory.
     with other_thresholds(step_tokens=144):
         slimgpt.prune(dense, tokenizer, 0.1, **options, distill=288, allocation="sensitivity")
