@@ -46,8 +46,8 @@ class StepInputs:
 
     def cloned(self) -> StepInputs:
         """The same in memory of its own."""
-        copies = ([tensor.clone() for tensor in part] for part in (self.hidden, self.dense, self.ids))
-        return StepInputs(*copies, self.arguments)
+        hidden, dense, ids = ([tensor.clone() for tensor in part] for part in (self.hidden, self.dense, self.ids))
+        return StepInputs(hidden, dense, ids, self.arguments)
 
 
 StepFunction = Callable[[StepInputs, float], tuple[Tensor, list[Tensor]]]

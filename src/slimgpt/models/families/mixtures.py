@@ -10,8 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from slimgpt.errors import ModelError
-from slimgpt.models.architecture import CHANNELS, Architecture, Entry, Fused, Shares
+from slimgpt.models.architecture import CHANNELS, Architecture, Entry, Fused
 from slimgpt.models.families.dense import ffn, gated, grouped, in_module, latent_heads
+from slimgpt.models.families.gemma4 import BY_KIND, gemma4
 from slimgpt.models.families.moe import EXPERTS, SHARED, Mixture, experts, shared_expert
 
 # Pieces that many families share.
@@ -23,11 +24,6 @@ _DENSE = gated("mlp")
 _EXPERTS = experts()
 _LOCAL, _ROUTED = {EXPERTS: "num_local_experts"}, {EXPERTS: "n_routed_experts"}
 _NORM = "one norm spans the queries of all heads, so no head is independent of the others"
-_BY_KIND = "the number of its heads, or their size, depends on the kind of attention of a layer"
-_BORROWED = (
-    "it has experts, and its last layers attend to keys and values of earlier ones or its layers read embeddings of the "
-    "tokens; nobody has described a model with both"
-)
 _SAME_NAMES = "its layers of linear attention have an output matrix of the same name, whose inputs are no heads"
 
 
@@ -175,48 +171,6 @@ def _llama4(config: Any) -> Architecture:
     return replace(entry, structures=tuple(s for s in entry.structures if s.unit != "ffn"), refused={"experts": reason})
 
 
-def _left_states(config: Any) -> list[str | None]:
-    """The kind of attention of the last layer of every kind in front of those that only read."""
-    own = config.layer_types[: config.num_hidden_layers - config.num_kv_shared_layers]
-    last = {kind: index for index, kind in enumerate(own)}
-    return [kind if last.get(kind) == index else None for index, kind in enumerate(config.layer_types)]
-
-
-def _twice_where_borrowed(config: Any, index: int) -> int:
-    borrowed = index >= config.num_hidden_layers - config.num_kv_shared_layers
-    return 2 if config.use_double_wide_mlp and borrowed else 1
-
-
-_SHARED_KV = Shares("shared_kv_states", _left_states)
-
-
-def _gemma4(config: Any) -> Architecture | str:
-    """A dense FFN, and in some models experts beside it; in the small ones (E2B, E4B) every layer reads an embedding of
-    the tokens, and the last ones keys and values of earlier ones."""
-    size = "hidden_size_per_layer_input"
-    embedded, borrowing = getattr(config, size, 0), config.num_kv_shared_layers
-    varying, refused = frozenset(("head_dim", "num_key_value_heads")), {"heads": _BY_KIND}
-    if not getattr(config, "enable_moe_block", False):
-        return Architecture(
-            (_DENSE,),
-            refused=refused,
-            varying=varying,
-            by_batch={"per_layer_input": size} if embedded else {},
-            shares=_SHARED_KV if borrowing else None,
-            times_ffn=_twice_where_borrowed if config.use_double_wide_mlp else None,
-            with_widths={"use_double_wide_mlp": False} if config.use_double_wide_mlp else {},
-        )
-    if embedded or borrowing:
-        return _BORROWED
-    return Mixture(
-        (_shared("mlp"), experts("experts", "router.proj", "router.per_expert_scale")),
-        shared="intermediate_size",
-        per_token="top_k_experts",
-        refused=refused,
-        varying=varying,
-    )
-
-
 def _nemotron_h(config: Any) -> Architecture:
     """A layer is attention, an FFN, experts with a shared one, or a Mamba block, which stays."""
     pieces = {
@@ -257,8 +211,8 @@ MIXTURES: dict[str, Entry] = {
     "flint": replace(_QWEN_SHARED, structures=(*_SINKS, _DENSE, _shared("mlp.shared_expert"), _EXPERTS)),
     "mellum": replace(_QWEN_MOE, fields=_LOCAL, sparse=_listed),
     "llama4_text": _llama4,
-    "gemma4_text": _gemma4,
-    "gemma4_unified_text": _gemma4,
+    "gemma4_text": gemma4,
+    "gemma4_unified_text": gemma4,
     "olmoe": _OLMOE,
     "flex_olmo": _OLMOE,
     "granitemoe": Mixture((*_HEADS, _GRANITE), width="intermediate_size", fields=_LOCAL),
@@ -324,10 +278,10 @@ MIXTURES: dict[str, Entry] = {
         sparse=lambda config, index: index >= config.num_dense_layers,
     ),
     "mimo_v2_flash": replace(
-        _COUNTED, structures=(_DENSE, _EXPERTS), shared_count=None, sparse=_listed, refused={"heads": _BY_KIND}
+        _COUNTED, structures=(_DENSE, _EXPERTS), shared_count=None, sparse=_listed, refused={"heads": BY_KIND}
     ),
     "laguna": Mixture(
-        (_DENSE, _SHARED, _EXPERTS), shared=SHARED, sparse=_listed, refused={"heads": _BY_KIND}
+        (_DENSE, _SHARED, _EXPERTS), shared=SHARED, sparse=_listed, refused={"heads": BY_KIND}
     ),
     "nemotron_h": _nemotron_h,
     "jamba": _jamba,
@@ -362,7 +316,7 @@ PARTS_WITH_EXPERTS: dict[str, Entry] = {
         fields=_ROUTED,
         shared="share_expert_dim",
         sparse=_listed,
-        refused={"heads": _BY_KIND},
+        refused={"heads": BY_KIND},
         varying=frozenset(("num_attention_heads",)),
     ),
     "muse_spark_text": Mixture((*_GATED_HEADS, _EXPERTS), fields=_LOCAL),
