@@ -174,7 +174,7 @@ class LayerPasses(Generic[Variant]):
         return output
 
     def _widening(self) -> float:
-        """How many times the first layer's inputs those of a layer may be, where layers leave something for others."""
+        """Largest inputs of a layer relative to the first one's; above 1 where layers leave something for others."""
         shared = shared_in(self.arguments[self.batches[0]][0]) if self.batches else None
         return 1 + shared.widest / shared.hidden_size if shared is not None else 1
 

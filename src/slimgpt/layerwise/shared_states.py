@@ -40,7 +40,7 @@ class StatesShape:
 
 @dataclass(frozen=True)
 class SharedStates:
-    """What follows the hidden states in front of a layer, and behind it.
+    """Layout of the keys and values that follow the hidden states in front of a layer, and behind it.
 
     Args:
         argument: the layer's argument that takes the states.
@@ -77,7 +77,7 @@ class SharedStates:
 
 
 def shared_states(config: PreTrainedConfig) -> list[SharedStates]:
-    """What is carried along in front of and behind every layer; empty for a family whose layers share nothing."""
+    """The layout at every layer; empty for a family whose layers share nothing."""
     architecture, config = lookup(config), text_config(config)
     if architecture is None or architecture.shares is None:
         return []
@@ -96,7 +96,7 @@ def shared_states(config: PreTrainedConfig) -> list[SharedStates]:
 
 
 def shared_in(arguments: Mapping[str, Any]) -> SharedStates | None:
-    """What is carried along at the layer with these arguments, if its family shares anything."""
+    """The layout at the layer with these arguments; ``None`` for a family whose layers share nothing."""
     return next((value for value in arguments.values() if isinstance(value, SharedStates)), None)
 
 
