@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 import slimgpt
 import slimgpt.evaluation.layer_times as layer_times
@@ -31,6 +32,12 @@ RUN = {**{name: value for name, value in OPTIONS.items() if name != "ratio"}, **
 def seconds_of(model) -> float:
     """A microsecond for every parameter of the layers, and a hundredth of a second for the rest."""
     return 1e-2 + 1e-6 * count(model.model.layers)
+
+
+def plan_command(model: Path, table: Path) -> Result:
+    """`slimgpt plan` with the settings of :data:`TIMED`."""
+    words = ["--speedup", "1.3", "--prompt", "16", "--new-tokens", "4", "--speed-table", str(table)]
+    return CliRunner().invoke(app, ["plan", str(model), *words])
 
 
 @pytest.fixture
@@ -138,21 +145,7 @@ def test_a_table_is_measured_once_and_serves_plan_and_prune(clock, dense_folder,
     prepared = prepare(str(dense_folder), tmp_path / "slim", asked, str(text_file), "cpu")
     assert prepared.plan == estimate.plan
     assert clock["layers"] == timed
-    done = CliRunner().invoke(
-        app,
-        [
-            "plan",
-            str(dense_folder),
-            "--speedup",
-            "1.3",
-            "--prompt",
-            "16",
-            "--new-tokens",
-            "4",
-            "--speed-table",
-            str(file),
-        ],
-    )
+    done = plan_command(dense_folder, file)
     assert done.exit_code == 0, done.output
     assert "1.3 times as fast asked" in " ".join(done.output.split())
     assert clock["layers"] == timed
@@ -238,21 +231,7 @@ def test_a_table_of_another_machine_is_told(dense_folder, tmp_path):
     assert other.speed["note"].endswith(
         f"measured elsewhere: dtype bfloat16 there, float32 here; threads {threads + 7} there, {threads} here"
     )
-    done = CliRunner().invoke(
-        app,
-        [
-            "plan",
-            str(dense_folder),
-            "--speedup",
-            "1.3",
-            "--prompt",
-            "16",
-            "--new-tokens",
-            "4",
-            "--speed-table",
-            str(file),
-        ],
-    )
+    done = plan_command(dense_folder, file)
     assert "measured elsewhere: dtype bfloat16 there" in " ".join(done.output.split())
     file.write_text(json.dumps({**table, "model": {**table["model"], "vocab_size": 7}}))
     with pytest.raises(PlanError, match="vocab_size 7"):

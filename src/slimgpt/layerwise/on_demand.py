@@ -15,7 +15,7 @@ from slimgpt.layerwise.capture import patched_layers
 from slimgpt.layerwise.context import ExecutionContext, running_layer
 from slimgpt.layerwise.divergence import on_device
 from slimgpt.models.build import decoder_layers
-from slimgpt.runtime.memory import DEVICE, USABLE_FRACTION, Placement, free_bytes, used_bytes
+from slimgpt.runtime.memory import DEVICE, Placement, memory_limit, used_bytes
 
 RESIDENT_SHARE = 3
 """Layers stay on the device until they take one part in so many of what was free."""
@@ -72,7 +72,7 @@ def on_demand(
     """
 
     def placed(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-        limit = budget if budget is not None else used_bytes(device) + int(USABLE_FRACTION * free_bytes(device))
+        limit = memory_limit(device, budget, used_bytes(device))
         run = ExecutionContext(device, Placement(limit, DEVICE, DEVICE), dtype)
         return layers_on_demand(model, load_layer, run)
 

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -185,7 +186,8 @@ def _meet_target(
             if width <= widest and changed(group.layers, width) >= 0:
                 group.width, moved = width, True
                 _set_width(shape, layers, group.layers, width)
-    wider = dict(zip(sorted({group.width for group in groups}), sorted({group.width for group in groups})[1:]))
+    widths = sorted({group.width for group in groups})
+    wider = dict(pairwise(widths))
     single = [i for group in groups for i in group.layers]
     # Those first that lie most below their planned width.
     for index in sorted(single, key=lambda i: layers[i][CHANNELS] - plan.layers[i][CHANNELS]):

@@ -130,6 +130,11 @@ class Placement:
         return asdict(self)
 
 
+def memory_limit(device: torch.device, budget: int | None, used: int) -> int:
+    """Bytes that may be in use on a device: the budget, or those in use and most of what is free."""
+    return budget if budget is not None else used + int(USABLE_FRACTION * free_bytes(device))
+
+
 def choose_placement(need: MemoryRequirement, device: torch.device, budget: int | None = None) -> Placement:
     """The fastest places that the budget allows.
 
@@ -143,7 +148,7 @@ def choose_placement(need: MemoryRequirement, device: torch.device, budget: int 
         UsageError: a layer and its solver alone are more than the budget.
     """
     base = used_bytes(device)
-    limit = budget if budget is not None else base + int(USABLE_FRACTION * free_bytes(device))
+    limit = memory_limit(device, budget, base)
     room = limit - base - max(need.layer, need.solver)
     on_cpu = device.type == "cpu"
     gram = DEVICE
