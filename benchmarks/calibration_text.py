@@ -16,7 +16,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from quality import chosen, work
@@ -43,8 +43,14 @@ def rows_of(models: Sequence[str], ratios: Sequence[float], sources: Sequence[st
         for ratio in ratios:
             for source in sources:
                 for seed in seeds:
-                    rows.append(Row(model, "slimgpt", ratio, changes=(("source", source), ("seed", seed))))
+                    rows.append(Row(model, "slimgpt", ratio, changes=changes(source, seed)))
     return rows
+
+
+def changes(source: str, seed: int) -> tuple[tuple[str, Any], ...]:
+    """What differs from the settings of a run; none for C4 and seed 0, so that the row is that of other tables."""
+    values, usual = {"source": source, "seed": seed}, Settings()
+    return tuple((name, value) for name, value in values.items() if value != getattr(usual, name))
 
 
 def increases(result: Result, dense: Result) -> dict[str, float]:
@@ -68,7 +74,7 @@ def table(rows: Sequence[tuple[Row, Result]], models: Sequence[str]) -> Iterator
         yield "| removed | calibrated on | seed | " + " | ".join(name.partition("@")[0] for name in columns) + " |"
         yield "|" + "---|" * (3 + len(columns))
         known = {
-            (row.ratio, *(value for _, value in row.changes)): increases(result, dense)
+            (row.ratio, *_source_and_seed(row)): increases(result, dense)
             for row, result in rows
             if row.model == model and row.method != DENSE and result.measures
         }
@@ -82,6 +88,11 @@ def table(rows: Sequence[tuple[Row, Result]], models: Sequence[str]) -> Iterator
         yield ""
 
 
+def _source_and_seed(row: Row) -> tuple[str, int]:
+    changed, usual = dict(row.changes), Settings()
+    return changed.get("source", usual.source), changed.get("seed", usual.seed)
+
+
 def main(
     data: Annotated[Path, typer.Option(help="Folder of texts, as benchmarks/quality.py has it.")] = Path("data"),
     keep: Annotated[Path, typer.Option(help="Folder of finished rows.")] = Path("runs/calibration-text"),
@@ -93,13 +104,16 @@ def main(
     num_samples: int = 128,
     seq_len: int = 512,
     max_tokens: Annotated[int, typer.Option(help="Of each held-out text.")] = 16_384,
+    dtype: Annotated[str, typer.Option(help="Of forward passes: float32, or bfloat16 where it is faster.")] = "float32",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the slim models beside the rows.")] = False,
 ) -> None:
     """Measure what is missing, then show and write all that is known."""
     logging.disable_progress_bar()
     try:
         wanted = chosen(models, MODELS, "model")
-        settings = Settings(num_samples=num_samples, seq_len=seq_len, max_tokens=max_tokens, texts=(*TEXTS, (CHAT, 0)))
+        settings = Settings(
+            num_samples=num_samples, seq_len=seq_len, dtype=dtype, max_tokens=max_tokens, texts=(*TEXTS, (CHAT, 0))
+        )
         bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings, keep_models=keep_models)
         shares, numbers = [float(ratio) for ratio in ratios.split(",")], [int(seed) for seed in seeds.split(",")]
         rows = rows_of(wanted, shares, chosen(sources, SOURCES, "source"), numbers)
@@ -116,8 +130,9 @@ def main(
             "# Calibration text",
             "",
             f"Pruned by the default on {num_samples} x {seq_len} tokens. Increase of log-perplexity over the dense "
-            f"model at window 512, {max_tokens:,} tokens a text; *mean* is that of the three texts, *chat* are 160 "
-            "answers of Alpaca in the chat template. In brackets: the multiple of C4's at the same size and seed.",
+            f"model at window 512, {max_tokens:,} tokens a text, forward passes in {dtype}; *mean* is that of the "
+            "three texts, *chat* are 160 answers of Alpaca in the chat template. In brackets: the multiple of C4's at "
+            "the same size and seed.",
             "",
             "Written by `benchmarks/calibration_text.py`.",
             "",
