@@ -33,7 +33,7 @@ OPTIONS = {"ratio": 0.4, "calibration": IDS, "batch_size": 3, "device": "cpu", "
 
 @pytest.fixture(autouse=True)
 def short_steps():
-    with other_thresholds(step_tokens=144):  # two batches of three windows
+    with other_thresholds(step_tokens=144):  # six windows, which a CPU runs one by one
         yield
 
 
@@ -83,7 +83,7 @@ def test_it_is_adam_on_divergence_and_text_through_the_whole_model(family, token
     lesson = training.data
     assert lesson.other_matrices_lr == others
     steps = lesson.steps
-    assert [len(step) for step in steps] == ([2, 2] if tokens == 300 else [2, 2, 2, 2])
+    assert [len(step) for step in steps] == [6] * (2 if tokens == 300 else 4)
     assert lesson.count(range(lesson.held_out)) == 144
     mirror = copy.deepcopy(slim)
     info = training()
@@ -215,21 +215,21 @@ def test_a_step_is_nearly_what_it_should_be_whatever_the_batch_size():
 
 def test_what_is_not_there_is_written_first():
     dense, _, training = case("llama")
-    assert training.data.steps == [range(2, 4), range(4, 6)]
+    assert training.data.steps == [range(6, 12), range(12, 18)]
     assert training.data.generated == 0
     calls = []
     take = decoder_layers(dense).__getitem__
     lesson = build_distillation_data(
         dense, take, IDS, 1100, CONFIG, run(), on_rehearsed=lambda *step: calls.append(step)
     )
-    # 45 windows of 24 tokens are asked for; 18 are there, in batches of 3 behind the two that are held out.
-    assert lesson.generated == 9
-    assert [len(step) for step in lesson.steps] == [2, 2, 2, 2, 1, 2, 2, 2]
-    assert [number for step in lesson.steps for number in step] == list(range(2, 17))
-    assert lesson.count(range(2, 17)) == 1080
+    # 45 windows of 24 tokens are asked for; 18 are there, behind the six that are held out.
+    assert lesson.generated == 27
+    assert [len(step) for step in lesson.steps] == [6, 6, 6, 6, 3, 6, 6, 6]
+    assert [number for step in lesson.steps for number in step] == list(range(6, 51))
+    assert lesson.count(range(6, 51)) == 1080
     given = {tuple(row) for row in IDS[:18].tolist()}
     of_text, of_model = (
-        {tuple(row) for n in part for row in lesson.ids[n].tolist()} for part in (range(11, 17), range(2, 11))
+        {tuple(row) for n in part for row in lesson.ids[n].tolist()} for part in (range(33, 51), range(6, 33))
     )
     assert of_text == given
     assert len(of_model) == 27

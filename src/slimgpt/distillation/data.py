@@ -98,6 +98,9 @@ def build_distillation_data(
     budget = training_budget(config)
     pieces_per_step = max(thresholds().step_tokens, tokens // budget.steps) // length
     batch, per_step = _equal_batches(pieces_per_step, min(config.batch_size, len(held_out)))
+    # A CPU runs windows one by one as fast as together, and then what is rounded where does not depend on the number of
+    # processes that divide a step; Adam makes whole steps of small differences.
+    together = 1 if run.device.type == "cpu" else batch
     held_out = held_out[: len(held_out) // batch * batch]
     # Pieces of one document are spread over the steps.
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(config.seed))
@@ -114,10 +117,10 @@ def build_distillation_data(
         )
     chosen = torch.cat([held_out, text.ids, rest[order[:count]]])
     first, last = len(held_out), len(held_out) + generated  # rows of the generated text
-    rows = [_batches(range(first), batch, run.ranks)]
+    rows = [_batches(range(first), together, run.ranks)]
     for start, stop in ((first, last), (last, len(chosen))):
         for begin in range(start, stop, batch * per_step):
-            rows.append(_batches(range(begin, min(begin + batch * per_step, stop)), batch, run.ranks))
+            rows.append(_batches(range(begin, min(begin + batch * per_step, stop)), together, run.ranks))
     held, *steps = _numbered(rows)
     batches = [own for part in rows for own in part]
     own_windows = chosen[[row for own in batches for row in own]]
