@@ -4,8 +4,8 @@
 
 prunes the demo model, saved as a folder of float32, by the default (text that it writes itself, measured widths,
 training) with 1 and with N Gloo processes on the same N cores, in turn, and compares the plans, the weights and the
-seconds of every part: the fastest of the rounds. With ``--keep`` runs that are in the working folder already are not run again. Fewer than 64 x 512 tokens
-are neither measured nor trained on.
+seconds of every part: the fastest of the rounds. With ``--keep`` runs that are in the working folder already are not
+run again. Fewer than 64 x 512 tokens are neither measured nor trained on.
 
     python benchmarks/ranks.py --work /some/disk --out benchmarks/results/ranks-mixture --mixture --num-samples 32
 
@@ -16,6 +16,7 @@ is the time of the solver, whose experts the processes divide.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -28,6 +29,7 @@ import torch
 import typer
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import slimgpt
@@ -92,6 +94,7 @@ def main(
         "same_plan": one["plan"]["layers"] == many["plan"]["layers"],
         "same_kept_units": [layer["kept"] for layer in one["layers"]] == [layer["kept"] for layer in many["layers"]],
         "largest_relative_difference": max(differences.values()),
+        "relative_difference": difference_of_all(*weights),
         "seconds": {str(count): done for count, done in runs.items()},
         "ratios": ratios,
         "limits": limits,
@@ -103,6 +106,12 @@ def main(
     text = table(result, fastest, f"{ratio:.0%} removed, {num_samples} x {seq_len} tokens", rounds)
     out.with_suffix(".md").write_text(text, encoding="utf-8")
     typer.echo(text)
+
+
+def difference_of_all(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Norm of the difference of all weights over their norm."""
+    squares = [(float((other[name] - tensor).norm()) ** 2, float(tensor.norm()) ** 2) for name, tensor in one.items()]
+    return math.sqrt(sum(far for far, _ in squares) / sum(whole for _, whole in squares))
 
 
 def run(folder: Path, count: int, words: list[str], keep: bool) -> dict[str, Any]:
@@ -193,9 +202,9 @@ def table(result: dict[str, Any], fastest: dict[int, dict[str, float]], given: s
         "",
         f"Text {'the same' if result['same_text'] else 'DIFFERENT'}, plan "
         f"{'the same' if result['same_plan'] else 'DIFFERENT'}, kept units "
-        f"{'the same' if result['same_kept_units'] else 'DIFFERENT'}; weights differ by at most "
-        f"{result['largest_relative_difference']:.1e} (norm of the difference over the norm, worst tensor). Load "
-        f"average at the end {result['load_average'][0]:.1f}.",
+        f"{'the same' if result['same_kept_units'] else 'DIFFERENT'}; weights differ by "
+        f"{result['relative_difference']:.1e} (norm of the difference over the norm), the worst tensor by "
+        f"{result['largest_relative_difference']:.1e}. Load average at the end {result['load_average'][0]:.1f}.",
         "",
         "Made with " + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".",
         "",
