@@ -42,7 +42,7 @@ console = Console()
 def table(rows: Sequence[tuple[Row, Result]]) -> Iterator[str]:
     """Markdown: increases by model, ratio and widths; in brackets the multiple of the increase by layer."""
     columns = (*PROSE, "mean", CHAT)
-    yield "| model | widths | removed | " + " | ".join(name.partition("@")[0] for name in columns) + " | pruning, s |"
+    yield "| model | widths | removed | " + " | ".join(name.partition("@")[0] for name in columns) + " | pruning, core-seconds |"
     yield "|" + "---|" * (4 + len(columns))
     dense = {row.model: result for row, result in rows if row.method == DENSE}
     known = {
@@ -61,7 +61,7 @@ def table(rows: Sequence[tuple[Row, Result]]) -> Iterator[str]:
         yield (
             f"| {model} | {TITLES[method]} | {result.found['achieved']:.2%} | "
             + " | ".join(cells)
-            + f" | {result.found['seconds']:.0f} |"
+            + f" | {result.found['core_seconds'] or 0:.0f} |"
         )
 
 
