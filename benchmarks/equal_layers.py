@@ -42,7 +42,8 @@ console = Console()
 def table(rows: Sequence[tuple[Row, Result]]) -> Iterator[str]:
     """Markdown: increases by model, ratio and widths; in brackets the multiple of the increase by layer."""
     columns = (*PROSE, "mean", CHAT)
-    yield "| model | widths | removed | " + " | ".join(name.partition("@")[0] for name in columns) + " | pruning, core-seconds |"
+    names = " | ".join(name.partition("@")[0] for name in columns)
+    yield f"| model | widths | removed | {names} | pruning, core-seconds |"
     yield "|" + "---|" * (4 + len(columns))
     dense = {row.model: result for row, result in rows if row.method == DENSE}
     known = {

@@ -180,14 +180,15 @@ def random_text(characters: int) -> str:
 def table(result: dict[str, Any], fastest: dict[int, dict[str, float]], given: str, rounds: int) -> str:
     """The page of figures."""
     processes, ratios, sizes = result["processes"], result["ratios"], result["mixture"]
-    subject = "SmolLM2-135M-Instruct, default of `slimgpt prune`"
+    subject, title = "SmolLM2-135M-Instruct, default of `slimgpt prune`", "The default"
     if sizes is not None:
+        title = "A mixture"
         subject = (
             f"A random mixture, {sizes['num_hidden_layers']} layers of {sizes['num_experts']} experts of "
             f"{sizes['moe_intermediate_size']} channels, `slimgpt prune {' '.join(MIXTURE_OPTIONS)}`"
         )
     lines = [
-        f"# The default in {processes} processes beside one",
+        f"# {title} in {processes} processes beside one",
         "",
         f"{subject}, {given}, Gloo, one thread each; the fastest of {rounds} rounds in turn.",
         "Written by `benchmarks/ranks.py`.",
