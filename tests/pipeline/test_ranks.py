@@ -134,7 +134,8 @@ def assert_agree(one: Path, many: Path, processes: int) -> None:
     for name in ("tokens", "written_tokens", "held_out_tokens", "steps", "kept"):
         assert left["distillation"][name] == right["distillation"][name], name
     assert right["distillation"]["curve"] == pytest.approx(left["distillation"]["curve"], rel=1e-4)
-    assert right["allocation"]["divergence"] == pytest.approx(left["allocation"]["divergence"], rel=1e-5)
+    measured = [report["allocation"]["divergence"] for report in (left, right)]  # of float32's log-probabilities
+    assert measured[1] == pytest.approx(measured[0], rel=1e-5, abs=1e-7)
     for name, text in left["divergence"].items():
         if isinstance(text, dict):
             assert right["divergence"][name]["kl"]["mean"] == pytest.approx(text["kl"]["mean"], rel=1e-4)
