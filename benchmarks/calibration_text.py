@@ -10,28 +10,22 @@ are kept as those of `benchmarks/quality.py` are.
 
 from __future__ import annotations
 
-import json
-import math
-import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from quality import chosen, work
+from quality import chosen, exit_if_any, work
+from quality_table.increases import COLUMNS, HEADINGS, bench_of, cells, increases, protocol, write
 from quality_table.models import MODELS
-from quality_table.rows import DENSE, Result, Row, Store
-from quality_table.run import Bench, Settings
-from quality_table.texts import CHAT, SOURCES, Texts
+from quality_table.rows import DENSE, Result, Row
+from quality_table.run import Settings
+from quality_table.texts import SOURCES
 from rich.console import Console
 from rich.markdown import Markdown
 from transformers.utils import logging
 
 from slimgpt.errors import SlimGPTError
-
-TEXTS = (("wikitext2", 512), ("c4", 512), ("speeches", 512))
-PROSE = tuple(f"{name}@{window}" for name, window in TEXTS)
 
 console = Console()
 
@@ -53,44 +47,22 @@ def changes(source: str, seed: int) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in values.items() if value != getattr(usual, name))
 
 
-def increases(result: Result, dense: Result) -> dict[str, float]:
-    """Increase of log-perplexity over the dense model by text, and the mean of the prose."""
-    values = {
-        name: math.log(value / base)
-        for name in (*PROSE, CHAT)
-        if (value := result.value(name)) and (base := dense.value(name))
-    }
-    if all(name in values for name in PROSE):
-        values["mean"] = statistics.fmean(values[name] for name in PROSE)
-    return values
-
-
 def table(rows: Sequence[tuple[Row, Result]], models: Sequence[str]) -> Iterator[str]:
     """Markdown: for every model the increases by ratio, source and seed; in brackets the multiple of C4's."""
-    columns = (*PROSE, "mean", CHAT)
     for model in models:
         dense = next(result for row, result in rows if row.model == model and row.method == DENSE)
         yield f"## {MODELS[model].title}\n"
-        yield "| removed | calibrated on | seed | " + " | ".join(name.partition("@")[0] for name in columns) + " |"
-        yield "|" + "---|" * (3 + len(columns))
+        yield f"| removed | calibrated on | seed | {HEADINGS} |"
+        yield "|" + "---|" * (3 + len(COLUMNS))
         known = {
-            (row.ratio, *_source_and_seed(row)): increases(result, dense)
+            (row.ratio, *map(result.settings["calibration"].get, ("source", "seed"))): increases(result, dense)
             for row, result in rows
             if row.model == model and row.method != DENSE and result.measures
         }
         for (ratio, source, seed), values in known.items():
             beside = known.get((ratio, "c4", seed), {}) if source != "c4" else {}
-            cells = []
-            for name in columns:
-                cell = f"{values[name]:+.3f}" if name in values else ""
-                cells.append(cell + (f" ({values[name] / beside[name]:.2f})" if cell and name in beside else ""))
-            yield f"| {ratio:.0%} | {source} | {seed} | " + " | ".join(cells) + " |"
+            yield f"| {ratio:.0%} | {source} | {seed} | {cells(values, beside)} |"
         yield ""
-
-
-def _source_and_seed(row: Row) -> tuple[str, int]:
-    changed, usual = dict(row.changes), Settings()
-    return changed.get("source", usual.source), changed.get("seed", usual.seed)
 
 
 def main(
@@ -111,10 +83,9 @@ def main(
     logging.disable_progress_bar()
     try:
         wanted = chosen(models, MODELS, "model")
-        settings = Settings(
-            num_samples=num_samples, seq_len=seq_len, dtype=dtype, max_tokens=max_tokens, texts=(*TEXTS, (CHAT, 0))
+        bench = bench_of(
+            data, keep, keep_models, num_samples=num_samples, seq_len=seq_len, max_tokens=max_tokens, dtype=dtype
         )
-        bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings, keep_models=keep_models)
         shares, numbers = [float(ratio) for ratio in ratios.split(",")], [int(seed) for seed in seeds.split(",")]
         rows = rows_of(wanted, shares, chosen(sources, SOURCES, "source"), numbers)
         todo = [row for row in rows if bench.missing(row)]
@@ -129,22 +100,15 @@ def main(
         page = [
             "# Calibration text",
             "",
-            f"Pruned by the default on {num_samples} x {seq_len} tokens. Increase of log-perplexity over the dense "
-            f"model at window 512, {max_tokens:,} tokens a text, forward passes in {dtype}; *mean* is that of the "
-            "three texts, *chat* are 160 answers of Alpaca in the chat template. In brackets: the multiple of C4's at "
-            "the same size and seed.",
+            f"Pruned by the default on {num_samples} x {seq_len} tokens. {protocol(bench.settings)} In brackets: the "
+            "multiple of C4's at the same size and seed.",
             "",
             "Written by `benchmarks/calibration_text.py`.",
             "",
             *lines,
         ]
-        out.with_suffix(".md").write_text("\n".join(page), encoding="utf-8")
-        known = [{"row": asdict(row), **asdict(result)} for row, result in results if result.measures]
-        out.with_suffix(".json").write_text(json.dumps({"rows": known}, indent=1) + "\n", encoding="utf-8")
-    for name, reason in failed.items():
-        console.print(f"[red]{name}: {reason}[/red]")
-    if failed:
-        raise typer.Exit(1)
+        write(out, page, results)
+    exit_if_any(failed)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,15 @@ are kept as those of `benchmarks/calibration_text.py` are, whose rows of C4 serv
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from calibration_text import PROSE, TEXTS, increases
-from quality import chosen, work
+from quality import chosen, exit_if_any, work
+from quality_table.increases import COLUMNS, HEADINGS, bench_of, cells, increases, protocol, write
 from quality_table.models import MODELS
-from quality_table.rows import DENSE, Result, Row, Store
-from quality_table.run import Bench, Settings
-from quality_table.texts import CHAT, Texts
+from quality_table.rows import DENSE, Result, Row
 from rich.console import Console
 from rich.markdown import Markdown
 from transformers.utils import logging
@@ -41,10 +37,8 @@ console = Console()
 
 def table(rows: Sequence[tuple[Row, Result]]) -> Iterator[str]:
     """Markdown: increases by model, ratio and widths; in brackets the multiple of the increase by layer."""
-    columns = (*PROSE, "mean", CHAT)
-    names = " | ".join(name.partition("@")[0] for name in columns)
-    yield f"| model | widths | removed | {names} | pruning, core-seconds |"
-    yield "|" + "---|" * (4 + len(columns))
+    yield f"| model | widths | removed | {HEADINGS} | pruning, core-seconds |"
+    yield "|" + "---|" * (4 + len(COLUMNS))
     dense = {row.model: result for row, result in rows if row.method == DENSE}
     known = {
         (row.model, row.ratio, row.method): (increases(result, dense[row.model]), result)
@@ -53,16 +47,9 @@ def table(rows: Sequence[tuple[Row, Result]]) -> Iterator[str]:
     }
     for (model, ratio, method), (values, result) in known.items():
         beside = known.get((model, ratio, BY_LAYER), ({}, result))[0] if method != BY_LAYER else {}
-        cells = [
-            f"{values[name]:+.3f}" + (f" ({values[name] / beside[name]:.2f})" if name in beside else "")
-            if name in values
-            else ""
-            for name in columns
-        ]
         yield (
-            f"| {model} | {TITLES[method]} | {result.found['achieved']:.2%} | "
-            + " | ".join(cells)
-            + f" | {result.found['core_seconds'] or 0:.0f} |"
+            f"| {model} | {TITLES[method]} | {result.found['achieved']:.2%} | {cells(values, beside)} "
+            f"| {result.found['core_seconds'] or 0:.0f} |"
         )
 
 
@@ -86,10 +73,9 @@ def main(
         pairs = [pair.partition(":")[::2] for pair in rows.split(",")]
         models = chosen(",".join(dict.fromkeys(model for model, _ in pairs)), MODELS, "model")
         widths = chosen(methods, TITLES, "method")
-        settings = Settings(
-            num_samples=num_samples, seq_len=seq_len, dtype=dtype, max_tokens=max_tokens, texts=(*TEXTS, (CHAT, 0))
+        bench = bench_of(
+            data, keep, keep_models, num_samples=num_samples, seq_len=seq_len, max_tokens=max_tokens, dtype=dtype
         )
-        bench = Bench(Texts(data.expanduser()), Store(keep.expanduser()), settings, keep_models=keep_models)
         wanted = [Row(model, DENSE, 0.0) for model in models]
         wanted += [Row(model, method, float(ratio)) for model, ratio in pairs for method in widths]
         todo = [row for row in wanted if bench.missing(row)]
@@ -105,10 +91,8 @@ def main(
             "# Equal layers beside widths by layer",
             "",
             f"Pruned by the default, by layer and with `--uniform`, on the same {num_samples} x {seq_len} tokens of "
-            f"C4 (seed 0). Increase of log-perplexity over the dense model at window 512, {max_tokens:,} tokens a "
-            f"text, forward passes in {dtype}; *mean* is that of the three texts, *chat* are 160 answers of Alpaca in "
-            f"the chat template. In brackets: the multiple of the row by layer (goal: {GOAL:.2f} in the mean). One "
-            "run each.",
+            f"C4 (seed 0). {protocol(bench.settings)} In brackets: the multiple of the row by layer "
+            f"(goal: {GOAL:.2f} in the mean). One run each.",
             "",
             *lines,
             "",
@@ -117,13 +101,8 @@ def main(
             + ".",
             "",
         ]
-        out.with_suffix(".md").write_text("\n".join(page), encoding="utf-8")
-        known = [{"row": asdict(row), **asdict(result)} for row, result in results if result.measures]
-        out.with_suffix(".json").write_text(json.dumps({"rows": known}, indent=1) + "\n", encoding="utf-8")
-    for name, reason in failed.items():
-        console.print(f"[red]{name}: {reason}[/red]")
-    if failed:
-        raise typer.Exit(1)
+        write(out, page, results)
+    exit_if_any(failed)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from ranks import saved
 
 import slimgpt
 from slimgpt.models.loading import load_config
@@ -63,7 +64,7 @@ def main(
             if any((row["ratio"], row["type"]) == (ratio, quantize) for row in rows):
                 continue
             typer.echo(f"{ratio:g} {quantize}")
-            folders = {"dense": dense_folder(work, model)}
+            folders = {"dense": saved(model, work / "dense")}
             folders |= {f"{step}": slim_folder(work, model, ratio, step) for step in STEPS}
             files = {name: exported(folder, quantize) for name, folder in folders.items()}
             seconds = in_turn(list(files.values()), protocol)
@@ -94,17 +95,6 @@ def main(
             unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             unfinished.rename(file)
             out.with_suffix(".md").write_text(page(content), encoding="utf-8")
-
-
-def dense_folder(work: Path, model: str) -> Path:
-    """The dense model as a folder that can be exported."""
-    folder = work / "dense"
-    if not folder.exists():
-        loaded, tokenizer = slimgpt.load(model, device="cpu")
-        loaded.save_pretrained(work / "dense.unfinished")
-        tokenizer.save_pretrained(work / "dense.unfinished")
-        (work / "dense.unfinished").rename(folder)
-    return folder
 
 
 def slim_folder(work: Path, model: str, ratio: float, step: int) -> Path:

@@ -154,6 +154,11 @@ def main(
     if out is not None:
         for file in write(main_results, ablation_results, settings, out):
             console.print(f"wrote {file}")
+    exit_if_any(failed)
+
+
+def exit_if_any(failed: Mapping[str, str]) -> None:
+    """Name the rows that failed, with their reasons, and end with 1 if there are any."""
     for name, reason in failed.items():
         console.print(f"[red]{name}: {reason}[/red]")
     if failed:

@@ -68,7 +68,7 @@ def main(
     mixture: Annotated[bool, typer.Option("--mixture", help="A random mixture of experts, not measured.")] = False,
 ) -> None:
     """Run all rounds, one run after the other."""
-    model = str(random_mixture(work / "mixture") if mixture else saved_demo(work / "dense"))
+    model = str(random_mixture(work / "mixture") if mixture else saved("demo", work / "dense"))
     more = [*MIXTURE_OPTIONS, "--calibration", str(work / "mixture.txt")] if mixture else []
     name, limits = ("mixture", MIXTURE_LIMITS) if mixture else ("ranks", LIMITS)
     runs: dict[int, list[dict[str, Any]]] = {1: [], processes: []}
@@ -139,13 +139,13 @@ def run(folder: Path, count: int, words: list[str], keep: bool) -> dict[str, Any
     return seconds
 
 
-def saved_demo(folder: Path) -> Path:
-    """The demo model as a folder: its GGUF file is read and de-quantised by every process, which says nothing of
-    pruning."""
+def saved(model: str, folder: Path) -> Path:
+    """A model as a folder, if it is not there already: every process would read and de-quantise a GGUF file, and not
+    every command takes one."""
     if not folder.is_dir():
         unfinished = folder.with_suffix(".unfinished")
-        model, tokenizer = slimgpt.load("demo", dtype="float32", device="cpu")
-        model.save_pretrained(unfinished)
+        loaded, tokenizer = slimgpt.load(model, device="cpu")
+        loaded.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(folder)
     return folder

@@ -146,21 +146,25 @@ def try_all(folder):
     command("plan", folder, "--ratio", 0.3)
 
 
+def with_changes(file, check):
+    """Call a check with a JSON file changed in many ways."""
+
+    @fuzz
+    @given(mutated(file.read_text(encoding="utf-8")))
+    def changed(data):
+        file.write_bytes(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check()
+
+    changed()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_changed_json_is_read_or_refused(file, slim_folder, tmp_path):
     folder = shutil.copytree(slim_folder, tmp_path / "slim")
-    text = (folder / file).read_text(encoding="utf-8")
-
-    @fuzz
-    @given(mutated(text))
-    def check(data):
-        (folder / file).write_bytes(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try_all(folder)
-
-    check()
+    with_changes(folder / file, lambda: try_all(folder))
 
 
 @pytest.mark.slow
@@ -180,21 +184,15 @@ def test_changed_json_is_converted_or_refused(model_type, file, tokenizer, tmp_p
                 {**config, "model_type": model_type, "bias": False, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
             )
         )
-    text = (folder / file).read_text(encoding="utf-8")
     assert command("convert", folder, out) == 0
     shutil.rmtree(out)
 
-    @fuzz
-    @given(mutated(text))
-    def check(data):
-        (folder / file).write_bytes(data)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            code = command("convert", folder, out)
+    def check():
+        code = command("convert", folder, out)
         assert code == 0 or not out.exists()
         shutil.rmtree(out, ignore_errors=True)
 
-    check()
+    with_changes(folder / file, check)
 
 
 BYTES = st.sampled_from(

@@ -124,8 +124,12 @@ def run_alone(words: str) -> None:
         slimgpt.prune_folder(**values)
 
 
-def assert_agree(one: Path, many: Path, processes: int) -> None:
-    """The same text, the same plan, and the same weights up to the order of sums."""
+def assert_agree(one: Path, many: Path, processes: int, measured: float = 1e-5) -> None:
+    """The same text, the same plan, and the same weights up to the order of sums.
+
+    Args:
+        measured: relative, of the divergence that was measured.
+    """
     left, right = report_of(one), report_of(many)
     assert right["execution"]["processes"] == processes
     assert left["calibration"]["sha256"] == right["calibration"]["sha256"]
@@ -134,8 +138,7 @@ def assert_agree(one: Path, many: Path, processes: int) -> None:
     for name in ("tokens", "written_tokens", "held_out_tokens", "steps", "kept"):
         assert left["distillation"][name] == right["distillation"][name], name
     assert right["distillation"]["curve"] == pytest.approx(left["distillation"]["curve"], rel=1e-4)
-    measured = [report["allocation"]["divergence"] for report in (left, right)]  # of float32's log-probabilities
-    assert measured[1] == pytest.approx(measured[0], rel=1e-5, abs=1e-7)
+    assert right["allocation"]["divergence"] == pytest.approx(left["allocation"]["divergence"], rel=measured)
     for name, text in left["divergence"].items():
         if isinstance(text, dict):
             assert right["divergence"][name]["kl"]["mean"] == pytest.approx(text["kl"]["mean"], rel=1e-4)
@@ -207,7 +210,7 @@ def test_four_processes_of_which_some_have_no_window(script, tokenizer, tmp_path
     changes = {"num_samples": 7, "seq_len": 240, "batch_size": 2}
     run_alone(options(model, tmp_path / "1", **changes))
     finish(start(4, script, options(model, tmp_path / "4", **changes)))
-    assert_agree(tmp_path / "1", tmp_path / "4", 4)
+    assert_agree(tmp_path / "1", tmp_path / "4", 4, measured=1e-4)  # 3e-4 nats of float32's log-probabilities
 
 
 @pytest.mark.slow

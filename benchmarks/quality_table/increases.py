@@ -1,0 +1,69 @@
+"""Increases of log-perplexity over the dense model: what tables of them measure, their cells, and their pages."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from quality_table.rows import Result, Row, Store
+from quality_table.run import Bench, Settings
+from quality_table.texts import CHAT, Texts
+
+TEXTS = (("wikitext2", 512), ("c4", 512), ("speeches", 512))
+PROSE = tuple(f"{name}@{window}" for name, window in TEXTS)
+COLUMNS = (*PROSE, "mean", CHAT)
+HEADINGS = " | ".join(name.partition("@")[0] for name in COLUMNS)
+
+
+def bench_of(data: Path, keep: Path, keep_models: bool, **settings: Any) -> Bench:
+    """What measures the rows of such a table.
+
+    Args:
+        data: the folder of texts.
+        keep: the folder of finished rows.
+        settings: those of :class:`Settings` that differ from the usual ones.
+    """
+    measured = Settings(texts=(*TEXTS, (CHAT, 0)), **settings)
+    return Bench(Texts(data.expanduser()), Store(keep.expanduser()), measured, keep_models=keep_models)
+
+
+def increases(result: Result, dense: Result) -> dict[str, float]:
+    """Increase of log-perplexity over the dense model by text, and the mean of the prose."""
+    values = {
+        name: math.log(value / base)
+        for name in (*PROSE, CHAT)
+        if (value := result.value(name)) and (base := dense.value(name))
+    }
+    if all(name in values for name in PROSE):
+        values["mean"] = statistics.fmean(values[name] for name in PROSE)
+    return values
+
+
+def cells(values: Mapping[str, float], beside: Mapping[str, float]) -> str:
+    """The cells of a row; in brackets the multiples of the values beside it, where there are any."""
+    texts = []
+    for name in COLUMNS:
+        text = f"{values[name]:+.3f}" if name in values else ""
+        texts.append(text + (f" ({values[name] / beside[name]:.2f})" if text and name in beside else ""))
+    return " | ".join(texts)
+
+
+def protocol(settings: Settings) -> str:
+    """The measuring in words."""
+    return (
+        f"Increase of log-perplexity over the dense model at window 512, {settings.max_tokens:,} tokens a text, "
+        f"forward passes in {settings.dtype}; *mean* is that of the three texts, *chat* are 160 answers of Alpaca in "
+        "the chat template."
+    )
+
+
+def write(out: Path, page: Sequence[str], results: Sequence[tuple[Row, Result]]) -> None:
+    """Write a page, and a JSON file of all that is known of its rows."""
+    out.with_suffix(".md").write_text("\n".join(page), encoding="utf-8")
+    known = [{"row": asdict(row), **asdict(result)} for row, result in results if result.measures]
+    out.with_suffix(".json").write_text(json.dumps({"rows": known}, indent=1) + "\n", encoding="utf-8")
