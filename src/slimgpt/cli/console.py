@@ -9,7 +9,6 @@ import gc
 import inspect
 import json
 import os
-import signal
 import sys
 import tomllib
 import warnings
@@ -37,6 +36,7 @@ from slimgpt.errors import (
     one_line,
 )
 from slimgpt.io.atomic import write_file
+from slimgpt.runtime.interrupts import heed_interrupts, interrupts_restored
 
 LONGEST_PATH = 200
 """Characters of a path in a message, where the path itself is what is wrong."""
@@ -85,7 +85,8 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             _check_processes(command.__name__)
             check_values(command.__name__, kwargs)
-            command(*args, **kwargs)
+            with interrupts_restored():
+                command(*args, **kwargs)
         except SlimGPTError as error:
             if not first and not isinstance(error, (RankError, NumericalError)):  # what only this process can know
                 raise typer.Exit(2) from None
@@ -310,9 +311,7 @@ def silence_libraries() -> None:
     gc.enable()
     # A terminated run cleans up like an interrupted one. Not before: an exception amid the imports of NumPy or torch is
     # swallowed there, or comes out as another.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    heed_interrupts()
     from huggingface_hub.utils import enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

@@ -30,6 +30,7 @@ from slimgpt.io.folders import COMPARISON_FOLDER, check_output, new_folder
 from slimgpt.models.loading import load_config, load_tokenizer
 from slimgpt.models.lookup import check_context
 from slimgpt.models.source import locate
+from slimgpt.runtime.interrupts import interrupts_restored
 
 
 def compare(
@@ -120,7 +121,8 @@ def compare(
 def _kept(cache: Path) -> Iterator[None]:
     """Say where finished measurements are when a comparison is interrupted."""
     try:
-        yield
+        with interrupts_restored():
+            yield
     except KeyboardInterrupt:
         if not cache.is_dir():
             raise

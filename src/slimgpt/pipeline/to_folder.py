@@ -34,6 +34,7 @@ from slimgpt.pipeline.weights_source import open_model
 from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.distributed import Ranks, join, rank_of_environment
+from slimgpt.runtime.interrupts import interrupts_restored
 from slimgpt.runtime.memory import free_bytes, limit_gpu_memory
 from slimgpt.runtime.versions import versions
 from slimgpt.sensitivity.measure import OnMeasured
@@ -71,17 +72,18 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
             limit_gpu_memory(request.device, request.budget)
         budget = request.budget
         try:
-            while True:
-                try:
-                    source = open_model(request)
-                    rounds = KeptRounds(journal.folder / SELF_WRITTEN)
-                    job = with_self_written(request, job, source, ranks, rounds, callbacks.prepare_step)
-                    readers = ranks if ranks.see(journal.scratch) else ranks.first(1)
-                    sink = JournalSink(request, journal, source.model, ranks, readers)
-                    return run_stages(job, source, sink, callbacks, ranks, budget, finished)
-                except torch.OutOfMemoryError as error:
-                    budget = reduced_budget(request, budget, ranks, error)
-                    finished = journal.open(resume=True)
+            with interrupts_restored():
+                while True:
+                    try:
+                        source = open_model(request)
+                        rounds = KeptRounds(journal.folder / SELF_WRITTEN)
+                        job = with_self_written(request, job, source, ranks, rounds, callbacks.prepare_step)
+                        readers = ranks if ranks.see(journal.scratch) else ranks.first(1)
+                        sink = JournalSink(request, journal, source.model, ranks, readers)
+                        return run_stages(job, source, sink, callbacks, ranks, budget, finished)
+                    except torch.OutOfMemoryError as error:
+                        budget = reduced_budget(request, budget, ranks, error)
+                        finished = journal.open(resume=True)
         except BaseException as error:
             if ranks.main and isinstance(error, NumericalError):
                 journal.discard()  # the same command would fail in the same layer again

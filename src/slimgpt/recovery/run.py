@@ -42,6 +42,7 @@ from slimgpt.recovery.trainer import (
 )
 from slimgpt.runtime.devices import dtype_name, forward_dtype
 from slimgpt.runtime.distributed import Ranks, join, rank_of_environment
+from slimgpt.runtime.interrupts import interrupts_restored
 from slimgpt.runtime.memory import malloc_trim
 from slimgpt.runtime.settings import has_settings
 from slimgpt.runtime.versions import resume_versions, versions
@@ -141,7 +142,8 @@ def recover(
     repository = check_repository(push_to_hub, private=private, overwrite=overwrite) if main else None
     with join(request.device) as ranks, output_lock(request.output) if ranks.main else nullcontext():
         try:
-            recovery = _run(request, ranks, resume, overwrite, on_teacher, on_step)
+            with interrupts_restored():
+                recovery = _run(request, ranks, resume, overwrite, on_teacher, on_step)
         except KeyboardInterrupt:
             folder = unfinished_folder(request.output)
             if not (ranks.main and folder.is_dir()):

@@ -1,0 +1,41 @@
+"""Ctrl-C as :class:`KeyboardInterrupt`, also where a library makes another exception of it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+_arrived = False
+
+
+def heed_interrupts() -> None:
+    """Let SIGTERM and, unless it is ignored, SIGINT raise :class:`KeyboardInterrupt` in the main thread."""
+    global _arrived
+    _arrived = False
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+@contextmanager
+def interrupts_restored() -> Iterator[None]:
+    """Raise :class:`KeyboardInterrupt` for any error of the block that comes after a signal.
+
+    C code that calls Python may replace the exception: torch, while it makes a tensor of a storage, says that it cannot
+    determine the storage's shape.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _arrived:
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    global _arrived
+    _arrived = True
+    raise KeyboardInterrupt
