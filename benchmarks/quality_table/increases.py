@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from quality_table.rows import Result, Row, Store
-from quality_table.run import Bench, Settings
+from quality_table.run import KL, Bench, Settings
 from quality_table.texts import CHAT, Texts
 
 TEXTS = (("wikitext2", 512), ("c4", 512), ("speeches", 512))
 PROSE = tuple(f"{name}@{window}" for name, window in TEXTS)
-COLUMNS = (*PROSE, "mean", CHAT)
-HEADINGS = " | ".join(name.partition("@")[0] for name in COLUMNS)
+COLUMNS = (*PROSE, "mean", CHAT, KL)
+HEADINGS = " | ".join(name.partition("@")[0] for name in COLUMNS[:-1]) + " | KL"
 
 
 def bench_of(data: Path, keep: Path, keep_models: bool, **settings: Any) -> Bench:
@@ -28,12 +28,12 @@ def bench_of(data: Path, keep: Path, keep_models: bool, **settings: Any) -> Benc
         keep: the folder of finished rows.
         settings: those of :class:`Settings` that differ from the usual ones.
     """
-    measured = Settings(texts=(*TEXTS, (CHAT, 0)), **settings)
+    measured = Settings(texts=(*TEXTS, (CHAT, 0)), divergence=True, **settings)
     return Bench(Texts(data.expanduser()), Store(keep.expanduser()), measured, keep_models=keep_models)
 
 
 def increases(result: Result, dense: Result) -> dict[str, float]:
-    """Increase of log-perplexity over the dense model by text, and the mean of the prose."""
+    """Increase of log-perplexity over the dense model by text, and the mean of the prose; mean KL divergence there."""
     values = {
         name: math.log(value / base)
         for name in (*PROSE, CHAT)
@@ -41,6 +41,9 @@ def increases(result: Result, dense: Result) -> dict[str, float]:
     }
     if all(name in values for name in PROSE):
         values["mean"] = statistics.fmean(values[name] for name in PROSE)
+    divergences = [value for name in PROSE if (value := result.value(f"{KL}{name}"))]
+    if len(divergences) == len(PROSE):
+        values[KL] = statistics.fmean(divergences)
     return values
 
 
@@ -48,7 +51,7 @@ def cells(values: Mapping[str, float], beside: Mapping[str, float]) -> str:
     """The cells of a row; in brackets the multiples of the values beside it, where there are any."""
     texts = []
     for name in COLUMNS:
-        text = f"{values[name]:+.3f}" if name in values else ""
+        text = f"{values[name]:{'' if name == KL else '+'}.3f}" if name in values else ""
         texts.append(text + (f" ({values[name] / beside[name]:.2f})" if text and name in beside else ""))
     return " | ".join(texts)
 
@@ -58,7 +61,7 @@ def protocol(settings: Settings) -> str:
     return (
         f"Increase of log-perplexity over the dense model at window 512, {settings.max_tokens:,} tokens a text, "
         f"forward passes in {settings.dtype}; *mean* is that of the three texts, *chat* are 160 answers of Alpaca in "
-        "the chat template."
+        "the chat template; *KL* is the mean divergence from the dense model on the three texts, in nats per token."
     )
 
 

@@ -38,6 +38,8 @@ TEXTS = (("wikitext2", 128), ("wikitext2", 512), ("c4", 512))
 
 TASKS = "tasks"
 VALIDATION = "-validation"
+KL = "kl-"
+"""What the names of divergences from the dense model begin with."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Settings:
         tasks: examples of each zero-shot task; 0 leaves them out.
         paths: where models are that have no place of their own.
         texts: what perplexity is measured on, with windows; ``None``: :data:`TEXTS`.
+        divergence: measure the KL divergence from the dense model, too, on the same texts.
     """
 
     source: str = "c4"
@@ -69,6 +72,7 @@ class Settings:
     tasks: int = 0
     paths: dict[str, str] = field(default_factory=dict)
     texts: tuple[tuple[str, int], ...] | None = None
+    divergence: bool = False
 
 
 DTYPES = ("float32", "bfloat16")
@@ -109,8 +113,8 @@ class Bench:
             calibration["text_sha256"] = _file_sha256(self.texts.file(files[source]))
         return {"calibration": calibration, "dtype": dtype, **self._path(row)}
 
-    def measures(self) -> dict[str, dict[str, Any]]:
-        """What is measured, and the settings each depends on."""
+    def measures(self, row: Row) -> dict[str, dict[str, Any]]:
+        """What is measured of a row, and the settings each depends on."""
         suffix = VALIDATION if self.settings.validation else ""
         wanted: dict[str, dict[str, Any]] = {}
         for name, window in self.settings.texts or TEXTS:
@@ -119,11 +123,10 @@ class Bench:
                 wanted[CHAT] = {"answers": CHAT_ANSWERS, "max_length": CHAT_TOKENS, "text_sha256": digest}
                 continue
             text = self.texts.held_out(name, self.settings.validation)
-            wanted[f"{name}{suffix}@{window}"] = {
-                "window": window,
-                "max_tokens": self.settings.max_tokens,
-                "text_sha256": sha256(text),
-            }
+            protocol = {"window": window, "max_tokens": self.settings.max_tokens, "text_sha256": sha256(text)}
+            wanted[f"{name}{suffix}@{window}"] = protocol
+            if self.settings.divergence and row.method != DENSE:
+                wanted[f"{KL}{name}{suffix}@{window}"] = protocol
         if self.settings.tasks:
             wanted[TASKS] = {"limit": self.settings.tasks}
         return wanted
@@ -131,7 +134,7 @@ class Bench:
     def missing(self, row: Row) -> list[str]:
         """The measures of a row that are still to be taken."""
         result = self.store.get(row, self.decisive(row))
-        return [name for name, settings in self.measures().items() if not result.has(name, settings)]
+        return [name for name, settings in self.measures(row).items() if not result.has(name, settings)]
 
     def result(self, row: Row) -> Result:
         """What is known of a row."""
@@ -158,7 +161,7 @@ class Bench:
             SlimGPTError: what the method refuses, such as too little text.
         """
         result = Result(self.result(row).row, self.decisive(row)) if anew else self.result(row)
-        wanted = self.measures()
+        wanted = self.measures(row)
         missing = [name for name, settings in wanted.items() if not result.has(name, settings)]
         if not missing:
             return result
@@ -172,7 +175,8 @@ class Bench:
         run_in(model, getattr(torch, self.settings.dtype))
         model.to(self.device)
         for name in missing:
-            result.measures[name] = self._measure(model, tokenizer, name, wanted[name])
+            against = self._dense(row) if name.startswith(KL) else None
+            result.measures[name] = self._measure(model, tokenizer, name, wanted[name], against)
             self.store.put(row, result)
         return result
 
@@ -186,6 +190,12 @@ class Bench:
         if not result.found or not folder.is_dir():
             return None
         return slimgpt.load(str(folder), dtype="float32")
+
+    def _dense(self, row: Row) -> PreTrainedModel:
+        """The dense model, as the slim one is run."""
+        model = copy.deepcopy(self._bring(row.model)[0])
+        run_in(model, getattr(torch, self.settings.dtype))
+        return model.to(self.device)
 
     def _slim(self, row: Row) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
         dense, tokenizer = self._bring(row.model)
@@ -252,6 +262,7 @@ class Bench:
         tokenizer: PreTrainedTokenizerBase,
         name: str,
         settings: dict[str, Any],
+        against: PreTrainedModel | None,
     ) -> dict[str, Any]:
         start, busy = time.perf_counter(), time.process_time()
         if name == TASKS:
@@ -260,7 +271,8 @@ class Bench:
         elif name == CHAT:
             value, detail = answer_perplexity(model, self.texts.answers(tokenizer)), {}
         else:
-            text = self.texts.held_out(name.partition("@")[0].removesuffix(VALIDATION), self.settings.validation)
+            text = name.removeprefix(KL).partition("@")[0].removesuffix(VALIDATION)
+            text = self.texts.held_out(text, self.settings.validation)
             measured = perplexity(
                 model,
                 tokenizer,
@@ -268,8 +280,12 @@ class Bench:
                 settings["window"],
                 settings["max_tokens"],
                 progress=lambda done, total: self.say(name, done, total),
+                against=against,
             )
             value, detail = measured.perplexity, {"predicted": measured.predicted, "protocol": measured.protocol}
+            if measured.divergence is not None:
+                value = measured.divergence.kl.mean
+                detail |= {"stderr": measured.divergence.kl.stderr, "same_top": measured.divergence.same_top}
         seconds, core_seconds = time.perf_counter() - start, time.process_time() - busy
         return {"value": value, "settings": settings, "seconds": seconds, "core_seconds": core_seconds, **detail}
 

@@ -83,11 +83,11 @@ def test_a_row_is_kept_and_taken_up_where_it_stopped(bench, monkeypatch):
     taken: list[str] = []
     measure = Bench._measure
 
-    def stops_at_the_second(self, model, tokenizer, name, settings):
+    def stops_at_the_second(self, model, tokenizer, name, *others):
         if len(taken) == 1:
             raise KeyboardInterrupt
         taken.append(name)
-        return measure(self, model, tokenizer, name, settings)
+        return measure(self, model, tokenizer, name, *others)
 
     monkeypatch.setattr(Bench, "_measure", stops_at_the_second)
     with pytest.raises(KeyboardInterrupt):
@@ -111,6 +111,20 @@ def test_a_row_measures_what_the_package_measures(bench, data_folder, dense_fold
     assert result.value("wikitext2@16") == pytest.approx(expected, rel=1e-6)
     assert result.found["decoder_parameters"] == decoder_parameters(model)
     assert result.found["achieved"] == 1 - decoder_parameters(model) / before
+
+
+def test_divergence_is_that_from_the_dense_model(bench, data_folder, dense_folder):
+    bench.settings = replace(bench.settings, divergence=True)
+    row = Row("gemma3", "slimgpt", 0.3)
+    result = bench.work_out(row)
+    dense, tokenizer = slimgpt.load(str(dense_folder), dtype="float32")
+    slim, _ = slimgpt.load(str(dense_folder), dtype="float32")
+    slimgpt.prune(slim, None, 0.3, bench.windows(row), batch_size=128)
+    ids = tokenizer((data_folder / "wikitext2/wiki.test.raw").read_text(), return_tensors="pt")["input_ids"][0, :160]
+    expected, base = (model(ids.view(-1, 16)).logits[:, :-1].double().log_softmax(-1) for model in (slim, dense))
+    kl = (base.exp() * (base - expected)).sum(-1).mean()
+    assert result.value("kl-wikitext2@16") == pytest.approx(kl.item(), rel=1e-4)
+    assert not any(name.startswith("kl-") for name in bench.work_out(Row("gemma3", DENSE, 0.0)).measures)
 
 
 def test_longer_texts_are_measured_again_and_other_calibration_is_another_row(bench):
