@@ -232,7 +232,7 @@ def page(known: dict[str, Values]) -> str:
         "(a slow test of `benchmarks/simulation.py`).",
         f"- **Measured:** the rates of every part, in [one run](../../benchmarks/results/gpu.md) of LLaMA-7B's shape on one {device}: forward passes "
         f"{rates.forward / 1e12:.0f}, Gram matrices {rates.gram / 1e12:.0f}, solver {rates.solver / 1e12:.1f}, measuring without the solver "
-        f"{rates.measuring / 1e12:.0f}, training {rates.training / 1e12:.0f} TFLOP/s; files and all the rest {rates.rest / 1e9:.2f} GB of weights per second. Larger matrices are taken to be no faster.",
+        f"{rates.measuring / 1e12:.0f}, training {rates.training / 1e12:.0f} TFLOP/s; files and all the rest {rates.rest / 1e9:.2f} GB of weights per second. Larger matrices are taken to be no faster, and the smaller ones of a mixture's experts no slower, which they are.",
         f"- **Assumed:** {LINK / 1e9:.0f} GB/s for messages within a node of {GPUS_PER_NODE}, {NETWORK / 1e9:.0f} GB/s between nodes, "
         f"{LATENCY * 1e6:.0f} microseconds for each; nothing is hidden behind work.",
         "",

@@ -145,8 +145,8 @@ class PruneConfig:
     forward_dtype: str = setting(
         "auto",
         "Type of forward passes: auto, float32, float16, bfloat16.",
-        detail="auto: as stored; on a CPU, for weights stored in 16 bits, the faster of float32 and bfloat16. Weights "
-        "are scored, repaired and saved in their own type whatever it is.",
+        detail="auto: as stored; on a CPU, for weights of 16 bits or fewer, the faster of float32 and bfloat16. "
+        "Weights are scored, repaired and saved in their own type whatever it is.",
         check=check_dtype,
         commands=RUNS,
     )

@@ -25,6 +25,7 @@ from slimgpt.models.loading import load_config
 from slimgpt.models.source import locate
 from slimgpt.pipeline.estimate import forecast
 from slimgpt.pipeline.weights_source import open_model
+from slimgpt.runtime import devices
 from tests.models.families import LAYERS, REPRESENTATIVE, tiny_model, windows
 
 IDS = windows(2, 24, seed=7)
@@ -251,6 +252,20 @@ def test_a_gguf_file_is_the_folder_that_it_was_made_from(name, rope, folder, tex
     slim = [slimgpt.load(str(tmp_path / out))[0] for out in ("from file", "from folder")]
     with torch.no_grad():
         torch.testing.assert_close(slim[0](IDS).logits, slim[1](IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_file_of_16_bits_is_run_in_them_where_that_is_faster(folder, text_file, tmp_path, monkeypatch):
+    path = folder("llama", rope_parameters=ROPE, **AS_GGUF["llama"])
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text().replace("\n", " "))
+    monkeypatch.setattr(devices, "_cpu_seconds", lambda dtype: float(dtype == torch.float32))
+    for bits, run_in in (("F16", "bfloat16"), ("F32", "float32")):
+        file = tmp_path / f"{bits}.gguf"
+        slimgpt.export(path, file, "gguf", quantize=bits, check=False)
+        options = {**OPTIONS, "ratio": 0.1, "distill": "off", "calibration": str(text)}
+        report = slimgpt.prune_folder(str(file), tmp_path / bits, **options)
+        assert report.execution["forward_dtype"] == run_in
+        assert {tensor.dtype for tensor in load_file(tmp_path / bits / WEIGHTS).values()} == {torch.float32}
 
 
 @pytest.mark.filterwarnings("ignore:.*read as untied")

@@ -186,7 +186,8 @@ def prepare(
 def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
     """Input of the stages; processors may differ in speed, so rank 0 chooses the type of the forward passes."""
     stored, quantization = request.stored, request.source.quantization
-    fastest = forward_dtype(request.config.forward_dtype, stored, request.device) or stored
+    held = torch.bfloat16 if _of_few_bits(request) else stored
+    fastest = forward_dtype(request.config.forward_dtype, held, request.device) or held
     types = list(DTYPES.values())
     agreed = types[ranks.agree(types.index(fastest))]
     dtype = None if agreed == stored else agreed
@@ -206,3 +207,14 @@ def make_job(request: PruneRequest, ranks: Ranks, tokens: int) -> PruneJob:
         quantization={} if quantization is None else quantization.to_json(stored),
         speed=request.speed,
     )
+
+
+def _of_few_bits(request: PruneRequest) -> bool:
+    """Whether the weights come from a GGUF file of 16 bits or fewer a number, and run on a CPU.
+
+    They are then saved in float32, so that nothing of them is rounded, which is more than they need to be run in.
+    """
+    file = request.source.gguf_file
+    if file is None or request.device.type != "cpu" or request.source.folder is None:
+        return False
+    return (request.source.folder / file).stat().st_size < 3 * request.plan.parameters_before
