@@ -23,7 +23,6 @@ import typer
 from quality_table.texts import Texts
 
 import slimgpt
-from slimgpt.checkpoint.inspecting import read_report
 from slimgpt.config import make_config
 from slimgpt.evaluation.speed import measure_speed
 from slimgpt.models.loading import load_config
@@ -88,8 +87,6 @@ def main(
 
         def pruned(form: str, target: dict[str, Any], speedup: float = speedup) -> PruneReport:
             folder = work / f"{form}-{speedup:g}"
-            if (report := read_report(folder)) is not None:
-                return PruneReport.from_json(report)
             typer.echo(f"pruning {folder.name}")
             return slimgpt.prune_folder(
                 model, folder, None, calibration, device="cpu", resume=True, **settings, **target

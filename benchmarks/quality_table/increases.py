@@ -16,8 +16,9 @@ from quality_table.texts import CHAT, Texts
 
 TEXTS = (("wikitext2", 512), ("c4", 512), ("speeches", 512))
 PROSE = tuple(f"{name}@{window}" for name, window in TEXTS)
-COLUMNS = (*PROSE, "mean", CHAT, KL)
-HEADINGS = " | ".join(name.partition("@")[0] for name in COLUMNS[:-1]) + " | KL"
+MEAN_KL = "KL"
+COLUMNS = (*PROSE, "mean", CHAT, MEAN_KL)
+HEADINGS = " | ".join(name.partition("@")[0] for name in COLUMNS)
 
 
 def bench_of(data: Path, keep: Path, keep_models: bool, **settings: Any) -> Bench:
@@ -43,7 +44,7 @@ def increases(result: Result, dense: Result) -> dict[str, float]:
         values["mean"] = statistics.fmean(values[name] for name in PROSE)
     divergences = [value for name in PROSE if (value := result.value(f"{KL}{name}"))]
     if len(divergences) == len(PROSE):
-        values[KL] = statistics.fmean(divergences)
+        values[MEAN_KL] = statistics.fmean(divergences)
     return values
 
 
@@ -51,7 +52,7 @@ def cells(values: Mapping[str, float], beside: Mapping[str, float]) -> str:
     """The cells of a row; in brackets the multiples of the values beside it, where there are any."""
     texts = []
     for name in COLUMNS:
-        text = f"{values[name]:{'' if name == KL else '+'}.3f}" if name in values else ""
+        text = f"{values[name]:{'' if name == MEAN_KL else '+'}.3f}" if name in values else ""
         texts.append(text + (f" ({values[name] / beside[name]:.2f})" if text and name in beside else ""))
     return " | ".join(texts)
 

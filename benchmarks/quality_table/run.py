@@ -174,8 +174,9 @@ class Bench:
                 self.store.put(row, result)
         run_in(model, getattr(torch, self.settings.dtype))
         model.to(self.device)
+        dense = self._dense(row) if any(name.startswith(KL) for name in missing) else None
         for name in missing:
-            against = self._dense(row) if name.startswith(KL) else None
+            against = dense if name.startswith(KL) else None
             result.measures[name] = self._measure(model, tokenizer, name, wanted[name], against)
             self.store.put(row, result)
         return result
@@ -271,12 +272,11 @@ class Bench:
         elif name == CHAT:
             value, detail = answer_perplexity(model, self.texts.answers(tokenizer)), {}
         else:
-            text = name.removeprefix(KL).partition("@")[0].removesuffix(VALIDATION)
-            text = self.texts.held_out(text, self.settings.validation)
+            corpus = name.removeprefix(KL).partition("@")[0].removesuffix(VALIDATION)
             measured = perplexity(
                 model,
                 tokenizer,
-                text,
+                self.texts.held_out(corpus, self.settings.validation),
                 settings["window"],
                 settings["max_tokens"],
                 progress=lambda done, total: self.say(name, done, total),

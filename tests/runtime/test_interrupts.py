@@ -7,18 +7,19 @@ import signal
 
 import pytest
 
+from slimgpt.runtime import interrupts
 from slimgpt.runtime.interrupts import heed_interrupts, interrupts_restored
 
 
 @pytest.fixture(autouse=True)
-def handlers():
+def handlers(monkeypatch):
+    monkeypatch.setattr(interrupts, "_arrived", False)  # as it was, afterwards
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     heed_interrupts()
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    heed_interrupts.__globals__["_arrived"] = False
 
 
 def library(number: int) -> None:

@@ -70,20 +70,8 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
         finished = ranks.agree(journal.open(request.resume, request.overwrite) if ranks.main else 0)
         if request.device.type == "cuda" and request.budget is not None:
             limit_gpu_memory(request.device, request.budget)
-        budget = request.budget
         try:
-            with interrupts_restored():
-                while True:
-                    try:
-                        source = open_model(request)
-                        rounds = KeptRounds(journal.folder / SELF_WRITTEN)
-                        job = with_self_written(request, job, source, ranks, rounds, callbacks.prepare_step)
-                        readers = ranks if ranks.see(journal.scratch) else ranks.first(1)
-                        sink = JournalSink(request, journal, source.model, ranks, readers)
-                        return run_stages(job, source, sink, callbacks, ranks, budget, finished)
-                    except torch.OutOfMemoryError as error:
-                        budget = reduced_budget(request, budget, ranks, error)
-                        finished = journal.open(resume=True)
+            return _run_in_memory(request, job, journal, callbacks, ranks, finished)
         except BaseException as error:
             if ranks.main and isinstance(error, NumericalError):
                 journal.discard()  # the same command would fail in the same layer again
@@ -91,6 +79,25 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
             if kept and isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"what is finished is kept in {journal.folder}; go on with --resume") from None
             raise
+
+
+@interrupts_restored()
+def _run_in_memory(
+    request: PruneRequest, job: PruneJob, journal: Journal, callbacks: Callbacks, ranks: Ranks, finished: int
+) -> PruneReport:
+    """Run the stages; where the device runs out of memory, go on behind the finished layers with a smaller budget."""
+    budget = request.budget
+    while True:
+        try:
+            source = open_model(request)
+            rounds = KeptRounds(journal.folder / SELF_WRITTEN)
+            job = with_self_written(request, job, source, ranks, rounds, callbacks.prepare_step)
+            readers = ranks if ranks.see(journal.scratch) else ranks.first(1)
+            sink = JournalSink(request, journal, source.model, ranks, readers)
+            return run_stages(job, source, sink, callbacks, ranks, budget, finished)
+        except torch.OutOfMemoryError as error:
+            budget = reduced_budget(request, budget, ranks, error)
+            finished = journal.open(resume=True)
 
 
 def _check_disk(request: PruneRequest, empty: PreTrainedModel, tokens: int) -> None:

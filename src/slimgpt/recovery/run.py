@@ -142,8 +142,7 @@ def recover(
     repository = check_repository(push_to_hub, private=private, overwrite=overwrite) if main else None
     with join(request.device) as ranks, output_lock(request.output) if ranks.main else nullcontext():
         try:
-            with interrupts_restored():
-                recovery = _run(request, ranks, resume, overwrite, on_teacher, on_step)
+            recovery = _run(request, ranks, resume, overwrite, on_teacher, on_step)
         except KeyboardInterrupt:
             folder = unfinished_folder(request.output)
             if not (ranks.main and folder.is_dir()):
@@ -154,6 +153,7 @@ def recover(
     return recovery
 
 
+@interrupts_restored()
 def _run(
     request: RecoverRequest,
     ranks: Ranks,
