@@ -215,3 +215,28 @@ def test_places_that_nothing_can_be_written_to_are_refused_before_the_work(comma
             result = CliRunner().invoke(app, [str(word) for word in (*words, tmp_path / name)])
         assert result.exit_code == 2, result.exception
         assert "is a folder, or a link" in result.stderr or "leads nowhere; give another --out" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_a_command_has_ended_leaves_no_traceback(number):
+    """As ``torchrun`` sends it to a process that has just said why it ends."""
+    code = (
+        "import atexit, sys, time\n"
+        "from slimgpt.cli import main\n"
+        "from slimgpt.runtime.interrupts import heed_interrupts\n"
+        "heed_interrupts()  # as commands do\n"
+        "atexit.register(lambda: (print('leaving', flush=True), time.sleep(60)))\n"
+        "sys.argv = ['slimgpt', '--version']; main()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        assert process.stdout.readline().startswith("slimgpt ")
+        assert process.stdout.readline() == "leaving\n"
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (-number, "")

@@ -29,6 +29,7 @@ from slimgpt.cli import (  # importing a module registers its commands
 )
 from slimgpt.cli.console import app, say_disk_full
 from slimgpt.errors import DISK_FULL
+from slimgpt.runtime.interrupts import end_on_interrupts
 
 PANELS = {
     "Prune": "demo scan plan prune recover",
@@ -105,3 +106,5 @@ def main() -> None:
             raise
         say_disk_full(error)
         sys.exit(2)
+    finally:
+        end_on_interrupts()  # an exception while Python shuts down could only be a traceback
