@@ -33,7 +33,7 @@ def demo_model(tokenizer, tmp_path_factory):
     return root / "model.gguf"
 
 
-@pytest.fixture(scope="module", params=[80, 120])
+@pytest.fixture(scope="module", params=[80, pytest.param(120, marks=pytest.mark.slow)])
 def captures(request, dense_folder, text_file, demo_model, tmp_path_factory) -> tuple[int, dict[str, list[str]]]:
     """The lines of every command, by its name.
 

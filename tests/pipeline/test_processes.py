@@ -43,7 +43,7 @@ def start(words: list[str], **environment: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_sigkill_at_random_moments(kills, wide, text_file, tmp_path):
     """After some delay without mercy: moments of start-up, measuring, layers, training, writing, and of the end."""
     chance = random.Random(0)
