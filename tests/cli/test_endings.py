@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from slimgpt.checkpoint.journal import Journal
 from slimgpt.cli import app
-from slimgpt.cli.console import write_file
-from slimgpt.errors import OutputError
+from slimgpt.cli.console import handle_errors, write_file
+from slimgpt.errors import OutputError, RankError
+from slimgpt.runtime.interrupts import heed_interrupts
 
 SMALL = ("--num-samples", 8, "--seq-len", 24, "--device", "cpu", "--ratio", 0.3)
 FULL = Path("/dev/full")
@@ -240,3 +244,34 @@ def test_a_signal_after_a_command_has_ended_leaves_no_traceback(number):
         process.send_signal(number)
         _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (-number, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_failed_run_is_cleared_away_does_not_replace_its_error(number, tmp_path, monkeypatch, capsys):
+    """As ``torchrun`` sends it to a process that is about to say that it lost contact."""
+    journal = Journal(tmp_path / "slim", "layers.", {})
+
+    def cleared(*_args: object, **_options: object) -> None:
+        signal.raise_signal(number)
+
+    @handle_errors
+    def command() -> None:
+        try:
+            raise RankError("contact lost; go on with --resume")
+        except BaseException:
+            journal.close()
+            raise
+
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        heed_interrupts()
+        monkeypatch.setattr(shutil, "rmtree", cleared)
+        with pytest.raises(typer.Exit) as end:
+            command()
+        with pytest.raises(KeyboardInterrupt):  # heeded again
+            signal.raise_signal(number)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert end.value.exit_code == 2
+    assert capsys.readouterr().err == "error: contact lost; go on with --resume\n"

@@ -36,7 +36,7 @@ from slimgpt.errors import (
     one_line,
 )
 from slimgpt.io.atomic import write_file
-from slimgpt.runtime.interrupts import heed_interrupts, interrupts_restored
+from slimgpt.runtime.interrupts import heed_interrupts, interrupts_ignored, interrupts_restored
 
 LONGEST_PATH = 200
 """Characters of a path in a message, where the path itself is what is wrong."""
@@ -91,12 +91,16 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             if not first and not isinstance(error, (RankError, NumericalError)):  # what only this process can know
                 raise typer.Exit(2) from None
             text = escape(as_typed(str(error), flags))
-            err.print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
+            with interrupts_ignored():
+                err.print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
             raise typer.Exit(1 if isinstance(error, VerificationError) else 2) from None
         except KeyboardInterrupt as stop:
             if not first:
                 raise typer.Exit(130) from None
-            err.print(f"interrupted; {str(stop) or 'no unfinished folder was left'}", soft_wrap=True, highlight=False)
+            with interrupts_ignored():
+                err.print(
+                    f"interrupted; {str(stop) or 'no unfinished folder was left'}", soft_wrap=True, highlight=False
+                )
             raise typer.Exit(130) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
