@@ -19,6 +19,7 @@ from slimgpt.checkpoint.journal import Journal
 from slimgpt.cli import app
 from slimgpt.cli.console import handle_errors, write_file
 from slimgpt.errors import OutputError, RankError
+from slimgpt.runtime import interrupts
 from slimgpt.runtime.interrupts import heed_interrupts
 
 SMALL = ("--num-samples", 8, "--seq-len", 24, "--device", "cpu", "--ratio", 0.3)
@@ -250,6 +251,7 @@ def test_a_signal_after_a_command_has_ended_leaves_no_traceback(number):
 def test_a_signal_while_a_failed_run_is_cleared_away_does_not_replace_its_error(number, tmp_path, monkeypatch, capsys):
     """As ``torchrun`` sends it to a process that is about to say that it lost contact."""
     journal = Journal(tmp_path / "slim", "layers.", {})
+    monkeypatch.setattr(interrupts, "_arrived", False)  # as it was, afterwards
 
     def cleared(*_args: object, **_options: object) -> None:
         signal.raise_signal(number)

@@ -91,25 +91,19 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
             if not first and not isinstance(error, (RankError, NumericalError)):  # what only this process can know
                 raise typer.Exit(2) from None
             text = escape(as_typed(str(error), flags))
-            with interrupts_ignored():
-                err.print(f"[bold red]error:[/] {text}", soft_wrap=True, highlight=False)
+            _say_end(f"[bold red]error:[/] {text}")
             raise typer.Exit(1 if isinstance(error, VerificationError) else 2) from None
         except KeyboardInterrupt as stop:
             if not first:
                 raise typer.Exit(130) from None
-            with interrupts_ignored():
-                err.print(
-                    f"interrupted; {str(stop) or 'no unfinished folder was left'}", soft_wrap=True, highlight=False
-                )
+            _say_end(f"interrupted; {str(stop) or 'no unfinished folder was left'}")
             raise typer.Exit(130) from None
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            err.print(
+            _say_end(
                 f"[bold red]error:[/] not enough memory: {escape(one_line(error))}; ask for less at once, such as a "
-                "smaller batch or shorter texts",
-                soft_wrap=True,
-                highlight=False,
+                "smaller batch or shorter texts"
             )
             raise typer.Exit(2) from None
         except OSError as error:
@@ -117,11 +111,7 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
                 say_disk_full(error)
             elif error.errno in UNUSABLE_PATH and error.filename:
                 path = show(str(error.filename)[:LONGEST_PATH])
-                err.print(
-                    f"[bold red]error:[/] '{path}' cannot be used: {error.strerror}; give another path",
-                    soft_wrap=True,
-                    highlight=False,
-                )
+                _say_end(f"[bold red]error:[/] '{path}' cannot be used: {error.strerror}; give another path")
             else:
                 raise
             raise typer.Exit(2) from None
@@ -131,6 +121,12 @@ def handle_errors(command: Callable[..., None]) -> Callable[..., None]:
     set_parameters(wrapped, [with_option(parameter, **_switch(parameter)) for parameter in (*own, *common)])
     wrapped.__doc__ = unwrap(command.__doc__)
     return wrapped
+
+
+def _say_end(text: str) -> None:
+    """Print why a command ends, whatever signal comes meanwhile."""
+    with interrupts_ignored():
+        err.print(text, soft_wrap=True, highlight=False)
 
 
 def _flags(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
