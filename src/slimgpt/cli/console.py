@@ -239,11 +239,9 @@ def _common_options(
 def say_disk_full(error: OSError) -> None:
     """Say that there was no room for what a command prints, or for a temporary file."""
     where = error.filename or "standard output or a temporary file"
-    err.print(
+    _say_end(
         f"[bold red]error:[/] writing {show(where)} failed: {error.strerror}; free some space, or write elsewhere "
-        "(TMPDIR)",
-        soft_wrap=True,
-        highlight=False,
+        "(TMPDIR)"
     )
     with suppress(OSError):  # what standard output still holds back would fail once more when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
