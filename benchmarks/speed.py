@@ -40,8 +40,9 @@ GAP = """
 
 - **The output matrix** ({vocab:,} x {hidden:,}) and the embedding stay as they are: {head_share:.0%} of the dense
   model's FLOPs per new token, {slim_head_share:.0%} of the slim one's. The ratio of FLOPs above has that in it already.
-- **Decoding reads every weight once per token** at batch 1: its bound is the ratio of bytes, {bytes:.2f}, not that of
-  FLOPs.
+- **Decoding reads every weight once per step**, and the keys and values of every prompt: with {batch} prompts of
+  {prompt} tokens these are {cache_share:.0%} of what the slim model reads, and little of them is removed. So its
+  bound is the ratio of bytes read, not that of FLOPs.
 - **What every layer costs whatever its width**: {layers} times two norms, rotary positions, cache updates, and the
   calls from Python. Timed alone, as a model of the same depth whose matrices are cut to almost nothing, it is
   {floor:.1f} ms per new token of the dense model's {dense_ms:.1f} ms and the slim one's {slim_ms:.1f} ms at batch 1.
@@ -115,8 +116,8 @@ def page(values: dict[str, Any]) -> str:
     lines = [
         PROSE.rstrip(),
         "",
-        "| | batch | dense | slim | slim / dense | FLOPs promise | share of it |",
-        "|---|---|---|---|---|---|---|",
+        "| | batch | dense | slim | slim / dense | FLOPs promise | bytes promise | share of the lower |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows, protocol, sizes = values["rows"], values["protocol"], values["dense"]
     for ratio in values["ratios"]:
@@ -128,16 +129,20 @@ def page(values: dict[str, Any]) -> str:
             ("first token, ms", "first_token", 1e3, ",.0f"),
             ("peak memory, MB", "peak_memory", 1e-6, ",.0f"),
         ):
-            a, b, promise = one[name], two[name], ratio.get(f"{name}_flops")
+            a, b = one[name], two[name]
+            promises = [ratio.get(f"{name}_{kind}") for kind in ("flops", "bytes")]
             if a and b:
-                promised = f"{promise:.2f} | {b / a / promise:.2f}" if promise else " | "
+                lower = min(filter(None, promises), default=None)
+                share = f"{b / a / lower:.2f}" if lower else ""
+                promised = " | ".join([*(f"{each:.2f}" if each else "" for each in promises), share])
                 lines.append(
                     f"| {title} | {size} | {unit * a:{style}} | {unit * b:{style}} | {b / a:.2f} | {promised} |"
                 )
     one, two = rows[0], rows[1]
     a, b = one["parameters"], two["parameters"]
-    lines.append(f"| parameters | | {a:,} | {b:,} | {b / a:.2f} | | |")
+    lines.append(f"| parameters | | {a:,} | {b:,} | {b / a:.2f} | | | |")
     head = 2.0 * sizes["vocab_size"] * sizes["hidden_size"]
+    most, weights = rows[-1], 4 * b
     dense_ms, slim_ms, floor = 1e3 / one["decode"], 1e3 / two["decode"], values["floor_ms"]
     lines += [
         "",
@@ -151,7 +156,9 @@ def page(values: dict[str, Any]) -> str:
         hidden=sizes["hidden_size"],
         head_share=head / one["decode_flops"],
         slim_head_share=head / two["decode_flops"],
-        bytes=a / b,
+        batch=most["batch"],
+        prompt=protocol["prompt"],
+        cache_share=1 - weights / (most["decode_bytes"] * most["batch"]),
         layers=sizes["num_hidden_layers"],
         floor=floor,
         dense_ms=dense_ms,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import slimgpt
 from slimgpt.comparison import CompareConfig, Comparison, ModelResult, Timing, Timings, time_models
@@ -25,7 +26,7 @@ from slimgpt.evaluation.speed import peak_memory
 from slimgpt.evaluation.tasks import TaskScores, answers, difference, flips
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import locate
-from slimgpt.planning.cost import generation_flops
+from slimgpt.planning.cost import decode_bytes, generation_flops
 from tests.cli.test_command_line import run
 from tests.comparison.browser import CHROMIUM, browser
 from tests.evaluation.conftest import data_dir  # noqa: F401  (a fixture)
@@ -406,7 +407,8 @@ def test_speed_prints_ratios_beside_those_of_flops(folders, tmp_path):
     assert ratio["decode"] == pytest.approx(slim["decode"] / dense["decode"])
     assert ratio["decode_flops"] == pytest.approx(dense["decode_flops"] / slim["decode_flops"])
     assert ratio["decode_flops"] > 1
-    assert f"FLOPs promise {ratio['decode_flops']:.2f}" in done.output
+    assert f"FLOPs promise {ratio['decode_flops']:.2f}, bytes read {ratio['decode_bytes']:.2f}" in done.output
+    assert dense["decode_bytes"] < values["rows"][0]["decode_bytes"]  # two rows share the weights
     assert slim["peak_memory"] is None
     too_long = run("speed", folders / "dense", "--prompt", 300, "--no-memory", "--device", "cpu")
     assert too_long.exit_code == 2
@@ -415,13 +417,15 @@ def test_speed_prints_ratios_beside_those_of_flops(folders, tmp_path):
 
 def test_ratios_of_made_up_timings():
     def timing(model, scale):
-        return Timing(model, 1, 100 * scale, 400 * scale, 50 / scale, 5 / scale, 1.0, None, 8.0 * scale, 10.0 * scale)
+        return Timing(
+            model, 1, 100 * scale, 400 * scale, 50 / scale, 5 / scale, 1.0, None, 8.0 * scale, 10.0 * scale, 4.0 * scale
+        )
 
     timings = Timings((timing("base", 2), timing("slim", 1)), "base", {})
     assert timings.ratios() == {
         ("slim", 1): {
             "prefill": 2.0, "decode": 2.0, "first_token": 1.0, "prefill_flops": 2.0, "decode_flops": 2.0,
-            "parameters": 0.5, "bytes": 0.5,
+            "decode_bytes": 2.0, "parameters": 0.5, "bytes": 0.5,
         }
     }  # fmt: skip
 
@@ -437,6 +441,34 @@ def test_flops_are_those_of_the_matrices():
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     assert prefill == 2 * (body + norms) + attention * 5
     assert decode == 2 * (body + norms + config.vocab_size * config.hidden_size) + attention * 12
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_of_a_step_are_the_weights_and_the_cache(tied):
+    """Counted over the parameters of a real model and over the tensors of its cache."""
+    model = tiny_model("llama", tie_word_embeddings=tied)
+    cache = model(torch.ones(3, 10, dtype=torch.long), use_cache=True).past_key_values
+    cached = sum(tensor.numel() for layer in cache.layers for tensor in (layer.keys, layer.values))
+    parameters = sum(p.numel() for p in model.parameters())
+    read = parameters - (0 if tied else model.get_input_embeddings().weight.numel())
+    assert decode_bytes(model.config, layer_sizes(model.config), parameters, 4, 10, 3) == 4 * (read + cached)
+
+
+def test_experts_that_no_token_goes_to_cost_nothing():
+    """The operations of a mixture are those of a dense model with the active experts; of three rows of two experts
+    each, six are read."""
+    model = tiny_model("qwen3_moe", tie_word_embeddings=False)
+    config, layers = model.config, layer_sizes(model.config)
+    parameters = sum(p.numel() for p in model.parameters())
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    table = config.vocab_size * config.hidden_size
+    idle = config.num_hidden_layers * (config.num_experts - config.num_experts_per_tok) * expert
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    assert generation_flops(config, layers, parameters, 10, 4)[1] == 2 * (parameters - table - idle) + attention * 12
+    one, three = (decode_bytes(config, layers, parameters, 2, 0, rows) for rows in (1, 3))
+    more = min(config.num_experts, 3 * config.num_experts_per_tok) - config.num_experts_per_tok
+    assert one == 2 * (parameters - table - idle)
+    assert three - one == 2 * config.num_hidden_layers * more * expert
 
 
 def test_rows_of_the_table():
@@ -497,7 +529,7 @@ def test_only_the_base_is_called_dense(tmp_path):
 @pytest.mark.parametrize("bytes_each", [(4.0, 4.1), (0.6, 4.0)])
 def test_bytes_are_compared_like_with_like(bytes_each):
     rows = [
-        Timing(name, 1, count, int(count * each), 1.0, 1.0, 1.0, None, 1.0, 1.0)
+        Timing(name, 1, count, int(count * each), 1.0, 1.0, 1.0, None, 1.0, 1.0, 1.0)
         for name, count, each in zip(("base", "slim"), (1000, 800), bytes_each)
     ]
     sides = tuple(ModelResult(row.model, row.parameters, None) for row in rows)

@@ -87,8 +87,8 @@ def print_timings(timings: Timings) -> None:
         out.print(
             f"{Path(model).name} against {Path(str(timings.base)).name}, batch {batch}: "
             f"prefill x [bold]{ratio['prefill']:.2f}[/] (FLOPs promise {ratio['prefill_flops']:.2f}), "
-            f"decode x [bold]{ratio['decode']:.2f}[/] (FLOPs promise {ratio['decode_flops']:.2f}), "
-            f"{size}{peak}",
+            f"decode x [bold]{ratio['decode']:.2f}[/] (FLOPs promise {ratio['decode_flops']:.2f}, "
+            f"bytes read {ratio['decode_bytes']:.2f}), {size}{peak}",
             soft_wrap=True,
             highlight=False,
         )

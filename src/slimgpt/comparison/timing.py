@@ -18,7 +18,7 @@ from slimgpt.io.weight_files import weight_bytes
 from slimgpt.models.loading import load
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import Source, locate
-from slimgpt.planning.cost import generation_flops
+from slimgpt.planning.cost import decode_bytes, generation_flops
 from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.versions import versions
 
@@ -39,8 +39,12 @@ METRIC_FORMATS = {
     "peak_memory": MetricFormat("peak memory, MB", 1e6, ",.0f", "less"),
     "prefill_flops": MetricFormat("MFLOPs per prompt token", 1e6, ",.0f", "less"),
     "decode_flops": MetricFormat("MFLOPs per new token", 1e6, ",.0f", "less"),
+    "decode_bytes": MetricFormat("MB read per new token", 1e6, ",.0f", "less"),
 }
 """By field of :class:`Timing`."""
+
+PROMISES = ("prefill_flops", "decode_flops", "decode_bytes")
+"""Fields that are counted, not timed; twice as few promise twice the speed."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Timing:
         peak_memory: bytes of a fresh process that loads the model and generates; ``None`` if not measured.
         prefill_flops: multiplications and additions per prompt token.
         decode_flops: the same per new token.
+        decode_bytes: bytes of weights and KV cache that are read for it; rows of a batch share the weights.
     """
 
     model: str
@@ -66,6 +71,7 @@ class Timing:
     peak_memory: int | None
     prefill_flops: float
     decode_flops: float
+    decode_bytes: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,14 +83,15 @@ class Timings(Result):
     protocol: dict[str, Any]
 
     def ratios(self) -> dict[tuple[str, int], dict[str, float]]:
-        """Ratios to the base, by model and batch size; for FLOPs inverted: the speed-up expected from FLOPs alone."""
+        """Ratios to the base, by model and batch size; for FLOPs and bytes read inverted: the speed-up that they alone
+        would give."""
         bases = {row.batch: asdict(row) for row in self.rows if row.model == self.base}
         ratios = {}
         for row in self.rows:
             if row.model != self.base and row.batch in bases:
                 own, base = asdict(row), bases[row.batch]
                 ratios[row.model, row.batch] = {
-                    name: (base[name] / own[name] if name.endswith("flops") else own[name] / base[name])
+                    name: (base[name] / own[name] if name in PROMISES else own[name] / base[name])
                     for name in (*METRIC_FORMATS, "parameters", "bytes")
                     if own[name] and base[name]
                 }
@@ -139,7 +146,10 @@ def time_models(
 
         speeds.append(measure_speed(models, prompt, new_tokens, rounds, step, batch))
     target = models[0].device
-    columns = [_model_columns(source, model, prompt, new_tokens) for source, model in zip(sources, models)]
+    columns = [
+        [_model_columns(source, model, prompt, new_tokens, batch) for source, model in zip(sources, models)]
+        for batch in batches
+    ]
     stored = dtype_name(models[0].dtype)
     del models  # the fresh processes need the memory
     rows = [
@@ -152,8 +162,8 @@ def time_models(
             peak_memory=_peak(source, str(target), batch, prompt, new_tokens, trust_remote_code) if memory else None,
             **model_columns,
         )
-        for batch, of_batch in zip(batches, speeds)
-        for name, source, model_columns, speed in zip(names, sources, columns, of_batch)
+        for batch, of_batch, batch_columns in zip(batches, speeds, columns)
+        for name, source, model_columns, speed in zip(names, sources, batch_columns, of_batch)
     ]
     return Timings(
         rows=tuple(rows),
@@ -218,14 +228,22 @@ def speed(
     )
 
 
-def _model_columns(source: Source, model: PreTrainedModel, prompt: int, new_tokens: int) -> dict[str, Any]:
+def _model_columns(source: Source, model: PreTrainedModel, prompt: int, new_tokens: int, batch: int) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     size = parameters * model.dtype.itemsize
     if source.folder is not None:
         file = source.folder / (source.gguf_file or "")
         size = file.stat().st_size if source.gguf_file else weight_bytes(source.folder)
-    prefill, decode = generation_flops(model.config, layer_sizes(model.config), parameters, prompt, new_tokens)
-    return {"parameters": parameters, "bytes": size, "prefill_flops": prefill, "decode_flops": decode}
+    layers, itemsize = layer_sizes(model.config), model.dtype.itemsize
+    prefill, decode = generation_flops(model.config, layers, parameters, prompt, new_tokens)
+    read = decode_bytes(model.config, layers, parameters, itemsize, prompt + new_tokens // 2, batch)
+    return {
+        "parameters": parameters,
+        "bytes": size,
+        "prefill_flops": prefill,
+        "decode_flops": decode,
+        "decode_bytes": read / batch,
+    }
 
 
 def _peak(source: Source, device: str, batch: int, prompt: int, new_tokens: int, trust_remote_code: bool) -> int | None:

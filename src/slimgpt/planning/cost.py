@@ -12,6 +12,7 @@ from slimgpt.models.families.moe import EXPERTS, SHARED, Mixture
 from slimgpt.models.lookup import head_dim, lookup, text_config
 from slimgpt.models.parameter_counts import ModelShape
 from slimgpt.planning.plan import Plan
+from slimgpt.planning.targets import CACHE_BYTES, cache_bytes
 from slimgpt.runtime.devices import matmul_seconds
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -58,14 +59,8 @@ def flops_per_token(config: PreTrainedConfig, plan: Plan, dense: ModelShape | No
     Args:
         dense: count the dense model instead.
     """
-    entry, config = lookup(config), text_config(config)
-    parameters = dense.parameters if dense is not None else plan.parameters
-    tied = getattr(config, "tie_word_embeddings", False)
-    idle = 0  # a token goes to some of the experts only
-    for sizes in [layer.sizes for layer in dense.layers] if dense is not None else plan.layers:
-        if EXPERTS in sizes and isinstance(entry, Mixture):
-            idle += (sizes[EXPERTS] - entry.active_experts(config)) * entry.expert_parameters(config, sizes[CHANNELS])
-    return 2.0 * (parameters - idle if tied else parameters - idle - config.vocab_size * config.hidden_size)
+    layers = [layer.sizes for layer in dense.layers] if dense is not None else plan.layers
+    return 2.0 * _read_parameters(config, layers, dense.parameters if dense is not None else plan.parameters)
 
 
 def pruning_flops(
@@ -148,7 +143,40 @@ def generation_flops(
         layers: the widths of every layer.
         parameters: of the whole model, tied weights once.
     """
-    head = config.vocab_size * config.hidden_size
-    body = parameters - head * (1 if getattr(config, "tie_word_embeddings", False) else 2)
+    read, config = _read_parameters(config, layers, parameters), text_config(config)
+    body = read - config.vocab_size * config.hidden_size
     per_context = 4.0 * head_dim(config) * sum(_widths(layer)[0] for layer in layers)
-    return 2.0 * body + per_context * prompt / 2, 2.0 * (body + head) + per_context * (prompt + new_tokens / 2)
+    return 2.0 * body + per_context * prompt / 2, 2.0 * read + per_context * (prompt + new_tokens / 2)
+
+
+def decode_bytes(
+    config: PreTrainedConfig, layers: Sequence[Sizes], parameters: int, itemsize: int, context: int, batch: int = 1
+) -> float:
+    """Bytes that one step of decoding reads: the weights once, and the KV cache of every row of the batch.
+
+    Rows of a batch that go to different experts read more of them: as many as there are at most.
+
+    Args:
+        layers: the widths of every layer.
+        parameters: of the whole model, tied weights once.
+        itemsize: bytes of a number, in weights and cache.
+        context: tokens in the cache of a row.
+        batch: rows at once, of one new token each.
+    """
+    cache = cache_bytes(text_config(config), [layer[KV_HEADS] for layer in layers], context) / CACHE_BYTES
+    return itemsize * (_read_parameters(config, layers, parameters, batch) + batch * cache)
+
+
+def _read_parameters(config: PreTrainedConfig, layers: Sequence[Sizes], parameters: int, rows: int = 1) -> int:
+    """Parameters that a new token of each row is multiplied with: without the embeddings, of which one row is read
+    (tied, they are the output matrix), and without experts that no token goes to."""
+    entry, config = lookup(config), text_config(config)
+    if not getattr(config, "tie_word_embeddings", False):
+        parameters -= config.vocab_size * config.hidden_size
+    if isinstance(entry, Mixture):
+        active = entry.active_experts(config)
+        for sizes in layers:
+            if EXPERTS in sizes:
+                idle = max(sizes[EXPERTS] - rows * active, 0)
+                parameters -= idle * entry.expert_parameters(config, sizes[CHANNELS])
+    return parameters
