@@ -261,6 +261,19 @@ def test_a_search_trains_longer():
         assert passes_to_distill(config, plan, IDS, tokens) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("ratio", "whole"), [(0.2, False), (0.6, True)])
+def test_equal_layers_train_on_the_text_once_at_most(ratio, whole):
+    """They cost 2.7 forward passes, unless the text is used up before: nothing is written for them."""
+    model = tiny_model("llama")
+    config = make_config(ratio=ratio, uniform=True)
+    plan = plan_for(model.config, config, describe(model.config))
+    windows = torch.zeros(4000, 24, dtype=torch.long)
+    tokens = tokens_to_distill(config, plan, windows)
+    cost = 1 + (1 + 4 / 3) * (1 - plan.achieved)
+    assert tokens == ((4000 - 2048 // 24) * 24 if whole else pytest.approx(2.7 * windows.numel() / cost, abs=1))
+    assert tokens > tokens_to_distill(replace(config, uniform=False), plan, windows)
+
+
 def test_one_window_cannot_be_trained_on_and_judged_by():
     one = {**OPTIONS, "calibration": IDS.reshape(1, -1)[:, :60]}
     with pytest.raises(slimgpt.SlimGPTError, match="raise --num-samples"):

@@ -37,11 +37,13 @@ class TrainingBudget(NamedTuple):
         passes: so many forward passes of the dense layers over the calibration tokens the training may cost.
         steps: about so many, of at least ``step_tokens`` of :class:`~slimgpt.runtime.thresholds.Thresholds`.
         other_matrices_lr: learning rate of the non-output matrices relative to the output matrices; 0 freezes them.
+        generates: whether the dense model writes what the text lacks.
     """
 
     passes: float
     steps: int
     other_matrices_lr: float
+    generates: bool = True
 
     def cost_per_token(self, plan: Plan) -> float:
         """Cost of a token of the text, in forward passes of the dense layers: one, and the passes forward and backward
@@ -51,6 +53,9 @@ class TrainingBudget(NamedTuple):
 
 DEFAULT_BUDGET, SEARCH_BUDGET = TrainingBudget(1.4, 64, 0.0), TrainingBudget(11.5, 320, 0.25)
 """By default, and with ``--allocation search``."""
+
+EQUAL_BUDGET = TrainingBudget(2.7, 128, 0.0, generates=False)
+"""For equal layers, which lose more that the training can repair: about twice as long, on all of the text at most."""
 
 
 HELD_OUT_TOKENS = 2048
@@ -84,7 +89,7 @@ def tokens_to_distill(config: PruneConfig, plan: Plan, windows: Tensor) -> int:
         budget, available = training_budget(config), trainable_tokens(windows)
         passes, cost_per_token = budget.passes * windows.numel(), budget.cost_per_token(plan)
         beyond = (passes - available * cost_per_token) / (cost_per_token + GENERATION_COST - 1)
-        return int(available + beyond if beyond > 0 else passes / cost_per_token)
+        return int(passes / cost_per_token if beyond <= 0 else available + (beyond if budget.generates else 0))
     if len(windows) == 1:
         raise UsageError(
             "distill: the last of the calibration windows is only judged by, so one is too few; raise --num-samples, "
@@ -149,7 +154,10 @@ def pruning_split(windows: Tensor, tokens: int) -> Tensor:
 
 
 def training_budget(config: PruneConfig) -> TrainingBudget:
-    return SEARCH_BUDGET if config.allocation == "search" else DEFAULT_BUDGET
+    """The budget of a run with these settings."""
+    if config.allocation == "search":
+        return SEARCH_BUDGET
+    return EQUAL_BUDGET if config.uniform else DEFAULT_BUDGET
 
 
 def trainable_tokens(windows: Tensor) -> int:
