@@ -248,7 +248,10 @@ def test_a_signal_after_a_command_has_ended_leaves_no_traceback(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_a_failed_run_is_cleared_away_does_not_replace_its_error(number, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("way", [Journal.close, Journal.discard])
+def test_a_signal_while_a_failed_run_is_cleared_away_does_not_replace_its_error(
+    number, way, tmp_path, monkeypatch, capsys
+):
     """As ``torchrun`` sends it to a process that is about to say that it lost contact."""
     journal = Journal(tmp_path / "slim", "layers.", {})
     monkeypatch.setattr(interrupts, "_arrived", False)  # as it was, afterwards
@@ -261,7 +264,7 @@ def test_a_signal_while_a_failed_run_is_cleared_away_does_not_replace_its_error(
         try:
             raise RankError("contact lost; go on with --resume")
         except BaseException:
-            journal.close()
+            way(journal)
             raise
 
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
