@@ -52,6 +52,7 @@ def main(
         bool,
         typer.Option(help="Leave out rows of IFEval that are judged with NLTK's punkt_tab, where that is missing."),
     ] = False,
+    note: Annotated[str, typer.Option(help="What the models are; stands above the table.")] = "",
     device: str = "auto",
     dtype: str = "auto",
 ) -> None:
@@ -67,6 +68,7 @@ def main(
             "chat_template": chat_template,
             "new_tokens": new_tokens,
             "dtype": dtype,
+            "note": note,
         },
         "rows": [],
     }
@@ -202,8 +204,9 @@ def page(result: dict[str, Any]) -> str:
     cut = "" if settings["new_tokens"] is None else f", answers of at most {settings['new_tokens']} tokens"
     left = f" ({settings['left_out']} rows left out that are judged with NLTK's model)" if settings["left_out"] else ""
     lines = [
-        f"# {settings['task']}: what is written",
+        f"# Generated answers: {settings['task']}",
         "",
+        *([settings["note"], ""] if settings.get("note") else []),
         f"{int(first['rows'])} rows{left}, {template} the chat template{cut}, always the most likely token; "
         f"{result['protocol']['harness']}, {result['protocol']['dtype']}. An answer loops where more than a quarter of "
         "its runs of four tokens stood in it before; it never stops where a limit cut it. Differences from the first "
