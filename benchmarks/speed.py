@@ -41,7 +41,7 @@ GAP = """
 - **The output matrix** ({vocab:,} x {hidden:,}) and the embedding stay as they are: {head_share:.0%} of the dense
   model's FLOPs per new token, {slim_head_share:.0%} of the slim one's. The ratio of FLOPs above has that in it already.
 - **Decoding reads every weight once per step**, and the keys and values of every prompt: with {batch} prompts of
-  {prompt} tokens these are {cache_share:.0%} of what the slim model reads, and little of them is removed. So its
+  {prompt} tokens these are {cache_share:.0%} of what the slim model reads, and {removed:.0%} of that is removed. So its
   bound is the ratio of bytes read, not that of FLOPs.
 - **What every layer costs whatever its width**: {layers} times two norms, rotary positions, cache updates, and the
   calls from Python. Timed alone, as a model of the same depth whose matrices are cut to almost nothing, it is
@@ -142,7 +142,9 @@ def page(values: dict[str, Any]) -> str:
     a, b = one["parameters"], two["parameters"]
     lines.append(f"| parameters | | {a:,} | {b:,} | {b / a:.2f} | | | |")
     head = 2.0 * sizes["vocab_size"] * sizes["hidden_size"]
-    most, weights = rows[-1], 4 * b
+    most, caches = values["ratios"][-1]["batch"], []  # weights of four bytes, with a tied head
+    for row, parameters in zip(rows[-2:], (a, b)):
+        caches.append(row["decode_bytes"] * most - 4 * parameters)
     dense_ms, slim_ms, floor = 1e3 / one["decode"], 1e3 / two["decode"], values["floor_ms"]
     lines += [
         "",
@@ -156,9 +158,10 @@ def page(values: dict[str, Any]) -> str:
         hidden=sizes["hidden_size"],
         head_share=head / one["decode_flops"],
         slim_head_share=head / two["decode_flops"],
-        batch=most["batch"],
+        batch=most,
         prompt=protocol["prompt"],
-        cache_share=1 - weights / (most["decode_bytes"] * most["batch"]),
+        cache_share=caches[1] / (4 * b + caches[1]),
+        removed=1 - caches[1] / caches[0],
         layers=sizes["num_hidden_layers"],
         floor=floor,
         dense_ms=dense_ms,

@@ -220,9 +220,9 @@ class PruneConfig:
         "auto",
         "Tokens of the distillation after pruning: auto, off or a number.",
         detail="Output matrices, norms and routers are trained together on so many calibration tokens, towards what "
-        "the dense model predicts and the text says. auto: as many as cost 1.4 forward passes over all (11.5 in a "
-        "search; 2.7 for equal layers, which lose more), for the method slimgpt if the text is enough. If the text has "
-        "fewer, the dense model generates the rest, but not for equal layers by auto. With auto, not at all for the "
+        "the dense model predicts and the text says. auto: as many as cost 1.4 forward passes over the "
+        "whole calibration text (search: 11.5; --uniform: up to 2.7, but no text beyond it), for the method slimgpt if "
+        "the text is enough. If the text has fewer, the dense model generates the rest. With auto, not at all for the "
         "other methods and without repair.",
         metavar="TOKENS",
         check=check_distill,

@@ -12,13 +12,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
-from slimgpt.checkpoint.journal import Journal
+import slimgpt
 from slimgpt.cli import app
 from slimgpt.cli.console import handle_errors, write_file
-from slimgpt.errors import OutputError, RankError
+from slimgpt.errors import NumericalError, OutputError, RankError
+from slimgpt.pipeline import to_folder
 from slimgpt.runtime import interrupts
 from slimgpt.runtime.interrupts import heed_interrupts
 
@@ -248,29 +250,32 @@ def test_a_signal_after_a_command_has_ended_leaves_no_traceback(number):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("way", [Journal.close, Journal.discard])
+@pytest.mark.parametrize(("error", "ending"), [(RankError, "lost"), (NumericalError, "infinite")])
 def test_a_signal_while_a_failed_run_is_cleared_away_does_not_replace_its_error(
-    number, way, tmp_path, monkeypatch, capsys
+    number, error, ending, dense_folder, tmp_path, monkeypatch, capsys
 ):
     """As ``torchrun`` sends it to a process that is about to say that it lost contact."""
-    journal = Journal(tmp_path / "slim", "layers.", {})
     monkeypatch.setattr(interrupts, "_arrived", False)  # as it was, afterwards
+    sent = []
 
     def cleared(*_args: object, **_options: object) -> None:
+        sent.append(number)
         signal.raise_signal(number)
+
+    def fail(*_args: object) -> None:
+        monkeypatch.setattr(shutil, "rmtree", cleared)
+        raise error(ending)
+
+    monkeypatch.setattr(to_folder, "_run_in_memory", fail)
 
     @handle_errors
     def command() -> None:
-        try:
-            raise RankError("contact lost; go on with --resume")
-        except BaseException:
-            way(journal)
-            raise
+        ids = torch.zeros(8, 24, dtype=torch.long)
+        slimgpt.prune_folder(dense_folder, tmp_path / "slim", 0.3, ids, device="cpu")
 
     before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         heed_interrupts()
-        monkeypatch.setattr(shutil, "rmtree", cleared)
         with pytest.raises(typer.Exit) as end:
             command()
         with pytest.raises(KeyboardInterrupt):  # heeded again
@@ -278,5 +283,6 @@ def test_a_signal_while_a_failed_run_is_cleared_away_does_not_replace_its_error(
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+    assert sent
     assert end.value.exit_code == 2
-    assert capsys.readouterr().err == "error: contact lost; go on with --resume\n"
+    assert capsys.readouterr().err.endswith(f"error: {ending}\n")

@@ -8,12 +8,14 @@ import re
 import shutil
 import sys
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import slimgpt
 from slimgpt.comparison import CompareConfig, Comparison, ModelResult, Timing, Timings, time_models
@@ -24,6 +26,7 @@ from slimgpt.comparison.row import ComparisonRow
 from slimgpt.evaluation.samples import write_samples
 from slimgpt.evaluation.speed import peak_memory
 from slimgpt.evaluation.tasks import TaskScores, answers, difference, flips
+from slimgpt.models.families.moe import EXPERTS
 from slimgpt.models.lookup import layer_sizes
 from slimgpt.models.source import locate
 from slimgpt.planning.cost import decode_bytes, generation_flops
@@ -407,7 +410,7 @@ def test_speed_prints_ratios_beside_those_of_flops(folders, tmp_path):
     assert ratio["decode"] == pytest.approx(slim["decode"] / dense["decode"])
     assert ratio["decode_flops"] == pytest.approx(dense["decode_flops"] / slim["decode_flops"])
     assert ratio["decode_flops"] > 1
-    assert f"FLOPs promise {ratio['decode_flops']:.2f}, bytes read {ratio['decode_bytes']:.2f}" in done.output
+    assert f"FLOPs promise {ratio['decode_flops']:.2f}, bytes read promise {ratio['decode_bytes']:.2f}" in done.output
     assert dense["decode_bytes"] < values["rows"][0]["decode_bytes"]  # two rows share the weights
     assert slim["peak_memory"] is None
     too_long = run("speed", folders / "dense", "--prompt", 300, "--no-memory", "--device", "cpu")
@@ -455,20 +458,36 @@ def test_bytes_of_a_step_are_the_weights_and_the_cache(tied):
 
 
 def test_experts_that_no_token_goes_to_cost_nothing():
-    """The operations of a mixture are those of a dense model with the active experts; of three rows of two experts
-    each, six are read."""
-    model = tiny_model("qwen3_moe", tie_word_embeddings=False)
+    """Of seven experts two are active, in every second layer; the expected number that rows go to, from all choices."""
+    sizes = {"num_experts": 7, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "decoder_sparse_step": 2}
+    model = tiny_model("qwen3_moe", tie_word_embeddings=False, mlp_only_layers=[], **sizes)
     config, layers = model.config, layer_sizes(model.config)
+    stacks = [p for name, p in model.named_parameters() if ".experts." in name]
+    held = sum(p.numel() for p in stacks)
+    sparse = sum(EXPERTS in layer for layer in layers)
+    assert 0 < sparse < len(layers)
     parameters = sum(p.numel() for p in model.parameters())
-    expert = 3 * config.hidden_size * config.moe_intermediate_size
-    table = config.vocab_size * config.hidden_size
-    idle = config.num_hidden_layers * (config.num_experts - config.num_experts_per_tok) * expert
+    dense = parameters - held - config.vocab_size * config.hidden_size
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    assert generation_flops(config, layers, parameters, 10, 4)[1] == 2 * (parameters - table - idle) + attention * 12
-    one, three = (decode_bytes(config, layers, parameters, 2, 0, rows) for rows in (1, 3))
-    more = min(config.num_experts, 3 * config.num_experts_per_tok) - config.num_experts_per_tok
-    assert one == 2 * (parameters - table - idle)
-    assert three - one == 2 * config.num_hidden_layers * more * expert
+    expected = 2 * (dense + held * 2 / 7) + attention * 12
+    assert generation_flops(config, layers, parameters, 10, 4)[1] == pytest.approx(expected)
+    pairs = list(combinations(range(7), 2))
+    chosen = fmean(len({*one, *two, *three}) for one, two, three in product(pairs, repeat=3))
+    for rows, number in ((1, 2), (3, chosen), (1000, 7)):
+        read = 2 * (dense + held * number / 7)
+        assert decode_bytes(config, layers, parameters, 2, 0, rows) == pytest.approx(read)
+
+
+def test_a_head_is_tied_where_the_whole_config_says_so():
+    """As transformers takes it, whatever the config of the language model says."""
+    config = AutoConfig.for_model("mistral3", tie_word_embeddings=False)
+    layers = layer_sizes(config)
+    text = config.get_text_config()
+    text.tie_word_embeddings = True
+    untied = decode_bytes(config, layers, 10**10, 2, 0)
+    assert untied == 2 * (10**10 - text.vocab_size * text.hidden_size)
+    config.tie_word_embeddings = True
+    assert decode_bytes(config, layers, 10**10, 2, 0) == 2 * 10**10
 
 
 def test_rows_of_the_table():

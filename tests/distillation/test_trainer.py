@@ -14,7 +14,7 @@ from slimgpt.config import make_config
 from slimgpt.distillation import sharded_adam
 from slimgpt.distillation import trainer as distillation
 from slimgpt.distillation.data import _equal_batches, build_distillation_data
-from slimgpt.distillation.schedule import learning_rate, passes_to_distill, tokens_to_distill
+from slimgpt.distillation.schedule import learning_rate, passes_to_distill, tokens_to_distill, trainable_tokens
 from slimgpt.distillation.trainer import Distillation
 from slimgpt.layerwise.context import ExecutionContext
 from slimgpt.models.build import decoder_layers
@@ -272,6 +272,25 @@ def test_equal_layers_train_on_the_text_once_at_most(ratio, whole):
     cost = 1 + (1 + 4 / 3) * (1 - plan.achieved)
     assert tokens == ((4000 - 2048 // 24) * 24 if whole else pytest.approx(2.7 * windows.numel() / cost, abs=1))
     assert tokens > tokens_to_distill(replace(config, uniform=False), plan, windows)
+
+
+def test_equal_layers_never_train_on_less_than_others():
+    config = make_config(ratio=0.2, uniform=True)
+    model, windows = tiny_model("llama"), torch.zeros(4000, 24, dtype=torch.long)
+    plan = plan_for(model.config, CONFIG, describe(model.config))
+    for achieved in (0.05, 0.5, 0.8, 0.9, 0.95):
+        most = replace(plan, achieved=achieved)
+        tokens = [tokens_to_distill(replace(config, uniform=uniform), most, windows) for uniform in (True, False)]
+        assert tokens[0] >= tokens[1]
+
+
+@pytest.mark.parametrize("length", [24, 300, 384, 512])
+def test_what_a_window_leaves_over_is_not_trained_on(length):
+    """Windows are cut into pieces of 256; a text is used up when all pieces are."""
+    windows = torch.zeros(64, length, dtype=torch.long)
+    piece = min(length, 256)
+    held = max(min(2048, windows.numel() // 4) // length, 1)
+    assert trainable_tokens(windows) == (64 - held) * (length // piece) * piece
 
 
 def test_one_window_cannot_be_trained_on_and_judged_by():

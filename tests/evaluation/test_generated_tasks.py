@@ -250,3 +250,16 @@ def test_options_of_tasks_are_refused_before_anything_is_measured(dense_folder, 
     assert base.exit_code == 2
     assert "has no chat template" in base.output
     assert "perplexity" not in base.output
+
+
+def test_languages_are_detected_the_same_every_time():
+    """A short text in two languages; without a seed the answer differs between calls."""
+    langdetect = pytest.importorskip("langdetect")
+    text = "Das is good und very schoen, more or less."
+    languages = []
+    for _ in range(10):
+        with harness._languages_repeatable():
+            languages.append([(each.lang, each.prob) for each in langdetect.detect_langs(text)])
+    assert all(each == languages[0] for each in found)
+    assert langdetect.DetectorFactory.seed is None
+    assert any(str(langdetect.detect_langs(text)) != str(langdetect.detect_langs(text)) for _ in range(20))

@@ -230,7 +230,6 @@ class Journal:
             self.discard()
         return worth
 
-    @interrupts_ignored()
     def discard(self) -> None:
         """Remove the working folder; what was being replaced gets its name back."""
         if (replaced := self.folder / "replaced").exists() and not self.output.exists():

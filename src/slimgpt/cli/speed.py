@@ -82,13 +82,13 @@ def print_timings(timings: Timings) -> None:
         out.print(table)
     for (model, batch), ratio in timings.ratios().items():
         pair = [row for row in timings.rows if row.batch == batch and row.model in (model, timings.base)]
-        size = f"bytes x {ratio['bytes']:.3f}" if same_type(pair) else f"parameters x {ratio['parameters']:.3f}"
+        size = f"on disk x {ratio['bytes']:.3f}" if same_type(pair) else f"parameters x {ratio['parameters']:.3f}"
         peak = f", peak memory x {ratio['peak_memory']:.3f}" if "peak_memory" in ratio else ""
         out.print(
             f"{Path(model).name} against {Path(str(timings.base)).name}, batch {batch}: "
             f"prefill x [bold]{ratio['prefill']:.2f}[/] (FLOPs promise {ratio['prefill_flops']:.2f}), "
             f"decode x [bold]{ratio['decode']:.2f}[/] (FLOPs promise {ratio['decode_flops']:.2f}, "
-            f"bytes read {ratio['decode_bytes']:.2f}), {size}{peak}",
+            f"bytes read promise {ratio['decode_bytes']:.2f}), {size}{peak}",
             soft_wrap=True,
             highlight=False,
         )

@@ -55,7 +55,8 @@ DEFAULT_BUDGET, SEARCH_BUDGET = TrainingBudget(1.4, 64, 0.0), TrainingBudget(11.
 """By default, and with ``--allocation search``."""
 
 EQUAL_BUDGET = TrainingBudget(2.7, 128, 0.0, generates=False)
-"""For equal layers, which lose more that the training can repair: about twice as long, on all of the text at most."""
+"""With ``--uniform``: equal layers lose more that the training can repair, so it is up to twice as long, on the whole
+text at most."""
 
 
 HELD_OUT_TOKENS = 2048
@@ -63,7 +64,7 @@ HELD_OUT_TOKENS = 2048
 
 
 MAX_SEQ_LEN = 256
-"""Longer windows are cut."""
+"""Longer windows are cut into pieces of so many tokens; what is left of a window is not trained on."""
 
 
 def passes_to_distill(config: PruneConfig, plan: Plan, windows: Tensor, tokens: int) -> float:
@@ -86,16 +87,22 @@ def tokens_to_distill(config: PruneConfig, plan: Plan, windows: Tensor) -> int:
     if config.distill == "auto":
         if windows.numel() < thresholds().min_training_tokens or len(windows) == 1:
             return 0
-        budget, available = training_budget(config), trainable_tokens(windows)
-        passes, cost_per_token = budget.passes * windows.numel(), budget.cost_per_token(plan)
-        beyond = (passes - available * cost_per_token) / (cost_per_token + GENERATION_COST - 1)
-        return int(passes / cost_per_token if beyond <= 0 else available + (beyond if budget.generates else 0))
+        budget = training_budget(config)
+        return max(_tokens_of(each, plan, windows) for each in {budget, DEFAULT_BUDGET})
     if len(windows) == 1:
         raise UsageError(
             "distill: the last of the calibration windows is only judged by, so one is too few; raise --num-samples, "
             "with a lower --seq-len if the text is short"
         )
     return int(config.distill)
+
+
+def _tokens_of(budget: TrainingBudget, plan: Plan, windows: Tensor) -> int:
+    """Number of tokens that cost what a budget has, those of the text first."""
+    passes, cost_per_token = budget.passes * windows.numel(), budget.cost_per_token(plan)
+    available = trainable_tokens(windows)
+    beyond = (passes - available * cost_per_token) / (cost_per_token + GENERATION_COST - 1)
+    return int(passes / cost_per_token if beyond <= 0 else available + (beyond if budget.generates else 0))
 
 
 def disk_to_distill(
@@ -161,8 +168,9 @@ def training_budget(config: PruneConfig) -> TrainingBudget:
 
 
 def trainable_tokens(windows: Tensor) -> int:
-    """Number of calibration tokens that can be trained on."""
-    return (len(windows) - _held_windows(windows)) * windows.shape[1]
+    """Number of calibration tokens that can be trained on, in pieces of at most :data:`MAX_SEQ_LEN`."""
+    length = min(windows.shape[1], MAX_SEQ_LEN)
+    return (len(windows) - _held_windows(windows)) * (windows.shape[1] // length * length)
 
 
 def _held_windows(windows: Tensor) -> int:

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +145,7 @@ def run_harness(
     manager, built = build_tasks(tasks, None if draw_rows else limit, num_fewshot, data_dir, run_code)
     drawn = drawn_rows(manager, built, limit, seed) if draw_rows and limit is not None else None
     # Its bars and warnings are not ours.
-    with redirect_stderr(io.StringIO()), _without_commit(), code_allowed(run_code):
+    with redirect_stderr(io.StringIO()), _without_commit(), _languages_repeatable(), code_allowed(run_code):
         scorer = Scorer(pretrained=model, tokenizer=tokenizer, batch_size=8)  # type: ignore[arg-type]
         scorer.on_start, scorer.seed, scorer.answers = on_start, seed, {}
         results = evaluator.simple_evaluate(
@@ -173,3 +174,18 @@ def _without_commit() -> Iterator[None]:
         yield
     finally:
         evaluator.get_git_commit_hash = asked
+
+
+@contextmanager
+def _languages_repeatable() -> Iterator[None]:
+    """Let IFEval judge the language of an answer the same every time: without a seed langdetect draws at random."""
+    if find_spec("langdetect") is None:  # the task asks for it itself
+        yield
+        return
+    from langdetect import DetectorFactory
+
+    before, DetectorFactory.seed = DetectorFactory.seed, 0
+    try:
+        yield
+    finally:
+        DetectorFactory.seed = before

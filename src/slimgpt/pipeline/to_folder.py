@@ -34,7 +34,7 @@ from slimgpt.pipeline.weights_source import open_model
 from slimgpt.pruning.report import PruneReport
 from slimgpt.runtime.devices import dtype_name
 from slimgpt.runtime.distributed import Ranks, join, rank_of_environment
-from slimgpt.runtime.interrupts import interrupts_restored
+from slimgpt.runtime.interrupts import interrupts_ignored, interrupts_restored
 from slimgpt.runtime.memory import free_bytes, limit_gpu_memory
 from slimgpt.runtime.versions import versions
 from slimgpt.sensitivity.measure import OnMeasured
@@ -73,9 +73,10 @@ def run_to_folder(request: PruneRequest, callbacks: Callbacks | None = None) -> 
         try:
             return _run_in_memory(request, job, journal, callbacks, ranks, finished)
         except BaseException as error:
-            if ranks.main and isinstance(error, NumericalError):
-                journal.discard()  # the same command would fail in the same layer again
-            kept = ranks.main and journal.close()
+            with interrupts_ignored():
+                if ranks.main and isinstance(error, NumericalError):
+                    journal.discard()  # the same command would fail in the same layer again
+                kept = ranks.main and journal.close()
             if kept and isinstance(error, KeyboardInterrupt):
                 raise KeyboardInterrupt(f"what is finished is kept in {journal.folder}; go on with --resume") from None
             raise

@@ -11,6 +11,7 @@ from slimgpt.models.architecture import CHANNELS, HEADS, KV_HEADS, Sizes
 from slimgpt.models.families.moe import EXPERTS, SHARED, Mixture
 from slimgpt.models.lookup import head_dim, lookup, text_config
 from slimgpt.models.parameter_counts import ModelShape
+from slimgpt.models.ties import is_tied
 from slimgpt.planning.plan import Plan
 from slimgpt.planning.targets import CACHE_BYTES, cache_bytes
 from slimgpt.runtime.devices import matmul_seconds
@@ -33,13 +34,12 @@ _MIXES = {
 
 def gguf_bytes(config: PreTrainedConfig, plan: Plan) -> dict[str, int]:
     """Bytes of the tensors of a GGUF file by type of quantisation: an estimate, for llama.cpp mixes types by rules."""
-    config = text_config(config)
+    tied, config = is_tied(config), text_config(config)
     h, d, vocab = config.hidden_size, head_dim(config), config.vocab_size
-    norms = plan.parameters - _matrices(config, plan)
+    norms = plan.parameters - _matrices(config, plan, tied)
     sizes = {}
     for name, (most, more, output) in _MIXES.items():
         bits = 32.0 * max(norms, 0)
-        tied = getattr(config, "tie_word_embeddings", False)
         bits += vocab * h * _bits(output if tied else most, h)
         bits += 0 if tied else vocab * h * _bits(output, h)
         for layer in plan.layers:
@@ -122,10 +122,10 @@ def _bits(kind: str, row: int) -> float:
     return _BITS[_FALLBACK.get(kind, kind) if row % 256 else kind]
 
 
-def _matrices(config: PreTrainedConfig, plan: Plan) -> int:
+def _matrices(config: PreTrainedConfig, plan: Plan, tied: bool) -> int:
     """Parameters in matrices, without norms and biases."""
     h, d = config.hidden_size, head_dim(config)
-    total = config.vocab_size * h * (1 if getattr(config, "tie_word_embeddings", False) else 2)
+    total = config.vocab_size * h * (1 if tied else 2)
     for layer in plan.layers:
         heads, kv, ffn = _widths(layer)
         total += 2 * h * d * (heads + kv) + 3 * h * ffn * layer.get(EXPERTS, 1)
@@ -154,7 +154,7 @@ def decode_bytes(
 ) -> float:
     """Bytes that one step of decoding reads: the weights once, and the KV cache of every row of the batch.
 
-    Rows of a batch that go to different experts read more of them: as many as there are at most.
+    Of a mixture's experts those are counted that the rows are expected to go to, each to any with equal probability.
 
     Args:
         layers: the widths of every layer.
@@ -167,16 +167,16 @@ def decode_bytes(
     return itemsize * (_read_parameters(config, layers, parameters, batch) + batch * cache)
 
 
-def _read_parameters(config: PreTrainedConfig, layers: Sequence[Sizes], parameters: int, rows: int = 1) -> int:
-    """Parameters that a new token of each row is multiplied with: without the embeddings, of which one row is read
-    (tied, they are the output matrix), and without experts that no token goes to."""
-    entry, config = lookup(config), text_config(config)
-    if not getattr(config, "tie_word_embeddings", False):
-        parameters -= config.vocab_size * config.hidden_size
+def _read_parameters(config: PreTrainedConfig, layers: Sequence[Sizes], parameters: int, rows: int = 1) -> float:
+    """Parameters that new tokens, one of each row, are multiplied with: without the token embeddings, of which one row
+    is read (tied, they are the output matrix), and without the experts that no token goes to. Other tables and the
+    parts of a multimodal model beside the language model are counted."""
+    entry, tied, config = lookup(config), is_tied(config), text_config(config)
+    read = float(parameters if tied else parameters - config.vocab_size * config.hidden_size)
     if isinstance(entry, Mixture):
         active = entry.active_experts(config)
         for sizes in layers:
             if EXPERTS in sizes:
-                idle = max(sizes[EXPERTS] - rows * active, 0)
-                parameters -= idle * entry.expert_parameters(config, sizes[CHANNELS])
-    return parameters
+                idle = sizes[EXPERTS] * max(1 - active / sizes[EXPERTS], 0.0) ** rows
+                read -= idle * entry.expert_parameters(config, sizes[CHANNELS])
+    return read

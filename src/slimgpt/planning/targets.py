@@ -17,7 +17,7 @@ __all__ = ["CacheTarget", "cache_bytes", "kv_heads_for", "parameters_for", "pars
 CACHE_BYTES = 2
 """Bytes of a number in the KV cache: engines keep it in 16 bits."""
 
-STATEFUL = ("conv", "mamba", "recurrent")
+STATEFUL = ("conv", "mamba", "recurrent", "mlp", "moe")
 """Types of layers without a KV cache."""
 
 HEADER_BYTES = 256
