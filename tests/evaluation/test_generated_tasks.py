@@ -260,6 +260,6 @@ def test_languages_are_detected_the_same_every_time():
     for _ in range(10):
         with harness._languages_repeatable():
             languages.append([(each.lang, each.prob) for each in langdetect.detect_langs(text)])
-    assert all(each == languages[0] for each in found)
+    assert all(each == languages[0] for each in languages)
     assert langdetect.DetectorFactory.seed is None
     assert any(str(langdetect.detect_langs(text)) != str(langdetect.detect_langs(text)) for _ in range(20))
