@@ -78,6 +78,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="Of each held-out text.")] = 16_384,
     dtype: Annotated[str, typer.Option(help="Of forward passes: float32, or bfloat16 where it is faster.")] = "float32",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the slim models beside the rows.")] = False,
+    known: Annotated[bool, typer.Option("--known", help="Measure nothing: write the rows that are known.")] = False,
 ) -> None:
     """Measure what is missing, then show and write all that is known."""
     logging.disable_progress_bar()
@@ -88,7 +89,7 @@ def main(
         )
         shares, numbers = [float(ratio) for ratio in ratios.split(",")], [int(seed) for seed in seeds.split(",")]
         rows = rows_of(wanted, shares, chosen(sources, SOURCES, "source"), numbers)
-        todo = [row for row in rows if bench.missing(row)]
+        todo = [] if known else [row for row in rows if bench.missing(row)]
     except SlimGPTError as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from None
