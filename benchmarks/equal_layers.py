@@ -91,8 +91,9 @@ def main(
             "# Equal layers beside widths by layer",
             "",
             f"Pruned by the default, by layer and with `--uniform`, on the same {num_samples} x {seq_len} tokens of "
-            f"C4 (seed 0). {protocol(bench.settings)} In brackets: the multiple of the row by layer "
-            f"(goal: {GOAL:.2f} in the mean). One run each.",
+            "C4 (seed 0); with `--uniform` the default trains on up to twice as much of them. "
+            f"{protocol(bench.settings)} In brackets: the multiple of the row by layer (goal: {GOAL:.2f} in "
+            "the mean). One run each.",
             "",
             *lines,
             "",
