@@ -155,7 +155,10 @@ def test_sentences_of_ifeval_need_a_model_that_may_not_be_there(tmp_path, monkey
         assert check_tasks("ifeval", limit=1, data_dir=tmp_path)[0] == ["ifeval"]
 
 
-@pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct", "mbpp"])
+@pytest.mark.parametrize(
+    "task",
+    ["humaneval", *(pytest.param(task, marks=pytest.mark.slow) for task in ("humaneval_instruct", "mbpp"))],
+)
 def test_no_code_runs_unasked(task, model, tokenizer, rows, monkeypatch):
     """Whatever the environment allows."""
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")

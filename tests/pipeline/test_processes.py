@@ -95,6 +95,7 @@ def test_two_processes_decide_like_one(wide, text_file, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_two_processes_choose_between_whole_experts_and_channels_like_one(tokenizer, text_file, tmp_path):
     tiny_mixture("qwen2_moe").save_pretrained(tmp_path / "dense")
     tokenizer.save_pretrained(tmp_path / "dense")

@@ -187,6 +187,7 @@ def test_two_processes_write_measure_and_train_like_one(family, changes, script,
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same_costs_of_whole_attentions(script, tokenizer, tmp_path):
     """Three batches of the comparison, of which two are run without attention: ten windows, of which one process has
     six and the other four of its first five."""
