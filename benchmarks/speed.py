@@ -142,9 +142,9 @@ def page(values: dict[str, Any]) -> str:
     a, b = one["parameters"], two["parameters"]
     lines.append(f"| parameters | | {a:,} | {b:,} | {b / a:.2f} | | | |")
     head = 2.0 * sizes["vocab_size"] * sizes["hidden_size"]
-    most, caches = values["ratios"][-1]["batch"], []  # weights of four bytes, with a tied head
-    for row, parameters in zip(rows[-2:], (a, b)):
-        caches.append(row["decode_bytes"] * most - 4 * parameters)
+    most = rows[-1]["batch"]
+    # Without the weights, of four bytes, with a tied head.
+    caches = [row["decode_bytes"] * most - 4 * row["parameters"] for row in rows[-2:]]
     dense_ms, slim_ms, floor = 1e3 / one["decode"], 1e3 / two["decode"], values["floor_ms"]
     lines += [
         "",

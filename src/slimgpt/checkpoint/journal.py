@@ -44,7 +44,6 @@ from slimgpt.io.atomic import publish, write_text
 from slimgpt.io.tensors import write_tensors
 from slimgpt.models.slicing import State
 from slimgpt.pruning.report import LayerReport, PrunedLayer
-from slimgpt.runtime.interrupts import interrupts_ignored
 
 JOURNAL_FILE, DISCARDED_FILE = "journal.json", "discarded.json"
 WEIGHTS_CHECKSUM = "weights_crc32"
@@ -221,7 +220,6 @@ class Journal:
         """The files of a layer's weights and report."""
         return self.layers / f"{index:05d}.safetensors", self.layers / f"{index:05d}.json"
 
-    @interrupts_ignored()
     def close(self) -> bool:
         """Stop an unfinished run; returns whether a layer or some text is finished, so that it was kept."""
         shutil.rmtree(self.scratch, ignore_errors=True)

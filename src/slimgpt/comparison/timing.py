@@ -146,10 +146,7 @@ def time_models(
 
         speeds.append(measure_speed(models, prompt, new_tokens, rounds, step, batch))
     target = models[0].device
-    columns = [
-        [_model_columns(source, model, prompt, new_tokens, batch) for source, model in zip(sources, models)]
-        for batch in batches
-    ]
+    columns = [_model_columns(source, model, prompt, new_tokens, batches) for source, model in zip(sources, models)]
     stored = dtype_name(models[0].dtype)
     del models  # the fresh processes need the memory
     rows = [
@@ -162,7 +159,7 @@ def time_models(
             peak_memory=_peak(source, str(target), batch, prompt, new_tokens, trust_remote_code) if memory else None,
             **model_columns,
         )
-        for batch, of_batch, batch_columns in zip(batches, speeds, columns)
+        for batch, of_batch, batch_columns in zip(batches, speeds, zip(*columns))
         for name, source, model_columns, speed in zip(names, sources, batch_columns, of_batch)
     ]
     return Timings(
@@ -228,22 +225,27 @@ def speed(
     )
 
 
-def _model_columns(source: Source, model: PreTrainedModel, prompt: int, new_tokens: int, batch: int) -> dict[str, Any]:
-    parameters = sum(p.numel() for p in model.parameters())
-    size = parameters * model.dtype.itemsize
+def _model_columns(
+    source: Source, model: PreTrainedModel, prompt: int, new_tokens: int, batches: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What is counted, not timed, at every batch size."""
+    parameters, itemsize = sum(p.numel() for p in model.parameters()), model.dtype.itemsize
+    size = parameters * itemsize
     if source.folder is not None:
         file = source.folder / (source.gguf_file or "")
         size = file.stat().st_size if source.gguf_file else weight_bytes(source.folder)
-    layers, itemsize = layer_sizes(model.config), model.dtype.itemsize
+    layers, context = layer_sizes(model.config), prompt + new_tokens // 2
     prefill, decode = generation_flops(model.config, layers, parameters, prompt, new_tokens)
-    read = decode_bytes(model.config, layers, parameters, itemsize, prompt + new_tokens // 2, batch)
-    return {
-        "parameters": parameters,
-        "bytes": size,
-        "prefill_flops": prefill,
-        "decode_flops": decode,
-        "decode_bytes": read / batch,
-    }
+    return [
+        {
+            "parameters": parameters,
+            "bytes": size,
+            "prefill_flops": prefill,
+            "decode_flops": decode,
+            "decode_bytes": decode_bytes(model.config, layers, parameters, itemsize, context, batch) / batch,
+        }
+        for batch in batches
+    ]
 
 
 def _peak(source: Source, device: str, batch: int, prompt: int, new_tokens: int, trust_remote_code: bool) -> int | None:

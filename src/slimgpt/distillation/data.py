@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from slimgpt.config import PruneConfig
 from slimgpt.distillation.generate import GeneratedText, generate_text
-from slimgpt.distillation.schedule import MAX_SEQ_LEN, pruning_split, training_budget
+from slimgpt.distillation.schedule import MAX_SEQ_LEN, pruning_split, trainable_tokens, training_budget
 from slimgpt.layerwise.capture import LayerInputs, capture
 from slimgpt.layerwise.context import ExecutionContext, activation_store_for, running_layer
 from slimgpt.layerwise.passes import LayerPasses, LayerVariant
@@ -93,7 +93,7 @@ def build_distillation_data(
     length = min(windows.shape[1], MAX_SEQ_LEN)
     pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
     calibration = pruning_split(windows, tokens)
-    rest = pieces[: len(calibration) * (windows.shape[1] // length)]
+    rest = pieces[: trainable_tokens(windows) // length]
     held_out = pieces[len(rest) :]
     budget = training_budget(config)
     pieces_per_step = max(thresholds().step_tokens, tokens // budget.steps) // length

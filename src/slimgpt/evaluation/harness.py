@@ -9,6 +9,7 @@ from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
@@ -168,12 +169,8 @@ def run_harness(
 def _without_commit() -> Iterator[None]:
     """Keep the harness from asking git for the commit of the current folder: git's complaint that it is none goes past
     ``sys.stderr``, and the answer is of no use here."""
-    asked = evaluator.get_git_commit_hash
-    evaluator.get_git_commit_hash = lambda: None
-    try:
+    with mock.patch.object(evaluator, "get_git_commit_hash", return_value=None):
         yield
-    finally:
-        evaluator.get_git_commit_hash = asked
 
 
 @contextmanager
@@ -184,8 +181,5 @@ def _languages_repeatable() -> Iterator[None]:
         return
     from langdetect import DetectorFactory
 
-    before, DetectorFactory.seed = DetectorFactory.seed, 0
-    try:
+    with mock.patch.object(DetectorFactory, "seed", 0):
         yield
-    finally:
-        DetectorFactory.seed = before
