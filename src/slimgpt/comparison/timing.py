@@ -228,7 +228,7 @@ def speed(
 def _model_columns(
     source: Source, model: PreTrainedModel, prompt: int, new_tokens: int, batches: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """What is counted, not timed, at every batch size."""
+    """Columns that are counted, not timed, at every batch size."""
     parameters, itemsize = sum(p.numel() for p in model.parameters()), model.dtype.itemsize
     size = parameters * itemsize
     if source.folder is not None:
