@@ -16,7 +16,22 @@ from typing import Annotated, Any
 
 import typer
 from quality import chosen, exit_if_any, work
-from quality_table.increases import COLUMNS, HEADINGS, bench_of, cells, increases, protocol, write
+from quality_table.increases import (
+    COLUMNS,
+    HEADINGS,
+    DataFolder,
+    ForwardDtype,
+    KeepModels,
+    Known,
+    MaxTokens,
+    PagePath,
+    RowsFolder,
+    bench_of,
+    cells,
+    increases,
+    protocol,
+    write,
+)
 from quality_table.models import MODELS
 from quality_table.rows import DENSE, Result, Row
 from quality_table.run import Settings
@@ -66,19 +81,19 @@ def table(rows: Sequence[tuple[Row, Result]], models: Sequence[str]) -> Iterator
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder of texts, as benchmarks/quality.py has it.")] = Path("data"),
-    keep: Annotated[Path, typer.Option(help="Folder of finished rows.")] = Path("runs/calibration-text"),
-    out: Annotated[Path | None, typer.Option(help="Write page and JSON there; without a suffix.")] = None,
+    data: DataFolder = Path("data"),
+    keep: RowsFolder = Path("runs/calibration-text"),
+    out: PagePath = None,
     models: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}.")] = "smollm2,smollm2-mha",
     sources: Annotated[str, typer.Option(help=f"Of {', '.join(SOURCES)}.")] = "c4,speeches,auto,mix",
     ratios: str = "0.2,0.33,0.5",
     seeds: str = "0",
     num_samples: int = 128,
     seq_len: int = 512,
-    max_tokens: Annotated[int, typer.Option(help="Of each held-out text.")] = 16_384,
-    dtype: Annotated[str, typer.Option(help="Of forward passes: float32, or bfloat16 where it is faster.")] = "float32",
-    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the slim models beside the rows.")] = False,
-    known: Annotated[bool, typer.Option("--known", help="Measure nothing: write the rows that are known.")] = False,
+    max_tokens: MaxTokens = 16_384,
+    dtype: ForwardDtype = "float32",
+    keep_models: KeepModels = False,
+    known: Known = False,
 ) -> None:
     """Measure what is missing, then show and write all that is known."""
     logging.disable_progress_bar()

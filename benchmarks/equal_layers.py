@@ -10,13 +10,28 @@ are kept as those of `benchmarks/calibration_text.py` are, whose rows of C4 serv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from quality import chosen, exit_if_any, work
-from quality_table.increases import COLUMNS, HEADINGS, bench_of, cells, increases, protocol, write
+from quality_table.increases import (
+    COLUMNS,
+    HEADINGS,
+    DataFolder,
+    ForwardDtype,
+    KeepModels,
+    Known,
+    MaxTokens,
+    PagePath,
+    RowsFolder,
+    bench_of,
+    cells,
+    increases,
+    protocol,
+    write,
+)
 from quality_table.models import MODELS
 from quality_table.rows import DENSE, Result, Row
 from rich.console import Console
@@ -37,8 +52,8 @@ console = Console()
 
 def table(rows: Sequence[tuple[Row, Result]]) -> Iterator[str]:
     """Markdown: increases by model, ratio and widths; in brackets the multiple of the increase by layer."""
-    yield f"| model | widths | removed | {HEADINGS} | pruning, core-seconds |"
-    yield "|" + "---|" * (4 + len(COLUMNS))
+    yield f"| model | widths | removed | {HEADINGS} | mean at equal size | pruning, core-seconds |"
+    yield "|" + "---|" * (5 + len(COLUMNS))
     dense = {row.model: result for row, result in rows if row.method == DENSE}
     known = {
         (row.model, row.ratio, row.method): (increases(result, dense[row.model]), result)
@@ -46,26 +61,51 @@ def table(rows: Sequence[tuple[Row, Result]]) -> Iterator[str]:
         if row.method != DENSE and result.measures
     }
     for (model, ratio, method), (values, result) in known.items():
-        beside = known.get((model, ratio, BY_LAYER), ({}, result))[0] if method != BY_LAYER else {}
+        removed, multiple, beside = result.found["achieved"], "", {}
+        if method != BY_LAYER:
+            beside = known.get((model, ratio, BY_LAYER), ({}, result))[0]
+            by_layer = {
+                each.found["achieved"]: increase["mean"]
+                for (other, _, way), (increase, each) in known.items()
+                if other == model and way == BY_LAYER
+            }
+            at_size = interpolated(by_layer, removed)
+            multiple = f"{values['mean'] / at_size:.2f}" if at_size else ""
         yield (
-            f"| {model} | {TITLES[method]} | {result.found['achieved']:.2%} | {cells(values, beside)} "
+            f"| {model} | {TITLES[method]} | {removed:.2%} | {cells(values, beside)} | {multiple} "
             f"| {result.found['core_seconds'] or 0:.0f} |"
         )
 
 
+def interpolated(values: Mapping[float, float], at: float) -> float | None:
+    """An increase at a share removed that was not measured: its logarithm is taken as linear between the two nearest.
+
+    Args:
+        values: increases by the share removed.
+
+    Returns:
+        ``None`` with fewer than two values.
+    """
+    if len(values) < 2:
+        return None
+    (x0, y0), (x1, y1) = sorted(sorted(values.items(), key=lambda pair: abs(pair[0] - at))[:2])
+    return y0 * (y1 / y0) ** ((at - x0) / (x1 - x0))
+
+
 def main(
-    data: Annotated[Path, typer.Option(help="Folder of texts, as benchmarks/quality.py has it.")] = Path("data"),
-    keep: Annotated[Path, typer.Option(help="Folder of finished rows.")] = Path("runs/calibration-text"),
-    out: Annotated[Path | None, typer.Option(help="Write page and JSON there; without a suffix.")] = None,
+    data: DataFolder = Path("data"),
+    keep: RowsFolder = Path("runs/calibration-text"),
+    out: PagePath = None,
     rows: Annotated[
         str, typer.Option(help=f"MODEL:RATIO with commas; models are {', '.join(MODELS)}.")
     ] = "smollm2:0.2,smollm2:0.33,smollm2:0.5,smollm2-mha:0.2,smollm2-mha:0.33,smollm2-mha:0.5",
     methods: Annotated[str, typer.Option(help=f"Of {', '.join(TITLES)}.")] = f"{BY_LAYER},{EQUAL}",
     num_samples: int = 128,
     seq_len: int = 512,
-    max_tokens: Annotated[int, typer.Option(help="Of each held-out text.")] = 16_384,
-    dtype: Annotated[str, typer.Option(help="Of forward passes: float32, or bfloat16 where it is faster.")] = "float32",
-    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the slim models beside the rows.")] = False,
+    max_tokens: MaxTokens = 16_384,
+    dtype: ForwardDtype = "float32",
+    keep_models: KeepModels = False,
+    known: Known = False,
 ) -> None:
     """Measure what is missing, then show and write all that is known."""
     logging.disable_progress_bar()
@@ -78,7 +118,7 @@ def main(
         )
         wanted = [Row(model, DENSE, 0.0) for model in models]
         wanted += [Row(model, method, float(ratio)) for model, ratio in pairs for method in widths]
-        todo = [row for row in wanted if bench.missing(row)]
+        todo = [] if known else [row for row in wanted if bench.missing(row)]
     except SlimGPTError as error:
         console.print(f"[red]{error}[/red]")
         raise typer.Exit(2) from None
@@ -93,7 +133,8 @@ def main(
             f"Pruned by the default, by layer and with `--uniform`, on the same {num_samples} x {seq_len} tokens of "
             "C4 (seed 0); with `--uniform` the default trains on up to twice as much of them. "
             f"{protocol(bench.settings)} In brackets: the multiple of the row by layer (goal: {GOAL:.2f} in "
-            "the mean). One run each.",
+            "the mean); *at equal size* of the increase by layer with as much removed, whose logarithm is interpolated "
+            "between the rows. One run each.",
             "",
             *lines,
             "",

@@ -8,7 +8,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from quality_table.rows import Result, Row, Store
 from quality_table.run import KL, Bench, Settings
@@ -19,6 +21,14 @@ PROSE = tuple(f"{name}@{window}" for name, window in TEXTS)
 MEAN_KL = "KL"
 COLUMNS = (*PROSE, "mean", CHAT, MEAN_KL)
 HEADINGS = " | ".join(name.partition("@")[0] for name in COLUMNS)
+
+DataFolder = Annotated[Path, typer.Option(help="Folder of texts, as benchmarks/quality.py has it.")]
+RowsFolder = Annotated[Path, typer.Option(help="Folder of finished rows.")]
+PagePath = Annotated[Path | None, typer.Option(help="Write page and JSON there; without a suffix.")]
+MaxTokens = Annotated[int, typer.Option(help="Of each held-out text.")]
+ForwardDtype = Annotated[str, typer.Option(help="Of forward passes: float32, or bfloat16 where it is faster.")]
+KeepModels = Annotated[bool, typer.Option("--keep-models", help="Keep the slim models beside the rows.")]
+Known = Annotated[bool, typer.Option("--known", help="Measure nothing: write the rows that are known.")]
 
 
 def bench_of(data: Path, keep: Path, keep_models: bool, **settings: Any) -> Bench:
