@@ -131,6 +131,24 @@ def test_a_step_that_asks_for_nothing_goes_with_a_plan_file(step):
         make_config(plan="plan.toml", round_to="2")
 
 
+@pytest.mark.parametrize("settings", [{}, {"heads_only": True}, {"uniform": True}])
+def test_a_share_too_small_for_any_unit_is_refused(settings):
+    model = tiny_model("llama")
+    shape = describe(model.config, model)
+    units = shape.layers[0].unit_parameters
+    least = units["query"] if "heads_only" in settings else min(units.values())
+    with pytest.raises(PlanError, match=rf"removes nothing: .* the smallest unit that can go has {least:,}"):
+        plan_with(model, ratio=0.1 * least / shape.layer_parameters, **settings)
+    plan = plan_with(model, ratio=1.1 * least * len(shape.layers) / shape.layer_parameters, **settings)
+    assert plan.parameters < shape.parameters
+
+
+def test_a_limit_just_below_the_model_takes_one_unit():
+    model = tiny_model("llama")
+    shape = describe(model.config, model)
+    assert plan_with(model, params=shape.parameters - 10).parameters <= shape.parameters - 10
+
+
 def test_nothing_left_to_remove():
     with pytest.raises(PlanError, match="leave nothing that can be removed"):
         plan_with(tiny_model("llama"), ratio=0.2, skip_layers=(0, 1, 2, 3))

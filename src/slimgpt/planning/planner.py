@@ -322,4 +322,13 @@ def plan_for(model_config: Any, config: PruneConfig, shape: ModelShape, dtype: t
         )
         return in_few_widths(plan, shape, config.num_widths, heads=config.cache_target is None)
 
-    return aligned_plan(make, config, shape)
+    plan = aligned_plan(make, config, shape)
+    if plan.parameters == shape.parameters:
+        total = shape.layer_parameters
+        least = min(min(layer.unit_parameters.values()) for layer in shape.layers if layer.unit_parameters)
+        raise PlanError(
+            f"a ratio of {plan.ratio:g} removes nothing: it is {plan.ratio * total:,.0f} of {total:,} parameters, and "
+            f"the smallest unit that can go has {least:,}{' in every layer' if config.uniform else ''}; ask for a "
+            "larger share"
+        )
+    return plan
