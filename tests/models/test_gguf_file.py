@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
+from transformers.integrations.gguf.reader import GgufHeader
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import slimgpt
 from slimgpt.checkpoint.inspecting import inspect
 from slimgpt.errors import ModelError
 from slimgpt.exporting.gguf import rope_factors
-from slimgpt.models.gguf_file import _from_factors
+from slimgpt.models.gguf_file import ROPE_FACTORS, _by_gguf_py, _from_factors, _header
 from slimgpt.models.loading import load_config, locate
 from tests.models.families import tiny_model, windows
 
@@ -165,6 +166,29 @@ def test_scaling_by_keys_and_by_factors_is_refused(exported, tmp_path):
     file = rewritten(exported("llama3")[1], tmp_path / "both.gguf", changes)
     with pytest.raises(ModelError, match=r"both\.gguf: .* = 'linear' stands beside rope_freqs\.weight"):
         inspect(str(file))
+
+
+@pytest.mark.parametrize("scaling", ["default", "yarn", "llama3"])
+def test_a_header_is_the_one_that_gguf_py_reads(scaling, exported):
+    file = exported(scaling)[1]
+    header, reader = _header(file), GGUFReader(file)
+    assert header.tensors == {tensor.name for tensor in reader.tensors}
+    prefix = f"{header.architecture}.rope."
+    expected = {key.removeprefix(prefix): field.contents() for key, field in reader.fields.items() if prefix in key}
+    assert header.rope == expected != {}
+    factors = _by_gguf_py(file, ROPE_FACTORS)
+    assert (factors is None) == (header.factors is None) == (scaling != "llama3")
+    if factors is not None:
+        assert torch.equal(factors, header.factors)
+
+
+def test_a_type_that_transformers_cannot_place_is_left_to_gguf_py(exported, tmp_path):
+    numbers = np.arange(64, dtype=np.int32)
+    file = rewritten(exported("llama3")[1], tmp_path / "more.gguf", {}, more={"numbers": numbers})
+    with pytest.raises(ValueError, match="ggml type"):
+        GgufHeader.from_file(str(file))
+    assert torch.equal(_header(file).factors, _header(exported("llama3")[1]).factors)
+    assert "numbers" in _header(file).tensors
 
 
 @pytest.mark.parametrize("architecture", ["deci", "openelm"])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import modeling_gguf_pytorch_utils as gguf_utils
+from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from slimgpt.errors import ModelError, one_line
@@ -39,6 +40,9 @@ READ_ONE_BY_ONE = (
     gguf_utils.NemotronTensorProcessor,
 )
 """Classes of transformers that keep the names of the tensors they change."""
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""Name of the tensor that rotary frequencies are divided by."""
 
 TOLERANCE = 1e-5
 """Relative, of a rotary frequency: what float32 leaves of two ways to the same number."""
@@ -129,8 +133,23 @@ def unread_tensors(file: Path, model: PreTrainedModel) -> list[str]:
     processor = gguf_utils.TENSOR_PROCESSORS.get(_header(file).architecture, gguf_utils.TensorProcessor)
     if processor not in READ_ONE_BY_ONE:
         return []
-    names = gguf_utils.get_gguf_hf_weights_map(model, processor(config={}))
-    return sorted(name for name in _header(file).tensors - set(names) if not name.startswith("rope_f"))  # see above
+    tensors = {name for name in _header(file).tensors if not name.startswith("rope_f")}  # see above
+    for each in (_NoChildren(model), model):  # the names of all submodules take seconds, and few models need them
+        tensors -= set(gguf_utils.get_gguf_hf_weights_map(each, processor(config={})))
+        if not tensors:
+            break
+    return sorted(tensors)
+
+
+class _NoChildren:
+    """A model whose submodules are not seen; :func:`unread_tensors` says why."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.config, self.state_dict = model.config, model.state_dict
+
+    def named_children(self) -> tuple[()]:
+        """None."""
+        return ()
 
 
 def _header(file: Path) -> Header:
@@ -145,18 +164,42 @@ def _header(file: Path) -> Header:
 
 @lru_cache(maxsize=8)
 def _read_header(file: Path, size: int, changed: int) -> Header:  # noqa: ARG001
-    from gguf import GGUFReader, dequantize  # a model folder needs neither
-
-    reader = GGUFReader(file)
-    architecture = str(reader.fields["general.architecture"].contents())
+    values, names = read_gguf_metadata(str(file))
+    architecture = str(values["general.architecture"])
     start = f"{architecture}.rope."
-    rope = {key.removeprefix(start): field.contents() for key, field in reader.fields.items() if key.startswith(start)}
-    parts = reader.fields["split.count"].contents() if "split.count" in reader.fields else 1
-    factors = None
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            factors = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).double()
-    return Header(architecture, rope, int(parts), frozenset(tensor.name for tensor in reader.tensors), factors)
+    rope = {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+    factors = _checked_tensors(file, size, ROPE_FACTORS)
+    return Header(architecture, rope, int(values.get("split.count", 1)), frozenset(names), factors)
+
+
+def _checked_tensors(file: Path, size: int, name: str) -> Tensor | None:
+    """A tensor in fp64 if the file has it, once all tensors are known to lie within the file.
+
+    Raises:
+        ValueError: one does not.
+    """
+    try:
+        header = GgufHeader.from_file(str(file))
+    except ValueError:  # a type of numbers that transformers cannot place, and gguf-py perhaps can
+        return _by_gguf_py(file, name)
+    for tensor in header.tensors:
+        end = header.data_start + tensor.offset + tensor.nbytes
+        if end > size:
+            raise ValueError(f"'{tensor.name}' ends at byte {end:,}, the file at {size:,}")
+    if name not in header.ggml_types:
+        return None
+    values = load_gguf_state_dict(header)[name][...]
+    return _by_gguf_py(file, name) if values.dtype == torch.uint8 else values.double()
+
+
+def _by_gguf_py(file: Path, name: str) -> Tensor | None:
+    """The same by gguf-py, which knows all types and takes seconds to read a vocabulary."""
+    from gguf import GGUFReader, dequantize
+
+    for tensor in GGUFReader(file).tensors:
+        if tensor.name == name:
+            return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).double()
+    return None
 
 
 def _refuse(file: Path, header: Header, key: str, rule: str) -> None:
